@@ -1,0 +1,64 @@
+// One source, several instruction sets, chosen at run time.
+//
+// A hot loop is written once, as an inline `template <class Isa> name_body`; ARCMERGE_VARIANTS compiles it, and with it
+// all that it calls, for every instruction set of the list and defines `name`, which calls the chosen one. Bodies fix
+// the order of every sum and the compiler may neither fuse nor reorder (setup.py), so all variants give the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace arcmerge {
+
+int variant_index();  // of the chosen variant in the list of variant.cpp, whose order is that of the tables below
+
+// kBytes: the width of a register.
+struct Baseline {
+  static constexpr int kBytes = 16;
+};
+struct Avx2 {
+  static constexpr int kBytes = 32;
+};
+struct Avx512 {
+  static constexpr int kBytes = 64;
+};
+struct Avx512Bf16 : Avx512 {};
+
+// Registers of lanes, and halves of registers that fill one when widened to f64.
+template <class Isa>
+struct Vector {
+  typedef double F64 __attribute__((vector_size(Isa::kBytes)));
+  typedef float F32 __attribute__((vector_size(Isa::kBytes)));
+  typedef std::uint32_t U32 __attribute__((vector_size(Isa::kBytes)));
+  typedef float HalfF32 __attribute__((vector_size(Isa::kBytes / 2)));
+  typedef std::uint32_t HalfU32 __attribute__((vector_size(Isa::kBytes / 2)));
+};
+
+}  // namespace arcmerge
+
+#define ARCMERGE_FLATTEN __attribute__((flatten))
+#define ARCMERGE_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+
+#define ARCMERGE_AVX512BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define ARCMERGE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define ARCMERGE_AVX2 __attribute__((target("avx2,fma")))
+
+#define ARCMERGE_VARIANTS(Result, name, parameters, arguments)                                                 \
+  namespace name##_variants {                                                                                  \
+    ARCMERGE_FLATTEN ARCMERGE_AVX512BF16 static Result avx512bf16 parameters {                                 \
+      return name##_body<Avx512Bf16> arguments;                                                                \
+    }                                                                                                          \
+    ARCMERGE_FLATTEN ARCMERGE_AVX512 static Result avx512 parameters { return name##_body<Avx512> arguments; } \
+    ARCMERGE_FLATTEN ARCMERGE_AVX2 static Result avx2 parameters { return name##_body<Avx2> arguments; }       \
+    ARCMERGE_FLATTEN static Result baseline parameters { return name##_body<Baseline> arguments; }             \
+    constexpr decltype(&baseline) table[] = {avx512bf16, avx512, avx2, baseline};                              \
+  }                                                                                                            \
+  Result name parameters { return name##_variants::table[variant_index()] arguments; }
+
+#else
+
+#define ARCMERGE_VARIANTS(Result, name, parameters, arguments) \
+  ARCMERGE_FLATTEN Result name parameters { return name##_body<Baseline> arguments; }
+
+#endif

@@ -1,0 +1,192 @@
+"""A tiny pair of real models: one Gemma-2 trained on English text, and two fine-tunes of it on different halves.
+
+    python examples/tiny_pair.py train .demo              .demo/first and .demo/second, about two minutes on two cores
+    python examples/tiny_pair.py loss .demo/first ...     their losses on text that none of them has seen
+
+The text is the language reference that every Python carries for its `help()` (`pydoc_data.topics`, about 460 kB), so
+nothing is downloaded. The models are small enough to train in a demo and real enough that a merge has something to
+lose: each fine-tune is better than the other on its own half. A pair that is already there is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+
+SEED = 2
+CONTEXT = 128
+BATCH = 8
+HELD_OUT_EVERY = 10
+STAGES = {"parent": (280, 8e-3), "first": (90, 3e-3), "second": (90, 3e-3)}  # steps, peak learning rate
+ARCHITECTURE = {
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 64,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+# ---- the text
+
+
+def halves() -> tuple[list[str], list[str]]:
+    """The paragraphs of the language reference, in two halves of about the same size that share no topic.
+
+    The reference repeats whole sections under several topics; a paragraph counts once, so that held-out text is new.
+    """
+    parts: tuple[list[str], list[str]] = ([], [])
+    seen: set[str] = set()
+    for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        paragraphs = [part for part in text.split("\n\n") if part.strip() and part not in seen]
+        seen.update(paragraphs)
+        min(parts, key=lambda part: sum(map(len, part))).extend(paragraphs)
+    return parts
+
+
+def seen_and_held_out(paragraphs: list[str]) -> tuple[str, str]:
+    """Every tenth run of eight paragraphs is held out: long enough for a context, spread over the whole text."""
+    runs = ["\n\n".join(paragraphs[start : start + 8]) for start in range(0, len(paragraphs), 8)]
+    held_out = runs[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    return "\n\n".join(run for run in runs if run not in held_out), "\n\n".join(held_out)
+
+
+# ---- the models
+
+
+def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 2,048 tokens, with Gemma's four special tokens at Gemma's ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=ARCHITECTURE["vocab_size"],
+        special_tokens=["<pad>", "<eos>", "<bos>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
+def batches(tokens: torch.Tensor, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """`steps` batches (BATCH, CONTEXT) of windows that start anywhere in `tokens`."""
+    windows = tokens.unfold(0, CONTEXT, 1)
+    for _ in range(steps):
+        yield windows[torch.randint(len(windows), (BATCH,), generator=generator)]
+
+
+def train(model: Gemma2ForCausalLM, tokens: torch.Tensor, name: str) -> None:
+    """AdamW with a short warm-up and a cosine decay to zero; prints the loss at both ends."""
+    steps, peak = STAGES[name]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    started, losses = time.monotonic(), []
+    for batch in batches(tokens, steps, torch.Generator().manual_seed(SEED)):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    first, last = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
+    print(f"{name:>7}: loss {first:.3f} -> {last:.3f} in {steps} steps, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def save(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """A checkpoint folder with bf16 weights; `model` itself stays in float32."""
+    rounded = Gemma2ForCausalLM(model.config)
+    rounded.load_state_dict(model.state_dict())
+    rounded.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_pair(folder: Path) -> None:
+    """Train the parent on both halves, then one fine-tune on each, and save the two as bf16 safetensors folders."""
+    recipe = {"seed": SEED, "context": CONTEXT, "batch": BATCH, "stages": STAGES, "architecture": ARCHITECTURE}
+    recipe_text, recipe_file = json.dumps(recipe, indent=2), folder / "tiny_pair.json"
+    if recipe_file.is_file() and recipe_file.read_text() == recipe_text:
+        print(f"{folder}/first and {folder}/second are there already; remove {folder} to train them again")
+        return
+
+    torch.manual_seed(SEED)
+    texts = [seen_and_held_out(half)[0] for half in halves()]
+    tokenizer = make_tokenizer("\n\n".join(texts))
+    tokens = [torch.tensor(tokenizer(text).input_ids) for text in texts]
+    model = Gemma2ForCausalLM(Gemma2Config(**ARCHITECTURE, attn_implementation="eager"))
+    print(f"a Gemma-2 of {model.num_parameters():,} parameters, {sum(map(len, tokens)):,} tokens of text", flush=True)
+    train(model, torch.cat(tokens), "parent")
+    parent = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, half in zip(("first", "second"), tokens, strict=True):
+        model.load_state_dict(parent)
+        train(model, half, name)
+        save(model, tokenizer, folder / name)
+    recipe_file.write_text(recipe_text)
+
+
+# ---- the losses
+
+
+@torch.inference_mode()
+def held_out_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """Mean cross-entropy in nats a token, over consecutive windows of CONTEXT tokens."""
+    windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in windows.split(BATCH)]
+    return sum(losses) / len(windows)
+
+
+def print_losses(folders: list[Path]) -> None:
+    """A table: one row a model; the held-out text of the first half, of the second, and of both."""
+    texts = [seen_and_held_out(half)[1] for half in halves()]
+    print(f"{'held-out loss, nats a token':<32}{'first half':>12}{'second half':>12}{'both':>12}")
+    for folder in folders:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        tokens = [torch.tensor(tokenizer(text).input_ids) for text in texts]
+        losses = [held_out_loss(model, part) for part in (*tokens, torch.cat(tokens))]
+        print(f"{folder!s:<32}" + "".join(f"{loss:>12.3f}" for loss in losses))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("train", help="make the pair").add_argument("folder", type=Path)
+    commands.add_parser("loss", help="compare models").add_argument("folders", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    if arguments.command == "train":
+        make_pair(arguments.folder)
+    else:
+        print_losses(arguments.folders)
+
+
+if __name__ == "__main__":
+    main()

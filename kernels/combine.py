@@ -1,0 +1,88 @@
+"""combine: out = round(sum_i c_i * x_i), elementwise.
+
+Every product and every sum is rounded to float32, left to right, and the total once to the dtype of the output (nearest
+even): the same bits as the reference. Reads each input and writes the output once: 6 bytes an element of a bf16 pair.
+One program a segment.
+
+Fusion of a product and a sum into one rounding is switched off: the compiler would fuse by the position of an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .segments import launches, load, read_row, store
+
+
+@triton.jit
+def _write_tile(
+    addresses,
+    coefficients,
+    start,
+    count,
+    DTYPES: tl.constexpr,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+    VECTORED: tl.constexpr,
+):
+    offsets = start + tl.arange(0, TILE)
+    total = load(addresses[0], offsets, count, DTYPES[0], VECTORED) * coefficients[0]
+    for i in tl.static_range(1, K):
+        total += load(addresses[i], offsets, count, DTYPES[i], VECTORED) * coefficients[i]
+    return store(addresses[K], offsets, count, total, DTYPES[K], VECTORED)
+
+
+@triton.jit
+def _combine_kernel(
+    table_ptr,
+    coefficients_ptr,
+    nonfinite_ptr,
+    DTYPES: tl.constexpr,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    addresses, count, vectored, vector = read_row(table_ptr + tl.program_id(0).to(tl.int64) * (K + 3), K + 1, TILE)
+    coefficients = ()
+    for i in tl.static_range(K):
+        coefficients += (tl.load(coefficients_ptr + vector * K + i),)
+    nonfinite = tl.zeros((TILE,), tl.int32)
+    for start in range(0, vectored, TILE):
+        nonfinite += _write_tile(addresses, coefficients, start, count, DTYPES, K, TILE, True)
+    for start in range(vectored, count, TILE):
+        nonfinite += _write_tile(addresses, coefficients, start, count, DTYPES, K, TILE, False)
+    found = tl.sum(nonfinite, axis=0)
+    if found > 0:
+        # Integers: the sum is the same in whatever order the programs come.
+        tl.atomic_add(nonfinite_ptr + vector, found.to(tl.int64))
+
+
+def combine(
+    outs: Sequence[Tensor],
+    groups: Sequence[Sequence[Tensor]],
+    coefficients: Tensor,
+    nonfinite: Tensor,
+    *,
+    rows: int = 1,
+) -> None:
+    """Fill outs[g] with the sum of the k tensors of groups[g] times coefficients[g], k = 1 to 8.
+
+    A group and its output are contiguous, of one count and each bf16, f16 or f32; groups may differ in count and dtype.
+    coefficients: (groups * rows, k) float32. nonfinite: (groups * rows,) int64, to which the number of values written
+    that are infinite or not a number is added. rows: the number of equal vectors that lie one after another in every
+    tensor, each with coefficients and a count of its own: coefficients[group * rows + row].
+    """
+    for dtypes, table, _ in launches([(*group, out) for group, out in zip(groups, outs, strict=True)], rows):
+        _combine_kernel[(len(table),)](
+            table,
+            coefficients,
+            nonfinite,
+            DTYPES=dtypes,
+            K=len(dtypes) - 1,
+            TILE=2048,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )

@@ -1,0 +1,172 @@
+"""gram: the float64 matrix of dot products of k tensors, G[i, j] = sum_e x_i[e] * x_j[e].
+
+Reads each input once: 4 bytes an element of a bf16 pair. Two stages. The first takes one program a segment and writes
+k * k partial sums; the second takes one program a vector and adds the partial sums of its segments in a fixed order. No
+atomics, so a result has the same bits in every run.
+
+The product of two bf16 or f16 values is exact in float32. Eight such products, which one thread holds, are summed in
+float32 by Knuth's two-sum, which yields the error of every addition too; sums and errors then go on in float64. That
+takes few float64 instructions, for GPUs with one float64 unit for 64 of float32, and the errors matter: the square of
+an odd significand is 1 modulo 8, so what rounding drops is seldom above a half, and without them every squared norm
+would come out 6e-9 too small, however many elements average. With a float32 input, or a base, products are not exact
+in float32: they are taken and summed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor, empty, float64
+
+from .segments import launches, load, read_row
+
+WARPS = 4
+
+
+@triton.jit
+def _halves(values):
+    return tl.split(tl.reshape(values, [values.shape[0] // 2, 2]))
+
+
+@triton.jit
+def _sum_runs(products, LEVELS: tl.constexpr, WIDE: tl.constexpr):
+    """Sums of 2^LEVELS neighbours each, in float64. Those of float32 include the errors of additions (two-sum)."""
+    if WIDE:
+        for _ in tl.static_range(LEVELS):
+            a, b = _halves(products)
+            products = a + b
+        sums = products
+    else:
+        errors = tl.zeros_like(products)
+        for _ in tl.static_range(LEVELS):
+            a, b = _halves(products)
+            error_of_a, error_of_b = _halves(errors)
+            products = a + b
+            b_part = products - a
+            errors = ((a - (products - b_part)) + (b - b_part)) + (error_of_a + error_of_b)
+        sums = products.to(tl.float64) + errors.to(tl.float64)
+    return sums
+
+
+@triton.jit
+def _add_tile(
+    sums,
+    addresses,
+    start,
+    count,
+    DTYPES: tl.constexpr,
+    K: tl.constexpr,
+    BASE: tl.constexpr,
+    WIDE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
+    VECTORED: tl.constexpr,
+):
+    offsets = start + tl.arange(0, TILE)
+    if BASE:
+        base = load(addresses[K], offsets, count, DTYPES[K], VECTORED)
+    inputs = ()
+    for i in tl.static_range(K):
+        values = load(addresses[i], offsets, count, DTYPES[i], VECTORED)
+        if BASE:
+            values = values - base
+        if WIDE:
+            values = values.to(tl.float64)
+        inputs += (values,)
+    totals = ()
+    for i in tl.static_range(K):
+        for j in tl.static_range(i, K):
+            totals += (sums[len(totals)] + _sum_runs(inputs[i] * inputs[j], LEVELS, WIDE),)
+    return totals
+
+
+@triton.jit
+def _segments_kernel(
+    table_ptr,
+    partial_ptr,
+    DTYPES: tl.constexpr,
+    K: tl.constexpr,
+    BASE: tl.constexpr,
+    WIDE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    OPERANDS: tl.constexpr = K + BASE
+    segment = tl.program_id(0).to(tl.int64)
+    addresses, count, vectored, _ = read_row(table_ptr + segment * (OPERANDS + 2), OPERANDS, TILE)
+    sums = ()
+    for _ in tl.static_range(K * (K + 1) // 2):
+        sums += (tl.zeros((TILE >> LEVELS,), tl.float64),)
+    for start in range(0, vectored, TILE):
+        sums = _add_tile(sums, addresses, start, count, DTYPES, K, BASE, WIDE, LEVELS, TILE, True)
+    for start in range(vectored, count, TILE):
+        sums = _add_tile(sums, addresses, start, count, DTYPES, K, BASE, WIDE, LEVELS, TILE, False)
+    partial_ptr += segment * K * K
+    for i in tl.static_range(K):
+        for j in tl.static_range(i, K):
+            total = tl.sum(sums[i * K - i * (i + 1) // 2 + j], axis=0)
+            tl.store(partial_ptr + i * K + j, total)
+            if i != j:
+                tl.store(partial_ptr + j * K + i, total)
+
+
+@triton.jit
+def _vectors_kernel(runs_ptr, partial_ptr, out_ptr, ENTRIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    runs_ptr += tl.program_id(0).to(tl.int64) * 3
+    first = tl.load(runs_ptr)
+    last = tl.load(runs_ptr + 1)
+    vector = tl.load(runs_ptr + 2)
+    entry = tl.arange(0, COLUMNS)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float64)
+    for start in range(first, last, ROWS):
+        segment = start + tl.arange(0, ROWS)
+        inside = (segment < last)[:, None] & (entry < ENTRIES)[None, :]
+        sums += tl.load(partial_ptr + segment[:, None] * ENTRIES + entry[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + vector * ENTRIES + entry, tl.sum(sums, axis=0), mask=entry < ENTRIES)
+
+
+def gram(
+    groups: Sequence[Sequence[Tensor]], out: Tensor, *, bases: Sequence[Tensor] | None = None, rows: int = 1
+) -> None:
+    """Fill out (groups * rows, k, k) float64 with the Gram matrices of `groups`, each of k tensors, k = 1 to 8.
+
+    The tensors of a group are contiguous, of one count and each bf16, f16 or f32; groups may differ in count and dtype.
+    bases: a tensor for each group that is subtracted from its inputs, in float32. rows: the number of equal vectors
+    that lie one after another in every tensor, each with a matrix of its own: out[group * rows + row].
+    """
+    k = len(groups[0])
+    operands = groups if bases is None else [(*group, base) for group, base in zip(groups, bases, strict=True)]
+    for dtypes, table, runs in launches(operands, rows):
+        crowded = len(dtypes) > 4
+        wide = bases is not None or tl.float32 in dtypes or crowded
+        # A thread takes 16 bytes of an input at a time, two such vectors where inputs are few, and sums runs of one
+        # vector: longer runs would cross threads. More than four operands and their sums do not fit into registers
+        # like that. Then runs are of four elements, in float64, which has no errors to keep (up to 226 registers).
+        levels = 2 if tl.float32 in dtypes or crowded else 3
+        tile = 32 * WARPS * 2**levels * (2 if k <= 2 else 1)
+        partial = empty((len(table), k * k), dtype=float64, device=out.device)
+        _segments_kernel[(len(table),)](
+            table,
+            partial,
+            DTYPES=dtypes,
+            K=k,
+            BASE=bases is not None,
+            WIDE=wide,
+            LEVELS=levels,
+            TILE=tile,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+        columns = triton.next_power_of_2(k * k)
+        _vectors_kernel[(len(runs),)](
+            runs,
+            partial,
+            out,
+            ENTRIES=k * k,
+            ROWS=2048 // columns,
+            COLUMNS=columns,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )

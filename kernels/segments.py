@@ -1,0 +1,130 @@
+"""Segments: how one launch serves many tensors, of any length and alignment.
+
+The tensors of a call are cut into segments of at most SEGMENT elements, and every program of the launch works on one.
+A table on the device has a row of int64 per segment:
+
+    address of each operand | elements | vector
+
+The operands of a group are its inputs, in order, then its output or its base. A vector is what has a Gram matrix or a
+row of coefficients of its own: a whole group, or one of the equal rows its tensors are made of. A segment never crosses
+vectors. SEGMENT bounds the work of a program, so that large and small tensors fill the machine evenly, and makes the
+table cheap: 40 bytes for the 65,536 that a segment of a bf16 pair holds.
+
+A segment whose operands all start on 16 bytes is read and written 16 bytes at a time, but for its last partial tile;
+any other element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SEGMENT = 16384
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+class Launch(NamedTuple):
+    """What one launch needs: the groups of one combination of dtypes, cut into segments.
+
+    dtypes: of the operands, in order. table: (segments, operands + 2) int64, rows as above. runs: (vectors, 3) int64,
+    the first segment of a vector, one past its last, and the number of the vector.
+    """
+
+    dtypes: tuple[tl.dtype, ...]
+    table: Tensor
+    runs: Tensor
+
+
+def launches(groups: Sequence[Sequence[Tensor]], rows: int = 1) -> Iterator[Launch]:
+    """One launch for each combination of dtypes among `groups`; in a checkpoint that is most often one in all.
+
+    groups: operands of one count, contiguous, on one device. rows: the number of equal vectors that lie one after
+    another in each tensor. Vector v of group g has the number g * rows + v.
+    """
+    alike: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for number, group in enumerate(groups):
+        alike.setdefault(tuple(operand.dtype for operand in group), []).append(number)
+    for dtypes, numbers in alike.items():
+        table, runs = _cut([groups[number] for number in numbers], torch.tensor(numbers), rows)
+        device = groups[0][0].device
+        yield Launch(tuple(DTYPES[dtype] for dtype in dtypes), _to_device(table, device), _to_device(runs, device))
+
+
+def _cut(groups: Sequence[Sequence[Tensor]], numbers: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    addresses = torch.tensor([[operand.data_ptr() for operand in group] for group in groups])
+    itemsizes = torch.tensor([operand.element_size() for operand in groups[0]])
+    counts = torch.tensor([group[0].numel() // rows for group in groups])
+
+    row = torch.arange(rows)
+    addresses = (addresses[:, None] + (row * counts[:, None])[:, :, None] * itemsizes).flatten(0, 1)
+    counts = counts.repeat_interleave(rows)
+    vectors = (numbers[:, None] * rows + row).flatten()
+
+    # An empty vector keeps one segment of no elements, so that its Gram matrix is written: zero.
+    pieces = ((counts + SEGMENT - 1) // SEGMENT).clamp(min=1)
+    last = pieces.cumsum(0)
+    first = last - pieces
+    owner = torch.arange(len(pieces)).repeat_interleave(pieces)
+    start = (torch.arange(len(owner)) - first[owner]) * SEGMENT
+    left = (counts[owner] - start).clamp(max=SEGMENT)
+    table = torch.cat([addresses[owner] + start[:, None] * itemsizes, left[:, None], vectors[owner, None]], dim=1)
+    return table, torch.stack([first, last, vectors], dim=1)
+
+
+def _to_device(table: Tensor, device: torch.device) -> Tensor:
+    # From pageable memory the copy would make the host wait for the stream.
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+@triton.jit
+def read_row(row_ptr, OPERANDS: tl.constexpr, TILE: tl.constexpr):
+    """A row of the table: (addresses, elements, elements to move 16 bytes at a time, vector)."""
+    addresses = ()
+    misaligned = 0
+    for operand in tl.static_range(OPERANDS):
+        address = tl.load(row_ptr + operand)
+        addresses += (address,)
+        misaligned |= address % 16
+    count = tl.load(row_ptr + OPERANDS).to(tl.int32)
+    vectored = tl.where(misaligned == 0, count // TILE * TILE, 0)
+    return addresses, count, vectored, tl.load(row_ptr + OPERANDS + 1)
+
+
+@triton.jit
+def _pointers(address, offsets, DTYPE: tl.constexpr, VECTORED: tl.constexpr):
+    pointers = address.to(tl.pointer_type(DTYPE)) + offsets
+    if VECTORED:
+        # An address from a table says nothing of its alignment, and without these hints every element is a request.
+        pointers = tl.max_contiguous(tl.multiple_of(pointers, 16), 8)
+    return pointers
+
+
+@triton.jit
+def load(address, offsets, count, DTYPE: tl.constexpr, VECTORED: tl.constexpr):
+    """Elements at `offsets` as float32, which holds each exactly; zero past `count`."""
+    pointers = _pointers(address, offsets, DTYPE, VECTORED)
+    if VECTORED:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=offsets < count, other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def store(address, offsets, count, values, DTYPE: tl.constexpr, VECTORED: tl.constexpr):
+    """Round float32 `values` to nearest even and write those before `count`; returns 1 for each that is not finite."""
+    pointers = _pointers(address, offsets, DTYPE, VECTORED)
+    rounded = values.to(DTYPE)
+    # A comparison with NaN is false.
+    nonfinite = (tl.abs(rounded.to(tl.float32)) < float("inf")) == 0
+    if VECTORED:
+        tl.store(pointers, rounded)
+    else:
+        tl.store(pointers, rounded, mask=offsets < count)
+        nonfinite = nonfinite & (offsets < count)
+    return nonfinite.to(tl.int32)

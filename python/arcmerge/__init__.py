@@ -1,0 +1,35 @@
+"""arcmerge: spherical merges of language models at the speed of the disk.
+
+    arcmerge.merge("recipe.yml", "out/")        a checkpoint from a mergekit configuration
+    arcmerge.slerp(a, b, 0.3)                   tensors or state dicts in memory
+
+Importing this package imports neither torch nor triton; a merge on the CPU never does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from arcmerge.errors import ArcmergeError
+
+if TYPE_CHECKING:
+    from arcmerge.merging.journey import MergeReport, Options, merge
+    from arcmerge.tensors import slerp
+
+__version__ = "0.1.0"
+__all__ = ["ArcmergeError", "MergeReport", "Options", "__version__", "merge", "slerp"]
+
+_HOMES = {
+    "MergeReport": "arcmerge.merging.journey",
+    "Options": "arcmerge.merging.journey",
+    "merge": "arcmerge.merging.journey",
+    "slerp": "arcmerge.tensors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'arcmerge' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,7 @@
+"""`python -m arcmerge`."""
+
+import sys
+
+from arcmerge.cli import main
+
+sys.exit(main())

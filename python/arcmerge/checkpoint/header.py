@@ -1,0 +1,170 @@
+"""The safetensors header: read with suspicion, written plainly.
+
+A file is the header's length N (8 bytes, little-endian), N bytes of JSON, then the data. The JSON maps each tensor's
+name to {"dtype", "shape", "data_offsets": [begin, end]}, the offsets counted from the start of the data; "__metadata__"
+holds strings. Tensors must fill the data exactly: no overlap, no hole, nothing after the last.
+Format: https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from arcmerge.dtypes import BY_CODE, DType
+from arcmerge.errors import ArcmergeError
+
+_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
+_LFS_POINTER = b"version https://git-lfs"
+_COPY_AGAIN = "download or copy the file again"
+_SAVE_AGAIN = "save it again with the safetensors library"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes at byte `offset`, counted from the start of the file called `file`."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, in the order in which they lie. Reads the header only.
+
+    Raises ArcmergeError naming the file and the broken rule.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+            file.seek(_LENGTH_BYTES)
+            length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+            data_start = _LENGTH_BYTES + length
+            _check_length(path, start, length, size)
+            text = file.read(length)
+    except OSError as error:
+        raise ArcmergeError(f"{path}: cannot be read: {error.strerror}.") from error
+    entries = parse_object(text, path)
+    entries.pop("__metadata__", None)
+    tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_filled(path, tensors, data_start, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def encode_header(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], alignment: int) -> bytes:
+    """The first bytes of a file that holds `tensors` (name, dtype, shape) one behind the other.
+
+    Padded with spaces, so that the data starts at a multiple of `alignment` bytes.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": dtype.code, "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    padding = -(_LENGTH_BYTES + len(text)) % alignment
+    return (len(text) + padding).to_bytes(_LENGTH_BYTES, "little") + text + b" " * padding
+
+
+def parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in `text`, the content of `path`; a key that occurs twice is an error, not a choice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ArcmergeError(f"{path}: the JSON key '{twice}' occurs twice: {_COPY_AGAIN}.")
+        return mapping
+
+    if text.startswith(_LFS_POINTER):
+        raise ArcmergeError(_lfs_problem(path))
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ArcmergeError(f"{path}: is not valid JSON ({error}): {_COPY_AGAIN}.") from error
+    if not isinstance(value, dict):
+        raise ArcmergeError(f"{path}: must hold a JSON object, holds a {type(value).__name__}: {_COPY_AGAIN}.")
+    return value
+
+
+def _lfs_problem(path: Path) -> str:
+    return f"{path}: is a Git LFS pointer, not the file itself: run 'git lfs pull' in its folder."
+
+
+def _check_length(path: Path, start: bytes, length: int, size: int) -> None:
+    if start == _LFS_POINTER:
+        raise ArcmergeError(_lfs_problem(path))
+    if size < _LENGTH_BYTES:
+        raise ArcmergeError(
+            f"{path}: a safetensors file starts with {_LENGTH_BYTES} bytes of length, it has {size}: {_COPY_AGAIN}."
+        )
+    if length > _LONGEST_HEADER:
+        raise ArcmergeError(
+            f"{path}: is not a safetensors file: a header may have {_LONGEST_HEADER:,} bytes, it claims {length:,}."
+        )
+    if _LENGTH_BYTES + length > size:
+        raise ArcmergeError(
+            f"{path}: is truncated inside its header, which needs {_LENGTH_BYTES + length:,} bytes of {size:,}: "
+            f"{_COPY_AGAIN}."
+        )
+
+
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    where = f"{path}: tensor '{name}'"
+    if not isinstance(entry, dict):
+        raise ArcmergeError(f"{where} needs dtype, shape and data_offsets, its entry is {entry!r:.80}: {_SAVE_AGAIN}.")
+    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype = BY_CODE.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise ArcmergeError(
+            f"{where} has dtype {code!r:.80}, known are {', '.join(BY_CODE)}: convert it to one of them."
+        )
+    if not _are_counts(shape):
+        raise ArcmergeError(f"{where} needs a shape of whole numbers >= 0, has {shape!r:.80}: {_SAVE_AGAIN}.")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ArcmergeError(f"{where} needs data_offsets [begin, end], has {offsets!r:.80}: {_SAVE_AGAIN}.")
+    tensor = TensorInfo(name, dtype, tuple(shape), path.name, data_start + offsets[0], offsets[1] - offsets[0])
+    if tensor.count * dtype.itemsize != tensor.nbytes:
+        raise ArcmergeError(
+            f"{where} of shape {shape!r:.80} and dtype {code} needs {tensor.count * dtype.itemsize:,} bytes, "
+            f"its data_offsets span {tensor.nbytes:,}: {_SAVE_AGAIN}."
+        )
+    return tensor
+
+
+def _are_counts(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
+
+
+def _check_filled(path: Path, tensors: Sequence[TensorInfo], data_start: int, size: int) -> None:
+    end, before = data_start, "the header"
+    for tensor in tensors:
+        if tensor.offset != end:
+            rule = "overlaps" if tensor.offset < end else "leaves a hole behind"
+            raise ArcmergeError(
+                f"{path}: tensor '{tensor.name}' {rule} {before}: it starts at byte {tensor.offset:,}, "
+                f"not {end:,}: {_SAVE_AGAIN}."
+            )
+        end, before = tensor.offset + tensor.nbytes, f"'{tensor.name}'"
+    if size < end:
+        raise ArcmergeError(f"{path}: is truncated: its header promises {end:,} bytes, it has {size:,}: {_COPY_AGAIN}.")
+    if size > end:
+        raise ArcmergeError(
+            f"{path}: has {size - end:,} bytes behind the last tensor ({size:,}, not {end:,}): {_COPY_AGAIN}."
+        )

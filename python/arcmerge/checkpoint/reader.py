@@ -1,0 +1,204 @@
+"""A checkpoint folder: config.json and its safetensors shards, validated from the headers, mapped when first used.
+
+Which shards count: those of model.safetensors.index.json; else model.safetensors; else every *.safetensors there is.
+Tensors that an index does not list are left alone, as mergekit does.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcmerge.checkpoint.header import TensorInfo, parse_object, read_header
+from arcmerge.checkpoint.layout import INDEX_NAME, SINGLE_NAME
+from arcmerge.errors import ArcmergeError
+
+__all__ = ["Checkpoint", "TensorInfo"]
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+_QUANTISED = re.compile(r"\.quant_state\.|\.(qweight|qzeros|absmax|quant_map|SCB)$")
+_UNQUANTISED = "a merge needs bf16, f16 or f32 weights: use the original or a dequantised model"
+
+
+class Checkpoint:
+    """A model folder, read-only and safe to share between threads.
+
+    folder: as given. config: config.json. tensors: by name, in the order of the shards and inside them of the file.
+    Opening reads headers only; ArcmergeError names everything that is wrong with the folder, one line each.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._mapped: dict[str, _MappedFile] = {}
+        self._lock = threading.Lock()
+        if not folder.is_dir():
+            what = "is a file; give the folder that holds it" if folder.exists() else "no such folder; check the path"
+            raise ArcmergeError(f"{folder}: {what}.")
+        self.config = _read_config(folder)
+        self.tensors = _read_tensors(folder)
+
+    def address(self, name: str) -> int:
+        """Where the first byte of a tensor lies in memory, until close()."""
+        tensor = self.tensors[name]
+        return self._map(tensor).address + tensor.offset
+
+    def tensor_bytes(self, name: str) -> memoryview:
+        """The bytes of a tensor, read-only and not copied."""
+        tensor = self.tensors[name]
+        return memoryview(self._map(tensor).pages)[tensor.offset : tensor.offset + tensor.nbytes]
+
+    def forget(self, name: str, first_byte: int, byte_count: int) -> None:
+        """Unmaps the whole pages inside a range of a tensor, counted from its start; the page cache keeps them.
+
+        Resident memory stays small. The range may be read again: its pages are then mapped afresh.
+        """
+        tensor = self.tensors[name]
+        begin = -(-(tensor.offset + first_byte) // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.offset + first_byte + byte_count) // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            self._map(tensor).pages.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def close(self) -> None:
+        """Ends the mappings; addresses are void from here on. Views of tensor_bytes keep theirs until they go."""
+        with self._lock:
+            mapped, self._mapped = list(self._mapped.values()), {}
+        for file in mapped:
+            with suppress(BufferError):
+                file.pages.close()
+
+    def _map(self, tensor: TensorInfo) -> _MappedFile:
+        file = self._mapped.get(tensor.file)
+        if file is None:
+            with self._lock:
+                file = self._mapped.get(tensor.file) or _MappedFile(self.folder / tensor.file)
+                self._mapped[tensor.file] = file
+        return file
+
+
+class _MappedFile:
+    """A whole file in memory, read-only and shared with the page cache."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self.pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        self.pages.madvise(mmap.MADV_SEQUENTIAL)
+        self.address: int = np.frombuffer(self.pages, np.uint8).ctypes.data
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise ArcmergeError(f"{folder}: is a LoRA adapter, not a model: merge it into its base model first.")
+        raise ArcmergeError(
+            f"{folder}: has no config.json, which every model has: give the folder of a complete model."
+        )
+    config = _read_json(folder / "config.json")
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        raise ArcmergeError(f"{folder}: is quantised ({method or 'unnamed method'}): {_UNQUANTISED}.")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    listed = _read_index(folder)
+    files = sorted(set(listed.values())) if listed is not None else _find_shards(folder)
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise ArcmergeError(
+            f"{folder}: {_first(missing, 'shard')} of {len(files)} is missing: download the model again."
+        )
+    tensors: dict[str, TensorInfo] = {}
+    problems: list[str] = []
+    for file in files:
+        try:
+            shard = read_header(folder / file)
+        except ArcmergeError as error:
+            problems.extend(error.problems)
+            continue
+        if listed is not None:
+            promised = [name for name, shard_name in listed.items() if shard_name == file]
+            absent = [name for name in promised if name not in shard]
+            if absent:
+                problems.append(
+                    f"{folder / file}: lacks {_first(absent)}, listed in {INDEX_NAME}: download both again."
+                )
+            shard = {name: tensor for name, tensor in shard.items() if listed.get(name) == file}
+        twice = [name for name in shard if name in tensors]
+        if twice:
+            where = f"in {tensors[twice[0]].file} and in {file}"
+            problems.append(f"{folder}: {_first(twice)} is {where}: remove the file that does not belong.")
+        tensors.update(shard)
+    quantised = next((name for name in tensors if _QUANTISED.search(name)), None)
+    if quantised is not None:
+        problems.append(f"{folder}: is quantised (tensor '{quantised}'): {_UNQUANTISED}.")
+    if not tensors and not problems:
+        problems.append(f"{folder}: its safetensors files hold no tensors: download the model again.")
+    if problems:
+        raise ArcmergeError(problems)
+    return tensors
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> shard, from the index if there is one. A shard's name is used only if it stays in the folder."""
+    path = folder / INDEX_NAME
+    if not path.exists():
+        return None
+    listed = _read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+        raise ArcmergeError(f"{path}: needs a 'weight_map' of tensor names to file names: download it again.")
+    for file in listed.values():
+        if file != Path(file).name or "\\" in file or not file.endswith(".safetensors"):
+            raise ArcmergeError(f"{path}: a shard must be a *.safetensors file of this folder, found {file!r:.120}.")
+    if (folder / SINGLE_NAME).exists() and SINGLE_NAME not in listed.values():
+        raise ArcmergeError(
+            f"{folder}: has {SINGLE_NAME} and an index of other shards: remove the one that is out of date."
+        )
+    return listed
+
+
+def _find_shards(folder: Path) -> list[str]:
+    if (folder / SINGLE_NAME).exists():
+        return [SINGLE_NAME]
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files and any(path for pattern in _PICKLES for path in folder.glob(pattern)):
+        raise ArcmergeError(
+            f"{folder}: holds pickled weights only (*.bin, *.pt), and loading a pickle can run any code: convert "
+            "them, in a place you trust, with transformers' save_pretrained(folder, safe_serialization=True)."
+        )
+    if not files:
+        raise ArcmergeError(f"{folder}: has no *.safetensors file: give a folder with weights in that format.")
+    return [*files, *_absent_numbers(files)]
+
+
+def _absent_numbers(files: Iterable[str]) -> list[str]:
+    """The shards that names like model-00001-of-00003.safetensors promise and `files` lacks."""
+    present: dict[tuple[str, str], set[int]] = {}
+    for match in filter(None, map(_NUMBERED.fullmatch, files)):
+        present.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    return [
+        f"{stem}-{number:05}-of-{total}.safetensors"
+        for (stem, total), numbers in present.items()
+        for number in range(1, int(total) + 1)
+        if number not in numbers
+    ]
+
+
+def _first(names: Sequence[str], kind: str = "tensor") -> str:
+    """One name stands for many, so that a problem stays one line."""
+    return f"{kind} '{names[0]}'" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return parse_object(path.read_bytes(), path)
+    except OSError as error:
+        raise ArcmergeError(f"{path}: cannot be read: {error.strerror}.") from error

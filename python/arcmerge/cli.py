@@ -1,0 +1,257 @@
+"""The command `arcmerge`: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from arcmerge import __version__
+from arcmerge.errors import ArcmergeError
+
+# Flags of mergekit-yaml that ask for what arcmerge does anyway or has no use for: accepted with a note.
+_WITHOUT_EFFECT = {
+    "--low-cpu-memory": "memory is bounded anyway",
+    "--lazy-unpickle": "safetensors are always read lazily",
+    "--read-to-gpu": "weights are streamed to the device as they are needed",
+    "--multi-gpu": "one device serves the merge",
+    "--async-write": "writing always overlaps",
+    "--clone-tensors": "tensors that share memory are written once each",
+    "--trust-remote-code": "no code from checkpoints is ever run",
+}
+_VALUES_WITHOUT_EFFECT = {
+    "--lora-merge-cache": "LoRA adapters are not supported",
+    "--lora-merge-dtype": "LoRA adapters are not supported",
+    "--random-seed": "nothing here is random",
+    "--write-threads": "the writers are chosen to keep the disk busy",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _WrongCall(f"{message}; see '{self.prog} --help'")
+
+
+class _WrongCall(Exception):
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0, 1 for work that failed, 2 for a wrong call."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except _WrongCall as error:
+        print(f"arcmerge: {error}", file=sys.stderr)
+        return 2
+    try:
+        arguments.call(arguments)
+    except ArcmergeError as error:
+        if arguments.debug:
+            raise
+        for problem in error.problems:
+            print(f"arcmerge: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("arcmerge: interrupted; nothing was changed", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a table has seen enough
+        sys.stderr.close()
+    except OSError as error:
+        if arguments.debug:
+            raise
+        print(f"arcmerge: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="arcmerge", description="Merge language models at the speed of the disk.")
+    parser.add_argument("--version", action="version", version=f"arcmerge {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    merge = commands.add_parser("merge", help="merge models as a mergekit configuration says")
+    merge.set_defaults(call=_merge)
+    merge.add_argument("config", metavar="CONFIG", type=Path, help="mergekit YAML file")
+    merge.add_argument("out", metavar="OUT", type=Path, help="folder of the merged checkpoint")
+    _add_model_options(merge)
+    _add_output_options(merge)
+
+    plan = commands.add_parser("plan", help="show the resolved parameters and the branch of every tensor")
+    plan.set_defaults(call=_plan)
+    plan.add_argument("config", metavar="CONFIG", type=Path, help="mergekit YAML file")
+    plan.add_argument("--json", action="store_true", help="print every tensor as JSON")
+    plan.add_argument("--plot", metavar="FILE", type=Path, help="draw the curve over the layers, as curve.png")
+    _add_model_options(plan)
+
+    inspect = commands.add_parser("inspect", help="show how two checkpoints lie to each other")
+    inspect.set_defaults(call=_inspect)
+    inspect.add_argument("a", metavar="A", help="folder or hub name")
+    inspect.add_argument("b", metavar="B", help="folder or hub name")
+    inspect.add_argument("--json", action="store_true", help="print every tensor as JSON")
+    inspect.add_argument("--plot", metavar="FILE", type=Path, help="draw the angles as a heat map, as angles.png")
+    _add_model_options(inspect)
+
+    doctor = commands.add_parser("doctor", help="show versions, processors and which backend serves what")
+    doctor.set_defaults(call=_doctor)
+    doctor.add_argument("--json", action="store_true", help="print as JSON")
+    doctor.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N (default: CUDA if there is one)"
+    )
+    parser.add_argument("--cuda", action=switch, default=None, help="same as --device cuda, or cpu")
+    parser.add_argument("--gpu-rich", action=switch, default=None, help="same as --cuda")
+    parser.add_argument("-j", "--num-threads", "--threads", type=_count, dest="threads", help="compute threads")
+    parser.add_argument("--allow-crimes", action=switch, default=False, help="let different architectures meet")
+    parser.add_argument(
+        "--unsafe-truncate-embeddings", action=switch, default=False, help="cut vocabularies to their common rows"
+    )
+    parser.add_argument("--transformers-cache", metavar="DIR", help="where the hub's files are kept")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="accepted; warnings are always shown")
+    parser.add_argument("--quiet", "-q", action=switch, default=False, help="no progress bar, no closing line")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for flag, note in _WITHOUT_EFFECT.items():
+        parser.add_argument(flag, action=switch, default=None, help=f"accepted; {note}")
+    for flag, note in _VALUES_WITHOUT_EFFECT.items():
+        parser.add_argument(flag, metavar="VALUE", help=f"accepted; {note}")
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--out-shard-size",
+        metavar="SIZE",
+        type=_shard_size,
+        default="5B",
+        help="bytes a file, as 5B, 500M (default 5B)",
+    )
+    parser.add_argument("--allow-nonfinite", action=switch, default=False, help="merge NaN and infinity all the same")
+    parser.add_argument("--copy-tokenizer", action=switch, default=True, help="copy the base's tokenizer files")
+    parser.add_argument("--write-model-card", action=switch, default=True, help="write README.md and the recipe")
+    parser.add_argument("--safe-serialization", action=switch, default=True, help="must stay on: only safetensors")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got '{text}'")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got '{text}'")
+    return text
+
+
+def _shard_size(text: str) -> int:
+    from arcmerge.checkpoint.layout import parse_size
+
+    try:
+        return parse_size(text)
+    except ArcmergeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    from arcmerge.merging.journey import Options
+
+    for flag, note in {**_WITHOUT_EFFECT, **_VALUES_WITHOUT_EFFECT}.items():
+        if getattr(arguments, flag[2:].replace("-", "_")) not in (None, False):
+            _note(f"{flag} has no effect: {note}")
+    cuda = arguments.cuda if arguments.cuda is not None else arguments.gpu_rich
+    if cuda and arguments.device == "auto":
+        arguments.device = "cuda"
+    names = Options.__dataclass_fields__
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from arcmerge.merging.journey import merge
+
+    if not arguments.safe_serialization:
+        raise ArcmergeError("--no-safe-serialization is not supported: pickle files can run code; leave the flag out")
+    with _progress(arguments, "merging") as progress:
+        report = merge(arguments.config, arguments.out, progress=progress, warn=_warn, **_options(arguments))
+    if not arguments.quiet:
+        print(report)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from arcmerge.merging import show
+    from arcmerge.merging.journey import Options, preview
+
+    options = Options.of({**_options(arguments), "allow_nonfinite": True})
+    with _progress(arguments, "measuring") as progress:
+        prepared, grams = preview(arguments.config, options, progress=progress, warn=_warn)
+    rows = show.plan_rows(prepared.plan, grams)
+    _print_json(rows) if arguments.json else show.plan_table(prepared.plan, rows)
+    if arguments.plot:
+        from arcmerge.merging.plots import plot_curve
+
+        plot_curve(rows, arguments.plot)
+        _note(f"drew {arguments.plot}")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from arcmerge.merging import show
+    from arcmerge.merging.inspect import as_json, pairs_of
+    from arcmerge.merging.journey import Options, preview
+
+    options = Options.of({**_options(arguments), "allow_nonfinite": True})
+    with _progress(arguments, "measuring") as progress:
+        prepared, grams = preview(show.pair_recipe(arguments.a, arguments.b), options, progress=progress, warn=_warn)
+    pairs = pairs_of(prepared.plan, grams)
+    _print_json(as_json(pairs)) if arguments.json else show.inspect_table(arguments.a, arguments.b, pairs)
+    if arguments.plot:
+        from arcmerge.merging.plots import plot_angles
+
+        plot_angles(pairs, arguments.plot)
+        _note(f"drew {arguments.plot}")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from arcmerge.doctor import examine, print_findings
+
+    findings = examine()
+    _print_json(findings) if arguments.json else print_findings(findings)
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    print()
+
+
+def _note(sentence: str) -> None:
+    print(f"arcmerge: note: {sentence}", file=sys.stderr)
+
+
+def _warn(sentence: str) -> None:
+    print(f"arcmerge: warning: {sentence}", file=sys.stderr)
+
+
+@contextmanager
+def _progress(arguments: argparse.Namespace, verb: str) -> Iterator[Any]:
+    """A progress bar in bytes with rate and time to go, on standard error; nothing where no one would see it move."""
+    if arguments.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""The arithmetic of a merge on a GPU: pinned rings in, Triton kernels, pinned rings out.
+
+Every thread takes a slot: pinned host memory, device memory of the same size, and a stream on which its copies and
+kernels follow each other. While one slot copies in, another computes and a third copies out, so the slots together are
+the ring that keeps the bus busy both ways. Weights pass twice, once to be summed and once to be mixed: 8 bytes of a
+bf16 pair in and 2 out an element, which a disk of any kind is slower than.
+
+Casts and gathered rows are resolved while the staging memory is filled. What has no kernel (per-vector coefficients,
+nearswap, results that are rounded twice) is left to the CPU, which every op can fall to without changing a bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arcmerge.dtypes import F32
+from arcmerge.errors import ArcmergeError
+from arcmerge.merging.grams import Filling
+from arcmerge.merging.host import HostProcessor
+from arcmerge.merging.job import Job
+from arcmerge.merging.pieces import GRAM_ELEMENTS, Piece
+
+if TYPE_CHECKING:
+    import torch
+
+    from arcmerge.merging.alignment import RowAddresses
+
+
+class DeviceProcessor:
+    """Works on pieces of `jobs` on `device`, from as many threads at once as it has slots.
+
+    device: a torch device name. "cpu" runs the same pipeline on CPU tensors, which the Triton interpreter takes.
+    rows: for the inputs of tensors that are aligned by token, where each row lies.
+    """
+
+    def __init__(
+        self, jobs: tuple[Job, ...], rows: Mapping[tuple[int, int], RowAddresses], device: str, slots: int
+    ) -> None:
+        import torch
+
+        self._torch = torch
+        self._jobs = jobs
+        self._host = HostProcessor(jobs, rows)
+        self._dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+        # A piece at its widest, and a margin for the alignment of the many small ones that share a slot otherwise.
+        widest = 1 + max((sum(item.dtype.itemsize for item in job.inputs) + F32.itemsize for job in jobs), default=0)
+        self._slots: SimpleQueue[_Slot] = SimpleQueue()
+        for _ in range(slots):
+            self._slots.put(_Slot(torch.device(device), widest * GRAM_ELEMENTS))
+
+    def gram(self, pieces: Sequence[Piece]) -> list[NDArray[np.float64]]:
+        """As HostProcessor.gram; pieces with as many inputs go into one launch."""
+        from arcmerge.kernels.gram import gram
+
+        shares: dict[Piece, NDArray[np.float64]] = {}
+        for (k, centered, whole), alike in self._grouped(pieces).items():
+            if not whole:
+                shares.update(zip(alike, self._host.gram(alike), strict=True))
+                continue
+            with self._slot() as slot:
+                groups = [self._send(slot, piece) for piece in alike]
+                bases = None
+                if centered:
+                    places = [self._jobs[piece.job].base or 0 for piece in alike]
+                    bases = [group.pop(place) for group, place in zip(groups, places, strict=True)]
+                k -= centered
+                out = self._torch.empty((len(alike), k, k), dtype=self._torch.float64, device=slot.device)
+                gram(groups, out, bases=bases)
+                shares.update(zip(alike, out.cpu().numpy(), strict=True))
+        return [shares[piece] for piece in pieces]
+
+    def fill(self, tasks: Sequence[Filling]) -> list[int]:
+        """As HostProcessor.fill; pieces with as many inputs go into one launch."""
+        counts: dict[Piece, int] = {}
+        alike: dict[int, list[Filling]] = {}
+        for task in tasks:
+            alike.setdefault(self._kernel_inputs(task), []).append(task)
+        for k, group in alike.items():
+            done = self._fill(group) if k else self._host.fill(group)
+            counts.update(zip((task.piece for task in group), done, strict=True))
+        return [counts[task.piece] for task in tasks]
+
+    def _kernel_inputs(self, task: Filling) -> int:
+        """The number of inputs the kernel combines for a task, 0 for what is left to the CPU."""
+        job = self._jobs[task.piece.job]
+        rounded_once = job.result in (job.output.dtype, F32)
+        if job.copied or task.coefficients is None or task.coefficients.values.ndim > 1 or not rounded_once:
+            return 0
+        return len(job.inputs)
+
+    def _fill(self, tasks: Sequence[Filling]) -> list[int]:
+        from arcmerge.kernels.combine import combine
+
+        with self._slot() as slot:
+            groups = [self._send(slot, task.piece) for task in tasks]
+            dtypes = [self._dtypes[self._jobs[task.piece.job].output.dtype.name] for task in tasks]
+            outs = [slot.take(task.piece.count, dtype) for task, dtype in zip(tasks, dtypes, strict=True)]
+            values = np.stack([task.coefficients.values for task in tasks if task.coefficients is not None])
+            coefficients = self._torch.tensor(values, dtype=self._torch.float32, device=slot.device)
+            not_finite = self._torch.zeros(len(tasks), dtype=self._torch.int64, device=slot.device)
+            combine([out.device for out in outs], groups, coefficients, not_finite)
+            for out in outs:
+                out.host.copy_(out.device, non_blocking=True)
+            counts: list[int] = not_finite.tolist()  # waits for the stream
+            for task, out in zip(tasks, outs, strict=True):
+                ctypes.memmove(task.address, out.host.data_ptr(), out.host.numel() * out.host.element_size())
+            return counts
+
+    def _grouped(self, pieces: Sequence[Piece]) -> dict[tuple[int, bool, bool], list[Piece]]:
+        """Pieces by inputs, whether a base is taken off them, and whether a matrix is of the whole tensor."""
+        groups: dict[tuple[int, bool, bool], list[Piece]] = {}
+        for piece in pieces:
+            job = self._jobs[piece.job]
+            key = (len(job.inputs), job.method.centered(job.values), job.along is None)
+            groups.setdefault(key, []).append(piece)
+        return groups
+
+    def not_finite(self, number: int) -> ArcmergeError:
+        """The sentence that tells which input of a job holds NaN or infinity, and how many."""
+        return self._host.not_finite(number)
+
+    @contextmanager
+    def _slot(self) -> Iterator[_Slot]:
+        slot = self._slots.get()
+        try:
+            with slot.stream():
+                slot.clear()
+                yield slot
+        finally:
+            self._slots.put(slot)
+
+    def _send(self, slot: _Slot, piece: Piece) -> list[torch.Tensor]:
+        """The piece of every input on the device, cast and gathered."""
+        sent = []
+        for place, item in enumerate(self._jobs[piece.job].inputs):
+            staged = slot.take(piece.count, self._dtypes[item.dtype.name])
+            self._host.stage(piece, place, staged.host.data_ptr())
+            staged.device.copy_(staged.host, non_blocking=True)
+            sent.append(staged.device)
+        return sent
+
+
+class _Staged:
+    """The same stretch of a slot's memory on both sides."""
+
+    def __init__(self, host: torch.Tensor, device: torch.Tensor) -> None:
+        self.host = host
+        self.device = device
+
+
+class _Slot:
+    """Memory on both sides and a stream, for one piece at a time."""
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        import torch
+
+        self.device = device
+        cuda = device.type == "cuda"
+        self._stream: torch.cuda.Stream | None = torch.cuda.Stream(device) if cuda else None
+        self._host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=cuda)
+        self._device = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._taken = 0
+
+    def stream(self) -> AbstractContextManager[object]:
+        import torch
+
+        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+
+    def clear(self) -> None:
+        self._taken = 0
+
+    def take(self, count: int, dtype: torch.dtype) -> _Staged:
+        """The next `count` elements, 16-byte aligned on both sides."""
+        start, nbytes = self._taken, count * dtype.itemsize
+        self._taken += -(-nbytes // 256) * 256
+        host, device = (memory[start : start + nbytes].view(dtype) for memory in (self._host, self._device))
+        return _Staged(host, device)

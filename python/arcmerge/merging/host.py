@@ -1,0 +1,129 @@
+"""The arithmetic of a merge on the CPU: mapped weights in, Gram matrices and finished bytes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arcmerge import _C
+from arcmerge.dtypes import F32
+from arcmerge.errors import ArcmergeError
+from arcmerge.merging.alignment import RowAddresses
+from arcmerge.merging.grams import Filling
+from arcmerge.merging.job import Input, Job
+from arcmerge.merging.method import Coefficients
+from arcmerge.merging.pieces import Piece
+
+# A result in float32 has not been rounded yet: it is rounded once, to whatever type the file stores.
+_UNROUNDED = F32
+
+
+class HostProcessor:
+    """Works on pieces of `jobs`, from any number of threads at once.
+
+    rows: for the inputs of tensors that are aligned by token, where each row lies.
+    """
+
+    def __init__(self, jobs: tuple[Job, ...], rows: Mapping[tuple[int, int], RowAddresses]) -> None:
+        self._jobs = jobs
+        self._rows = rows
+        self._operands: dict[int, list[_C.Operand]] = {}
+
+    def operands(self, number: int) -> list[_C.Operand]:
+        """What the kernels read of a job's inputs. Shards are mapped on first use."""
+        if (operands := self._operands.get(number)) is None:
+            job = self._jobs[number]
+            operands = [self._operand(item, self._rows.get((number, place))) for place, item in enumerate(job.inputs)]
+            self._operands[number] = operands
+        return operands
+
+    def _operand(self, item: Input, rows: RowAddresses | None) -> _C.Operand:
+        cast = item.cast.native if item.cast is not None else -1
+        if rows is None:
+            return _C.Operand(item.checkpoint.address(item.info.name), item.info.dtype.native, cast)
+        return _C.Operand(0, item.info.dtype.native, cast, rows.addresses.ctypes.data, rows.columns)
+
+    def gram(self, pieces: Sequence[Piece]) -> list[NDArray[np.float64]]:
+        """Of each piece its share of its job's Gram matrix, (k, k), or all of the job's matrices, (vectors, k, k)."""
+        return [self._gram(piece) for piece in pieces]
+
+    def fill(self, tasks: Sequence[Filling]) -> list[int]:
+        """Write the result of each piece to its address; returns how many of its values are not finite."""
+        return [self._fill(task.piece, task.coefficients, task.address) for task in tasks]
+
+    def _gram(self, piece: Piece) -> NDArray[np.float64]:
+        job, operands = self._jobs[piece.job], self.operands(piece.job)
+        base = None
+        if job.method.centered(job.values) and job.base is not None:
+            base = operands[job.base]
+            operands = operands[: job.base] + operands[job.base + 1 :]
+        k = len(operands)
+        if job.along is None:
+            return np.array(_C.gram(operands, base, piece.first, piece.count)).reshape(k, k)
+        rows, columns = job.matrix
+        grams = np.empty((rows if job.along == 1 else columns, k, k))
+        _C.gram_vectors(operands, base, rows, columns, job.along, grams.ctypes.data)
+        return grams
+
+    def _fill(self, piece: Piece, coefficients: Coefficients | None, address: int) -> int:
+        job = self._jobs[piece.job]
+        if job.copied:
+            self._copy(job.inputs[0], piece, address)
+            if not job.output.dtype.mergeable:
+                return 0
+            return _C.count_nonfinite(_C.Operand(address, job.output.dtype.native), 0, piece.count)
+        if job.result in (job.output.dtype, _UNROUNDED):
+            return self._compute(job, piece, coefficients, address, job.output.dtype.native)
+        # The recipe asks for two roundings: to the type of the arithmetic, then to the type of the file.
+        rounded = np.empty(piece.count * job.result.itemsize, np.uint8)
+        self._compute(job, piece, coefficients, rounded.ctypes.data, job.result.native)
+        operand = _C.Operand(rounded.ctypes.data, job.result.native)
+        return _C.combine(address, job.output.dtype.native, [operand], [1.0], 0, piece.count)
+
+    def stage(self, piece: Piece, place: int, address: int) -> None:
+        """Write the piece of one input to `address`, cast and gathered as the arithmetic would see it."""
+        item = self._jobs[piece.job].inputs[place]
+        if item.cast is None and (piece.job, place) not in self._rows:
+            self._copy(item, piece, address)
+        else:
+            operand = self.operands(piece.job)[place]
+            _C.combine(address, item.dtype.native, [operand], [1.0], piece.first, piece.count)
+
+    def _copy(self, source: Input, piece: Piece, address: int) -> None:
+        itemsize = source.info.dtype.itemsize
+        _C.copy(address, source.checkpoint.address(source.info.name) + piece.first * itemsize, piece.count * itemsize)
+
+    def _compute(self, job: Job, piece: Piece, coefficients: Coefficients | None, address: int, dtype: int) -> int:
+        operands = self.operands(piece.job)
+        if job.constant is None and job.method.elementwise:
+            other = operands[1 - (job.base or 0)]
+            t = float(job.values.shared["t"])
+            return _C.nearswap(address, dtype, operands[job.base or 0], other, t, piece.first, piece.count)
+        if coefficients is None:
+            raise AssertionError(f"{job.output.name} is filled before its Gram matrix is known")
+        values = coefficients.values
+        if values.ndim == 1:
+            return _C.combine(address, dtype, operands, values.tolist(), piece.first, piece.count)
+        vectors = np.ascontiguousarray(values, np.float32)
+        _, columns = job.matrix
+        along = job.along if job.along is not None else 1
+        return _C.combine_vectors(
+            address, dtype, operands, vectors.ctypes.data, piece.first, piece.count, columns, along
+        )
+
+    def not_finite(self, number: int) -> ArcmergeError:
+        """The sentence that tells which input of a job holds NaN or infinity, and how many."""
+        job = self._jobs[number]
+        counts = [_C.count_nonfinite(operand, 0, job.count) for operand in self.operands(number)]
+        found = ", ".join(f"{count} in {item.model}" for count, item in zip(counts, job.inputs, strict=True) if count)
+        if not found:
+            return ArcmergeError(
+                f"{job.output.name}: finite inputs overflow {job.output.dtype.name}; "
+                "set out_dtype: bfloat16 or float32, or pass --allow-nonfinite"
+            )
+        return ArcmergeError(
+            f"{job.output.name}: weights must be finite, found NaN or infinity ({found}); "
+            "repair the checkpoint, or pass --allow-nonfinite to merge all the same"
+        )

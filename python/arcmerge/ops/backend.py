@@ -1,0 +1,123 @@
+"""Which code serves an op: the first of an ordered list that can work on the tensors' device.
+
+ARCMERGE_BACKEND names the one that must serve; if it cannot, the op raises.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from arcmerge import _C
+from arcmerge.dtypes import BY_NAME, MERGEABLE
+from arcmerge.errors import ArcmergeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MAX_OPERANDS = 8
+
+
+@dataclass(frozen=True)
+class Backend:
+    """objection: given a device type, why the backend cannot serve tensors there, or None. detail: what it runs on."""
+
+    name: str
+    objection: Callable[[str], str | None]
+    detail: Callable[[], str]
+
+
+def _against_native(device: str) -> str | None:
+    return None if device == "cpu" else f"it works on the cpu, not on {device}"
+
+
+def _against_triton(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"it works on cuda (on the cpu with TRITON_INTERPRET=1), not on {device}"
+
+
+BACKENDS = (
+    Backend("native", _against_native, lambda: f"{_C.variant()} code"),
+    Backend("triton", _against_triton, lambda: "kernels compiled on first use"),
+    Backend("reference", lambda device: None, lambda: "plain torch"),
+)
+
+
+def choose(device: str) -> Backend:
+    """The backend for tensors on a device type. Raises ArcmergeError if ARCMERGE_BACKEND names one that cannot."""
+    forced = os.environ.get("ARCMERGE_BACKEND")
+    if forced is None:
+        return next(backend for backend in BACKENDS if backend.objection(device) is None)
+    for backend in BACKENDS:
+        if backend.name == forced:
+            if objection := backend.objection(device):
+                raise ArcmergeError(f"ARCMERGE_BACKEND={forced} cannot serve: {objection}")
+            return backend
+    names = ", ".join(backend.name for backend in BACKENDS)
+    raise ArcmergeError(f"ARCMERGE_BACKEND must be one of {names}, got '{forced}'")
+
+
+def backends() -> dict[str, str]:
+    """What serves gram and combine on each kind of device, and why, in words."""
+    return {device: _explain(device) for device in ("cpu", "cuda")}
+
+
+def _explain(device: str) -> str:
+    try:
+        chosen = choose(device)
+    except ArcmergeError as error:
+        return str(error)
+    if "ARCMERGE_BACKEND" in os.environ:
+        return f"{chosen.name} ({chosen.detail()}): forced by ARCMERGE_BACKEND"
+    passed_over = [
+        f"{backend.name} not, as {backend.objection(device)}" for backend in BACKENDS[: BACKENDS.index(chosen)]
+    ]
+    return "; ".join([f"{chosen.name} ({chosen.detail()})", *passed_over])
+
+
+def require_alike(tensors: Sequence[Tensor], base: Tensor | None = None) -> None:
+    """1 to 8 tensors, and a base, of one shape and device, in bfloat16, float16 or float32; ArcmergeError if not."""
+    if not 1 <= len(tensors) <= MAX_OPERANDS:
+        raise ArcmergeError(f"'tensors' must be 1 to {MAX_OPERANDS} tensors, got {len(tensors)}")
+    named = {f"'tensors[{number}]'": tensor for number, tensor in enumerate(tensors)}
+    if base is not None:
+        named["'base'"] = base
+    first = tensors[0]
+    for name, tensor in named.items():
+        if tensor.shape != first.shape:
+            shape = tuple(first.shape)
+            raise ArcmergeError(f"{name} must have the shape of 'tensors[0]' {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != first.device:
+            raise ArcmergeError(f"{name} must be on the device of 'tensors[0]' {first.device}, got {tensor.device}")
+        require_dtype(name, tensor.dtype)
+
+
+def require_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raises ArcmergeError for a torch.dtype that no backend takes."""
+    names = [mergeable.name for mergeable in MERGEABLE]
+    if str(dtype).removeprefix("torch.") not in names:
+        raise ArcmergeError(f"{name} must be {', '.join(names[:-1])} or {names[-1]}, got {dtype}")
+
+
+def require_matrix_dim(tensor: Tensor, dim: int) -> int:
+    """`dim` as 0 or 1 of a matrix; ArcmergeError if the tensor is not one or has no such dimension."""
+    if tensor.dim() != 2 or dim not in (-2, -1, 0, 1):
+        raise ArcmergeError(f"'dim' must be 0 or 1 of matrices, got {dim} with the shape {tuple(tensor.shape)}")
+    return dim % 2
+
+
+def native_dtype(dtype: torch.dtype) -> int:
+    """The number by which the native backend knows a torch.dtype."""
+    return BY_NAME[str(dtype).removeprefix("torch.")].native
+
+
+def operand(tensor: Tensor) -> _C.Operand:
+    """A contiguous CPU tensor for the native backend, which reads it in place."""
+    return _C.Operand(tensor.data_ptr(), native_dtype(tensor.dtype))

@@ -1,0 +1,58 @@
+"""Slerp of tensors and of state dicts in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, overload
+
+from arcmerge.errors import ArcmergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Curve = float | Callable[[str], float]
+
+
+@overload
+def slerp(a: Tensor, b: Tensor, t: float, *, normalize: bool = False) -> Tensor: ...
+@overload
+def slerp(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], t: Curve, *, normalize: bool = False
+) -> dict[str, Tensor]: ...
+def slerp(
+    a: Tensor | Mapping[str, Tensor], b: Tensor | Mapping[str, Tensor], t: Curve, *, normalize: bool = False
+) -> Tensor | dict[str, Tensor]:
+    """Spherical interpolation from `a` (t = 0) to `b` (t = 1), as the merge method `slerp` has it.
+
+    a, b: tensors (*) of one shape and device, in bfloat16, float16 or float32; or mappings of names to such tensors.
+    t: not clamped; for mappings also a function of the tensor's name.
+    normalize: take the direction along the arc and the length linearly between the two lengths.
+
+    Returns new tensors of the promoted dtype, rounded once. Raises ArcmergeError for shapes, devices or names that
+    do not match.
+    """
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        if unmatched := sorted(a.keys() ^ b.keys()):
+            raise ArcmergeError(f"'b' must have the names of 'a', '{unmatched[0]}' is in one of them only")
+        return {name: _slerp(a[name], b[name], t(name) if callable(t) else t, normalize, name) for name in a}
+    if isinstance(a, Mapping) or isinstance(b, Mapping) or callable(t):
+        raise ArcmergeError("'a' and 'b' must both be tensors, with a number for t, or both be mappings of tensors")
+    return _slerp(a, b, t, normalize, "b")
+
+
+def _slerp(a: Tensor, b: Tensor, t: float, normalize: bool, name: str) -> Tensor:
+    import torch
+
+    from arcmerge.merging.method import Inputs
+    from arcmerge.merging.methods import METHODS
+    from arcmerge.ops import combine, gram
+
+    if a.shape != b.shape:
+        raise ArcmergeError(f"'{name}' must have the shape of 'a' {tuple(a.shape)}, got {tuple(b.shape)}")
+    if a.device != b.device:
+        raise ArcmergeError(f"'{name}' must be on the device of 'a' {a.device}, got {b.device}")
+    inputs = Inputs(count=2, base=0, shared={"t": float(t), "normalize": normalize})
+    method = METHODS["slerp"]
+    if (known := method.constant(inputs)) is None:
+        known = method.coefficients(gram([a, b]).numpy(force=True), inputs)
+    return combine([a, b], known.values.tolist(), out_dtype=torch.promote_types(a.dtype, b.dtype))

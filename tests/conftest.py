@@ -1,0 +1,7 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported."""
+
+import os
+from pathlib import Path
+
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,0 +1,382 @@
+"""What goes wrong in a user's hands: each broken recipe, checkpoint or call gets one sentence and changes nothing.
+
+The sentence stands on a line of its own on standard error, says which thing breaks which rule with which value, and
+what to do; the words that it must hold are in the tables. Exit code 1 is work that failed, 2 a wrong call. Neither a
+file nor a temporary one is left behind, and an older output stays as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import yaml
+
+import tiny
+from arcmerge.cli import main
+
+Recipe = dict[str, Any]
+MODELS = ("llama-a", "llama-b", "qwen2-a", "gemma-a", "gemma-b-vocabulary", "gemma-shallow", "gemma-wide")
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One case. recipe: a mapping or the text of recipe.yml; spoil: what to break in the working folder."""
+
+    words: tuple[str, ...]
+    recipe: Recipe | str | None = None
+    spoil: Callable[[], object] = lambda: None
+    call: tuple[str, ...] = ("merge", "recipe.yml", "out")
+    code: int = 1
+
+
+def recipe(**changes: Any) -> Recipe:
+    """The recipe that works, with keys replaced, or left out where the value is None."""
+    works = {
+        "merge_method": "slerp",
+        "base_model": "models/llama-a",
+        "models": [{"model": "models/llama-a"}, {"model": "models/llama-b"}],
+        "parameters": {"t": 0.3},
+        "dtype": "bfloat16",
+    }
+    return {key: value for key, value in {**works, **changes}.items() if value is not None}
+
+
+def models(*names: str, **parameters: float) -> list[Recipe]:
+    return [{"model": f"models/{name}", **({"parameters": parameters} if parameters else {})} for name in names]
+
+
+def sliced(*ranges: Any) -> Recipe:
+    """llama-a and llama-b in one slice, each with its layer_range."""
+    sources = [{"model": f"models/llama-{name}", "layer_range": r} for name, r in zip("ab", ranges, strict=True)]
+    return recipe(models=None, slices=[{"sources": sources}])
+
+
+def of_gemma(partner: str, **changes: Any) -> Recipe:
+    return recipe(base_model="models/gemma-a", models=models("gemma-a", partner), **changes)
+
+
+def three(method: str, base: str | None = "models/llama-a", **parameters: float) -> Recipe:
+    of_three = models("llama-a", "llama-b", "llama-c", **parameters)
+    return recipe(merge_method=method, base_model=base, models=of_three)
+
+
+RECIPES = {
+    "empty": Bad(("recipe", "merge_method"), ""),
+    "no-yaml": Bad(("YAML", "line 1"), "merge_method: [slerp"),
+    "a-list": Bad(("recipe", "mapping"), "- slerp"),
+    "two-documents": Bad(("YAML", "one"), "merge_method: slerp\n---\nmerge_method: linear\n"),
+    "key-twice": Bad(("dtype", "twice"), yaml.safe_dump(recipe()) + "dtype: float32\n"),
+    "no-method": Bad(("merge_method",), recipe(merge_method=None)),
+    "method-misspelt": Bad(("slrep", "'slerp'"), recipe(merge_method="slrep")),
+    "method-not-supported": Bad(("ties", "slerp", "linear"), recipe(merge_method="ties")),
+    "nothing-to-merge": Bad(("models", "slices", "modules"), recipe(models=None)),
+    "models-and-slices": Bad(("models", "slices"), {**sliced([0, 3], [0, 3]), "models": models("llama-a", "llama-b")}),
+    "no-models-listed": Bad(("models",), recipe(models=[])),
+    "model-left-out": Bad(("models[1]", "model"), recipe(models=[{"model": "models/llama-a"}, {"weight": 1}])),
+    "model-is-a-number": Bad(("models[1]", "7"), recipe(models=[{"model": "models/llama-a"}, {"model": 7}])),
+    "slerp-of-three": Bad(("slerp", "1", "2"), three("slerp")),
+    "no-base": Bad(("slerp", "base_model"), recipe(base_model=None)),
+    "base-not-in-slice": Bad(("base_model", "llama-c"), {**sliced([0, 3], [0, 3]), "base_model": "models/llama-c"}),
+    "t-missing": Bad(("`t`",), recipe(parameters=None)),
+    "t-without-fallback": Bad(("`t`", tiny.EMBEDDING), recipe(parameters={"t": [{"filter": "mlp", "value": 0.5}]})),
+    "t-under-a-model": Bad(("`t`",), recipe(parameters=None, models=models("llama-a", "llama-b", t=0.3))),
+    "t-is-a-word": Bad(("parameters.t", "half"), recipe(parameters={"t": "half"})),
+    "t-is-null": Bad(("parameters.t",), "\n".join([yaml.safe_dump(recipe(parameters=None)), "parameters: {t: null}"])),
+    "t-is-empty": Bad(("parameters.t",), recipe(parameters={"t": []})),
+    "t-is-nan": Bad(("parameters.t", "nan"), recipe(parameters={"t": float("nan")})),
+    "gradient-with-a-word": Bad(("parameters.t", "high"), recipe(parameters={"t": [0, "high", 1]})),
+    "filter-without-value": Bad(("parameters.t", "value"), recipe(parameters={"t": [{"filter": "mlp"}]})),
+    "dtype-unknown": Bad(("dtype", "bf16", "bfloat16"), recipe(dtype="bf16")),
+    "dtype-not-mergeable": Bad(("dtype", "int8", "bfloat16"), recipe(dtype="int8")),
+    "out-dtype-unknown": Bad(("out_dtype", "fp8", "bfloat16"), recipe(out_dtype="fp8")),
+    "layers-beyond-depth": Bad(("layer_range", "9", "3"), sliced([0, 9], [0, 9])),
+    "layers-backwards": Bad(("layer_range", "2", "1"), sliced([2, 1], [2, 1])),
+    "layers-negative": Bad(("layer_range", "-1"), sliced([-1, 2], [-1, 2])),
+    "layers-of-one-number": Bad(("layer_range",), sliced([3], [3])),
+    "layers-in-words": Bad(("layer_range", "all"), sliced("all", "all")),
+    "layers-left-out": Bad(("layer_range",), recipe(models=None, slices=[{"sources": models("llama-a", "llama-b")}])),
+    "slices-of-unequal-length": Bad(("2", "3"), sliced([0, 3], [0, 2])),
+    "slice-without-sources": Bad(("sources",), recipe(models=None, slices=[{"layer_range": [0, 3]}])),
+    "unknown-module": Bad(
+        ("vision", "default"), recipe(models=None, modules={"vision": {"models": models("llama-a")}})
+    ),
+    "two-tokenizer-settings": Bad(
+        ("tokenizer", "tokenizer_source"), recipe(tokenizer_source="base", tokenizer={"source": "union"})
+    ),
+    "tokenizer-of-nobody": Bad(("./absent",), recipe(tokenizer_source="./absent")),
+    "token-of-nobody": Bad(
+        ("<bos>", "./absent"),
+        recipe(tokenizer={"source": "base", "tokens": {"<bos>": {"source": "./absent", "force": True}}}),
+    ),
+    "token-source-unknown": Bad(
+        ("<bos>", "kind"), recipe(tokenizer={"source": "base", "tokens": {"<bos>": {"source": {"kind": "mean"}}}})
+    ),
+    "padding-of-nothing": Bad(
+        ("pad_to_multiple_of", "0"), recipe(tokenizer={"source": "base", "pad_to_multiple_of": 0})
+    ),
+    "chat-template-unknown": Bad(("chat_template", "gemmma", "chatml"), recipe(chat_template="gemmma")),
+    "weight-missing": Bad(("`weight`",), recipe(merge_method="linear")),
+    "weights-add-up-to-zero": Bad(
+        ("normalize", "0"),
+        recipe(merge_method="linear", models=models("llama-a", weight=1) + models("llama-b", weight=-1)),
+    ),
+    "model-stock-of-two": Bad(("model_stock", "2"), recipe(merge_method="model_stock", parameters=None)),
+    "nearswap-of-three": Bad(("nearswap", "1", "2"), three("nearswap")),
+    "nuslerp-of-three": Bad(("nuslerp", "3"), three("nuslerp", base=None, weight=1)),
+    "passthrough-of-two": Bad(("passthrough", "2"), recipe(merge_method="passthrough", base_model=None)),
+    "lora-adapter": Bad(
+        ("LoRA", "models/llama-b+some/adapter"), recipe(models=models("llama-a", "llama-b+some/adapter"))
+    ),
+}
+
+
+def edit_config(change: Callable[[Recipe], object], model: str = "llama-b") -> Callable[[], None]:
+    def spoil() -> None:
+        path = Path("models", model, "config.json")
+        config = json.loads(path.read_text())
+        change(config)
+        path.write_text(json.dumps(config))
+
+    return spoil
+
+
+def edit_header(change: Callable[[Recipe], object]) -> Callable[[], None]:
+    """Change the header of llama-b's safetensors and leave its data."""
+
+    def spoil() -> None:
+        blob = WEIGHTS.read_bytes()
+        end = 8 + int.from_bytes(blob[:8], "little")
+        header = json.loads(blob[8:end])
+        change(header)
+        tiny.write_raw_safetensors(WEIGHTS, header, blob[end:])
+
+    return spoil
+
+
+def edit_tensors(change: Callable[[tiny.Weights], object], dtype: str = "BF16") -> Callable[[], None]:
+    """Write llama-b anew with other tensors."""
+
+    def spoil() -> None:
+        tensors = tiny.MODELS["llama-b"].weights()
+        change(tensors)
+        tiny.write_safetensors(WEIGHTS, tensors, dtype)
+
+    return spoil
+
+
+def replace_weights(content: bytes, name: str = "model.safetensors") -> Callable[[], None]:
+    def spoil() -> None:
+        WEIGHTS.unlink()
+        (WEIGHTS.parent / name).write_bytes(content)
+
+    return spoil
+
+
+def write_index(weight_map: dict[str, str]) -> Callable[[], object]:
+    def spoil() -> None:
+        WEIGHTS.rename(WEIGHTS.parent / "model-00001-of-00002.safetensors")
+        (WEIGHTS.parent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return spoil
+
+
+WEIGHTS = Path("models/llama-b/model.safetensors")
+SHARD = "model-00001-of-00002.safetensors"
+
+CHECKPOINTS = {
+    "no-such-folder": Bad(("./absent",), recipe(models=[*models("llama-a"), {"model": "./absent"}])),
+    "hub-name-offline": Bad(("nobody/nothing",), recipe(models=[*models("llama-a"), {"model": "nobody/nothing"}])),
+    "model-is-a-file": Bad(("notes.txt", "folder"), recipe(models=[*models("llama-a"), {"model": "notes.txt"}])),
+    "no-config": Bad(("llama-b", "config.json"), spoil=lambda: Path("models/llama-b/config.json").unlink()),
+    "config-no-json": Bad(("config.json", "JSON"), spoil=lambda: Path("models/llama-b/config.json").write_text("{")),
+    "config-claims-more-layers": Bad(
+        ("llama-a", "num_hidden_layers", "4", "3"),
+        spoil=lambda: [edit_config(lambda config: config.update(num_hidden_layers=4), f"llama-{x}")() for x in "ab"],
+    ),
+    "quantised": Bad(
+        ("llama-b", "quantised"),
+        spoil=edit_config(lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"})),
+    ),
+    "no-weights": Bad(("llama-b", "safetensors"), spoil=WEIGHTS.unlink),
+    "pickled-weights": Bad(("llama-b", ".bin", "pickle"), spoil=replace_weights(b"...", "pytorch_model.bin")),
+    "gguf-only": Bad(("llama-b", "safetensors"), spoil=replace_weights(b"GGUF", "model.gguf")),
+    "empty-file": Bad((str(WEIGHTS), "0"), spoil=replace_weights(b"")),
+    "cut-off": Bad((str(WEIGHTS), "truncated"), spoil=lambda: os.truncate(WEIGHTS, WEIGHTS.stat().st_size - 100)),
+    "cut-off-in-header": Bad((str(WEIGHTS), "truncated"), spoil=lambda: os.truncate(WEIGHTS, 500)),
+    "bytes-behind-the-end": Bad((str(WEIGHTS), "10"), spoil=lambda: os.truncate(WEIGHTS, WEIGHTS.stat().st_size + 10)),
+    "not-safetensors": Bad((str(WEIGHTS), "safetensors"), spoil=replace_weights(b"\xff" * 64)),
+    "header-no-json": Bad((str(WEIGHTS), "JSON"), spoil=replace_weights((8).to_bytes(8, "little") + b"{{{{{{{{")),
+    "lfs-pointer": Bad(
+        (str(WEIGHTS), "LFS"), spoil=replace_weights(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    ),
+    "header-dtype-unknown": Bad((WEIGHT, "F4"), spoil=edit_header(lambda header: header[WEIGHT].update(dtype="F4"))),
+    "header-shape-and-bytes": Bad(
+        (WEIGHT, "[64, 31]"), spoil=edit_header(lambda header: header[WEIGHT].update(shape=[64, 31]))
+    ),
+    "header-overlap": Bad(
+        (WEIGHT, "overlaps"),
+        spoil=edit_header(lambda header: header[WEIGHT].update(data_offsets=[0, 4096])),
+    ),
+    "index-names-absent-shard": Bad(
+        ("llama-b", "model-00002-of-00002.safetensors"),
+        spoil=write_index({tiny.EMBEDDING: SHARD, WEIGHT: "model-00002-of-00002.safetensors"}),
+    ),
+    "index-names-absent-tensor": Bad(("llama-b", "model.lost"), spoil=write_index({"model.lost": SHARD})),
+    "index-leaves-the-folder": Bad(("index.json", "../"), spoil=write_index({WEIGHT: "../model.safetensors"})),
+    "index-no-json": Bad(
+        ("index.json", "JSON"),
+        spoil=lambda: Path("models/llama-b/model.safetensors.index.json").write_text("weights"),
+    ),
+    "tensor-missing": Bad(("llama-b", WEIGHT), spoil=edit_tensors(lambda tensors: tensors.pop(WEIGHT))),
+    "embedding-missing": Bad(("llama-b", tiny.EMBEDDING), spoil=edit_tensors(lambda t: t.pop(tiny.EMBEDDING))),
+    "shapes-differ": Bad((WEIGHT, "64", "63"), spoil=edit_tensors(lambda t: t.update({WEIGHT: t[WEIGHT][:63]}))),
+    "sizes-differ": Bad(("gemma-wide", "32", "48"), of_gemma("gemma-wide")),
+    "vocabularies-differ": Bad(("320", "336", "tokenizer"), of_gemma("gemma-b-vocabulary")),
+    "depths-differ": Bad(("gemma-shallow", "6", "4"), of_gemma("gemma-shallow")),
+    "architectures-differ": Bad(
+        ("LlamaForCausalLM", "Qwen2ForCausalLM", "--allow-crimes"), recipe(models=models("llama-a", "qwen2-a"))
+    ),
+    "integers": Bad((WEIGHT, "int16"), spoil=edit_header(lambda header: header[WEIGHT].update(dtype="I16"))),
+    "nan": Bad((WEIGHT, "--allow-nonfinite"), spoil=edit_tensors(lambda t: t[WEIGHT].fill(float("nan")))),
+    "infinity": Bad((WEIGHT, "--allow-nonfinite"), spoil=edit_tensors(lambda t: t[WEIGHT].fill(float("-inf")))),
+    "overflow-of-float16": Bad(
+        (WEIGHT, "float16"), recipe(out_dtype="float16"), edit_tensors(lambda t: t[WEIGHT].fill(1e6))
+    ),
+    "no-tokenizer-to-align": Bad(
+        ("llama-a", "tokenizer.json"),
+        recipe(tokenizer_source="base"),
+        lambda: Path("models/llama-a/tokenizer.json").unlink(),
+    ),
+    "tokenizer-no-json": Bad(
+        ("llama-a", "tokenizer.json"),
+        recipe(tokenizer_source="union"),
+        lambda: Path("models/llama-a/tokenizer.json").write_text("{"),
+    ),
+}
+
+CALLS = {
+    "no-command": Bad(("COMMAND",), call=(), code=2),
+    "command-unknown": Bad(("'mrege'", "merge"), call=("mrege", "recipe.yml", "out"), code=2),
+    "flag-unknown": Bad(("--fast",), call=("merge", "recipe.yml", "out", "--fast"), code=2),
+    "out-left-out": Bad(("OUT",), call=("merge", "recipe.yml"), code=2),
+    "one-argument-too-many": Bad(("more",), call=("merge", "recipe.yml", "out", "more"), code=2),
+    "threads-in-words": Bad(("--num-threads", "'two'"), call=("merge", "recipe.yml", "out", "-j", "two"), code=2),
+    "no-threads": Bad(("--num-threads", "'0'"), call=("merge", "recipe.yml", "out", "-j", "0"), code=2),
+    "shard-size-in-words": Bad(
+        ("shard", "'much'", "5B"), call=("merge", "recipe.yml", "out", "--out-shard-size", "much"), code=2
+    ),
+    "device-unknown": Bad(("device", "'tpu'", "cuda"), call=("merge", "recipe.yml", "out", "--device", "tpu"), code=2),
+    "device-absent": Bad(("cuda:99",), call=("merge", "recipe.yml", "out", "--device", "cuda:99")),
+    "pickle-wanted": Bad(("--no-safe-serialization",), call=("merge", "recipe.yml", "out", "--no-safe-serialization")),
+    "recipe-absent": Bad(("absent.yml",), call=("merge", "absent.yml", "out")),
+    "recipe-is-a-folder": Bad(("models",), call=("merge", "models", "out")),
+    "recipe-is-no-text": Bad((str(WEIGHTS), "UTF-8"), call=("merge", str(WEIGHTS), "out")),
+    "out-is-a-file": Bad(("notes.txt",), call=("merge", "recipe.yml", "notes.txt")),
+    "out-is-a-parent": Bad(("models/llama-a",), call=("merge", "recipe.yml", "models/llama-a")),
+    "out-holds-parents": Bad(("models",), call=("merge", "recipe.yml", "models")),
+    "out-under-a-file": Bad(("notes.txt",), call=("merge", "recipe.yml", "notes.txt/out")),
+    "out-holds-other-things": Bad(("other", "no model"), call=("merge", "recipe.yml", "other")),
+    "plan-of-nothing": Bad(("absent.yml",), call=("plan", "absent.yml")),
+    "inspect-one": Bad(("B",), call=("inspect", "models/llama-a"), code=2),
+    "inspect-nothing": Bad(("./absent",), call=("inspect", "models/llama-a", "./absent")),
+}
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with models, an older output, a file and a folder that has nothing to do with models."""
+    folder = tmp_path_factory.mktemp("pristine")
+    for name in MODELS:
+        tiny.make(name, folder / "models")
+    shutil.copytree(folder / "models" / "llama-b", folder / "models" / "llama-c")
+    shutil.copytree(folder / "models" / "llama-b", folder / "older")
+    (folder / "notes.txt").write_text("not a folder")
+    (folder / "other").mkdir()
+    (folder / "other" / "diary.txt").write_text("not to be lost")
+    return folder
+
+
+@pytest.fixture
+def workplace(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it as the current folder, with no network."""
+    shutil.copytree(pristine, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "work"
+
+
+def _write_recipe(content: Recipe | str | None) -> None:
+    text = content if isinstance(content, str) else yaml.safe_dump(content or recipe())
+    Path("recipe.yml").write_text(text)
+
+
+def _contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every path below with its time of change and content."""
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in folder.rglob("*")
+    }
+
+
+def test_the_unbroken_call_works(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write_recipe(None)
+    assert main(["merge", "recipe.yml", "out"]) == 0, capsys.readouterr().err
+    assert (workplace / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("over", ["nothing", "an-older-output"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param(bad, id=f"{table}-{name}")
+        for table, cases in {"recipe": RECIPES, "checkpoint": CHECKPOINTS, "call": CALLS}.items()
+        for name, bad in cases.items()
+    ],
+)
+def test_one_sentence_and_nothing_changed(
+    bad: Bad, over: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_recipe(bad.recipe)
+    if over == "an-older-output":
+        Path("older").rename("out")
+    bad.spoil()
+    before = _contents(workplace)
+    assert main(list(bad.call)) == bad.code
+    output = capsys.readouterr()
+    assert output.out == ""
+    problems = [line for line in output.err.splitlines() if not line.startswith("arcmerge: warning: ")]
+    assert 1 <= len(problems) <= 2, output.err  # two where both sources of a slice break the rule
+    assert all(word in problems[0] for word in bad.words), problems[0]
+    assert problems[0].startswith("arcmerge: ")
+    assert "Traceback" not in output.err
+    assert _contents(workplace) == before
+
+
+def test_the_process_ends_like_the_function(workplace: Path) -> None:
+    _write_recipe(recipe(merge_method="slrep"))
+    for arguments, code in ((["merge", "recipe.yml", "out"], 1), (["merge", "recipe.yml"], 2)):
+        ended = subprocess.run([sys.executable, "-m", "arcmerge", *arguments], capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout) == (code, "")
+        assert ended.stderr.startswith("arcmerge: ")
+        assert ended.stderr.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_debug_shows_where(workplace: Path) -> None:
+    _write_recipe(recipe(merge_method="slrep"))
+    call = [sys.executable, "-m", "arcmerge", "merge", "recipe.yml", "out", "--debug"]
+    ended = subprocess.run(call, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr

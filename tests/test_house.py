@@ -1,0 +1,190 @@
+"""The design, checked: who imports whom, what a start loads, how long a file may be, one command for all tests."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import arcmerge
+import tiny
+from arcmerge import _C
+
+HOUSE = Path(__file__).resolve().parent.parent
+PACKAGE = HOUSE / "python" / "arcmerge"
+README = HOUSE / "README.md"
+HEAVY = {"torch", "triton", "transformers"}
+
+# The rooms that a room may import from, beside itself and the shared notions.
+SHARED = {"arcmerge.dtypes", "arcmerge.errors"}
+BELOW = {
+    "checkpoint": set(),
+    "kernels": set(),
+    "ops": {"arcmerge.kernels", "arcmerge._C"},
+    "merging": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.kernels", "arcmerge._C"},
+}
+LONGEST_FILE = 400
+LARGEST_PRODUCT = 8000
+START_SECONDS = 0.3
+
+
+def sources(*rooms: str) -> list[Path]:
+    """Python and C++ files, those of kernels/ once although two paths lead to them."""
+    files = [path for room in rooms for path in (HOUSE / room).rglob("*")]
+    link = PACKAGE / "kernels"
+    return sorted(path for path in files if path.suffix in {".py", ".cpp", ".h"} and link not in path.parents)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file of the package imports, at its top or inside a function."""
+    package = ".".join(["arcmerge", *path.relative_to(PACKAGE).parts[:-1]])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            # `from arcmerge import _C` names a module, `from arcmerge.merging.plan import Plan` comes from one.
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "arcmerge" else {module}
+    return found
+
+
+def within(module: str, *parents: str) -> bool:
+    return any(module == parent or module.startswith(f"{parent}.") for parent in parents)
+
+
+def run_python(code: str, *arguments: str, folder: Path = HOUSE) -> str:
+    """What a fresh interpreter prints."""
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+# ---- who imports whom
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_a_room_imports_only_rooms_below_it(room):
+    files = sorted((PACKAGE / room).glob("*.py"))
+    allowed = {f"arcmerge.{room}", *BELOW[room], *SHARED}
+    assert files
+    assert not [
+        f"{file.name} imports {module}"
+        for file in files
+        for module in sorted(imports(file))
+        if within(module, "arcmerge") and not within(module, *allowed)
+    ]
+
+
+def test_only_the_entry_point_imports_the_command_line():
+    files = [path for path in sources("python") if "arcmerge.cli" in imports(path)]
+    assert [path.name for path in files] == ["__main__.py"]
+
+
+def test_checkpoints_know_no_torch():
+    files = sorted((PACKAGE / "checkpoint").glob("*.py"))
+    assert not [file.name for file in files if any(within(module, *HEAVY) for module in imports(file))]
+
+
+def test_kernels_import_torch_and_triton_alone():
+    modules = {module for file in (PACKAGE / "kernels").glob("*.py") for module in imports(file)}
+    ours = {module for module in modules if within(module, "torch", "triton", "arcmerge.kernels")}
+    assert "triton.language" in ours
+    assert {module.split(".")[0] for module in modules - ours} <= sys.stdlib_module_names
+
+
+def test_native_code_knows_neither_python_nor_torch():
+    for path in sources("csrc"):
+        included = re.findall(r"#\s*include\s*[<\"]([^>\"]+)", path.read_text())
+        foreign = [name for name in included if re.match(r"pybind11|Python\.h|torch|ATen|c10|cuda", name)]
+        assert not foreign or path.name == "bind.cpp", f"{path.name} includes {foreign}"
+
+
+def test_kernels_is_one_folder_with_two_paths_and_no_package():
+    assert os.readlink(PACKAGE / "kernels") == "../../kernels"
+    # With an __init__.py it would shadow the `kernels` package that transformers imports.
+    assert not (HOUSE / "kernels" / "__init__.py").exists()
+
+
+# ---- what a start loads
+
+
+@pytest.mark.parametrize("module", ["arcmerge", "arcmerge.cli", "arcmerge.merging.journey"])
+def test_importing_loads_nothing_heavy(module):
+    loaded = run_python(f"import sys, {module}; print(*sys.modules)").split()
+    assert module in loaded
+    assert not HEAVY & set(loaded)
+
+
+def test_a_merge_on_the_cpu_loads_nothing_heavy(tmp_path):
+    for name in ("gemma-a", "gemma-b"):
+        tiny.make(name, tmp_path)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"models: [{{model: {tmp_path}/gemma-a}}, {{model: {tmp_path}/gemma-b}}]\n"
+        f"merge_method: slerp\nbase_model: {tmp_path}/gemma-a\nparameters: {{t: 0.5}}\n"
+    )
+    code = "import sys; from arcmerge.cli import main; code = main(sys.argv[1:]); print(code, *sys.modules)"
+    code, *loaded = run_python(code, "merge", str(recipe), str(tmp_path / "out"), "--device", "cpu", "-q").split()
+    assert code == "0"
+    assert "numpy" in loaded
+    assert not HEAVY & set(loaded)
+
+
+def test_the_command_starts_in_less_than_three_tenths_of_a_second():
+    def start() -> float:
+        """CPU seconds: all that a start takes on an idle machine, and no more on a busy one."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run_python("import arcmerge.cli, arcmerge.merging.journey")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(start() for _ in range(5)) < START_SECONDS
+
+
+# ---- one place for each fact
+
+
+def test_the_stub_names_what_the_extension_has():
+    stub = ast.parse((PACKAGE / "_C.pyi").read_text())
+    named = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert named == {name for name in dir(_C) if not name.startswith("_")}
+
+
+def test_the_version_is_the_same_in_code_and_distribution():
+    assert f'version = "{arcmerge.__version__}"' in (HOUSE / "pyproject.toml").read_text()
+
+
+def test_continuous_integration_runs_the_test_command_of_the_readme():
+    (command,) = re.findall(r"^(make \w+) +# all tests$", README.read_text(), re.MULTILINE)
+    assert (HOUSE / ".ci" / "run").read_text().splitlines()[-2:] == ["make lint", command]
+
+
+# ---- the shape of files
+
+
+def test_only_the_command_line_prints():
+    printing = [
+        path.name
+        for path in sources("python", "kernels")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert set(printing) <= {"cli.py"}
+
+
+def test_no_file_is_too_long_to_read_in_one_go():
+    files = sources("python", "kernels", "csrc", "tests", "benchmarks", "examples")
+    lengths = {str(path.relative_to(HOUSE)): len(path.read_text().splitlines()) for path in files}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
+
+
+def test_the_product_is_small_enough_to_know():
+    assert sum(len(path.read_text().splitlines()) for path in sources("python", "kernels", "csrc")) <= LARGEST_PRODUCT

@@ -1,0 +1,318 @@
+"""The Triton kernels: on a GPU if there is one, else in the interpreter; and compiled for GPUs that are not there.
+
+Every launch serves many groups, as in a merge: the interpreter takes milliseconds a program, whatever its size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from arcmerge.kernels import segments
+from arcmerge.kernels.combine import combine
+from arcmerge.kernels.gram import gram
+from arcmerge.kernels.segments import SEGMENT
+from emulation.rounding import nearest_even, round_to_bfloat16, widen
+from emulation.traffic import Traffic
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="looks inside the interpreter")
+
+# Round the ends of 16-byte vectors, of the tiles of both kernels, and of a segment.
+EDGES = (512, 1024, 2048, 4096, SEGMENT, SEGMENT + 2048)
+COUNTS = (*range(18), *(edge + step for edge in EDGES for step in (-9, -8, -7, -1, 0, 1, 7, 8, 9)))
+FEW_COUNTS = (0, 1, 7, 8, 9, 511, 512, 1025, 2048, 2061, SEGMENT + 9)
+
+MIXES = {
+    **{f"{k} bf16": [BF16] * k for k in range(1, 9)},
+    "2 f16": [F16] * 2,
+    "2 f32": [F32] * 2,
+    "8 f32": [F32] * 8,
+    "bf16 and f16": [BF16, F16],
+    "f32 and bf16": [F32, BF16],
+    "all, thrice": [BF16, F16, F32, BF16, F16, F32, BF16, F16],
+}
+
+
+@pytest.fixture
+def random() -> torch.Generator:
+    return torch.Generator().manual_seed(20)
+
+
+class Guarded:
+    """A tensor `skipped` elements past a 16-byte boundary, between guards that no kernel may read or write."""
+
+    def __init__(self, values: Tensor, skipped: int = 0) -> None:
+        room = 64 + skipped
+        # NaN: an element that is read by mistake shows in a Gram matrix.
+        self._buffer = torch.full((room + values.numel() + 64,), float("nan"), dtype=values.dtype, device=DEVICE)
+        self._last = room + values.numel()
+        self._first = room
+        self.tensor = self._buffer[room : self._last]
+        self.tensor.copy_(values)
+        assert self._buffer.data_ptr() % 16 == 0
+
+    def assert_guards_whole(self) -> None:
+        assert self._buffer[: self._first].isnan().all()
+        assert self._buffer[self._last :].isnan().all()
+
+
+def random_groups(
+    counts: Sequence[int], dtypes: Sequence[torch.dtype], random: torch.Generator, skipped: Sequence[int] | None = None
+) -> list[list[Tensor]]:
+    """A group for each count. Neighbours are far apart in magnitude and alike in sign, as bad for sums as it gets."""
+
+    def values(count: int, dtype: torch.dtype) -> Tensor:
+        spread = torch.exp2(-6 * torch.rand(count, generator=random))
+        return ((0.1 + torch.randn(count, generator=random)) * spread).to(dtype)
+
+    skipped = skipped or [0] * len(dtypes)
+    return [
+        [Guarded(values(count, dtype), skip).tensor for dtype, skip in zip(dtypes, skipped, strict=True)]
+        for count in counts
+    ]
+
+
+def exact_gram(group: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+    values = [tensor.double() if base is None else (tensor.float() - base.float()).double() for tensor in group]
+    stacked = torch.stack(values)
+    return stacked @ stacked.T
+
+
+def assert_gram(groups: Sequence[Sequence[Tensor]], bases: Sequence[Tensor] | None = None) -> None:
+    k = len(groups[0])
+    out = torch.full((len(groups), k, k), float("nan"), dtype=torch.float64, device=DEVICE)
+    gram(groups, out, bases=bases)
+    for number, group in enumerate(groups):
+        exact = exact_gram(group, None if bases is None else bases[number])
+        lengths = exact.diagonal().sqrt()
+        # The contract. In truth the error is near 1e-16, for any count: what float32 sums lose is added again.
+        assert ((out[number] - exact).abs() <= 1e-9 * lengths[:, None] * lengths).all(), (
+            f"{group[0].numel()} elements: {out[number].tolist()} instead of {exact.tolist()}"
+        )
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_gram_of_every_tail(mix: str, random: torch.Generator) -> None:
+    counts = COUNTS if mix in ("2 bf16", "2 f32") else FEW_COUNTS
+    assert_gram(random_groups(counts, MIXES[mix], random))
+
+
+@pytest.mark.parametrize("skipped", list(product((0, 1, 3, 4, 8), (0, 1, 7, 8))), ids=str)
+def test_gram_of_any_alignment(skipped: tuple[int, int], random: torch.Generator) -> None:
+    assert_gram(random_groups((1, 2061, 4096), [BF16, BF16], random, skipped))
+
+
+@pytest.mark.parametrize("base", [BF16, F32], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+def test_gram_of_differences(k: int, base: torch.dtype, random: torch.Generator) -> None:
+    groups = random_groups((1, 9, 2061), [BF16] * k + [base], random)
+    assert_gram([group[:k] for group in groups], [group[k] for group in groups])
+
+
+def test_gram_keeps_what_float32_sums_lose() -> None:
+    # 1 + 2^-24 is 1 in float32.
+    assert_gram([[Guarded(torch.tensor([1.0, 2.0**-12]).repeat(2048).to(BF16)).tensor]])
+
+
+def test_gram_of_more_segments_than_a_step_of_the_second_stage(
+    random: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "SEGMENT", 16)  # 32 segments of eight inputs are a step
+    assert_gram(random_groups((65 * 16 + 5, 3), [BF16] * 8, random))
+
+
+def test_gram_of_groups_of_several_dtypes(random: torch.Generator) -> None:
+    mixes = ([BF16, BF16], [F32, BF16], [BF16, BF16], [F16, F16], [F32, BF16])
+    assert_gram(
+        [random_groups((count,), dtypes, random)[0] for count, dtypes in zip((7, 40, 0, 2048, 9), mixes, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("columns", [1, 9, 16])
+def test_gram_of_rows(columns: int, random: torch.Generator) -> None:
+    groups = random_groups((5 * columns, 5 * columns), [BF16, F32], random)
+    out = torch.full((10, 2, 2), float("nan"), dtype=torch.float64, device=DEVICE)
+    gram(groups, out, rows=5)
+    by_row = [exact_gram([tensor.view(5, columns)[row] for tensor in group]) for group in groups for row in range(5)]
+    torch.testing.assert_close(out, torch.stack(by_row), rtol=1e-12, atol=0)
+
+
+def test_gram_is_the_same_alone_and_in_company(random: torch.Generator) -> None:
+    groups = random_groups((5000, 70000, 3), [BF16, BF16], random)
+    together = torch.empty(3, 2, 2, dtype=torch.float64, device=DEVICE)
+    gram(groups, together)
+    alone = torch.empty(1, 2, 2, dtype=torch.float64, device=DEVICE)
+    gram(groups[1:2], alone)
+    assert torch.equal(alone[0], together[1])
+
+
+def reference(group: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """The contract of combine in torch, before its last rounding."""
+    total = group[0].float() * coefficients[0]
+    for tensor, coefficient in zip(group[1:], coefficients[1:], strict=True):
+        total = total + tensor.float() * coefficient
+    return total
+
+
+def run_combine(
+    groups: Sequence[Sequence[Tensor]], out: torch.dtype, random: torch.Generator, skipped: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(output, exact float32 total) of each group."""
+    coefficients = torch.randn(len(groups), len(groups[0]), generator=random).to(DEVICE)
+    nonfinite = torch.zeros(len(groups), dtype=torch.int64, device=DEVICE)
+    guarded = [Guarded(torch.full((group[0].numel(),), float("nan"), dtype=out), skipped) for group in groups]
+    combine([output.tensor for output in guarded], groups, coefficients, nonfinite)
+    assert not nonfinite.any()
+    for output, group, row in zip(guarded, groups, coefficients, strict=True):
+        output.assert_guards_whole()
+        yield output.tensor, reference(group, row)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_combine_has_the_bits_of_the_reference(mix: str, random: torch.Generator) -> None:
+    counts = COUNTS if mix in ("2 bf16", "2 f32") else FEW_COUNTS
+    for output, total in run_combine(random_groups(counts, MIXES[mix], random), F32, random):
+        assert torch.equal(output, total)
+
+
+@pytest.mark.parametrize("skipped", list(product((0, 1, 4), (0, 1, 8), range(9))), ids=str)
+def test_combine_of_any_alignment(skipped: tuple[int, int, int], random: torch.Generator) -> None:
+    groups = random_groups((1, 2061), [BF16, F32], random, skipped[:2])
+    for output, total in run_combine(groups, F16, random, skipped[2]):
+        assert torch.equal(output, total.to(F16))
+
+
+@pytest.mark.parametrize("mix", ["1 bf16", "2 bf16", "8 bf16", "2 f32", "bf16 and f16"])
+def test_combine_rounds_to_nearest_even(mix: str, random: torch.Generator) -> None:
+    with nearest_even() if DEVICE == "cpu" else nullcontext():
+        for output, total in run_combine(random_groups(FEW_COUNTS, MIXES[mix], random), BF16, random):
+            assert torch.equal(output, total.to(BF16))
+
+
+@interpreted
+def test_combine_in_the_interpreter_as_it_comes_is_within_an_ulp(random: torch.Generator) -> None:
+    # It cuts where a GPU rounds; codes of bfloat16 of one sign are ordered as their values.
+    for output, total in run_combine(random_groups(FEW_COUNTS, MIXES["2 bf16"], random), BF16, random):
+        ulps = total.to(BF16).view(torch.int16).int() - output.view(torch.int16).int()
+        assert ((ulps == 0) | (ulps == 1)).all()
+
+
+def test_combine_of_rows_and_of_several_dtypes(random: torch.Generator) -> None:
+    groups = [random_groups((15,), dtypes, random)[0] for dtypes in ([BF16, BF16], [F32, F16], [BF16, BF16])]
+    outs = [torch.empty(15, device=DEVICE) for _ in groups]
+    coefficients = torch.randn(9, 2, generator=random).to(DEVICE)
+    combine(outs, groups, coefficients, torch.zeros(9, dtype=torch.int64, device=DEVICE), rows=3)
+    for number, (group, out) in enumerate(zip(groups, outs, strict=True)):
+        for row in range(3):
+            rows = [tensor.view(3, 5)[row] for tensor in group]
+            assert torch.equal(out.view(3, 5)[row], reference(rows, coefficients[3 * number + row]))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the overflows that are the test
+def test_combine_counts_values_that_are_not_finite() -> None:
+    def tensor(count: int, **changed: float) -> Tensor:
+        values = torch.ones(count, device=DEVICE)
+        for place, value in changed.items():
+            values[int(place[1:])] = value
+        return values
+
+    cases = {
+        "none": (tensor(3000), 1.0, 0),
+        "first and last": (tensor(3000, _0=float("nan"), _2999=float("-inf")), 1.0, 2),
+        "of several segments": (tensor(2 * SEGMENT + 1, _5=float("inf"), _32768=float("nan")), 1.0, 2),
+        "made by rounding to f16": (tensor(20, _3=65520.0, _4=65519.0), 1.0, 1),
+        "made by the coefficient, tail and all": (tensor(2051), float("inf"), 2051),
+    }
+    outs = [torch.empty(len(values), dtype=F16, device=DEVICE) for values, _, _ in cases.values()]
+    coefficients = torch.tensor([[factor] for _, factor, _ in cases.values()], device=DEVICE)
+    nonfinite = torch.full((len(cases),), 100, dtype=torch.int64, device=DEVICE)
+    combine(outs, [[values] for values, _, _ in cases.values()], coefficients, nonfinite)
+    assert dict(zip(cases, nonfinite.tolist(), strict=True)) == {name: 100 + case[2] for name, case in cases.items()}
+
+
+@interpreted
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_traffic_is_each_byte_once(k: int, random: torch.Generator) -> None:
+    counts = [2 * SEGMENT, 8001]
+    groups = random_groups(counts, [BF16] * k, random)
+    outs = [torch.empty(count, dtype=BF16) for count in counts]
+    tensors = [tensor for group in groups for tensor in group]
+    with Traffic(*tensors) as traffic:
+        gram(groups, torch.empty(len(groups), k, k, dtype=torch.float64))
+    floor = 2 * k * sum(counts)
+    assert floor <= traffic.loaded + traffic.stored <= 1.01 * floor
+    assert traffic.launches == 2
+    assert traffic.atomics == 0
+
+    with Traffic(*tensors, *outs) as traffic:
+        combine(outs, groups, torch.ones(len(groups), k), torch.zeros(len(groups), dtype=torch.int64))
+    floor = 2 * sum(counts)
+    assert traffic.stored == floor
+    assert k * floor <= traffic.loaded <= 1.01 * k * floor
+    assert traffic.launches == 1
+    assert traffic.atomics == 0
+
+
+@interpreted
+def test_traffic_notices_a_stray_access(random: torch.Generator) -> None:
+    (group,) = random_groups((100,), [BF16, BF16], random)
+    with Traffic(group[0], group[1][:99]), pytest.raises(Exception, match="1 accesses of 2 bytes lie outside"):
+        gram([group], torch.empty(1, 2, 2, dtype=torch.float64))
+
+
+def test_rounding_of_the_emulation(random: torch.Generator) -> None:
+    codes = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    exact = codes.view(BF16).float()
+    assert torch.equal(torch.from_numpy(widen(codes.numpy().view("uint16"))).view(torch.int32), exact.view(torch.int32))
+    patterns = torch.randint(-(2**31), 2**31, (1 << 20,), generator=random, dtype=torch.int64).to(torch.int32)
+    ties = (exact.view(torch.int32) | 0x8000)[exact.isfinite()]
+    values = torch.cat([patterns, ties]).view(F32)
+    rounded = torch.from_numpy(round_to_bfloat16(values.numpy()).view("int16")).view(BF16)
+    assert torch.equal(rounded.isnan(), values.isnan())
+    assert torch.equal(rounded.nan_to_num(0), values.to(BF16).nan_to_num(0))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    worker = Path(__file__).parent / "emulation" / "compilation.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(worker), "sm_80", "sm_90", "sm_100", "gfx942"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+
+
+def test_compiled_kernels_keep_to_registers_and_add_without_atomics(compiled: list[dict[str, Any]]) -> None:
+    assert {facts["target"] for facts in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert [facts for facts in compiled if facts["spills"] or facts["float_atomics"]] == []
+
+
+def test_compiled_kernels_move_sixteen_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
+    hot = [facts for facts in compiled if " 2 " in facts["case"] and facts["kernel"] != "_vectors_kernel"]
+    assert len(hot) == 4 * 3
+    assert [facts for facts in hot if facts["vector_loads"] < 2] == []
+    assert [facts for facts in hot if facts["kernel"] == "_combine_kernel" and facts["vector_stores"] < 1] == []
+
+
+def test_compiled_combine_rounds_every_product(compiled: list[dict[str, Any]]) -> None:
+    combines = [facts for facts in compiled if facts["kernel"] == "_combine_kernel"]
+    assert len(combines) == 4 * 2
+    assert [facts for facts in combines if facts["fused"]] == []

@@ -1,0 +1,259 @@
+"""The journey from a configuration to a folder: same bits however it is run, bounded memory, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import arcmerge
+import tiny
+from arcmerge.merging import pieces, run
+
+SLERP: dict[str, Any] = {"merge_method": "slerp", "dtype": "bfloat16", "parameters": {"t": [0, 0.3, 1]}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("gemma-a", "gemma-b", "gemma-b-f32", "gemma-b-spurious-head", "qwen2-a", "qwen2-b"):
+        tiny.make(name, folder)
+    return folder
+
+
+def recipe(models: Path, *names: str, **changes: Any) -> dict[str, Any]:
+    listed = [{"model": str(models / name)} for name in names]
+    return {**SLERP, "base_model": listed[0]["model"], "models": listed, **changes}
+
+
+def digest(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_bits_do_not_depend_on_threads(models: Path, tmp_path: Path, threads: int) -> None:
+    config = recipe(models, "gemma-a", "gemma-b")
+    arcmerge.merge(config, tmp_path / "one", threads=1)
+    arcmerge.merge(config, tmp_path / "many", threads=threads)
+    assert digest(tmp_path / "one") == digest(tmp_path / "many")
+
+
+@pytest.mark.parametrize("chunk", [4096, 8192])
+def test_bits_do_not_depend_on_chunks(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """Tiny files are one chunk as a rule: here nearly every tensor straddles chunks."""
+    config = recipe(models, "gemma-a", "gemma-b-f32")
+    arcmerge.merge(config, tmp_path / "whole")
+    for module in (pieces, run):
+        monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    arcmerge.merge(config, tmp_path / "cut")
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
+def test_sums_of_many_shares(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that lie elsewhere move a Gram matrix by 1e-7 at these lengths: single values, by one unit of bf16."""
+    config = recipe(models, "gemma-a", "gemma-b")
+    arcmerge.merge(config, tmp_path / "whole")
+    monkeypatch.setattr(pieces, "GRAM_ELEMENTS", 100)
+    arcmerge.merge(config, tmp_path / "cut")
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    differ = sum(int((whole[name] != cut[name]).sum()) for name in whole)
+    assert differ <= 1e-3 * sum(tensor.numel() for tensor in whole.values())
+    assert all(torch.allclose(whole[name].float(), cut[name].float(), rtol=2**-7, atol=0) for name in whole)
+
+
+def test_shards_hold_what_one_file_holds(models: Path, tmp_path: Path) -> None:
+    config = recipe(models, "gemma-a", "gemma-b")
+    arcmerge.merge(config, tmp_path / "one")
+    arcmerge.merge(config, tmp_path / "many", out_shard_size="20K")
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    assert index["weight_map"].keys() == one.keys()
+    assert len(set(index["weight_map"].values())) > 3
+    for name, file in index["weight_map"].items():
+        assert bool((load_file(tmp_path / "many" / file)[name] == one[name]).all())
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+
+
+def test_the_report_counts_what_was_done(models: Path, tmp_path: Path) -> None:
+    report = arcmerge.merge(recipe(models, "gemma-a", "gemma-b", parameters={"t": 0.3}), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert report.merged + report.copied == len(tensors)
+    # Layer 1 is near-collinear (11 tensors), layer 4 has an antipodal and an equal tensor.
+    assert report.linear == 13
+    assert report.nbytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert "slerp" in str(report)
+    assert "13" in str(report)
+
+
+def test_progress_ends_at_the_whole(models: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    arcmerge.merge(
+        recipe(models, "gemma-a", "gemma-b"), tmp_path / "out", progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert seen == sorted(seen)
+
+
+def test_warnings_reach_the_caller(models: Path, tmp_path: Path) -> None:
+    config = recipe(models, "gemma-a", "gemma-b", colour="red")
+    with pytest.warns(UserWarning, match="colour"):
+        report = arcmerge.merge(config, tmp_path / "out")
+    assert any("colour" in sentence for sentence in report.warnings)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("t", [0, 0.3], ids=["copied", "merged"])
+def test_a_value_that_is_not_finite_is_named(models: Path, tmp_path: Path, value: float, t: float) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    weights = tiny.weights(3)
+    weights[name][3, 5] = value
+    tiny.write_checkpoint(tmp_path / "broken", tiny.Model(lambda: weights))
+    config = {**recipe(models, "gemma-a"), "base_model": str(tmp_path / "broken"), "parameters": {"t": t}}
+    with pytest.raises(arcmerge.ArcmergeError) as caught:
+        arcmerge.merge(config, tmp_path / "out")
+    (sentence,) = caught.value.problems
+    assert name in sentence
+    assert f"1 in {tmp_path / 'broken'}" in sentence
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+    arcmerge.merge(config, tmp_path / "out", allow_nonfinite=True)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert not bool(merged[name].isfinite().all())
+    assert all(bool(tensor.isfinite().all()) for other, tensor in merged.items() if other != name)
+
+
+def test_overflow_of_the_output_type_is_an_error_of_its_own(tmp_path: Path) -> None:
+    large = {name: tensor * 1e6 for name, tensor in tiny.weights(3).items()}
+    tiny.write_checkpoint(tmp_path / "large", tiny.Model(lambda: large))
+    config = recipe(tmp_path, "large", merge_method="linear", parameters={"weight": 1}, dtype="bfloat16")
+    with pytest.raises(arcmerge.ArcmergeError, match="overflow float16"):
+        arcmerge.merge({**config, "out_dtype": "float16"}, tmp_path / "out")
+
+
+def test_a_failure_leaves_the_older_output(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arcmerge.merge(recipe(models, "gemma-a", "gemma-b"), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(arcmerge.ArcmergeError):
+        arcmerge.merge(recipe(models, "gemma-a", "qwen2-b"), out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_older_output_is_replaced_whole(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arcmerge.merge(recipe(models, "gemma-a", "gemma-b"), out, out_shard_size="20K")
+    arcmerge.merge(recipe(models, "gemma-a", "gemma-b"), out)
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_a_killed_run_leaves_the_older_output_and_the_next_clears_up(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = recipe(models, "gemma-a", "gemma-b")
+    arcmerge.merge(config, out)
+    before = digest(out)
+    script = (
+        "import json, sys, time, arcmerge\n"
+        "from arcmerge.merging import run\n"
+        "run.Merge._forget = lambda self, piece: time.sleep(60)\n"
+        "arcmerge.merge(json.loads(sys.argv[1]), sys.argv[2])\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, json.dumps(config), str(out)])
+    while len(list(tmp_path.glob(".out.partial-*/*.safetensors"))) == 0:
+        assert child.poll() is None
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert digest(out) == before
+    assert list(tmp_path.glob(".out.partial-*"))
+    arcmerge.merge(config, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_leaves_nothing(models: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        arcmerge.merge(recipe(models, "gemma-a", "gemma-b"), tmp_path / "out", progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_merge_on_the_cpu_loads_neither_torch_nor_triton(models: Path, tmp_path: Path) -> None:
+    script = (
+        "import json, sys, arcmerge\n"
+        "arcmerge.merge(json.loads(sys.argv[1]), sys.argv[2], device='cpu')\n"
+        "print(*sorted({'torch', 'triton', 'transformers', 'tokenizers', 'rich'} & sys.modules.keys()))\n"
+    )
+    config = json.dumps(recipe(models, "gemma-a", "gemma-b"))
+    done = subprocess.run(
+        [sys.executable, "-c", script, config, str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
+    """192 MB of inputs, of which one tensor is most, through buffers of 96 MB: what grows is mapped, not allocated."""
+    sizes = tiny.Geometry(vocab_size=49152, hidden_size=512)
+    for seed, name in enumerate("ab"):
+        tiny.write_checkpoint(
+            tmp_path / name, tiny.Model(lambda seed=seed: tiny.weights(seed, geometry=sizes), geometry=sizes)
+        )
+    script = (
+        "import json, sys, arcmerge\n"
+        "def peak():\n"
+        "    status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
+        "    return int(status['RssAnon'].split()[0])\n"
+        "import arcmerge.merging.journey\n"
+        "before, most = peak(), 0\n"
+        "def look(done, total):\n"
+        "    global most\n"
+        "    most = max(most, peak())\n"
+        "arcmerge.merge(json.loads(sys.argv[1]), sys.argv[2], progress=look, device='cpu')\n"
+        "print(most - before)\n"
+    )
+    config = json.dumps(recipe(tmp_path, "a", "b", parameters={"t": 0.4}))
+    done = subprocess.run(
+        [sys.executable, "-c", script, config, str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    buffers = run.BUFFERS * pieces.CHUNK_BYTES / 1024
+    assert int(done.stdout) < buffers + 32 * 1024
+
+
+def test_a_head_that_repeats_the_embedding_is_left_out(models: Path, tmp_path: Path) -> None:
+    arcmerge.merge(recipe(models, "gemma-a", "gemma-b-spurious-head"), tmp_path / "out")
+    assert tiny.HEAD not in load_file(tmp_path / "out" / "model.safetensors")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_two_roundings_where_the_recipe_asks_for_two(models: Path, tmp_path: Path) -> None:
+    """dtype: bfloat16 with out_dtype: float32 stores bf16 values, widened."""
+    config = recipe(models, "gemma-a", "gemma-b")
+    arcmerge.merge(config, tmp_path / "narrow")
+    arcmerge.merge({**config, "out_dtype": "float32"}, tmp_path / "wide")
+    narrow, wide = (load_file(tmp_path / name / "model.safetensors") for name in ("narrow", "wide"))
+    assert {str(tensor.dtype) for tensor in wide.values()} == {"torch.float32"}
+    assert all(bool((wide[name] == narrow[name].float()).all()) for name in narrow)
+
+
+def test_output_files_are_readable_by_others(models: Path, tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        arcmerge.merge(recipe(models, "gemma-a", "gemma-b"), tmp_path / "out")
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}

@@ -1,0 +1,79 @@
+"""Merge methods against the functions of mergekit 0.1.5, in float64, where mergekit is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from arcmerge.errors import ArcmergeError
+from arcmerge.merging.methods import METHODS, get
+from vectors import assert_close, merge, random_tensors
+
+# Whatever mergekit 0.1.5 computes in float64; its bf16 and float32 paths round where these do not.
+MERGEKIT: list[tuple[str, int, int | None, dict[str, Any]]] = [
+    *(("slerp", 2, base, {"t": t}) for base in (0, 1) for t in (0.0, 0.3, 1.0, 1.5, -0.5)),
+    ("nuslerp", 2, None, {"weight": (0.4, 0.9)}),
+    ("nuslerp", 2, None, {"weight": (0.4, 0.9), "nuslerp_row_wise": True}),
+    ("nuslerp", 2, None, {"weight": (0.4, 0.9), "nuslerp_flatten": False}),
+    ("nuslerp", 2, None, {"weight": (0.4, 0.9), "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("nuslerp", 3, 0, {"weight": (None, 0.4, 0.9)}),
+    ("nuslerp", 3, 1, {"weight": (0.4, None, 0.9), "nuslerp_flatten": False}),
+    ("nuslerp", 2, None, {"weight": (1, -1)}),
+    ("multislerp", 3, None, {"weight": (0.2, 0.5, 0.7)}),
+    ("multislerp", 3, None, {"weight": (0.2, 0.5, 0.7), "normalize_weights": False, "eps": 0.1}),
+    ("multislerp", 4, 0, {"weight": (None, 0.2, 0.5, 0.7)}),
+    ("multislerp", 2, 1, {"weight": (0.2, None)}),
+    *(("karcher", count, None, {}) for count in (1, 2, 3, 6)),
+    ("karcher", 3, None, {"max_iter": 1}),
+    ("model_stock", 3, 0, {}),
+    ("model_stock", 4, 2, {"filter_wise": True}),
+    ("linear", 3, None, {"weight": (0.2, 0.5, 0.7)}),
+    ("linear", 3, None, {"weight": (0.2, 0.5, 0.7), "normalize": False}),
+    ("task_arithmetic", 3, 1, {"weight": (0.2, None, 0.5)}),
+    ("task_arithmetic", 3, 0, {"weight": (None, 0.2, 0.5), "normalize": True, "lambda": 0.7}),
+    ("passthrough", 1, None, {"scale": (0.3,)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "count", "base", "parameters"), MERGEKIT)
+@pytest.mark.parametrize("case", ["apart", "near", "with zero", "opposite"])
+def test_is_what_mergekit_computes(
+    name: str, count: int, base: int | None, parameters: dict[str, Any], case: str
+) -> None:
+    methods = pytest.importorskip("mergekit.merge_methods.api")
+    torch = pytest.importorskip("torch")
+    tensors = random_tensors(15, count, common=30.0 if case == "near" else 0.5)
+    if case == "with zero":
+        tensors[0] = 0 * tensors[0]
+    if case == "opposite" and name != "nuslerp":  # whose mergekit divides by the sine of 180 degrees, rounded
+        tensors[-1] = -2 * tensors[0]
+    theirs = {
+        key: [v for v in value if v is not None] if isinstance(value, tuple) else value
+        for key, value in parameters.items()
+    }
+    expected = methods.merge_tensors(
+        [torch.tensor(tensor) for tensor in tensors],
+        name,
+        base_index=base if get(name).base != "ignored" else None,
+        parameters=theirs,
+    )
+    # On the straight line our weights of slerp are those of mergekit's float32, here it has float64. Elsewhere:
+    # multislerp's tangent vector, zero but for rounding, is compared with eps = 1e-8.
+    relative = 2**-24 if name == "slerp" and case == "opposite" else 1e-9
+    assert_close(merge(name, tensors, base, **parameters), expected.numpy(), tensors, relative=relative)
+
+
+def test_every_method_of_mergekit_is_supported_or_refused_by_name() -> None:
+    registry = pytest.importorskip("mergekit.merge_methods.registry")
+    for method in registry.registered_methods():
+        if method.spec.name in METHODS:
+            ours = {p.name: p.scope for p in METHODS[method.spec.name].parameters}
+            theirs = {p.name: p.scope.value for p in method.spec.parameters}
+            assert (
+                theirs.items()
+                >= {k: v for k, v in ours.items() if (method.spec.name, k) != ("slerp", "normalize")}.items()
+            )
+        else:
+            with pytest.raises(ArcmergeError, match="is not supported"):
+                get(method.spec.name)
