@@ -25,8 +25,8 @@ from arcmerge.merging.team import Team
 
 # Enough to keep the disk busy while both threads sum a piece.
 BUFFERS = 24
-# Two direct writes in flight keep the disk at its full rate; a third gained nothing.
-WRITERS = 2
+# Writes in flight: 1.58 s with two, 1.45 with four, 1.55 with eight (5.2 GB, medians of three).
+WRITERS = 4
 
 
 class Merge:
