@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _WrongCall as error:
         print(f"arcmerge: {error}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end clears up like Ctrl-C
     try:
         arguments.call(arguments)
     except ArcmergeError as error:

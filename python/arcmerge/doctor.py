@@ -31,7 +31,7 @@ def examine() -> Mapping[str, Any]:
         },
         "gpu": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if cuda else [],
         "merge device": "cuda" if cuda else "cpu",
-        "ops": backends(),
+        "gram and combine": {f"on {device}": why for device, why in backends().items()},
     }
 
 

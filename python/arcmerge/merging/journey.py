@@ -35,6 +35,9 @@ from arcmerge.merging.recipe import ModelReference, Recipe, load_recipe
 from arcmerge.merging.run import Merge
 from arcmerge.merging.vocabulary import Vocabulary, build_vocabulary
 
+# What CUDA's driver shows on Linux and in Windows' subsystem for it.
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
+
 Config = str | Path | Mapping[str, Any]
 
 
@@ -113,7 +116,7 @@ class Options:
     @property
     def resolved_device(self) -> str:
         """The device that "auto" stands for. Raises ArcmergeError for one that is not there."""
-        if self.device == "cpu" or (self.device == "auto" and not Path("/dev/nvidiactl").exists()):
+        if self.device == "cpu" or (self.device == "auto" and not any(Path(name).exists() for name in _DRIVERS)):
             return "cpu"  # torch is not even imported where there is no driver
         import torch
 

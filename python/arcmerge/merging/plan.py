@@ -22,6 +22,9 @@ from arcmerge.merging.method import Coefficients, Inputs, Method
 from arcmerge.merging.names import EMBEDDING, HEAD, Names, is_vocabulary
 from arcmerge.merging.recipe import ModelReference, Recipe, Slice, Source
 
+# What the kernels are made for: sums of more inputs no longer fit the registers.
+_MOST_INPUTS = 8
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -175,6 +178,11 @@ class _Planner:
             self.problems.add(
                 f"slices[{number}]: all sources of a slice must have the same number of layers, got {found}; "
                 "give each source a layer_range of one length"
+            )
+        if len(sources) > _MOST_INPUTS:
+            self.problems.add(
+                f"slices[{number}]: at most {_MOST_INPUTS} models can be merged at once, got {len(sources)}; "
+                "merge some of them first, then the result with the rest"
             )
         base = piece.base_model or self.recipe.base_model
         if self.method.base != "ignored" and base is not None and len(sources) > 1:

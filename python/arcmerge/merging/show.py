@@ -121,5 +121,5 @@ def inspect_table(a: str, b: str, pairs: Sequence[Pair]) -> None:
 
 def _relation(found: Relation) -> str:
     angle = "zero" if math.isnan(found.angle) else f"{found.angle:.2f}°"
-    ratio = "-" if math.isnan(found.ratio) else f"{found.ratio:.3f}"
-    return f"{angle:>7} {ratio:>6} {found.collinear:4.0%}"
+    ratio = "-" if math.isnan(found.ratio) else f"{found.ratio:.2f}"
+    return f"{angle} {ratio:>4} {found.collinear:4.0%}"
