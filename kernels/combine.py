@@ -5,6 +5,7 @@ even): the same bits as the reference. Reads each input and writes the output on
 One program a segment.
 
 Fusion of a product and a sum into one rounding is switched off: the compiler would fuse by the position of an element.
+The ptxas of Triton 3.6 fuses all the same for sm_100 (compiled and inspected, not run); that of 3.9 does not.
 """
 
 from __future__ import annotations

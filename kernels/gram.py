@@ -9,7 +9,7 @@ float32 by Knuth's two-sum, which yields the error of every addition too; sums a
 takes few float64 instructions, for GPUs with one float64 unit for 64 of float32, and the errors matter: the square of
 an odd significand is 1 modulo 8, so what rounding drops is seldom above a half, and without them every squared norm
 would come out 6e-9 too small, however many elements average. With a float32 input, or a base, products are not exact
-in float32: they are taken and summed in float64.
+in float32: they are taken and summed in float64, as are those of more than four operands, for want of registers.
 """
 
 from __future__ import annotations

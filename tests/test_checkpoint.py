@@ -146,7 +146,7 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "not JSON": (b"{not json", b"", "is not valid JSON"),
     "not UTF-8": (b'{"\xff": 1}', b"", "is not valid JSON"),
     "nested too deep": (b'{"a":' * 100_000, b"", "is not valid JSON"),
-    "a list": ([], b"", "must hold a JSON object, holds a list"),
+    "a list": ([], b"", "must hold a JSON object, holds []"),
     "key twice": (b'{"a": {}, "a": {}}', b"", "JSON key 'a' occurs twice"),
     "entry is a number": ({"w": 1}, b"", "tensor 'w' needs dtype, shape and data_offsets"),
     "unknown dtype": ({"w": entry("F4")}, b"1234", "tensor 'w' has dtype 'F4', known are BF16"),

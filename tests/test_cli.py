@@ -168,8 +168,24 @@ def test_a_terminated_run_clears_up(workplace: Path) -> None:
     child.send_signal(signal.SIGTERM)
     _, errors = child.communicate(timeout=30)
     assert child.returncode == 130
-    assert "interrupted; nothing was changed" in errors
+    assert errors.startswith("arcmerge: interrupted; ")
     assert not list(workplace.glob("*out*"))
+
+
+def test_a_fault_of_ours_is_one_sentence(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def faulty(*_: object, **__: object) -> None:
+        raise KeyError("two\nlines \x1b[31m")
+
+    monkeypatch.setattr("arcmerge.merging.journey.merge", faulty)
+    assert main(["merge", str(workplace / "recipe.yml"), str(workplace / "out")]) == 1
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("arcmerge: unexpected KeyError: ")
+    assert complaint.count("\n") == 1
+    assert "\x1b" not in complaint
+    with pytest.raises(KeyError):
+        main(["merge", str(workplace / "recipe.yml"), str(workplace / "out"), "--debug"])
 
 
 def test_debug_shows_the_traceback(workplace: Path) -> None:

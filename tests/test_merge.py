@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ SLERP: dict[str, Any] = {"merge_method": "slerp", "dtype": "bfloat16", "paramete
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for name in ("gemma-a", "gemma-b", "gemma-b-f32", "gemma-b-spurious-head", "qwen2-a", "qwen2-b"):
+    for name in ("gemma-a", "gemma-b", "gemma-b-f32", "gemma-b-spurious-head", "gemma-b-untied", "qwen2-a", "qwen2-b"):
         tiny.make(name, folder)
     return folder
 
@@ -86,6 +87,73 @@ def test_shards_hold_what_one_file_holds(models: Path, tmp_path: Path) -> None:
     for name, file in index["weight_map"].items():
         assert bool((load_file(tmp_path / "many" / file)[name] == one[name]).all())
     assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+
+
+@pytest.fixture
+def longer(tmp_path: Path) -> Path:
+    """gemma-b in float32 with a token that gemma-a lacks: its row, and that of no other token, is no bfloat16."""
+    model = tiny.MODELS["gemma-b-vocabulary"]
+    tiny.write_checkpoint(tmp_path / "longer", dataclasses.replace(model, dtype="F32"))
+    return tmp_path / "longer"
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "nuslerp", "nearswap"])
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_rows_of_a_float32_model_stand_in_for_those_of_a_bfloat16_model(
+    models: Path, longer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str | None
+) -> None:
+    """A token that one model has is merged with itself: whatever the method, its row comes out parallel to itself."""
+    config = {
+        "merge_method": method,
+        "models": [{"model": str(models / "gemma-a")}, {"model": str(longer)}],
+        "base_model": None if method == "nuslerp" else str(models / "gemma-a"),
+        "tokenizer": {"source": "union", "pad_to_multiple_of": 64},
+        "parameters": {"t" if method in ("slerp", "nearswap") else "weight": 0.5},
+        "dtype": dtype,
+    }
+    arcmerge.merge(config, tmp_path / "whole")
+    found = load_file(tmp_path / "whole" / "model.safetensors")[tiny.EMBEDDING]
+    rows = load_file(longer / "model.safetensors")[tiny.EMBEDDING][320:]
+    assert (found.dtype, found.shape[0]) == (torch.float32, 384)
+    scale = float(found[320, 0] / rows[0, 0])
+    assert scale == pytest.approx(1.0, abs=0.01)
+    torch.testing.assert_close(found[320:336], scale * rows, rtol=2**-20, atol=0)
+    for module in (pieces, run):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
+    arcmerge.merge(config, tmp_path / "cut")
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
+def test_an_embedding_that_stands_in_for_a_head_is_filtered_as_a_head(models: Path, tmp_path: Path) -> None:
+    weight = [{"filter": "lm_head", "value": 1}, {"value": 0}]
+    listed = [
+        {"model": str(models / "gemma-a"), "parameters": {"weight": weight}},
+        {"model": str(models / "gemma-b-untied"), "parameters": {"weight": 1}},
+    ]
+    config = {"merge_method": "linear", "models": listed, "parameters": {"normalize": False}, "dtype": "float32"}
+    arcmerge.merge(config, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    a, b = (load_file(models / name / "model.safetensors") for name in ("gemma-a", "gemma-b-untied"))
+    assert torch.equal(found[tiny.EMBEDDING], b[tiny.EMBEDDING].float())
+    assert torch.equal(found[tiny.HEAD], a[tiny.EMBEDDING].float() + b[tiny.HEAD].float())
+
+
+def test_config_json_has_the_rows_of_the_embedding(models: Path, longer: Path, tmp_path: Path) -> None:
+    """The embedding is the first slice's, the rest of config.json the base model's."""
+    slices = [{"sources": [{"model": str(longer), "layer_range": layers}]} for layers in ([0, 3], [3, 6])]
+    arcmerge.merge(
+        {"merge_method": "passthrough", "slices": slices, "base_model": str(models / "gemma-a")}, tmp_path / "out"
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 336
+
+
+def test_an_embedding_and_a_head_of_different_vocabularies_are_refused(
+    models: Path, longer: Path, tmp_path: Path
+) -> None:
+    ends = [(longer, [0, 3]), (models / "gemma-b-untied", [3, 6])]
+    slices = [{"sources": [{"model": str(model), "layer_range": layers}]} for model, layers in ends]
+    with pytest.raises(arcmerge.ArcmergeError, match=r"embed_tokens\.weight 336, lm_head\.weight 320; .*tokenizer"):
+        arcmerge.merge({"merge_method": "passthrough", "slices": slices}, tmp_path / "out")
 
 
 def test_the_report_counts_what_was_done(models: Path, tmp_path: Path) -> None:

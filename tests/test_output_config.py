@@ -117,3 +117,16 @@ def test_transformers_accepts_any_depth_of_gemma2(depth: int) -> None:
     config = output_config(donor, [layer % 6 for layer in range(depth)], dtype=BF16)
     read = transformers.Gemma2Config.from_dict(config)
     assert read.layer_types == transformers.Gemma2Config(num_hidden_layers=depth).layer_types
+
+
+def test_layers_of_a_deeper_model_keep_its_entries() -> None:
+    donor = {"num_hidden_layers": 2, "layer_types": [FULL, FULL]}
+    deeper = {"num_hidden_layers": 4, "layer_types": [FULL, FULL, FULL, SLIDING]}
+    config = output_config(donor, [0, 1, 2, 3], dtype=BF16, models=[donor, donor, deeper, deeper])
+    assert config["layer_types"] == [FULL, FULL, FULL, SLIDING]
+
+
+def test_layers_of_a_deeper_model_without_entries_repeat_the_donors() -> None:
+    donor = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}
+    config = output_config(donor, [0, 1, 2], dtype=BF16, models=[donor, donor, {"num_hidden_layers": 4}])
+    assert config["layer_types"] == [SLIDING, FULL, SLIDING]

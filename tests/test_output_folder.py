@@ -71,6 +71,38 @@ def test_an_interrupted_run_leaves_the_older_output(tmp_path: Path, interruption
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_the_older_output_is_cleared(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = fill(tmp_path / "out", OLDER)
+    before = signal.signal(number, signal.default_int_handler)
+    rmtree = output_folder.shutil.rmtree
+
+    def interrupted(path: Path, ignore_errors: bool) -> None:
+        signal.raise_signal(number)
+        rmtree(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(output_folder.shutil, "rmtree", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_newer(target)
+    finally:
+        signal.signal(number, before)
+    assert read(target) == NEWER
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupted_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Path, other: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_newer(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_commit_nothing_appears(tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out") as folder:
         fill(folder.path, NEWER)

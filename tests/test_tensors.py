@@ -35,8 +35,9 @@ def test_is_the_formula(t: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_ends_are_exact(dtype: torch.dtype) -> None:
     a, b = pair(dtype=dtype)
-    assert torch.equal(arcmerge.slerp(a, b, 0), a)
-    assert torch.equal(arcmerge.slerp(a, b, 1), b)
+    a[0, 0], b[0, 0] = -0.0, torch.inf
+    for t, end in ((0, a), (1, b)):
+        assert arcmerge.slerp(a, b, t).view(torch.uint8).tolist() == end.view(torch.uint8).tolist()
 
 
 def test_turning_round_is_the_same_merge() -> None:
@@ -67,6 +68,17 @@ def test_state_dicts_go_by_name() -> None:
     merged = arcmerge.slerp(a, b, lambda name: 0.0 if name == "x" else 0.3)
     assert torch.equal(merged["x"], a["x"])
     assert torch.equal(merged["y"], arcmerge.slerp(a["y"], b["y"], 0.3))
+
+
+def test_buffers_of_whole_numbers_are_kept() -> None:
+    positions = torch.arange(5)
+    merged = arcmerge.slerp({"x": positions}, {"x": positions + 1}, 0.7)
+    assert torch.equal(merged["x"], positions)
+
+
+def test_a_tensor_that_cannot_be_merged_is_named() -> None:
+    with pytest.raises(arcmerge.ArcmergeError, match=r"'x\.weight'.*float64"):
+        arcmerge.slerp({"x.weight": torch.ones(3).double()}, {"x.weight": torch.ones(3).double()}, 0.5)
 
 
 def test_inputs_are_left_alone() -> None:

@@ -16,7 +16,7 @@ from arcmerge.merging.alignment import Table, align, decode, encode
 from arcmerge.merging.reference import ModelReference
 from arcmerge.merging.tokenizer_recipe import ModelToken, TokenizerRecipe, TokenRule
 from arcmerge.merging.vocabulary import Vocabulary
-from vocabularies import COLUMNS, LETTERS, SPECIAL, Model, ThreeModels, aligned, build
+from vocabularies import COLUMNS, LETTERS, SPECIAL, Model, ThreeModels, aligned, build, gather
 
 
 class TestRows(ThreeModels):
@@ -38,6 +38,14 @@ class TestRows(ThreeModels):
         bare = Model(tmp_path / "bare")
         vocabulary, (_, _, theirs) = aligned(TokenizerRecipe("union"), base, chat, bare)
         np.testing.assert_array_equal(theirs[vocabulary.ids["abc"]], base.row("abc"))
+
+    def test_without_a_base_all_owners_count(self, base: Model, chat: Model, tmp_path: Path) -> None:
+        models = [base, chat, Model(tmp_path / "bare")]
+        vocabulary = build(TokenizerRecipe("union"), *models)
+        rows = align(vocabulary, "embed", {model.reference: model.table for model in models})
+        mean = (base.row("abc") + chat.row("abc")) / 2
+        found = gather(rows[models[-1].reference])[vocabulary.ids["abc"]]
+        np.testing.assert_array_equal(found, decode(encode(mean, BF16), BF16))
 
     def test_rules(self, base: Model, chat: Model) -> None:
         rules = {
@@ -98,10 +106,20 @@ class TestTypes(ThreeModels):
         expected = decode(encode(models[0].row("ab"), BF16), BF16)
         np.testing.assert_array_equal(theirs[vocabulary.ids["ab"]], expected)
 
-    def test_rows_that_would_lose_bits_are_refused(self, tmp_path: Path) -> None:
-        models = [Model(tmp_path / "one", ["ab"], dtype=F32), Model(tmp_path / "two", ["cd"], dtype=BF16)]
-        with pytest.raises(ArcmergeError, match=r"two is stored as bfloat16, .* float32; set `dtype: bfloat16`"):
-            aligned(TokenizerRecipe("union"), *models)
+    @pytest.mark.parametrize("narrow", [BF16, F16], ids=lambda dtype: dtype.name)
+    def test_rows_of_wider_types_lose_no_bits(self, tmp_path: Path, narrow: DType) -> None:
+        """A mean over bfloat16 and float32 is a float32, and so is the padding of a table with such rows."""
+        one = Model(tmp_path / "one", ["ab"], dtype=F32)
+        two, three = (Model(tmp_path / name, ["cd"], dtype=narrow) for name in ("two", "three"))
+        vocabulary, all_rows = aligned(TokenizerRecipe("union", pad_to_multiple_of=8), one, two, three)
+        ids = vocabulary.ids
+        for rows in all_rows[1:]:
+            np.testing.assert_array_equal(rows[ids["ab"]], one.row("ab"))
+            padding = rows[: len(ids)].mean(axis=0)
+            np.testing.assert_array_equal(rows[len(ids) :], np.tile(decode(encode(padding, F32), F32), (2, 1)))
+        mean = (two.row("cd") + three.row("cd")) / 2
+        np.testing.assert_array_equal(all_rows[0][ids["cd"]], decode(encode(mean, F32), F32))
+        np.testing.assert_array_equal(all_rows[1][ids["cd"]], two.row("cd"))
 
     def test_rounding_to_bfloat16_is_to_nearest_even_once(self) -> None:
         # Just above a tie: through float32 it would become the tie, and round down to even.

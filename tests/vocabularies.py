@@ -92,15 +92,19 @@ def aligned(
 ) -> tuple[Vocabulary, list[NDArray[np.float64]]]:
     """The vocabulary of the first model as base with the others, and the rows of each in it."""
     vocabulary = build(recipe, *models)
-    rows = align(vocabulary, "embed", {model.reference: model.table for model in models}, cast=cast)
-    return vocabulary, [gather(rows[model.reference], model.dtype) for model in models]
+    tables = {model.reference: model.table for model in models}
+    rows = align(vocabulary, "embed", tables, base=models[0].reference, cast=cast)
+    return vocabulary, [gather(rows[model.reference]) for model in models]
 
 
-def gather(rows: RowAddresses, dtype: DType) -> NDArray[np.float64]:
-    nbytes = rows.columns * dtype.itemsize
-    stored = b"".join(ctypes.string_at(int(address), nbytes) for address in rows.addresses)
-    kind = {BF16: np.uint16, F16: np.float16, F32: np.float32}[dtype]
-    return decode(np.frombuffer(stored, kind).reshape(-1, rows.columns), dtype)
+def gather(rows: RowAddresses) -> NDArray[np.float64]:
+    kind = {BF16: np.uint16, F16: np.float16, F32: np.float32}
+    values = np.zeros((len(rows.addresses), rows.columns))
+    for part in rows.parts:
+        nbytes = part.columns * part.dtype.itemsize
+        stored = b"".join(ctypes.string_at(int(address), nbytes) for address in part.addresses)
+        values += decode(np.frombuffer(stored, kind[part.dtype]).reshape(values.shape), part.dtype)
+    return values
 
 
 class ThreeModels:

@@ -47,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
     except _WrongCall as error:
-        print(f"arcmerge: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
+    except KeyboardInterrupt:
+        return _interrupted()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end clears up like Ctrl-C
     try:
         arguments.call(arguments)
@@ -56,17 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         for problem in error.problems:
-            print(f"arcmerge: {problem}", file=sys.stderr)
+            _complain(problem)
         return 1
     except KeyboardInterrupt:
-        print("arcmerge: interrupted; nothing was changed", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # the reader of a table has seen enough
         sys.stderr.close()
     except OSError as error:
         if arguments.debug:
             raise
-        print(f"arcmerge: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        _complain(f"{error.filename or 'the system'}: {error.strerror or error}")
+        return 1
+    except Exception as error:  # a fault of ours: no traceback on a user who cannot mend it
+        if arguments.debug:
+            raise
+        _complain(f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug")
         return 1
     return 0
 
@@ -143,8 +149,10 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got '{text}'")
+    from arcmerge.merging.team import MOST_THREADS
+
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MOST_THREADS}, got '{text}'")
     return int(text)
 
 
@@ -232,18 +240,32 @@ def _print_json(value: Any) -> None:
     print()
 
 
+def _interrupted() -> int:
+    _complain("interrupted; an older output is still there, or the new one is complete")
+    return 130
+
+
+def _complain(sentence: str) -> None:
+    print(f"arcmerge: {_in_one_line(sentence)}", file=sys.stderr)
+
+
 def _note(sentence: str) -> None:
     print(f"arcmerge: note: {sentence}", file=sys.stderr)
 
 
 def _warn(sentence: str) -> None:
-    print(f"arcmerge: warning: {sentence}", file=sys.stderr)
+    _complain(f"warning: {sentence}")
+
+
+def _in_one_line(text: str) -> str:
+    """`text` with what names from strange files may do to a terminal spelt out: line ends, escapes, half characters."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 @contextmanager
 def _progress(arguments: argparse.Namespace, verb: str) -> Iterator[Any]:
     """A progress bar in bytes with rate and time to go, on standard error; nothing where no one would see it move."""
-    if arguments.quiet or not sys.stderr.isatty():
+    if arguments.quiet or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

@@ -28,8 +28,8 @@ def slerp(
     t: not clamped; for mappings also a function of the tensor's name.
     normalize: take the direction along the arc and the length linearly between the two lengths.
 
-    Returns new tensors of the promoted dtype, rounded once. Raises ArcmergeError for shapes, devices or names that
-    do not match.
+    Returns new tensors of the promoted dtype, rounded once; t = 0 and t = 1 are copies to the bit. Raises
+    ArcmergeError for shapes, devices or names that do not match.
     """
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         if unmatched := sorted(a.keys() ^ b.keys()):
@@ -51,8 +51,14 @@ def _slerp(a: Tensor, b: Tensor, t: float, normalize: bool, name: str) -> Tensor
         raise ArcmergeError(f"'{name}' must have the shape of 'a' {tuple(a.shape)}, got {tuple(b.shape)}")
     if a.device != b.device:
         raise ArcmergeError(f"'{name}' must be on the device of 'a' {a.device}, got {b.device}")
+    if not a.is_floating_point() and not b.is_floating_point():
+        return a.clone()  # a buffer of numbers that cannot be mixed: the base's is kept, as in a merge of checkpoints
     inputs = Inputs(count=2, base=0, shared={"t": float(t), "normalize": normalize})
-    method = METHODS["slerp"]
-    if (known := method.constant(inputs)) is None:
-        known = method.coefficients(gram([a, b]).numpy(force=True), inputs)
-    return combine([a, b], known.values.tolist(), out_dtype=torch.promote_types(a.dtype, b.dtype))
+    method, dtype = METHODS["slerp"], torch.promote_types(a.dtype, b.dtype)
+    if (end := method.constant(inputs)) is not None:
+        return (a, b)[int(end.values.argmax())].to(dtype, copy=True)
+    try:
+        coefficients = method.coefficients(gram([a, b]).numpy(force=True), inputs)
+        return combine([a, b], coefficients.values.tolist(), out_dtype=dtype)
+    except ArcmergeError as error:
+        raise ArcmergeError([f"'{name}': {problem}" for problem in error.problems]) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from arcmerge.errors import ArcmergeError
 
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
+_MOST_DIMENSIONS = 64  # the limit of torch
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # what JSON may spell and no UTF-8 file can hold on its own
 _LFS_POINTER = b"version https://git-lfs"
 _COPY_AGAIN = "download or copy the file again"
 _SAVE_AGAIN = "save it again with the safetensors library"
@@ -99,7 +102,14 @@ def parse_object(text: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ArcmergeError(f"{path}: is not valid JSON ({error}): {_COPY_AGAIN}.") from error
     if not isinstance(value, dict):
-        raise ArcmergeError(f"{path}: must hold a JSON object, holds a {type(value).__name__}: {_COPY_AGAIN}.")
+        raise ArcmergeError(f"{path}: must hold a JSON object, holds {value!r:.40}: {_COPY_AGAIN}.")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ArcmergeError(
+                f"{path}: holds half a character, {error.object[error.start]!r}: {_COPY_AGAIN}."
+            ) from error
     return value
 
 
@@ -135,8 +145,10 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo
         raise ArcmergeError(
             f"{where} has dtype {code!r:.80}, known are {', '.join(BY_CODE)}: convert it to one of them."
         )
-    if not _are_counts(shape):
-        raise ArcmergeError(f"{where} needs a shape of whole numbers >= 0, has {shape!r:.80}: {_SAVE_AGAIN}.")
+    if not _are_counts(shape) or len(shape) > _MOST_DIMENSIONS:
+        raise ArcmergeError(
+            f"{where} needs a shape of up to {_MOST_DIMENSIONS} whole numbers >= 0, has {shape!r:.80}: {_SAVE_AGAIN}."
+        )
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ArcmergeError(f"{where} needs data_offsets [begin, end], has {offsets!r:.80}: {_SAVE_AGAIN}.")
     tensor = TensorInfo(name, dtype, tuple(shape), path.name, data_start + offsets[0], offsets[1] - offsets[0])

@@ -13,8 +13,10 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -41,12 +43,16 @@ class OutputFolder:
     """
 
     def __init__(self, target: Path, inputs: Iterable[Path] = (), nbytes: int = 0) -> None:
-        self.target = target.expanduser().resolve()
+        try:
+            self.target = target.expanduser().resolve()
+        except (RuntimeError, OSError, ValueError) as error:  # no such user, links in a circle, a null character
+            raise ArcmergeError(f"{target}: is no path of a folder ({error}): give another one.") from error
         _check_parent(self.target)
         _check_apart(self.target, inputs)
         _check_replaceable(self.target)
         require_space(self.target.parent, nbytes)
         self.path = self._sibling("partial")
+        self._held: int | None = None
 
     def __enter__(self) -> OutputFolder:
         self._remove_abandoned()
@@ -56,17 +62,19 @@ class OutputFolder:
             # Locked under a name that nobody clears, so that a run starting beside this one never sees it unlocked.
             self._held = _try_lock(fresh)
             fresh.rename(self.path)
-        except OSError as error:
-            raise self._failure(error) from error
+        except BaseException as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            self._clear()
+            if isinstance(error, OSError):
+                raise self._failure(error) from error
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an exchange it is the older output that goes by this name.
-        shutil.rmtree(self.path, ignore_errors=True)
-        if self._held is not None:
-            os.close(self._held)
+        with _uninterrupted():
+            self._clear()
 
     def commit(self) -> None:
         """Makes every file durable and puts the folder in place of `target`."""
@@ -96,6 +104,13 @@ class OutputFolder:
             raise
         shutil.rmtree(older, ignore_errors=True)
 
+    def _clear(self) -> None:
+        # After an exchange it is the older output that goes by this name.
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
     def _sibling(self, state: str) -> Path:
         return self.target.with_name(f".{self.target.name}.{state}-{secrets.token_hex(4)}")
 
@@ -112,6 +127,23 @@ class OutputFolder:
         return ArcmergeError(
             f"{self.target}: cannot be put in place: {error.strerror}: check the folder that holds it."
         )
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets an interrupt wait until the block is done. Only the main thread is ever interrupted."""
+    held: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for each in (signal.SIGINT, signal.SIGTERM):
+            before[each] = signal.signal(each, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler if handler is not None else signal.SIG_DFL)
+    for number in held:
+        signal.raise_signal(number)
 
 
 def _check_parent(target: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,25 @@ _QUANTISED = re.compile(r"\.quant_state\.|\.(qweight|qzeros|absmax|quant_map|SCB
 _UNQUANTISED = "a merge needs bf16, f16 or f32 weights: use the original or a dequantised model"
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+# The entries of config.json that a merge goes by, and what they must be.
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architectures": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+        "a list of names",
+    ),
+    "text_config": (lambda value: isinstance(value, dict), "an object of settings"),
+    **dict.fromkeys(("num_hidden_layers", "vocab_size"), (_is_count, "a whole number from 1 up")),
+    **dict.fromkeys(
+        ("sliding_window_pattern", "_sliding_window_pattern"),
+        (lambda value: value is None or _is_count(value), "a whole number from 1 up"),
+    ),
+}
+
+
 class Checkpoint:
     """A model folder, read-only and safe to share between threads.
 
@@ -44,6 +63,7 @@ class Checkpoint:
             raise ArcmergeError(f"{folder}: {what}.")
         self.config = _read_config(folder)
         self.tensors = _read_tensors(folder)
+        self._stamps = {file: _stamp(folder / file) for file in {tensor.file for tensor in self.tensors.values()}}
 
     def address(self, name: str) -> int:
         """Where the first byte of a tensor lies in memory, until close()."""
@@ -65,6 +85,14 @@ class Checkpoint:
         end = (tensor.offset + first_byte + byte_count) // mmap.PAGESIZE * mmap.PAGESIZE
         if begin < end:
             self._map(tensor).pages.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def require_unchanged(self) -> None:
+        """Raises ArcmergeError if a shard was written to or replaced since it was opened."""
+        for file, stamp in self._stamps.items():
+            if _stamp(self.folder / file) != stamp:
+                raise ArcmergeError(
+                    f"{self.folder / file}: has changed while it was read: merge again when nothing writes to it."
+                )
 
     def close(self) -> None:
         """Ends the mappings; addresses are void from here on. Views of tensor_bytes keep theirs until they go."""
@@ -93,6 +121,15 @@ class _MappedFile:
         self.address: int = np.frombuffer(self.pages, np.uint8).ctypes.data
 
 
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from what it was or from another in its place."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
@@ -101,6 +138,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: has no config.json, which every model has: give the folder of a complete model."
         )
     config = _read_json(folder / "config.json")
+    for place, level in (("", config), ("text_config.", config.get("text_config"))):
+        for key, value in level.items() if isinstance(level, dict) else ():
+            if key in _SETTINGS and not _SETTINGS[key][0](value):
+                raise ArcmergeError(
+                    f"{folder / 'config.json'}: {place}{key} must be {_SETTINGS[key][1]}, is {value!r:.80}: correct it."
+                )
     quantisation = config.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None

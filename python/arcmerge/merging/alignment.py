@@ -55,14 +55,22 @@ class Table:
 
 @dataclass(frozen=True)
 class RowAddresses:
-    """Where the rows of the aligned weight lie, each of `columns` elements in the type of the model's own table.
+    """Where the rows of the aligned weight lie, each of `columns` elements of `dtype`.
 
     addresses: uint64, one for each row of the vocabulary; some point into `computed`, which this object keeps alive.
+    wider: further rows, of values that `dtype` does not hold, None where it holds all. Each of the two has zeros for
+    the rows of the other: the weight is their sum.
     """
 
     addresses: NDArray[np.uint64]
     columns: int
+    dtype: DType
     computed: NDArray[Any] = field(repr=False)
+    wider: RowAddresses | None = None
+
+    @property
+    def parts(self) -> tuple[RowAddresses, ...]:
+        return (self,) if self.wider is None else (self, self.wider)
 
 
 def align(
@@ -75,13 +83,12 @@ def align(
 ) -> dict[ModelReference, RowAddresses]:
     """Where each model's rows of the weight `name` lie, in the order of `vocabulary`.
 
-    tables: the weight in each model that takes part. base: the base of this merge where it is not the recipe's.
+    tables: the weight in each model that takes part. base: the base of this merge, None if it has none.
     cast: the type that values are rounded to before any arithmetic. Means are summed in float64 and rounded once.
 
-    Raises ArcmergeError where a table has too few rows, where a rule names a row that is not there, and where a row
-    cannot stand in for that of a model stored in another type.
+    Raises ArcmergeError where a table has too few rows and where a rule names a row that is not there.
     """
-    return _Alignment(vocabulary, name, tables, base or vocabulary.base, cast).align()
+    return _Alignment(vocabulary, name, tables, base, cast).align()
 
 
 class _Alignment:
@@ -92,7 +99,7 @@ class _Alignment:
         vocabulary: Vocabulary,
         name: str,
         tables: Mapping[ModelReference, Table],
-        base: ModelReference,
+        base: ModelReference | None,
         cast: DType | None,
     ) -> None:
         self.vocabulary = vocabulary
@@ -101,6 +108,7 @@ class _Alignment:
         self.tables = list(tables.values())
         self.base = base
         self.cast = cast
+        self.common = cast or promote(table.dtype for table in self.tables)
         self.columns = self.tables[0].columns
         self.own = np.stack([vocabulary.rows[model] for model in self.models])
         self.has = self.own >= 0
@@ -175,37 +183,40 @@ class _Alignment:
     def _gather(self, number: int, source: NDArray[np.int64], row: NDArray[np.int64]) -> RowAddresses:
         """The rows of model `number` by address, those that exist nowhere in its type computed."""
         dtype = self.tables[number].dtype
-        stride = self.columns * dtype.itemsize
-        addresses = np.empty(len(source), np.uint64)
-        missing = source == _MEAN
+        mapped = np.zeros(len(source), np.uint64)
         for other, table in enumerate(self.tables):
-            here = source == other
             if table.dtype == dtype:
-                addresses[here] = np.uint64(table.address) + row[here].astype(np.uint64) * np.uint64(stride)
-            else:
-                missing |= here
-        places = np.flatnonzero(missing)
+                here = source == other
+                stride = np.uint64(self.columns * dtype.itemsize)
+                mapped[here] = np.uint64(table.address) + row[here].astype(np.uint64) * stride
+        exists = mapped > 0
+        padding = source == _PADDING
+        places = np.flatnonzero(~exists & ~padding & (source != _ZEROS))
+        kind = dtype if dtype in (self.common, F32) else F32
         # The first of the computed rows is that of zeros, the second that of padding.
-        computed = np.zeros((2 + len(places), self.columns), _STORED[dtype])
-        start = np.uint64(computed.ctypes.data)
+        computed = np.zeros((2 + len(places), self.columns), _STORED[kind])
         for first in range(0, len(places), _BLOCK):
             block = places[first : first + _BLOCK]
-            computed[2 + first : 2 + first + len(block)] = self._compute(number, block, source[block], row[block])
-        addresses[places] = start + (np.arange(len(places), dtype=np.uint64) + np.uint64(2)) * np.uint64(stride)
-        addresses[source == _ZEROS] = start
-        padding = source == _PADDING
+            computed[2 + first : 2 + first + len(block)] = encode(self._compute(block, source[block], row[block]), kind)
+        start, stride = np.uint64(computed.ctypes.data), np.uint64(self.columns * kind.itemsize)
+        addresses = np.full(len(source), start)
+        addresses[places] = start + (np.arange(len(places), dtype=np.uint64) + np.uint64(2)) * stride
+        rows = RowAddresses(addresses, self.columns, kind, computed)
+        if kind == dtype:
+            addresses[exists] = mapped[exists]
+        else:
+            zeros = np.zeros(self.columns, _STORED[dtype])
+            mapped[~exists] = zeros.ctypes.data
+            rows = RowAddresses(mapped, self.columns, dtype, zeros, wider=rows)
         if padding.any():
-            addresses[padding] = start + np.uint64(stride)
-            computed[1] = self._mean_of_all(dtype, addresses[~padding])
-        return RowAddresses(addresses, self.columns, computed)
+            computed[1] = encode(self._mean(rows, ~padding), kind)
+            addresses[padding] = start + stride
+        return rows
 
     def _compute(
-        self, number: int, places: NDArray[np.int64], source: NDArray[np.int64], row: NDArray[np.int64]
-    ) -> NDArray[Any]:
-        """Rows for model `number`, as its type stores them: means, and rows of models stored in another type.
-
-        Raises ArcmergeError where that type does not hold the values.
-        """
+        self, places: NDArray[np.int64], source: NDArray[np.int64], row: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Rows that no table holds in the type asked for: means, and rows of models stored in another type."""
         values = np.zeros((len(places), self.columns))
         means = source == _MEAN
         for other, table in enumerate(self.tables):
@@ -216,28 +227,22 @@ class _Alignment:
             if has.any():
                 values[has] += self._read(table, self.own[other, places[has]])
         if means.any():
-            mean = values[means] / self.has[:, places[means]].sum(axis=0)[:, None]
-            values[means] = rounded(mean, self.cast or promote(table.dtype for table in self.tables))
-        dtype = self.tables[number].dtype
-        stored = encode(values, dtype)
-        if not np.array_equal(decode(stored, dtype), values, equal_nan=True):
-            raise ArcmergeError(
-                f"{self.name}: {self.models[number]} is stored as {dtype.name}, which cannot hold the rows it takes "
-                f"from models stored as {', '.join(sorted({t.dtype.name for t in self.tables} - {dtype.name}))}; "
-                f"set `dtype: {dtype.name}`, or store the models in one type"
-            )
-        return stored
+            values[means] = rounded(values[means] / self.has[:, places[means]].sum(axis=0)[:, None], self.common)
+        return values
 
     def _read(self, table: Table, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         values = decode(_view(table)[rows], table.dtype)
         return rounded(values, self.cast) if self.cast else values
 
-    def _mean_of_all(self, dtype: DType, addresses: NDArray[np.uint64]) -> NDArray[Any]:
-        sums = np.zeros(self.columns)
+    def _mean(self, rows: RowAddresses, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
         cast = self.cast.native if self.cast else -1
-        operand = _C.Operand(0, dtype.native, cast, addresses.ctypes.data, self.columns)
-        _C.column_sums(operand, len(addresses), self.columns, sums.ctypes.data)
-        return encode(rounded(sums / len(addresses), self.cast or dtype), dtype)
+        total = np.zeros(self.columns)
+        for part in rows.parts:
+            sums, addresses = np.zeros(self.columns), part.addresses[chosen]
+            operand = _C.Operand(0, part.dtype.native, cast, addresses.ctypes.data, self.columns)
+            _C.column_sums(operand, len(addresses), self.columns, sums.ctypes.data)
+            total += sums
+        return rounded(total / np.count_nonzero(chosen), self.common)
 
 
 def _view(table: Table) -> NDArray[Any]:

@@ -12,6 +12,7 @@ nearswap, results that are rounded twice) is left to the CPU, which every op can
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from queue import SimpleQueue
@@ -51,6 +52,8 @@ class DeviceProcessor:
         self._dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
         # A piece at its widest, and a margin for the alignment of the many small ones that share a slot otherwise.
         widest = 1 + max((sum(item.dtype.itemsize for item in job.inputs) + F32.itemsize for job in jobs), default=0)
+        # Triton compiles a kernel at its first launch, once if launches come one by one. They do not wait for the GPU.
+        self._launching = threading.Lock()
         self._slots: SimpleQueue[_Slot] = SimpleQueue()
         for _ in range(slots):
             self._slots.put(_Slot(torch.device(device), widest * GRAM_ELEMENTS))
@@ -72,7 +75,8 @@ class DeviceProcessor:
                     bases = [group.pop(place) for group, place in zip(groups, places, strict=True)]
                 k -= centered
                 out = self._torch.empty((len(alike), k, k), dtype=self._torch.float64, device=slot.device)
-                gram(groups, out, bases=bases)
+                with self._launching:
+                    gram(groups, out, bases=bases)
                 shares.update(zip(alike, out.cpu().numpy(), strict=True))
         return [shares[piece] for piece in pieces]
 
@@ -105,7 +109,8 @@ class DeviceProcessor:
             values = np.stack([task.coefficients.values for task in tasks if task.coefficients is not None])
             coefficients = self._torch.tensor(values, dtype=self._torch.float32, device=slot.device)
             not_finite = self._torch.zeros(len(tasks), dtype=self._torch.int64, device=slot.device)
-            combine([out.device for out in outs], groups, coefficients, not_finite)
+            with self._launching:
+                combine([out.device for out in outs], groups, coefficients, not_finite)
             for out in outs:
                 out.host.copy_(out.device, non_blocking=True)
             counts: list[int] = not_finite.tolist()  # waits for the stream
@@ -131,9 +136,9 @@ class DeviceProcessor:
         slot = self._slots.get()
         try:
             with slot.stream():
-                slot.clear()
                 yield slot
         finally:
+            slot.clear()
             self._slots.put(slot)
 
     def _send(self, slot: _Slot, piece: Piece) -> list[torch.Tensor]:
@@ -174,6 +179,9 @@ class _Slot:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def clear(self) -> None:
+        """Give all memory back, when nothing reads or writes it any more."""
+        if self._stream is not None:
+            self._stream.synchronize()
         self._taken = 0
 
     def take(self, count: int, dtype: torch.dtype) -> _Staged:

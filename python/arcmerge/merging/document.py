@@ -7,6 +7,7 @@ stand-in, so that one run tells a user everything there is to mend.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,13 @@ import yaml
 from arcmerge.errors import ArcmergeError
 
 _SHOWN_CHARACTERS = 60
+_MOST_NODES = 1_000_000
+
+# Never looks at more of a value than a sentence can show: dicts from Python, too, may be deep or hold themselves.
+_BRIEFLY = reprlib.Repr()
+_BRIEFLY.maxlevel = 4
+_BRIEFLY.maxlist = _BRIEFLY.maxtuple = _BRIEFLY.maxdict = 12
+_BRIEFLY.maxstring = _BRIEFLY.maxother = _BRIEFLY.maxlong = 2 * _SHOWN_CHARACTERS
 
 
 def parse(text: str) -> Mapping[Any, Any]:
@@ -40,7 +48,12 @@ def parse(text: str) -> Mapping[Any, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which keeps the last of two equal keys, made to refuse them."""
+    """PyYAML's safe loader, made to refuse what it takes: equal keys, and aliases that hold themselves or multiply."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        _check_size(node, {})
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -55,13 +68,30 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _check_size(node: yaml.Node | None, sizes: dict[yaml.Node, int]) -> int:
+    """How many nodes `node` stands for once its aliases are written out.
+
+    sizes: of the nodes met before, 0 for those that hold this one.
+    """
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if node not in sizes:
+        sizes[node] = 0
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        sizes[node] = 1 + sum(_check_size(part, sizes) for part in parts)
+    if not 0 < sizes[node] <= _MOST_NODES:
+        rule = f"stands for more than {_MOST_NODES:,} values" if sizes[node] else "holds an alias of itself"
+        raise yaml.composer.ComposerError(None, None, f"this {rule}; write it without aliases", node.start_mark)
+    return sizes[node]
+
+
 def shown(value: object) -> str:
     """`value` as a sentence quotes it: short, on one line, YAML's words for the constants."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
         return str(value).lower()
-    text = " ".join(repr(value).split())
+    text = " ".join(_BRIEFLY.repr(value).split())
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 

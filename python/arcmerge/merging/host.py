@@ -29,21 +29,30 @@ class HostProcessor:
     def __init__(self, jobs: tuple[Job, ...], rows: Mapping[tuple[int, int], RowAddresses]) -> None:
         self._jobs = jobs
         self._rows = rows
-        self._operands: dict[int, list[_C.Operand]] = {}
+        self._parts: dict[int, list[list[_C.Operand]]] = {}
 
-    def operands(self, number: int) -> list[_C.Operand]:
-        """What the kernels read of a job's inputs. Shards are mapped on first use."""
-        if (operands := self._operands.get(number)) is None:
+    def _inputs(self, number: int) -> list[list[_C.Operand]]:
+        """What the kernels read of a job's inputs, each the sum of its parts. Shards are mapped on first use."""
+        if (inputs := self._parts.get(number)) is None:
             job = self._jobs[number]
-            operands = [self._operand(item, self._rows.get((number, place))) for place, item in enumerate(job.inputs)]
-            self._operands[number] = operands
-        return operands
+            inputs = [_operands(item, self._rows.get((number, place))) for place, item in enumerate(job.inputs)]
+            self._parts[number] = inputs
+        return inputs
 
-    def _operand(self, item: Input, rows: RowAddresses | None) -> _C.Operand:
-        cast = item.cast.native if item.cast is not None else -1
-        if rows is None:
-            return _C.Operand(item.checkpoint.address(item.info.name), item.info.dtype.native, cast)
-        return _C.Operand(0, item.info.dtype.native, cast, rows.addresses.ctypes.data, rows.columns)
+    def _operands(self, piece: Piece) -> tuple[list[_C.Operand], list[NDArray[np.uint8]]]:
+        """The inputs of a piece, an operand each, and the memory that holds those which had to be put together."""
+        operands, memory = [], []
+        for place, (first, *rest) in enumerate(self._inputs(piece.job)):
+            if rest:
+                dtype = self._jobs[piece.job].inputs[place].dtype
+                values = np.empty(piece.count * dtype.itemsize, np.uint8)
+                self.stage(piece, place, values.ctypes.data)
+                # The kernels count elements from the start of the tensor, of which only this piece is there.
+                operands.append(_C.Operand(values.ctypes.data - piece.first * dtype.itemsize, dtype.native))
+                memory.append(values)
+            else:
+                operands.append(first)
+        return operands, memory
 
     def gram(self, pieces: Sequence[Piece]) -> list[NDArray[np.float64]]:
         """Of each piece its share of its job's Gram matrix, (k, k), or all of the job's matrices, (vectors, k, k)."""
@@ -54,7 +63,8 @@ class HostProcessor:
         return [self._fill(task.piece, task.coefficients, task.address) for task in tasks]
 
     def _gram(self, piece: Piece) -> NDArray[np.float64]:
-        job, operands = self._jobs[piece.job], self.operands(piece.job)
+        job = self._jobs[piece.job]
+        operands, _memory = self._operands(piece)
         base = None
         if job.method.centered(job.values) and job.base is not None:
             base = operands[job.base]
@@ -88,15 +98,15 @@ class HostProcessor:
         if item.cast is None and (piece.job, place) not in self._rows:
             self._copy(item, piece, address)
         else:
-            operand = self.operands(piece.job)[place]
-            _C.combine(address, item.dtype.native, [operand], [1.0], piece.first, piece.count)
+            parts = self._inputs(piece.job)[place]
+            _C.combine(address, item.dtype.native, parts, [1.0] * len(parts), piece.first, piece.count)
 
     def _copy(self, source: Input, piece: Piece, address: int) -> None:
         itemsize = source.info.dtype.itemsize
         _C.copy(address, source.checkpoint.address(source.info.name) + piece.first * itemsize, piece.count * itemsize)
 
     def _compute(self, job: Job, piece: Piece, coefficients: Coefficients | None, address: int, dtype: int) -> int:
-        operands = self.operands(piece.job)
+        operands, _memory = self._operands(piece)
         if job.constant is None and job.method.elementwise:
             other = operands[1 - (job.base or 0)]
             t = float(job.values.shared["t"])
@@ -116,7 +126,7 @@ class HostProcessor:
     def not_finite(self, number: int) -> ArcmergeError:
         """The sentence that tells which input of a job holds NaN or infinity, and how many."""
         job = self._jobs[number]
-        counts = [_C.count_nonfinite(operand, 0, job.count) for operand in self.operands(number)]
+        counts = [sum(_C.count_nonfinite(part, 0, job.count) for part in parts) for parts in self._inputs(number)]
         found = ", ".join(f"{count} in {item.model}" for count, item in zip(counts, job.inputs, strict=True) if count)
         if not found:
             return ArcmergeError(
@@ -127,3 +137,10 @@ class HostProcessor:
             f"{job.output.name}: weights must be finite, found NaN or infinity ({found}); "
             "repair the checkpoint, or pass --allow-nonfinite to merge all the same"
         )
+
+
+def _operands(item: Input, rows: RowAddresses | None) -> list[_C.Operand]:
+    cast = item.cast.native if item.cast is not None else -1
+    if rows is None:
+        return [_C.Operand(item.checkpoint.address(item.info.name), item.info.dtype.native, cast)]
+    return [_C.Operand(0, part.dtype.native, cast, part.addresses.ctypes.data, part.columns) for part in rows.parts]

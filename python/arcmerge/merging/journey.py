@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from arcmerge.checkpoint.header import parse_object
 from arcmerge.checkpoint.hub import locate
 from arcmerge.checkpoint.layout import INDEX_NAME, index_json, parse_size, shard
 from arcmerge.checkpoint.output_folder import OutputFolder
@@ -25,6 +26,7 @@ from arcmerge.merging.alignment import RowAddresses, Table, align
 from arcmerge.merging.card import model_card
 from arcmerge.merging.chat_template import find_template, with_template
 from arcmerge.merging.companions import donor_files
+from arcmerge.merging.document import shown
 from arcmerge.merging.grams import GramPass, Processor, sum_grams
 from arcmerge.merging.host import HostProcessor
 from arcmerge.merging.job import Job
@@ -33,6 +35,7 @@ from arcmerge.merging.output_config import output_config
 from arcmerge.merging.plan import Plan, make_plan
 from arcmerge.merging.recipe import ModelReference, Recipe, load_recipe
 from arcmerge.merging.run import Merge
+from arcmerge.merging.team import MOST_THREADS
 from arcmerge.merging.vocabulary import Vocabulary, build_vocabulary
 
 # What CUDA's driver shows on Linux and in Windows' subsystem for it.
@@ -104,10 +107,21 @@ class Options:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Options:
-        """Options from their names. Raises ArcmergeError for a name that is none of them."""
+        """Options from their names. Raises ArcmergeError for an unknown name or a value of a wrong type."""
         if unknown := fields.keys() - cls.__dataclass_fields__.keys():
             raise ArcmergeError(f"unknown option '{min(unknown)}'; there are {', '.join(cls.__dataclass_fields__)}")
-        return cls(**fields)
+        options = cls(**fields)
+        for name, value in vars(options).items():
+            if isinstance(getattr(cls, name), bool) and not isinstance(value, bool):
+                raise ArcmergeError(f"option '{name}' must be True or False, got {shown(value)}")
+        threads = options.threads
+        if threads is not None and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
+            raise ArcmergeError(
+                f"option 'threads' must be a whole number from 1 to {MOST_THREADS} or None, got {shown(threads)}"
+            )
+        if not isinstance(options.device, str):
+            raise ArcmergeError(f"option 'device' must be auto, cpu, cuda or cuda:N, got {shown(options.device)}")
+        return options
 
     @property
     def thread_count(self) -> int:
@@ -217,6 +231,8 @@ def merge(
             plan.jobs, shards, files, processor, threads=chosen.thread_count, allow_nonfinite=chosen.allow_nonfinite
         )
         work.run(lambda done: progress(done, total) if progress else None)
+        for checkpoint in prepared.checkpoints.values():
+            checkpoint.require_unchanged()
         folder.commit()
     return MergeReport(
         out=Path(out),
@@ -291,6 +307,11 @@ def aligned_rows(plan: Plan, vocabulary: Vocabulary | None) -> dict[tuple[int, i
     rows = {}
     for number, job in enumerate(plan.jobs):
         if job.vocabulary:
+            if len(job.output.shape) != 2:
+                raise ArcmergeError(
+                    f"{job.output.name}: to be matched by token a tensor must be a matrix of one row a token, "
+                    f"got shape {list(job.inputs[0].info.shape)}; leave the tokenizer settings out"
+                )
             tables = {
                 item.model: Table(
                     item.checkpoint.address(item.info.name), item.info.dtype, item.info.shape[0], job.matrix[1]
@@ -313,7 +334,8 @@ def _small_files(prepared: Prepared, name: str, options: Options) -> dict[str, b
         files.update(vocabulary.files)
         config = vocabulary.renumbered(config)
         if "generation_config.json" in files:
-            generation = vocabulary.renumbered(json.loads(files["generation_config.json"]))
+            path = donor.folder / "generation_config.json"
+            generation = vocabulary.renumbered(parse_object(files[path.name], path))
             files["generation_config.json"] = _json(generation)
     if recipe.chat_template:
         folders = [checkpoint.folder for checkpoint in prepared.checkpoints.values()]
@@ -323,9 +345,10 @@ def _small_files(prepared: Prepared, name: str, options: Options) -> dict[str, b
     files["config.json"] = _json(
         output_config(
             config,
-            plan.source_layers,
+            [layer for _, layer in plan.source_layers],
             dtype=promote(job.output.dtype for job in plan.jobs if job.output.dtype.mergeable),
-            vocab_size=embedding.output.shape[0] if embedding and (vocabulary or plan.truncated) else None,
+            models=[prepared.checkpoints[model].config for model, _ in plan.source_layers],
+            vocab_size=embedding.output.shape[0] if embedding else None,
             tied=plan.tied,
         )
     )

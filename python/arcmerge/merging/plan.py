@@ -8,7 +8,7 @@ one line each; nothing has been written by then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.merging.job import Input, Job
 from arcmerge.merging.method import Coefficients, Inputs, Method
 from arcmerge.merging.names import EMBEDDING, HEAD, Names, is_vocabulary
+from arcmerge.merging.problems import Problems
 from arcmerge.merging.recipe import ModelReference, Recipe, Slice, Source
 
 # What the kernels are made for: sums of more inputs no longer fit the registers.
@@ -30,38 +31,16 @@ _MOST_INPUTS = 8
 class Plan:
     """All jobs in the order of the network, and what the output's config.json has to say of them.
 
-    source_layers: for every output layer the donor's layer it descends from.
-    tied: whether the head is the embedding, None where there is neither. truncated: vocabularies are cut to one length.
+    source_layers: for every output layer the model and its layer that it descends from, the donor's where it has one.
+    tied: whether the head is the embedding, None where there is neither.
     """
 
     recipe: Recipe
     method: Method
     donor: ModelReference
     jobs: tuple[Job, ...]
-    source_layers: tuple[int, ...]
+    source_layers: tuple[tuple[ModelReference, int], ...]
     tied: bool | None
-    truncated: bool
-
-
-class Problems:
-    """Problems by what they are an instance of, so that the same fault in every tensor is one line."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, tuple[str, int]] = {}
-
-    def add(self, sentence: str, kind: str | None = None) -> None:
-        """Note a problem. kind: what further problems of its kind have in common with it; they are only counted."""
-        first, times = self._found.get(kind or sentence, (sentence, 0))
-        self._found[kind or sentence] = (first, times + 1)
-
-    def raise_if_any(self) -> None:
-        if self._found:
-            raise ArcmergeError(
-                [
-                    sentence + (f" (and {times - 1} more tensors alike)" if times > 1 else "")
-                    for sentence, times in self._found.values()
-                ]
-            )
 
 
 def make_plan(
@@ -113,18 +92,20 @@ class _Planner:
         self.problems.raise_if_any()
 
         jobs: list[Job | None] = []
-        source_layers: list[int] = []
+        source_layers: list[tuple[ModelReference, int]] = []
         before, after = self._outer_names(slices)
         jobs += [self._job(name, slices[0], [name] * len(slices[0].sources), 0.0) for name in before]
         for piece in slices:
             length = _length(piece.sources[0])
+            origin = _donor_source(piece, self.donor)
             for step in range(length):
                 u = step / (length - 1) if length > 1 else 1.0
                 jobs += self._layer(piece, step, u, len(source_layers))
-                source_layers.append(_layers(_donor_source(piece, self.donor))[0] + step)
+                source_layers.append((origin.model, _layers(origin)[0] + step))
         jobs += [self._job(name, slices[-1], [name] * len(slices[-1].sources), 0.0) for name in after]
         head, tied = self._head(slices[-1])
         jobs.append(head)
+        self._check_vocabulary([job.output for job in jobs if job is not None])
         self.problems.raise_if_any()
         return Plan(
             recipe=self.recipe,
@@ -133,8 +114,17 @@ class _Planner:
             jobs=tuple(job for job in jobs if job is not None),
             source_layers=tuple(source_layers),
             tied=tied,
-            truncated=self.truncate_embeddings,
         )
+
+    def _check_vocabulary(self, tensors: Iterable[OutputTensor]) -> None:
+        """One vocabulary for the whole network: its embedding comes from the first slice, its head from the last."""
+        rows = {tensor.name: tensor.shape[0] for tensor in tensors if is_vocabulary(tensor.name)}
+        if len(set(rows.values())) > 1:
+            found = ", ".join(f"{name} {count}" for name, count in rows.items())
+            self.problems.add(
+                f"the embedding and the head must have a row for each token, got rows {found}; "
+                "add 'tokenizer_source: union' (or base), or end in a slice of models with the vocabulary of the first"
+            )
 
     def _check_architecture(self, model: ModelReference) -> None:
         """One stack of layers, as deep as config.json says, of the donor's architecture."""
@@ -233,7 +223,8 @@ class _Planner:
         names = [
             HEAD if own else self.names[model].embedding() or HEAD for model, own in zip(models, untied, strict=True)
         ]
-        return self._job(HEAD, piece, names, 0.0), False
+        # An embedding that stands in for a head is set as the head it is here, filters of the recipe included.
+        return self._job(HEAD, piece, names, 0.0, asked=[HEAD] * len(names)), False
 
     def _has_own_head(self, model: ModelReference) -> bool:
         checkpoint, embedding = self.checkpoints[model], self.names[model].embedding()
@@ -243,8 +234,13 @@ class _Planner:
             return True
         return not _same_bytes(checkpoint.tensor_bytes(HEAD), checkpoint.tensor_bytes(embedding))
 
-    def _job(self, output_name: str, piece: Slice, names: Sequence[str], u: float) -> Job | None:
-        """The job of one output tensor, None where a problem was noted."""
+    def _job(
+        self, output_name: str, piece: Slice, names: Sequence[str], u: float, asked: Sequence[str] | None = None
+    ) -> Job | None:
+        """The job of one output tensor, None where a problem was noted.
+
+        names: of its inputs. asked: those that filters of parameters look at, where they are not the same.
+        """
         inputs = self._inputs(output_name, piece, names)
         if inputs is None or (shape := self._shape(output_name, inputs)) is None:
             return None
@@ -252,7 +248,7 @@ class _Planner:
             return self._copied_job(output_name, inputs, shape)
         base = self._base_position(piece)
         try:
-            values = self._values(piece, output_name, names, u, base)
+            values = self._values(piece, output_name, asked or names, u, base)
         except ArcmergeError as error:
             for sentence in error.problems:
                 self.problems.add(sentence, kind=sentence.replace(output_name, ""))
@@ -266,7 +262,9 @@ class _Planner:
         constant = self.method.constant(values)
         if len({(item.model, item.info.name) for item in inputs}) == 1 and self.method.between_inputs:
             constant = Coefficients(np.eye(len(inputs))[0], "copy")
-        if constant is not None and not vocabulary:  # a row that one model lacks may come from any other
+        if vocabulary:  # a row that one model lacks may come from any other, in its type
+            inputs = tuple(replace(item, cast=result if result != item.info.dtype else None) for item in inputs)
+        elif constant is not None:
             inputs, constant = _used(inputs, constant)
         return Job(
             output=OutputTensor(output_name, self.recipe.out_dtype or result, shape),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from arcmerge.errors import ArcmergeError
 from arcmerge.merging.grams import GramPass
 from arcmerge.merging.inspect import Pair, Relation, by, relation
 from arcmerge.merging.journey import branch
@@ -17,7 +18,9 @@ Row = Mapping[str, Any]
 
 
 def pair_recipe(a: str, b: str) -> Mapping[str, Any]:
-    """The recipe whose Gram pass measures how `b` lies to `a`."""
+    """The recipe whose Gram pass measures how `b` lies to `a`. Raises ArcmergeError if they are the same name."""
+    if a == b:
+        raise ArcmergeError(f"two models are needed to see how they lie to each other, got '{a}' twice")
     return {
         "merge_method": "slerp",
         "base_model": a,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+MOST_THREADS = 1024
+"""More than any machine has a use for, and few enough to start."""
+
 
 class Team:
     """Threads that take tasks until there are none left; the first failure stops them all and is raised by `join`."""
