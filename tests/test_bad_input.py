@@ -201,6 +201,9 @@ CALLS = {
     "shard-size-in-words": Bad(
         ("shard", "'much'", "5B"), call=("merge", "recipe.yml", "out", "--out-shard-size", "much"), code=2
     ),
+    "plot-of-no-kind": Bad(("--plot", "'c.xyz'", ".png"), call=("plan", "recipe.yml", "--plot", "c.xyz"), code=2),
+    "plot-nowhere": Bad(("--plot", "absent"), call=("plan", "recipe.yml", "--plot", "absent/c.png"), code=2),
+    "inspect-one-model": Bad(("'models/llama-a' twice",), call=("inspect", "models/llama-a", "models/llama-a")),
     "device-unknown": Bad(("device", "'tpu'", "cuda"), call=("merge", "recipe.yml", "out", "--device", "tpu"), code=2),
     "device-absent": Bad(("cuda:99",), call=("merge", "recipe.yml", "out", "--device", "cuda:99")),
     "pickle-wanted": Bad(("--no-safe-serialization",), call=("merge", "recipe.yml", "out", "--no-safe-serialization")),

@@ -9,7 +9,7 @@ import yaml
 
 from arcmerge.merging.card import is_hub_name, model_card
 from arcmerge.merging.companions import donor_files
-from arcmerge.merging.reference import ModelReference
+from arcmerge.merging.model_reference import ModelReference
 
 HUB = ModelReference("google/gemma-2-2b", "main")
 LOCAL = ModelReference("/models/mine")

@@ -178,7 +178,7 @@ def test_a_fault_of_ours_is_one_sentence(
     def faulty(*_: object, **__: object) -> None:
         raise KeyError("two\nlines \x1b[31m")
 
-    monkeypatch.setattr("arcmerge.merging.journey.merge", faulty)
+    monkeypatch.setattr("arcmerge.merging.merge.merge", faulty)
     assert main(["merge", str(workplace / "recipe.yml"), str(workplace / "out")]) == 1
     complaint = capsys.readouterr().err
     assert complaint.startswith("arcmerge: unexpected KeyError: ")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import arcmerge
 import tiny
-from arcmerge.merging import journey
+from arcmerge.merging import merge as journey
 
 MODELS = ("gemma-a", "gemma-b", "gemma-c", "gemma-b-f32", "gemma-b-vocabulary")
 # What each case takes beside kernels and plain copies of weights to the device.

@@ -6,9 +6,9 @@ import ast
 import importlib.util
 import os
 import re
-import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,7 +116,7 @@ def test_kernels_is_one_folder_with_two_paths_and_no_package():
 # ---- what a start loads
 
 
-@pytest.mark.parametrize("module", ["arcmerge", "arcmerge.cli", "arcmerge.merging.journey"])
+@pytest.mark.parametrize("module", ["arcmerge", "arcmerge.cli", "arcmerge.merging.merge"])
 def test_importing_loads_nothing_heavy(module):
     loaded = run_python(f"import sys, {module}; print(*sys.modules)").split()
     assert module in loaded
@@ -140,13 +140,11 @@ def test_a_merge_on_the_cpu_loads_nothing_heavy(tmp_path):
 
 def test_the_command_starts_in_less_than_three_tenths_of_a_second():
     def start() -> float:
-        """CPU seconds: all that a start takes on an idle machine, and no more on a busy one."""
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run_python("import arcmerge.cli, arcmerge.merging.journey")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        started = time.perf_counter()
+        run_python("import arcmerge.cli, arcmerge.merging.merge")
+        return time.perf_counter() - started
 
-    assert min(start() for _ in range(5)) < START_SECONDS
+    assert min(start() for _ in range(7)) < START_SECONDS
 
 
 # ---- one place for each fact
@@ -155,6 +153,7 @@ def test_the_command_starts_in_less_than_three_tenths_of_a_second():
 def test_the_stub_names_what_the_extension_has():
     stub = ast.parse((PACKAGE / "_C.pyi").read_text())
     named = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    named |= {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
     assert named == {name for name in dir(_C) if not name.startswith("_")}
 
 

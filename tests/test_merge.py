@@ -286,7 +286,7 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
         "def peak():\n"
         "    status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
         "    return int(status['RssAnon'].split()[0])\n"
-        "import arcmerge.merging.journey\n"
+        "import arcmerge.merging.merge\n"
         "before, most = peak(), 0\n"
         "def look(done, total):\n"
         "    global most\n"
@@ -325,3 +325,12 @@ def test_output_files_are_readable_by_others(models: Path, tmp_path: Path) -> No
     finally:
         os.umask(mask)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
+
+
+def test_a_vocabulary_needs_an_embedding_to_align(models: Path, tmp_path: Path) -> None:
+    renamed = {name.replace("embed_tokens", "tok_embeddings"): tensor for name, tensor in tiny.weights(3).items()}
+    for name in "ab":
+        tiny.write_checkpoint(tmp_path / name, tiny.Model(lambda: renamed))
+    config = recipe(tmp_path, "a", "b", tokenizer_source="union")
+    with pytest.raises(arcmerge.ArcmergeError, match="so none can be aligned by token"):
+        arcmerge.merge(config, tmp_path / "out")

@@ -13,7 +13,7 @@ import pytest
 from arcmerge.dtypes import BF16, F16, F32, DType
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.alignment import Table, align, decode, encode
-from arcmerge.merging.reference import ModelReference
+from arcmerge.merging.model_reference import ModelReference
 from arcmerge.merging.tokenizer_recipe import ModelToken, TokenizerRecipe, TokenRule
 from arcmerge.merging.vocabulary import Vocabulary
 from vocabularies import COLUMNS, LETTERS, SPECIAL, Model, ThreeModels, aligned, build, gather

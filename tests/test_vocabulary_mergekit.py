@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from arcmerge.merging.reference import ModelReference
+from arcmerge.merging.model_reference import ModelReference
 from arcmerge.merging.tokenizer_recipe import ModelToken, TokenizerRecipe, TokenRule
 from vocabularies import Model, ThreeModels, aligned
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from arcmerge.dtypes import BF16, F16, F32, DType
 from arcmerge.merging.alignment import RowAddresses, Table, align, decode, encode
-from arcmerge.merging.reference import ModelReference
+from arcmerge.merging.model_reference import ModelReference
 from arcmerge.merging.tokenizer_recipe import TokenizerRecipe
 from arcmerge.merging.vocabulary import Vocabulary, build_vocabulary
 

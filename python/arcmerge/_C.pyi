@@ -6,6 +6,8 @@ The GIL is released while an operation runs. Wrong arguments raise ValueError.
 
 from collections.abc import Sequence
 
+MAX_OPERANDS: int
+
 class Operand:
     """One input tensor, row-major; every value is widened to float32 when it is read.
 

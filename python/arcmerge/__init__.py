@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 from arcmerge.errors import ArcmergeError
 
 if TYPE_CHECKING:
-    from arcmerge.merging.journey import MergeReport, Options, merge
+    from arcmerge.merging.merge import merge
+    from arcmerge.merging.options import Options
+    from arcmerge.merging.report import MergeReport
     from arcmerge.tensors import slerp
 
 __version__ = "0.1.0"
 __all__ = ["ArcmergeError", "MergeReport", "Options", "__version__", "merge", "slerp"]
 
 _HOMES = {
-    "MergeReport": "arcmerge.merging.journey",
-    "Options": "arcmerge.merging.journey",
-    "merge": "arcmerge.merging.journey",
+    "MergeReport": "arcmerge.merging.report",
+    "Options": "arcmerge.merging.options",
+    "merge": "arcmerge.merging.merge",
     "slerp": "arcmerge.tensors",
 }
 

@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(call=_plan)
     plan.add_argument("config", metavar="CONFIG", type=Path, help="mergekit YAML file")
     plan.add_argument("--json", action="store_true", help="print every tensor as JSON")
-    plan.add_argument("--plot", metavar="FILE", type=Path, help="draw the curve over the layers, as curve.png")
+    plan.add_argument("--plot", metavar="FILE", type=_picture, help="draw the curve over the layers, as curve.png")
     _add_model_options(plan)
 
     inspect = commands.add_parser("inspect", help="show how two checkpoints lie to each other")
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("a", metavar="A", help="folder or hub name")
     inspect.add_argument("b", metavar="B", help="folder or hub name")
     inspect.add_argument("--json", action="store_true", help="print every tensor as JSON")
-    inspect.add_argument("--plot", metavar="FILE", type=Path, help="draw the angles as a heat map, as angles.png")
+    inspect.add_argument("--plot", metavar="FILE", type=_picture, help="draw the angles as a heat map, as angles.png")
     _add_model_options(inspect)
 
     doctor = commands.add_parser("doctor", help="show versions, processors and which backend serves what")
@@ -162,6 +162,15 @@ def _device(text: str) -> str:
     return text
 
 
+def _picture(text: str) -> Path:
+    file = Path(text)
+    if file.suffix not in (".png", ".pdf", ".svg", ".jpg"):
+        raise argparse.ArgumentTypeError(f"must be a .png, .pdf, .svg or .jpg file, got '{text}'")
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder of '{text}' must exist; create {file.parent} first")
+    return file
+
+
 def _shard_size(text: str) -> int:
     from arcmerge.checkpoint.layout import parse_size
 
@@ -172,20 +181,20 @@ def _shard_size(text: str) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    from arcmerge.merging.journey import Options
+    from arcmerge.merging.options import Options
 
     for flag, note in {**_WITHOUT_EFFECT, **_VALUES_WITHOUT_EFFECT}.items():
         if getattr(arguments, flag[2:].replace("-", "_")) not in (None, False):
             _note(f"{flag} has no effect: {note}")
     cuda = arguments.cuda if arguments.cuda is not None else arguments.gpu_rich
-    if cuda and arguments.device == "auto":
-        arguments.device = "cuda"
+    if cuda is not None and arguments.device == "auto":
+        arguments.device = "cuda" if cuda else "cpu"
     names = Options.__dataclass_fields__
     return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from arcmerge.merging.journey import merge
+    from arcmerge.merging.merge import merge
 
     if not arguments.safe_serialization:
         raise ArcmergeError("--no-safe-serialization is not supported: pickle files can run code; leave the flag out")
@@ -197,7 +206,8 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from arcmerge.merging import show
-    from arcmerge.merging.journey import Options, preview
+    from arcmerge.merging.merge import preview
+    from arcmerge.merging.options import Options
 
     options = Options.of({**_options(arguments), "allow_nonfinite": True})
     with _progress(arguments, "measuring") as progress:
@@ -214,7 +224,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from arcmerge.merging import show
     from arcmerge.merging.inspect import as_json, pairs_of
-    from arcmerge.merging.journey import Options, preview
+    from arcmerge.merging.merge import preview
+    from arcmerge.merging.options import Options
 
     options = Options.of({**_options(arguments), "allow_nonfinite": True})
     with _progress(arguments, "measuring") as progress:

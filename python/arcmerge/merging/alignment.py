@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from arcmerge import _C
 from arcmerge.dtypes import BF16, F16, F32, DType, promote
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.reference import ModelReference
+from arcmerge.merging.model_reference import ModelReference
 from arcmerge.merging.tokenizer_recipe import ModelToken, TokenRule
 from arcmerge.merging.vocabulary import Vocabulary
 

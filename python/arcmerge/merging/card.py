@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from arcmerge.merging.reference import ModelReference
+from arcmerge.merging.model_reference import ModelReference
 
 _PROJECT = "arcmerge"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from arcmerge.checkpoint.header import parse_object
 from arcmerge.errors import ArcmergeError
 
 _ALPACA = """\
@@ -134,11 +135,14 @@ def read_template(folder: Path) -> str | None:
     """The template of the tokenizer in a checkpoint folder: chat_template.jinja, else that in tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ArcmergeError(f"{file}: must be UTF-8 text: {error}; download it again") from error
     file = folder / "tokenizer_config.json"
-    template: Any = json.loads(file.read_bytes()).get("chat_template") if file.exists() else None
+    template: Any = parse_object(file.read_bytes(), file).get("chat_template") if file.exists() else None
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):
         template = template.get("default")
     return template if isinstance(template, str) else None
@@ -149,7 +153,7 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
     changed = {name: content for name, content in files.items() if name != "chat_template.json"}
     changed["chat_template.jinja"] = template.encode()
     if "tokenizer_config.json" in changed:
-        config = json.loads(changed["tokenizer_config.json"])
+        config = parse_object(changed["tokenizer_config.json"], Path("tokenizer_config.json"))
         if config.pop("chat_template", None) is not None:
             changed["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
     return changed

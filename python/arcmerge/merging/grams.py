@@ -94,7 +94,8 @@ class GramPass:
             self.coefficients[number] = job.method.coefficients(gram, job.values)
         except ArcmergeError as error:
             raise ArcmergeError([f"{job.output.name}: {problem}" for problem in error.problems]) from error
-        self.grams[number] = gram
+        if gram.ndim == 2:  # those of vectors would fill memory, and nothing reads them
+            self.grams[number] = gram
         del self._sums[number]
 
 

@@ -9,7 +9,7 @@ from arcmerge.checkpoint.layout import OutputTensor
 from arcmerge.checkpoint.reader import Checkpoint, TensorInfo
 from arcmerge.dtypes import DType
 from arcmerge.merging.method import Coefficients, Inputs, Method
-from arcmerge.merging.reference import ModelReference
+from arcmerge.merging.model_reference import ModelReference
 
 
 @dataclass(frozen=True)

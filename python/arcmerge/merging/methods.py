@@ -10,7 +10,6 @@ one vector. The semantics are those of mergekit 0.1.5; what it computes in the t
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcmerge.errors import ArcmergeError
+from arcmerge.merging.document import did_you_mean
 from arcmerge.merging.method import Array, Coefficients, Inputs, Method, combination, copy_of
 from arcmerge.merging.settings import Parameter
 
@@ -344,12 +344,10 @@ def get(name: str) -> Method:
     """The method that a recipe calls `name`. Raises ArcmergeError if there is none."""
     if name in METHODS:
         return METHODS[name]
-    if name in _NOT_SUPPORTED:
-        reason = "is not supported"
-    else:
-        near = difflib.get_close_matches(name.lower(), METHODS, n=1)
-        reason = f"is unknown (did you mean '{near[0]}'?)" if near else "is unknown"
-    raise ArcmergeError(f"merge_method '{name}' {reason}; choose one of {', '.join(METHODS)}")
+    reason, hint = (
+        ("is not supported", "") if name in _NOT_SUPPORTED else ("is unknown", did_you_mean(name.lower(), METHODS))
+    )
+    raise ArcmergeError(f"merge_method '{name}' {reason}; choose one of {', '.join(METHODS)}{hint}")
 
 
 def _squares(gram: Array) -> Array:

@@ -9,7 +9,7 @@ from arcmerge.checkpoint.reader import Checkpoint
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>0|[1-9][0-9]*)\.(?P<rest>.+)$")
 # Buffers that old checkpoints carry and every runtime computes for itself.
 _RECOMPUTED = ("rotary_emb.inv_freq",)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from arcmerge._C import MAX_OPERANDS
 from arcmerge.checkpoint.layout import OutputTensor
 from arcmerge.checkpoint.reader import Checkpoint, TensorInfo
 from arcmerge.dtypes import promote
@@ -22,9 +23,6 @@ from arcmerge.merging.method import Coefficients, Inputs, Method
 from arcmerge.merging.names import EMBEDDING, HEAD, Names, is_vocabulary
 from arcmerge.merging.problems import Problems
 from arcmerge.merging.recipe import ModelReference, Recipe, Slice, Source
-
-# What the kernels are made for: sums of more inputs no longer fit the registers.
-_MOST_INPUTS = 8
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,11 @@ class _Planner:
     def _check_vocabulary(self, tensors: Iterable[OutputTensor]) -> None:
         """One vocabulary for the whole network: its embedding comes from the first slice, its head from the last."""
         rows = {tensor.name: tensor.shape[0] for tensor in tensors if is_vocabulary(tensor.name)}
+        if not rows and self.vocabulary_rows is not None:
+            self.problems.add(
+                f"tokenizer: no tensor is called '...{EMBEDDING}', so none can be aligned by token; "
+                "leave the tokenizer block out"
+            )
         if len(set(rows.values())) > 1:
             found = ", ".join(f"{name} {count}" for name, count in rows.items())
             self.problems.add(
@@ -169,9 +172,9 @@ class _Planner:
                 f"slices[{number}]: all sources of a slice must have the same number of layers, got {found}; "
                 "give each source a layer_range of one length"
             )
-        if len(sources) > _MOST_INPUTS:
+        if len(sources) > MAX_OPERANDS:
             self.problems.add(
-                f"slices[{number}]: at most {_MOST_INPUTS} models can be merged at once, got {len(sources)}; "
+                f"slices[{number}]: at most {MAX_OPERANDS} models can be merged at once, got {len(sources)}; "
                 "merge some of them first, then the result with the rest"
             )
         base = piece.base_model or self.recipe.base_model

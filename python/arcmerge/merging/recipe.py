@@ -25,7 +25,7 @@ import yaml
 from arcmerge.dtypes import BY_NAME, MERGEABLE, DType
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.document import Findings, did_you_mean, parse, shown
-from arcmerge.merging.reference import ModelReference, read_reference
+from arcmerge.merging.model_reference import ModelReference, read_reference
 from arcmerge.merging.settings import NO_SETTINGS, Parameter, Settings, convert, read_settings, resolve
 from arcmerge.merging.tokenizer_recipe import ModelToken, TokenizerRecipe, TokenRule, read_tokenizer
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from arcmerge.checkpoint.layout import Shard
 from arcmerge.checkpoint.writer import ShardFile, address_of, aligned_buffer
@@ -53,7 +54,6 @@ class Merge:
         order.update(dict.fromkeys(range(len(jobs))))
         self.sums = GramPass(jobs, processor, list(order), allow_nonfinite)
         self._free = [aligned_buffer(CHUNK_BYTES) for _ in range(BUFFERS)]
-        self._unclaimed = BUFFERS
         self._filled: deque[tuple[Chunk, memoryview]] = deque()
         self._unwritten = len(self._chunks)
         self._ahead = 0
@@ -73,28 +73,27 @@ class Merge:
 
     def _compute(self) -> None:
         while (task := self._next_task()) is not None:
-            if isinstance(task, Chunk):
-                self._fill(task)
-            else:
-                self.sums.add(task)
-                with self._team.changed:
-                    self._team.changed.notify_all()
+            task()
 
-    def _next_task(self) -> Chunk | tuple[Piece, ...] | None:
-        """A chunk to fill if there is a buffer for it, else some pieces to sum; waits, and is None at the end."""
+    def _next_task(self) -> Callable[[], None] | None:
+        """To fill a chunk if there is a buffer for it, else to sum some pieces; waits, and is None at the end."""
         with self._team.changed:
             while self._team.failure is None and (self._chunks or self.sums.waiting):
-                if self._unclaimed and self._next_is_ready():
-                    self._unclaimed -= 1
+                if self._free and self._next_is_ready():
                     chunk = self._chunks.popleft()
                     self._ahead -= self._summed_bytes(piece for piece, _ in chunk.pieces)
-                    return chunk
+                    return partial(self._fill, chunk, self._free.pop())
                 if self.sums.waiting and self._may_run_ahead():
                     batch = self.sums.waiting.popleft()
                     self._ahead += self._summed_bytes(batch)
-                    return batch
+                    return partial(self._sum, batch)
                 self._team.changed.wait()
         return None
+
+    def _sum(self, batch: Sequence[Piece]) -> None:
+        self.sums.add(batch)
+        with self._team.changed:
+            self._team.changed.notify_all()
 
     def _next_is_ready(self) -> bool:
         return bool(self._chunks) and all(self.sums.ready(piece.job) for piece, _ in self._chunks[0].pieces)
@@ -106,8 +105,7 @@ class Merge:
     def _summed_bytes(self, pieces: Iterable[Piece]) -> int:
         return input_bytes(self._jobs, (piece for piece in pieces if needs_gram(self._jobs[piece.job])))
 
-    def _fill(self, chunk: Chunk) -> None:
-        buffer = self._free.pop()
+    def _fill(self, chunk: Chunk, buffer: memoryview) -> None:
         buffer[: len(chunk.literal)] = chunk.literal
         start = address_of(buffer)
         tasks = [Filling(piece, self.sums.coefficients.get(piece.job), start + place) for piece, place in chunk.pieces]
@@ -142,7 +140,6 @@ class Merge:
             with self._team.changed:
                 self.written += chunk.nbytes
                 self._free.append(buffer)
-                self._unclaimed += 1
                 self._team.changed.notify_all()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.grams import GramPass
 from arcmerge.merging.inspect import Pair, Relation, by, relation
-from arcmerge.merging.journey import branch
+from arcmerge.merging.merge import branch
 from arcmerge.merging.names import place
 from arcmerge.merging.plan import Plan
 

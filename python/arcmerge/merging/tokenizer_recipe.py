@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 from arcmerge.merging.document import Findings, shown
-from arcmerge.merging.reference import ModelReference, read_reference
+from arcmerge.merging.model_reference import ModelReference, read_reference
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.reference import ModelReference
+from arcmerge.merging.model_reference import ModelReference
 from arcmerge.merging.tokenizer import PLAIN, Tokenizer
 from arcmerge.merging.tokenizer_recipe import TokenizerRecipe, TokenRule
 

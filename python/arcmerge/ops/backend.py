@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_OPERANDS = 8
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -84,8 +82,8 @@ def _explain(device: str) -> str:
 
 def require_alike(tensors: Sequence[Tensor], base: Tensor | None = None) -> None:
     """1 to 8 tensors, and a base, of one shape and device, in bfloat16, float16 or float32; ArcmergeError if not."""
-    if not 1 <= len(tensors) <= MAX_OPERANDS:
-        raise ArcmergeError(f"'tensors' must be 1 to {MAX_OPERANDS} tensors, got {len(tensors)}")
+    if not 1 <= len(tensors) <= _C.MAX_OPERANDS:
+        raise ArcmergeError(f"'tensors' must be 1 to {_C.MAX_OPERANDS} tensors, got {len(tensors)}")
     named = {f"'tensors[{number}]'": tensor for number, tensor in enumerate(tensors)}
     if base is not None:
         named["'base'"] = base

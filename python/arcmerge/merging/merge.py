@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings as python_warnings
 from collections import Counter
@@ -26,125 +25,28 @@ from arcmerge.merging.alignment import RowAddresses, Table, align
 from arcmerge.merging.card import model_card
 from arcmerge.merging.chat_template import find_template, with_template
 from arcmerge.merging.companions import donor_files
-from arcmerge.merging.document import shown
 from arcmerge.merging.grams import GramPass, Processor, sum_grams
 from arcmerge.merging.host import HostProcessor
 from arcmerge.merging.job import Job
 from arcmerge.merging.names import is_vocabulary
+from arcmerge.merging.options import Options
 from arcmerge.merging.output_config import output_config
 from arcmerge.merging.plan import Plan, make_plan
 from arcmerge.merging.recipe import ModelReference, Recipe, load_recipe
+from arcmerge.merging.report import MergeReport
 from arcmerge.merging.run import Merge
-from arcmerge.merging.team import MOST_THREADS
 from arcmerge.merging.vocabulary import Vocabulary, build_vocabulary
-
-# What CUDA's driver shows on Linux and in Windows' subsystem for it.
-_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
 
 Config = str | Path | Mapping[str, Any]
 
 
 class Progress(Protocol):
-    """Told how far the work is: `done` of `total`, in bytes written or pieces summed."""
+    """Told how far the work is: `done` of `total`, in bytes."""
 
     def __call__(self, done: int, total: int) -> None: ...
 
 
 Warn = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
-
-    nbytes: bytes written. seconds: until they were durable. branches: how many tensors came about in which way.
-    """
-
-    out: Path
-    method: str
-    nbytes: int
-    seconds: float
-    branches: Mapping[str, int]
-    warnings: tuple[str, ...]
-
-    @property
-    def copied(self) -> int:
-        return self.branches.get("copy", 0)
-
-    @property
-    def linear(self) -> int:
-        return self.branches.get("linear", 0)
-
-    @property
-    def merged(self) -> int:
-        return sum(self.branches.values()) - self.copied
-
-    def __str__(self) -> str:
-        rate = self.nbytes / self.seconds / 1e9
-        return (
-            f"{self.out}: {_size(self.nbytes)} in {self.seconds:.1f} s ({rate:.2f} GB/s), {self.method}: "
-            f"{self.merged} tensors merged ({self.linear} of them on the linear branch), {self.copied} copied"
-        )
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to merge, beside what the recipe says.
-
-    device: "auto" takes CUDA if there is one, else "cpu"; "cuda" or "cuda:N" ask for it.
-    threads: compute threads, None for one per core. out_shard_size: bytes, as a number or like "5B", "500M".
-    """
-
-    device: str = "auto"
-    threads: int | None = None
-    out_shard_size: str | int = "5B"
-    copy_tokenizer: bool = True
-    write_model_card: bool = True
-    allow_nonfinite: bool = False
-    allow_crimes: bool = False
-    unsafe_truncate_embeddings: bool = False
-    transformers_cache: str | None = None
-
-    @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Options:
-        """Options from their names. Raises ArcmergeError for an unknown name or a value of a wrong type."""
-        if unknown := fields.keys() - cls.__dataclass_fields__.keys():
-            raise ArcmergeError(f"unknown option '{min(unknown)}'; there are {', '.join(cls.__dataclass_fields__)}")
-        options = cls(**fields)
-        for name, value in vars(options).items():
-            if isinstance(getattr(cls, name), bool) and not isinstance(value, bool):
-                raise ArcmergeError(f"option '{name}' must be True or False, got {shown(value)}")
-        threads = options.threads
-        if threads is not None and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
-            raise ArcmergeError(
-                f"option 'threads' must be a whole number from 1 to {MOST_THREADS} or None, got {shown(threads)}"
-            )
-        if not isinstance(options.device, str):
-            raise ArcmergeError(f"option 'device' must be auto, cpu, cuda or cuda:N, got {shown(options.device)}")
-        return options
-
-    @property
-    def thread_count(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
-
-    @property
-    def resolved_device(self) -> str:
-        """The device that "auto" stands for. Raises ArcmergeError for one that is not there."""
-        if self.device == "cpu" or (self.device == "auto" and not any(Path(name).exists() for name in _DRIVERS)):
-            return "cpu"  # torch is not even imported where there is no driver
-        import torch
-
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        if not self.device.startswith("cuda"):
-            raise ArcmergeError(f"device must be auto, cpu, cuda or cuda:N, got '{self.device}'")
-        number = self.device.removeprefix("cuda").removeprefix(":") or "0"
-        if not number.isdigit() or int(number) >= torch.cuda.device_count():
-            raise ArcmergeError(
-                f"device '{self.device}' must be one of the {torch.cuda.device_count()} CUDA devices of this machine; "
-                "use --device cpu"
-            )
-        return self.device
 
 
 @dataclass(frozen=True)
@@ -163,7 +65,8 @@ class Prepared:
             return HostProcessor(self.plan.jobs, rows)
         from arcmerge.merging.device import DeviceProcessor
 
-        return DeviceProcessor(self.plan.jobs, rows, device, options.thread_count)
+        # Four slots keep the bus busy both ways; each holds 64 MB of pinned memory and more.
+        return DeviceProcessor(self.plan.jobs, rows, device, min(options.thread_count, 4))
 
 
 def prepare(config: Config, options: Options, warn: Warn) -> Prepared:
@@ -357,10 +260,6 @@ def _small_files(prepared: Prepared, name: str, options: Options) -> dict[str, b
         files["README.md"] = card.encode()
         files["mergekit_config.yml"] = recipe.text.encode()
     return files
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
