@@ -25,7 +25,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-SAMPLING_SECONDS = 0.005
+SAMPLING_SECONDS = 0.02
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class Usage:
 
 
 def run_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
-    """Run a command to its end. Its memory is sampled, so a peak of less than 5 ms may be missed.
+    """Run a command to its end. Its memory is sampled, so a peak of less than 20 ms may be missed.
 
     Anonymous memory counts what the process allocates (RssAnon and RssShmem), not the pages of files that it maps.
     Raises RuntimeError with the command's last words if it fails.
