@@ -1,6 +1,6 @@
 """Builds arcmerge._C: plain C++17 without torch.
 
-Compiled for the oldest processor of its kind; csrc/cpu/variant.h picks faster code at run time.
+Compiled for the oldest processor of its kind; csrc/cpu/variant.cpp picks faster code at run time.
 """
 
 from glob import glob

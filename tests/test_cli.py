@@ -79,6 +79,23 @@ def test_plan_tells_every_tensor(workplace: Path, capsys: pytest.CaptureFixture[
     assert near["coefficients"] == pytest.approx([0.4, 0.6])  # the inputs are listed a, b; b is the base
 
 
+def test_plan_of_broken_weights_is_json_all_the_same(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    weights = tiny.weights(3)
+    weights[name][0, 0] = float("nan")
+    tiny.write_checkpoint(workplace / "broken", tiny.Model(lambda: weights))
+    text = RECIPE.format(a=workplace / "broken", b=workplace / "gemma-b")
+    (workplace / "recipe.yml").write_text(text)
+    assert main(["plan", str(workplace / "recipe.yml"), "--json"]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out, parse_constant=refuse)}
+    assert rows[name]["coefficients"] is None
+    assert rows["model.norm.weight"]["coefficients"] is not None
+
+
 def test_plan_is_a_table_otherwise(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(workplace / "recipe.yml")]) == 0
     printed = capsys.readouterr().out

@@ -191,7 +191,7 @@ class _Planner:
         """Names of the tensors before and after the layers, the head left out."""
         first = [source.model for source in slices[0].sources]
         last = [source.model for source in slices[-1].sources]
-        before = [name for name in self._union(first) if name.endswith(EMBEDDING) or "embed" in name]
+        before = [name for name in self._union(first) if "embed" in name]
         after = [name for name in self._union(last) if "embed" not in name and name != HEAD]
         return before, after
 

@@ -35,7 +35,7 @@ def plan_rows(plan: Plan, grams: GramPass) -> list[Row]:
     for number, job in enumerate(plan.jobs):
         layer, kind, module = place(job.output.name)
         coefficients = grams.coefficients.get(number)
-        values = coefficients.values.tolist() if coefficients is not None and coefficients.values.ndim == 1 else None
+        values = coefficients.values.tolist() if coefficients is not None and coefficients.values.ndim == 1 else []
         rows.append(
             {
                 "name": job.output.name,
@@ -47,7 +47,8 @@ def plan_rows(plan: Plan, grams: GramPass) -> list[Row]:
                 "inputs": [f"{item.model}:{item.info.name}" for item in job.inputs],
                 "parameters": {**job.values.shared, **{name: list(v) for name, v in job.values.per_input.items()}},
                 "branch": branch(job, grams, number),
-                "coefficients": values,
+                # None for those of vectors, and for weights that are not finite: JSON has no word for NaN.
+                "coefficients": values if values and all(map(math.isfinite, values)) else None,
                 "cosine": _cosine(grams, number),
             }
         )
