@@ -144,7 +144,7 @@ def test_doctor_tells_versions_and_backends(capsys: pytest.CaptureFixture[str]) 
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["cpu"]["variant"] in found["cpu"]["variants"]
-    assert found["gram and combine"]["on cpu"].startswith("native")
+    assert found["ops"]["on cpu"]["gram"].startswith("native")
     assert main(["doctor"]) == 0
     assert found["packages"]["torch"] in capsys.readouterr().out
 

@@ -196,8 +196,8 @@ def test_a_forced_backend_that_cannot_serve_raises(monkeypatch):
 
 def test_backends_explain_themselves(monkeypatch):
     monkeypatch.delenv("ARCMERGE_BACKEND", raising=False)
-    assert backends()["cpu"] == f"native ({_C.variant()} code)"
-    assert "native not, as it works on the cpu, not on cuda" in backends()["cuda"]
+    assert backends("cpu")["gram"] == f"native ({_C.variant()} code)"
+    assert "native not, as it works on the cpu, not on cuda" in backends("cuda")["gram"]
     monkeypatch.setenv("ARCMERGE_BACKEND", "native")
-    assert backends()["cpu"].endswith("forced by ARCMERGE_BACKEND")
-    assert backends()["cuda"] == "ARCMERGE_BACKEND=native cannot serve: it works on the cpu, not on cuda"
+    assert backends("cpu")["gram"].endswith("forced by ARCMERGE_BACKEND")
+    assert backends("cuda")["gram"] == "ARCMERGE_BACKEND=native cannot serve: it works on the cpu, not on cuda"

@@ -31,8 +31,16 @@ def examine() -> Mapping[str, Any]:
         },
         "gpu": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if cuda else [],
         "merge device": "cuda" if cuda else "cpu",
-        "gram and combine": {f"on {device}": why for device, why in backends().items()},
+        "ops": {f"on {device}": backends(device) for device in ("cpu", "cuda")},
     }
+
+
+def _grouped(backends: Mapping[str, str]) -> dict[str, str]:
+    """Ops that are served alike, and by what: {"gram, combine": "native"}."""
+    alike: dict[str, list[str]] = {}
+    for op, why in backends.items():
+        alike.setdefault(why, []).append(op)
+    return {", ".join(ops): why for why, ops in alike.items()}
 
 
 def _version(package: str) -> str | None:
@@ -48,7 +56,8 @@ def print_findings(findings: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
-    for key, value in _flat(findings):
+    ops = {device: _grouped(served) for device, served in findings["ops"].items()}
+    for key, value in _flat({**findings, "ops": ops}):
         table.add_row(key, value)
     Console().print(table, highlight=False)
 

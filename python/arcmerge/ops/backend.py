@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,34 +48,38 @@ BACKENDS = (
 )
 
 
-def choose(device: str) -> Backend:
-    """The backend for tensors on a device type. Raises ArcmergeError if ARCMERGE_BACKEND names one that cannot."""
+def choose(device: str, op: str, offered: Collection[str]) -> Backend:
+    """The backend for tensors on a device type, among those that an op offers.
+
+    Raises ArcmergeError if ARCMERGE_BACKEND names one that cannot serve.
+    """
     forced = os.environ.get("ARCMERGE_BACKEND")
     if forced is None:
-        return next(backend for backend in BACKENDS if backend.objection(device) is None)
+        return next(backend for backend in BACKENDS if _objection(backend, device, op, offered) is None)
     for backend in BACKENDS:
         if backend.name == forced:
-            if objection := backend.objection(device):
+            if objection := _objection(backend, device, op, offered):
                 raise ArcmergeError(f"ARCMERGE_BACKEND={forced} cannot serve: {objection}")
             return backend
     names = ", ".join(backend.name for backend in BACKENDS)
     raise ArcmergeError(f"ARCMERGE_BACKEND must be one of {names}, got '{forced}'")
 
 
-def backends() -> dict[str, str]:
-    """What serves gram and combine on each kind of device, and why, in words."""
-    return {device: _explain(device) for device in ("cpu", "cuda")}
+def _objection(backend: Backend, device: str, op: str, offered: Collection[str]) -> str | None:
+    return backend.objection(device) if backend.name in offered else f"it has no {op}"
 
 
-def _explain(device: str) -> str:
+def explain(device: str, op: str, offered: Collection[str]) -> str:
+    """What serves an op on a device type, and why, in words."""
     try:
-        chosen = choose(device)
+        chosen = choose(device, op, offered)
     except ArcmergeError as error:
         return str(error)
     if "ARCMERGE_BACKEND" in os.environ:
         return f"{chosen.name} ({chosen.detail()}): forced by ARCMERGE_BACKEND"
     passed_over = [
-        f"{backend.name} not, as {backend.objection(device)}" for backend in BACKENDS[: BACKENDS.index(chosen)]
+        f"{backend.name} not, as {_objection(backend, device, op, offered)}"
+        for backend in BACKENDS[: BACKENDS.index(chosen)]
     ]
     return "; ".join([f"{chosen.name} ({chosen.detail()})", *passed_over])
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from arcmerge import _C
 from arcmerge.errors import ArcmergeError
-from arcmerge.ops.backend import choose, native_dtype, operand, require_alike, require_dtype, require_matrix_dim
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from arcmerge.ops.backend import native_dtype, operand, require_alike, require_dtype, require_matrix_dim
+from arcmerge.ops.registry import op
 
 
 def combine(
@@ -31,24 +31,24 @@ def combine(
     out_dtype, to nearest even. NaN stays NaN. Returns a new contiguous tensor. Moves the bytes of the inputs and of
     the output once. Raises ArcmergeError for tensors that are not alike and coefficients of another shape.
     """
-    import torch
-
     require_alike(tensors)
-    along = None if dim is None else require_matrix_dim(tensors[0], dim)
     if out_dtype is None:
-        out_dtype = tensors[0].dtype
-        for tensor in tensors[1:]:
-            out_dtype = torch.promote_types(out_dtype, tensor.dtype)
-    require_dtype("'out_dtype'", out_dtype)
+        out_dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     factors = torch.as_tensor(coefficients, dtype=torch.float64).to(tensors[0].device, torch.float32)
+    return _combine(tensors, factors, dim, out_dtype)  # type: ignore[no-any-return]
+
+
+def _check(tensors: Sequence[Tensor], factors: Tensor, dim: int | None, out_dtype: torch.dtype) -> None:
+    require_alike(tensors)
+    require_dtype("'out_dtype'", out_dtype)
+    along = None if dim is None else require_matrix_dim(tensors[0], dim)
     shape = (len(tensors),) if along is None else (tensors[0].shape[1 - along], len(tensors))
     if factors.shape != shape:
         raise ArcmergeError(f"'coefficients' must have the shape {shape}, got {tuple(factors.shape)}")
-    fill = {"native": _native, "triton": _triton, "reference": _reference}
-    return fill[choose(tensors[0].device.type).name](tensors, factors, along, out_dtype)
 
 
-def _reference(tensors: Sequence[Tensor], factors: Tensor, along: int | None, out_dtype: torch.dtype) -> Tensor:
+def _reference(tensors: Sequence[Tensor], factors: Tensor, dim: int | None, out_dtype: torch.dtype) -> Tensor:
+    along = None if dim is None else dim % 2
     if along is not None:
         factors = factors.T.unsqueeze(1 + along)
     total = factors[0] * tensors[0].float()
@@ -57,9 +57,8 @@ def _reference(tensors: Sequence[Tensor], factors: Tensor, along: int | None, ou
     return total.to(out_dtype).contiguous()
 
 
-def _native(tensors: Sequence[Tensor], factors: Tensor, along: int | None, out_dtype: torch.dtype) -> Tensor:
-    import torch
-
+def _native(tensors: Sequence[Tensor], factors: Tensor, dim: int | None, out_dtype: torch.dtype) -> Tensor:
+    along = None if dim is None else dim % 2
     inputs = [tensor.contiguous() for tensor in tensors]
     out = torch.empty(inputs[0].shape, dtype=out_dtype)
     operands = [operand(tensor) for tensor in inputs]
@@ -73,9 +72,8 @@ def _native(tensors: Sequence[Tensor], factors: Tensor, along: int | None, out_d
     return out
 
 
-def _triton(tensors: Sequence[Tensor], factors: Tensor, along: int | None, out_dtype: torch.dtype) -> Tensor:
-    import torch
-
+def _triton(tensors: Sequence[Tensor], factors: Tensor, dim: int | None, out_dtype: torch.dtype) -> Tensor:
+    along = None if dim is None else dim % 2
     from arcmerge.kernels.combine import combine as launch
 
     if along == 0:
@@ -87,3 +85,17 @@ def _triton(tensors: Sequence[Tensor], factors: Tensor, along: int | None, out_d
     if out.numel():
         launch([out], [inputs], factors.reshape(vectors, len(inputs)).contiguous(), nonfinite, rows=vectors)
     return out
+
+
+def _fake(tensors: Sequence[Tensor], factors: Tensor, dim: int | None, out_dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(tensors[0].shape, dtype=out_dtype)
+
+
+_combine = op(
+    "combine(Tensor[] tensors, Tensor coefficients, int? dim, ScalarType out_dtype) -> Tensor",
+    check=_check,
+    reference=_reference,
+    fake=_fake,
+    native=_native,
+    triton=_triton,
+)

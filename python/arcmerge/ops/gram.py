@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from arcmerge import _C
-from arcmerge.ops.backend import choose, operand, require_alike, require_matrix_dim
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from arcmerge.ops.backend import operand, require_alike, require_matrix_dim
+from arcmerge.ops.registry import op
 
 
 def gram(tensors: Sequence[Tensor], *, base: Tensor | None = None, dim: int | None = None) -> Tensor:
@@ -24,15 +24,17 @@ def gram(tensors: Sequence[Tensor], *, base: Tensor | None = None, dim: int | No
     GPU in compensated float32 where eight neighbours meet.
     Reads each tensor once. Raises ArcmergeError for tensors that are not alike.
     """
+    return _gram(tensors, base, dim)  # type: ignore[no-any-return]
+
+
+def _check(tensors: Sequence[Tensor], base: Tensor | None, dim: int | None) -> None:
     require_alike(tensors, base)
-    along = None if dim is None else require_matrix_dim(tensors[0], dim)
-    fill = {"native": _native, "triton": _triton, "reference": _reference}
-    return fill[choose(tensors[0].device.type).name](tensors, base, along)
+    if dim is not None:
+        require_matrix_dim(tensors[0], dim)
 
 
-def _reference(tensors: Sequence[Tensor], base: Tensor | None, along: int | None) -> Tensor:
-    import torch
-
+def _reference(tensors: Sequence[Tensor], base: Tensor | None, dim: int | None) -> Tensor:
+    along = None if dim is None else dim % 2
     values = [tensor.double() if base is None else (tensor.float() - base.float()).double() for tensor in tensors]
     if along is None:
         stacked = torch.stack(values).reshape(1, len(values), -1)
@@ -42,9 +44,8 @@ def _reference(tensors: Sequence[Tensor], base: Tensor | None, along: int | None
     return products[0] if along is None else products
 
 
-def _native(tensors: Sequence[Tensor], base: Tensor | None, along: int | None) -> Tensor:
-    import torch
-
+def _native(tensors: Sequence[Tensor], base: Tensor | None, dim: int | None) -> Tensor:
+    along = None if dim is None else dim % 2
     k = len(tensors)
     inputs = [tensor.contiguous() for tensor in tensors]
     operands = [operand(tensor) for tensor in inputs]
@@ -59,9 +60,8 @@ def _native(tensors: Sequence[Tensor], base: Tensor | None, along: int | None) -
     return out
 
 
-def _triton(tensors: Sequence[Tensor], base: Tensor | None, along: int | None) -> Tensor:
-    import torch
-
+def _triton(tensors: Sequence[Tensor], base: Tensor | None, dim: int | None) -> Tensor:
+    along = None if dim is None else dim % 2
     from arcmerge.kernels.gram import gram as launch
 
     k = len(tensors)
@@ -73,3 +73,19 @@ def _triton(tensors: Sequence[Tensor], base: Tensor | None, along: int | None) -
         bases = None if base is None else [base.contiguous()]
         launch([[tensor.contiguous() for tensor in tensors]], out, bases=bases, rows=vectors)
     return out[0] if along is None else out
+
+
+def _fake(tensors: Sequence[Tensor], base: Tensor | None, dim: int | None) -> Tensor:
+    along = None if dim is None else dim % 2
+    vectors = [] if along is None else [tensors[0].shape[1 - along]]
+    return tensors[0].new_empty([*vectors, len(tensors), len(tensors)], dtype=torch.float64)
+
+
+_gram = op(
+    "gram(Tensor[] tensors, Tensor? base, int? dim) -> Tensor",
+    check=_check,
+    reference=_reference,
+    fake=_fake,
+    native=_native,
+    triton=_triton,
+)

@@ -1,0 +1,65 @@
+"""Ops in PyTorch's own registry: torch.ops.arcmerge.<name>, for torch.compile and for programs that know only torch.
+
+An op is a schema, a reference that defines what it computes, and faster ways to compute the same. Which of them serves
+a device is decided in `backend`, at every call: an environment variable may change between two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from arcmerge.ops.backend import choose, explain
+
+Implementation = Callable[..., Any]
+
+LIBRARY = torch.library.Library("arcmerge", "DEF")
+OPS: dict[str, Mapping[str, Implementation]] = {}
+
+
+def op(
+    schema: str,
+    *,
+    check: Callable[..., None],
+    reference: Implementation,
+    fake: Implementation,
+    native: Implementation | None = None,
+    triton: Implementation | None = None,
+) -> torch._ops.OpOverload[..., Any]:
+    """Define torch.ops.arcmerge.<name> and return it; every implementation takes the arguments of the schema.
+
+    schema: as in PyTorch's native_functions.yaml, with the aliases of what is written in place. check: raises
+    ArcmergeError for arguments that break the contract, before anything else sees them. reference: plain torch, any
+    device. fake: shapes and dtypes alone. native: tensors on the cpu. triton: tensors on a GPU.
+    """
+    name = schema.partition("(")[0]
+    named = {"native": native, "triton": triton, "reference": reference}
+    offered = {backend: function for backend, function in named.items() if function is not None}
+    OPS[name] = offered
+    LIBRARY.define(schema)
+    for key in ("cpu", "cuda"):
+        LIBRARY.impl(name, _checked(check, _serving(name, key, offered)), key.upper())
+    LIBRARY.impl(name, _checked(check, fake), "Meta")
+    return getattr(torch.ops.arcmerge, name).default  # type: ignore[no-any-return]
+
+
+def backends(device: str) -> dict[str, str]:
+    """What serves every op on a device type, "cpu" or "cuda", and why, in words."""
+    return {name: explain(device, name, offered) for name, offered in OPS.items()}
+
+
+def _serving(name: str, device: str, offered: Mapping[str, Implementation]) -> Implementation:
+    def call(*arguments: Any, **named: Any) -> Any:
+        return offered[choose(device, name, offered).name](*arguments, **named)
+
+    return call
+
+
+def _checked(check: Callable[..., None], function: Implementation) -> Implementation:
+    def call(*arguments: Any, **named: Any) -> Any:
+        check(*arguments, **named)
+        return function(*arguments, **named)
+
+    return call

@@ -1,0 +1,13 @@
+"""The cases of every kernel, from which everything that is proved about them is made."""
+
+from __future__ import annotations
+
+from cases import combine, gram
+from cases.case import Blank, Call, Case, Draw, Expected, Random, disagreement
+
+OPS = (gram, combine)
+
+SMALL: list[Case] = [case for op in OPS for case in op.SMALL]
+MODELS: list[Case] = [case for op in OPS for case in op.MODELS]
+
+__all__ = ["MODELS", "OPS", "SMALL", "Blank", "Call", "Case", "Draw", "Expected", "Random", "disagreement"]

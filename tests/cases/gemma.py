@@ -1,0 +1,32 @@
+"""The shapes of the three Gemma-2 models, by the names of their configurations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """As in config.json. layers: num_hidden_layers. softmax scores are divided by the root of query_pre_attn_scalar."""
+
+    name: str
+    hidden_size: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    query_pre_attn_scalar: int
+    vocabulary: int = 256000
+    sliding_window: int = 4096
+    softcap: float = 50.0
+    final_softcap: float = 30.0
+    epsilon: float = 1e-6
+    theta: float = 10000.0
+
+
+GEMMA_2 = (
+    Shape("2.6B", 2304, 26, 8, 4, 256, 9216, 256),
+    Shape("9B", 3584, 42, 16, 8, 256, 14336, 256),
+    Shape("27B", 4608, 46, 32, 16, 128, 36864, 144),
+)
