@@ -5,3 +5,8 @@ from pathlib import Path
 
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from emulation import interpreter
+
+    interpreter.install()

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from arcmerge.kernels import segments
 from arcmerge.kernels.combine import combine
 from arcmerge.kernels.gram import gram
 from arcmerge.kernels.segments import SEGMENT
-from emulation.rounding import nearest_even, round_to_bfloat16, widen
-from emulation.traffic import Traffic
+from emulation.traffic import Fault, Traffic
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -197,17 +195,8 @@ def test_combine_of_any_alignment(skipped: tuple[int, int, int], random: torch.G
 
 @pytest.mark.parametrize("mix", ["1 bf16", "2 bf16", "8 bf16", "2 f32", "bf16 and f16"])
 def test_combine_rounds_to_nearest_even(mix: str, random: torch.Generator) -> None:
-    with nearest_even() if DEVICE == "cpu" else nullcontext():
-        for output, total in run_combine(random_groups(FEW_COUNTS, MIXES[mix], random), BF16, random):
-            assert torch.equal(output, total.to(BF16))
-
-
-@interpreted
-def test_combine_in_the_interpreter_as_it_comes_is_within_an_ulp(random: torch.Generator) -> None:
-    # It cuts where a GPU rounds; codes of bfloat16 of one sign are ordered as their values.
-    for output, total in run_combine(random_groups(FEW_COUNTS, MIXES["2 bf16"], random), BF16, random):
-        ulps = total.to(BF16).view(torch.int16).int() - output.view(torch.int16).int()
-        assert ((ulps == 0) | (ulps == 1)).all()
+    for output, total in run_combine(random_groups(FEW_COUNTS, MIXES[mix], random), BF16, random):
+        assert torch.equal(output, total.to(BF16))
 
 
 def test_combine_of_rows_and_of_several_dtypes(random: torch.Generator) -> None:
@@ -221,7 +210,6 @@ def test_combine_of_rows_and_of_several_dtypes(random: torch.Generator) -> None:
             assert torch.equal(out.view(3, 5)[row], reference(rows, coefficients[3 * number + row]))
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the overflows that are the test
 def test_combine_counts_values_that_are_not_finite() -> None:
     def tensor(count: int, **changed: float) -> Tensor:
         values = torch.ones(count, device=DEVICE)
@@ -269,20 +257,8 @@ def test_traffic_is_each_byte_once(k: int, random: torch.Generator) -> None:
 @interpreted
 def test_traffic_notices_a_stray_access(random: torch.Generator) -> None:
     (group,) = random_groups((100,), [BF16, BF16], random)
-    with Traffic(group[0], group[1][:99]), pytest.raises(Exception, match="1 accesses of 2 bytes lie outside"):
+    with Traffic(group[0], group[1][:99]), pytest.raises(Fault, match=r"1 lanes .* byte 198 of table tensor #1"):
         gram([group], torch.empty(1, 2, 2, dtype=torch.float64))
-
-
-def test_rounding_of_the_emulation(random: torch.Generator) -> None:
-    codes = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    exact = codes.view(BF16).float()
-    assert torch.equal(torch.from_numpy(widen(codes.numpy().view("uint16"))).view(torch.int32), exact.view(torch.int32))
-    patterns = torch.randint(-(2**31), 2**31, (1 << 20,), generator=random, dtype=torch.int64).to(torch.int32)
-    ties = (exact.view(torch.int32) | 0x8000)[exact.isfinite()]
-    values = torch.cat([patterns, ties]).view(F32)
-    rounded = torch.from_numpy(round_to_bfloat16(values.numpy()).view("int16")).view(BF16)
-    assert torch.equal(rounded.isnan(), values.isnan())
-    assert torch.equal(rounded.nan_to_num(0), values.to(BF16).nan_to_num(0))
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from arcmerge import __version__
 from arcmerge.errors import ArcmergeError
+from arcmerge.terminal import complain, interrupted, note, print_json, progress_bar, warn
 
 # Flags of mergekit-yaml that ask for what arcmerge does anyway or has no use for: accepted with a note.
 _WITHOUT_EFFECT = {
@@ -47,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
     except _WrongCall as error:
-        _complain(str(error))
+        complain(str(error))
         return 2
     except KeyboardInterrupt:
-        return _interrupted()
+        return interrupted()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end clears up like Ctrl-C
     try:
         arguments.call(arguments)
@@ -58,21 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         for problem in error.problems:
-            _complain(problem)
+            complain(problem)
         return 1
     except KeyboardInterrupt:
-        return _interrupted()
+        return interrupted()
     except BrokenPipeError:  # the reader of a table has seen enough
         sys.stderr.close()
     except OSError as error:
         if arguments.debug:
             raise
-        _complain(f"{error.filename or 'the system'}: {error.strerror or error}")
+        complain(f"{error.filename or 'the system'}: {error.strerror or error}")
         return 1
     except Exception as error:  # a fault of ours: no traceback on a user who cannot mend it
         if arguments.debug:
             raise
-        _complain(f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug")
+        complain(f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug")
         return 1
     return 0
 
@@ -127,10 +126,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-v", "--verbose", action="count", default=0, help="accepted; warnings are always shown")
     parser.add_argument("--quiet", "-q", action=switch, default=False, help="no progress bar, no closing line")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for flag, note in _WITHOUT_EFFECT.items():
-        parser.add_argument(flag, action=switch, default=None, help=f"accepted; {note}")
-    for flag, note in _VALUES_WITHOUT_EFFECT.items():
-        parser.add_argument(flag, metavar="VALUE", help=f"accepted; {note}")
+    for flag, why in _WITHOUT_EFFECT.items():
+        parser.add_argument(flag, action=switch, default=None, help=f"accepted; {why}")
+    for flag, why in _VALUES_WITHOUT_EFFECT.items():
+        parser.add_argument(flag, metavar="VALUE", help=f"accepted; {why}")
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -183,9 +182,9 @@ def _shard_size(text: str) -> int:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     from arcmerge.merging.options import Options
 
-    for flag, note in {**_WITHOUT_EFFECT, **_VALUES_WITHOUT_EFFECT}.items():
+    for flag, why in {**_WITHOUT_EFFECT, **_VALUES_WITHOUT_EFFECT}.items():
         if getattr(arguments, flag[2:].replace("-", "_")) not in (None, False):
-            _note(f"{flag} has no effect: {note}")
+            note(f"{flag} has no effect: {why}")
     cuda = arguments.cuda if arguments.cuda is not None else arguments.gpu_rich
     if cuda is not None and arguments.device == "auto":
         arguments.device = "cuda" if cuda else "cpu"
@@ -198,8 +197,8 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     if not arguments.safe_serialization:
         raise ArcmergeError("--no-safe-serialization is not supported: pickle files can run code; leave the flag out")
-    with _progress(arguments, "merging") as progress:
-        report = merge(arguments.config, arguments.out, progress=progress, warn=_warn, **_options(arguments))
+    with progress_bar(arguments.quiet, "merging") as progress:
+        report = merge(arguments.config, arguments.out, progress=progress, warn=warn, **_options(arguments))
     if not arguments.quiet:
         print(report)
 
@@ -210,15 +209,15 @@ def _plan(arguments: argparse.Namespace) -> None:
     from arcmerge.merging.options import Options
 
     options = Options.of({**_options(arguments), "allow_nonfinite": True})
-    with _progress(arguments, "measuring") as progress:
-        prepared, grams = preview(arguments.config, options, progress=progress, warn=_warn)
+    with progress_bar(arguments.quiet, "measuring") as progress:
+        prepared, grams = preview(arguments.config, options, progress=progress, warn=warn)
     rows = show.plan_rows(prepared.plan, grams)
-    _print_json(rows) if arguments.json else show.plan_table(prepared.plan, rows)
+    print_json(rows) if arguments.json else show.plan_table(prepared.plan, rows)
     if arguments.plot:
         from arcmerge.merging.plots import plot_curve
 
         plot_curve(rows, arguments.plot)
-        _note(f"drew {arguments.plot}")
+        note(f"drew {arguments.plot}")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -228,64 +227,22 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from arcmerge.merging.options import Options
 
     options = Options.of({**_options(arguments), "allow_nonfinite": True})
-    with _progress(arguments, "measuring") as progress:
-        prepared, grams = preview(show.pair_recipe(arguments.a, arguments.b), options, progress=progress, warn=_warn)
+    with progress_bar(arguments.quiet, "measuring") as progress:
+        prepared, grams = preview(show.pair_recipe(arguments.a, arguments.b), options, progress=progress, warn=warn)
     pairs = pairs_of(prepared.plan, grams)
-    _print_json(as_json(pairs)) if arguments.json else show.inspect_table(arguments.a, arguments.b, pairs)
+    print_json(as_json(pairs)) if arguments.json else show.inspect_table(arguments.a, arguments.b, pairs)
     if arguments.plot:
         from arcmerge.merging.plots import plot_angles
 
         plot_angles(pairs, arguments.plot)
-        _note(f"drew {arguments.plot}")
+        note(f"drew {arguments.plot}")
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
     from arcmerge.doctor import examine, print_findings
 
     findings = examine()
-    _print_json(findings) if arguments.json else print_findings(findings)
-
-
-def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2)
-    print()
-
-
-def _interrupted() -> int:
-    _complain("interrupted; an older output is still there, or the new one is complete")
-    return 130
-
-
-def _complain(sentence: str) -> None:
-    print(f"arcmerge: {_in_one_line(sentence)}", file=sys.stderr)
-
-
-def _note(sentence: str) -> None:
-    print(f"arcmerge: note: {sentence}", file=sys.stderr)
-
-
-def _warn(sentence: str) -> None:
-    _complain(f"warning: {sentence}")
-
-
-def _in_one_line(text: str) -> str:
-    """`text` with what names from strange files may do to a terminal spelt out: line ends, escapes, half characters."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
-@contextmanager
-def _progress(arguments: argparse.Namespace, verb: str) -> Iterator[Any]:
-    """A progress bar in bytes with rate and time to go, on standard error; nothing where no one would see it move."""
-    if arguments.quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    print_json(findings) if arguments.json else print_findings(findings)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Proving Triton kernels on a machine without a GPU.
 
-rounding: the interpreter with the rounding of a GPU. traffic: the bytes that launches move, and whether they may.
+interpreter: Triton's interpreter, corrected; intrinsics, reductions and rounding are parts of it. traffic: the bytes
+that launches move, and whether they may.
 compilation: what the compiler makes of the launches, for GPUs that are not there.
 """

@@ -4,91 +4,241 @@
         launcher(...)
     traffic.loaded, traffic.stored, traffic.launches
 
-Lanes that are masked off count nothing. `tensors` are those that kernels reach by addresses from a table; what is
-passed to a launch is added by itself. An access outside all of them raises AssertionError.
+`tensors` are those that kernels reach by addresses from a table; what is passed to a launch is added by itself. Lanes
+that are masked off count nothing. A byte that is loaded, or stored, several times in a launch counts once, as if caches
+were endless. Raised, as a Fault:
+
+- an access outside the elements of these tensors, gaps of strided ones included (but neighbours in memory look like
+  one tensor);
+- a byte that two programs of a launch store, by whichever values, unless by atomics.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
+from triton.runtime.jit import TensorWrapper
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Program = tuple[int, int, int]
+
+
+class Fault(AssertionError):
+    """An access that no correct kernel makes."""
+
+
+class Intervals(NamedTuple):
+    """[starts[i], ends[i]) of addresses: ascending, apart from each other."""
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    def bytes(self) -> int:
+        return int((self.ends - self.starts).sum())
+
+
+@dataclass
+class Launch:
+    """loaded, stored: bytes, each once. requested_*: those of all lanes. atomics: read-modify-writes of an element."""
+
+    kernel: str
+    programs: int = 0
+    loaded: int = 0
+    stored: int = 0
+    requested_loaded: int = 0
+    requested_stored: int = 0
+    atomics: int = 0
 
 
 class Traffic:
-    """loaded, stored: bytes. launches: number of kernel launches. atomics: atomic read-modify-writes of one element."""
+    """kernels: a record of every launch. loaded, stored, requested_loaded, requested_stored, atomics: their sums."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
-        self.loaded = self.stored = self.launches = self.atomics = 0
-        self._reachable = [_range(tensor) for tensor in tensors if tensor.numel()]
+        self.kernels: list[Launch] = []
+        self._table = [(f"table tensor #{number}", tensor) for number, tensor in enumerate(tensors)]
         self._patches = ExitStack()
 
+    loaded = property(lambda self: sum(launch.loaded for launch in self.kernels))
+    stored = property(lambda self: sum(launch.stored for launch in self.kernels))
+    requested_loaded = property(lambda self: sum(launch.requested_loaded for launch in self.kernels))
+    requested_stored = property(lambda self: sum(launch.requested_stored for launch in self.kernels))
+    atomics = property(lambda self: sum(launch.atomics for launch in self.kernels))
+    launches = property(lambda self: len(self.kernels))
+
     def __enter__(self) -> Traffic:
-        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-        atomic, launch = InterpreterBuilder.create_atomic_rmw, GridExecutor.__call__
+        def watch(owner: type, name: str, watching: Callable[..., Any]) -> None:
+            if stock := getattr(owner, name, None):
+                watched = lambda *arguments, **named: watching(stock, *arguments, **named)  # noqa: E731
+                self._patches.enter_context(mock.patch.object(owner, name, watched))
 
-        def counted_load(builder: InterpreterBuilder, pointers: Any, mask: Any, *rest: Any) -> Any:
-            self.loaded += self._bytes(pointers, mask)
-            return load(builder, pointers, mask, *rest)
-
-        def counted_store(builder: InterpreterBuilder, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            self.stored += self._bytes(pointers, mask)
-            return store(builder, pointers, value, mask, *rest)
-
-        def counted_atomic(
-            builder: InterpreterBuilder, kind: Any, pointers: Any, value: Any, mask: Any, *rest: Any
-        ) -> Any:
-            self.atomics += self._bytes(pointers, mask) // value.data.itemsize
-            return atomic(builder, kind, pointers, value, mask, *rest)
-
-        def counted_launch(executor: GridExecutor, *arguments: Any, **named: Any) -> Any:
-            self.launches += 1
-            tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
-            reachable = self._reachable
-            self._reachable = reachable + [_range(tensor) for tensor in tensors if tensor.numel()]
-            try:
-                return launch(executor, *arguments, **named)
-            finally:
-                self._reachable = reachable
-
-        for owner, name, counted in (
-            (InterpreterBuilder, "create_masked_load", counted_load),
-            (InterpreterBuilder, "create_masked_store", counted_store),
-            (InterpreterBuilder, "create_atomic_rmw", counted_atomic),
-            (GridExecutor, "__call__", counted_launch),
-        ):
-            self._patches.enter_context(mock.patch.object(owner, name, counted))
+        watch(GridExecutor, "__call__", self._launch)
+        watch(InterpreterBuilder, "create_masked_load", self._load)  # those without a mask and by descriptor, too
+        watch(InterpreterBuilder, "create_masked_store", self._store)
+        watch(InterpreterBuilder, "create_atomic_rmw", self._atomic)
+        watch(InterpreterBuilder, "create_atomic_cas", self._compare_and_swap)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._patches.close()
 
-    def _bytes(self, pointers: Any, mask: Any) -> int:
-        itemsize = pointers.get_element_ty().primitive_bitwidth // 8
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
-        if addresses.size:
-            self._require_reachable(addresses, itemsize)
-        return int(addresses.size) * itemsize
+    def _launch(self, stock: Callable[..., Any], executor: GridExecutor, *arguments: Any, **named: Any) -> None:
+        passed = {**dict(zip(executor.arg_names, arguments, strict=False)), **named}
+        tensors = [*self._table, *(found for name, value in passed.items() for found in _tensors(name, value))]
+        self._reach = _Reach([(name, tensor) for name, tensor in tensors if tensor.numel()])
+        self._loads: list[Intervals] = []
+        self._stores: dict[Program, list[Intervals]] = defaultdict(list)
+        self.kernels.append(Launch(executor.fn.__name__))
+        try:
+            stock(executor, *arguments, **named)
+        except InterpreterError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, Fault):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cause from None
+        self._finish(self.kernels[-1])
 
-    def _require_reachable(self, addresses: NDArray[np.int64], itemsize: int) -> None:
-        inside = np.zeros(addresses.shape, dtype=bool)
-        for first, last in self._reachable:
-            inside |= (addresses >= first) & (addresses + itemsize <= last)
-            if inside.all():
-                return
-        stray = addresses[~inside]
-        nearest = min(self._reachable, key=lambda ends: min(abs(stray[0] - ends[0]), abs(stray[0] - ends[1])))
-        raise AssertionError(
-            f"{stray.size} accesses of {itemsize} bytes lie outside every tensor, the first of them "
-            f"{stray[0] - nearest[0]} bytes from the start of a tensor of {nearest[1] - nearest[0]} bytes"
+    def _finish(self, launch: Launch) -> None:
+        launch.programs = int(np.prod(interpreter_builder.grid_dim))
+        launch.loaded = _union(self._loads).bytes()
+        written = {program: _union(stores) for program, stores in self._stores.items()}
+        launch.stored = _union(list(written.values())).bytes()
+        if launch.stored < sum(intervals.bytes() for intervals in written.values()):
+            raise Fault(f"{launch.kernel}: {self._first_race(written)}")
+
+    def _first_race(self, written: dict[Program, Intervals]) -> str:
+        programs = list(written)
+        owners = np.repeat(np.arange(len(programs)), [len(written[program].starts) for program in programs])
+        starts = np.concatenate([intervals.starts for intervals in written.values()])
+        ends = np.concatenate([intervals.ends for intervals in written.values()])
+        order = np.argsort(starts, kind="stable")
+        starts, ends, owners = starts[order], ends[order], owners[order]
+        second = 1 + int(np.flatnonzero(starts[1:] < np.maximum.accumulate(ends)[:-1])[0])
+        first = int(np.argmax(ends[:second]))
+        return (
+            f"programs {programs[owners[first]]} and {programs[owners[second]]} both store "
+            f"{self._reach.place(int(starts[second]))}"
         )
 
+    def _load(self, stock: Callable[..., Any], builder: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        requested, intervals = self._access("load", builder, pointers, mask)
+        self.kernels[-1].requested_loaded += requested
+        self._loads.append(intervals)
+        return stock(builder, pointers, mask, *rest, **named)
 
-def _range(tensor: torch.Tensor) -> tuple[int, int]:
-    assert tensor.is_contiguous(), "a strided tensor has gaps that a kernel must not touch either"
-    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    def _store(self, stock: Callable[..., Any], builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        requested, intervals = self._access("store", builder, pointers, mask)
+        self.kernels[-1].requested_stored += requested
+        self._stores[builder.grid_idx].append(intervals)
+        return stock(builder, pointers, value, mask, *rest)
+
+    def _atomic(
+        self, stock: Callable[..., Any], builder: Any, kind: Any, pointers: Any, value: Any, mask: Any, *rest: Any
+    ) -> Any:
+        requested, _ = self._access("atomic", builder, pointers, mask)
+        self.kernels[-1].atomics += requested // value.data.itemsize
+        return stock(builder, kind, pointers, value, mask, *rest)
+
+    def _compare_and_swap(
+        self, stock: Callable[..., Any], builder: Any, pointers: Any, expected: Any, value: Any, *rest: Any
+    ) -> Any:
+        requested, _ = self._access("atomic", builder, pointers, None)
+        self.kernels[-1].atomics += requested // value.data.itemsize
+        return stock(builder, pointers, expected, value, *rest)
+
+    def _access(self, kind: str, builder: InterpreterBuilder, pointers: Any, mask: Any) -> tuple[int, Intervals]:
+        """The bytes of all lanes, and where they are. Raises if no tensor has some of them."""
+        itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        addresses = pointers.data.ravel()
+        if mask is not None:
+            addresses = addresses[np.broadcast_to(np.asarray(mask.data), pointers.data.shape).ravel()]
+        addresses = addresses.astype(np.int64)
+        intervals = _intervals(addresses, itemsize)
+        if stray := self._reach.stray(intervals, addresses, itemsize):
+            raise Fault(f"{kind} by program {builder.grid_idx} of {self.kernels[-1].kernel}: {stray}")
+        return addresses.size * itemsize, intervals
+
+
+class _Reach:
+    """The bytes of the elements of some tensors."""
+
+    def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self._elements = {name: _elements(tensor) for name, tensor in tensors}
+        self._all = _union(list(self._elements.values()))
+
+    def stray(self, intervals: Intervals, addresses: NDArray[np.int64], itemsize: int) -> str | None:
+        if self._holds(intervals).all():
+            return None
+        lanes = addresses[~self._holds(Intervals(addresses, addresses + itemsize))]
+        return f"{lanes.size} lanes outside every tensor, the first at {self.place(int(lanes[0]))} ({itemsize} bytes)"
+
+    def _holds(self, intervals: Intervals) -> NDArray[np.bool_]:
+        if not self._all.starts.size:
+            return np.zeros(intervals.starts.shape, bool)
+        number = np.searchsorted(self._all.starts, intervals.starts, side="right") - 1
+        return (number >= 0) & (intervals.ends <= self._all.ends[number])
+
+    def place(self, address: int) -> str:
+        """`address` in words, by the nearest tensor."""
+        if not self._elements:
+            return f"address {address:#x}, and no tensor was passed"
+
+        def distance(elements: Intervals) -> int:
+            return max(int(elements.starts[0]) - address, address - int(elements.ends[-1]) + 1, 0)
+
+        name, elements = min(self._elements.items(), key=lambda item: distance(item[1]))
+        first, last = int(elements.starts[0]), int(elements.ends[-1])
+        return f"byte {address - first} of {name}, which spans {last - first} bytes and has {elements.bytes()}"
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, tuple):
+        for number, item in enumerate(value):
+            yield from _tensors(f"{name}[{number}]", item)
+    elif isinstance(value, TensorDescriptor | TensorWrapper):
+        yield from _tensors(name, value.base)
+    elif isinstance(value, torch.Tensor):
+        yield f"'{name}'", value
+
+
+def _elements(tensor: torch.Tensor) -> Intervals:
+    """The bytes of a tensor's elements; from the innermost dimension on, those without gaps make one run."""
+    run = tensor.element_size()
+    starts = np.array([tensor.data_ptr()])
+    steps = [stride * tensor.element_size() for stride in tensor.stride()]
+    for step, size in sorted(zip(steps, tensor.shape, strict=True)):
+        if step == run:
+            run *= size
+        elif step and size > 1:
+            starts = (np.arange(size)[:, None] * step + starts).ravel()
+    return _union([Intervals(starts, starts + run)])
+
+
+def _intervals(addresses: NDArray[np.int64], itemsize: int) -> Intervals:
+    """Where accesses of `itemsize` bytes lie. Those of a block mostly ascend, one after another."""
+    if addresses.size > 1 and (addresses[1:] - addresses[:-1] == itemsize).all():
+        return Intervals(addresses[:1], addresses[-1:] + itemsize)
+    return _union([Intervals(addresses, addresses + itemsize)])
+
+
+def _union(parts: Sequence[Intervals]) -> Intervals:
+    """What any part holds; the parts need not be in order, but each start before its end."""
+    empty = np.zeros(0, np.int64)
+    starts = np.concatenate([empty, *(part.starts for part in parts)])
+    ends = np.concatenate([empty, *(part.ends for part in parts)])
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], np.maximum.accumulate(ends[order])
+    opens = np.ones(starts.shape, bool)
+    opens[1:] = starts[1:] > ends[:-1]
+    return Intervals(starts[opens], ends[np.append(opens[1:], True)] if starts.size else ends)

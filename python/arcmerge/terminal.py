@@ -1,0 +1,52 @@
+"""What the command says to the one who called it: on standard error, but for results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    print()
+
+
+def complain(sentence: str) -> None:
+    print(f"arcmerge: {in_one_line(sentence)}", file=sys.stderr)
+
+
+def note(sentence: str) -> None:
+    print(f"arcmerge: note: {sentence}", file=sys.stderr)
+
+
+def warn(sentence: str) -> None:
+    complain(f"warning: {sentence}")
+
+
+def interrupted() -> int:
+    """The exit code after Ctrl-C."""
+    complain("interrupted; an older output is still there, or the new one is complete")
+    return 130
+
+
+def in_one_line(text: str) -> str:
+    """`text` with what names from strange files may do to a terminal spelt out: line ends, escapes, half characters."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+@contextmanager
+def progress_bar(quiet: bool, verb: str) -> Iterator[Any]:
+    """A progress bar in bytes with rate and time to go, on standard error; nothing where no one would see it move."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
