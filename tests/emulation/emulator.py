@@ -1,0 +1,137 @@
+"""Compile what launchers launch and run the compiled PTX, on the very CPU tensors they are given.
+
+    with emulating("sm_80", reachable=tensors_that_tables_point_to) as executions:
+        launcher(...)
+    executions[0].counts.loads.sectors_per_request
+
+In a process that does not interpret kernels (no TRITON_INTERPRET): it could not compile them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from .compilation import Driver
+from .ptx.counts import Counts
+from .ptx.machine import Block, Machine
+from .ptx.memory import GlobalMemory
+from .ptx.program import Program, Unsupported, parse
+
+_SCALARS = {"fp16": np.float16, "fp32": np.float32, "fp64": np.float64}
+
+
+@dataclass
+class Execution:
+    """One launch: its kernel, its grid, how many blocks of it ran, and what they did."""
+
+    name: str
+    grid: Block
+    kernel: CompiledKernel
+    blocks: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+
+@contextmanager
+def emulating(
+    target: str = "sm_80",
+    *,
+    ctas: Callable[[Block], Collection[Block]] | None = None,
+    reachable: Sequence[torch.Tensor] = (),
+    edit: Callable[[str], str] | None = None,
+) -> Iterator[list[Execution]]:
+    """Within this context a launch runs as PTX for `target`; the list gets what each one did.
+
+    ctas: from a grid to the blocks of it to run, instead of all. reachable: tensors that kernels find by addresses in
+    tables; those that are passed to a launch are known. edit: changes the PTX, to see that a mistake is found.
+
+    A launch raises Fault for what a GPU would not do, or not reliably, and Unsupported for what is not emulated.
+    """
+    executions: list[Execution] = []
+    compile_or_run = JITFunction.run
+
+    def run(function: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **named: Any) -> CompiledKernel:
+        kernel = compile_or_run(function, *arguments, grid=grid, warmup=True, **named)
+        bound = _bound(function, arguments, named)
+        sizes = grid(bound) if callable(grid) else grid
+        whole: Block = (*map(int, sizes), 1, 1)[:3]  # type: ignore[assignment]
+        text = kernel.asm["ptx"]
+        program = parse(edit(text) if edit else text)
+        execution = Execution(kernel.metadata.name, whole, kernel)
+        executions.append(execution)
+        blocks = [(x, y, z) for z, y, x in product(*map(range, reversed(whole)))]
+        if ctas is not None:
+            chosen = set(ctas(whole))
+            blocks = [block for block in blocks if block in chosen]
+        if blocks:
+            values = list(_values(kernel.src.signature, bound))
+            tensors = [(name, value) for name, _, value in values if isinstance(value, torch.Tensor)]
+            tables = [(f"reachable tensor {number}", tensor) for number, tensor in enumerate(reachable)]
+            memory = GlobalMemory([*tensors, *tables])
+            parameters = _parameters(program, values)
+            machine = Machine(program, whole, parameters, memory, kernel.metadata.shared, execution.counts, len(blocks))
+            machine.run(blocks)
+            execution.blocks = len(blocks)
+        return kernel
+
+    triton.runtime.driver.set_active(Driver(target))
+    with mock.patch.object(JITFunction, "run", run):
+        yield executions
+
+
+def _bound(function: JITFunction[Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name; options of the compiler are none of them."""
+    signature = inspect.signature(function.fn)
+    bound = signature.bind(*arguments, **{name: value for name, value in named.items() if name in signature.parameters})
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _values(signature: dict[str, Any], bound: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(name, Triton's type, value) of all that is passed at run time, tuples taken apart."""
+
+    def leaves(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
+        if isinstance(kind, tuple):
+            for number, (inner, element) in enumerate(zip(kind, value, strict=True)):
+                yield from leaves(f"{name}[{number}]", inner, element)
+        elif kind != "constexpr":
+            yield name, kind, value
+
+    for name, kind in signature.items():
+        yield from leaves(f"'{name}'", kind, bound[name])
+
+
+def _parameters(program: Program, values: list[tuple[str, str, Any]]) -> dict[str, Any]:
+    """Parameters of the PTX as unsigned integers. Those at the end that Triton adds, for scratch memory, are null."""
+    parameters: dict[str, Any] = {}
+    for (name, kind), (_, triton_type, value) in zip(program.parameters.items(), values, strict=False):
+        parameters[name] = _encoded(triton_type, value, int(kind[1:]))
+    if len(values) > len(program.parameters):
+        raise Unsupported(f"{program.name} has fewer parameters than arguments")
+    for name, kind in list(program.parameters.items())[len(values) :]:
+        parameters[name] = np.zeros((), f"u{int(kind[1:]) // 8}")[()]
+    return parameters
+
+
+def _encoded(triton_type: str, value: Any, bits: int) -> Any:
+    if triton_type.startswith("tensordesc"):
+        raise Unsupported("a tensor descriptor made by the host")
+    if isinstance(value, torch.Tensor):
+        code = value.data_ptr()
+    elif triton_type in _SCALARS:
+        scalar = np.array(value, _SCALARS[triton_type])
+        code = int(scalar.view(f"u{scalar.itemsize}"))
+    else:
+        code = int(value)
+    return np.array(code & (1 << bits) - 1, f"u{bits // 8}")[()]
