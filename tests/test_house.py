@@ -32,7 +32,7 @@ BELOW = {
     "gemma2": {"arcmerge.checkpoint", "arcmerge.ops"},
 }
 LONGEST_FILE = 400
-LARGEST_PRODUCT = 14000  # 8,000 for merging, 6,000 for running what was merged
+LARGEST_PRODUCT = 16000  # 8,000 for merging, 8,000 for running what was merged
 START_SECONDS = 0.3
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cases import combine, gram
+from cases import combine, geglu, gram, head, linear, linear_geglu, rmsnorm, rmsnorm_add_rmsnorm, rope_cache
 from cases.case import Blank, Call, Case, Draw, Expected, Random, disagreement
 
-OPS = (gram, combine)
+OPS = (gram, combine, rmsnorm, rmsnorm_add_rmsnorm, rope_cache, linear, linear_geglu, geglu, head)
 
 SMALL: list[Case] = [case for op in OPS for case in op.SMALL]
 MODELS: list[Case] = [case for op in OPS for case in op.MODELS]

@@ -67,6 +67,7 @@ class Case:
 
     exact: emulated PTX must have the bits of the interpreter, as the order of operations is the same. traffic: bytes
     over the minimum, the exact ratio that the interpreter counts (None: not memory-bound, or not stated for the case).
+    access_bytes: what a lane moves to or from global memory at a time, where a model's launch moves its bulk.
     """
 
     op: str
@@ -74,6 +75,7 @@ class Case:
     build: Callable[[Draw], Call] = field(repr=False)
     exact: bool = True
     traffic: float | None = None
+    access_bytes: int = 16
 
     def __str__(self) -> str:
         return f"{self.op}: {self.name}"

@@ -1,0 +1,220 @@
+"""attention: softmax(softcap(scale * q.k)) v over a cache of keys, for the last tokens of packed sequences.
+
+The flash form: tiles of keys go by, and each row of queries keeps its greatest weight, the sum of its weights and the
+weighted sum of the values in float32. A row is a token and a head. The heads that share a head of keys lie side by side
+in a tile, so that a tile of keys serves all of them and the diagonal is as narrow as it gets. Tiles of keys that no row
+sees are not touched; only those that some row does not see whole are masked, and they come first.
+
+Weights are powers of two: y = log2(e) * score, and under a softcap, with tanh x = 1 - 2 / (1 + e^2x),
+
+    y = c - 2c / (1 + 2^(q.k * factor)),   c = log2(e) * softcap,   factor = 2 * log2(e) * scale / softcap
+
+which is one exponential and one division. For small scores it has the absolute error of float32 at the cap, 50 * 2^-23
+of a score, and not less; a softmax sees no other. Weights are rounded to the dtype of the values before the product.
+
+Must move queries and outputs once and each visible key and value once; the programs of other queries find the keys in
+the cache of the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .target import configuration
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+# The logarithm of a weight that is not to be: less than any other, and finite, for less itself it must give 0.
+NEVER = tl.constexpr(-1e30)
+
+
+@triton.jit
+def logarithms(products, factor, ceiling, SOFTCAPPED: tl.constexpr):
+    """Logarithms to base 2 of the weights, before the greatest is taken off; `products`: q.k in float32."""
+    if SOFTCAPPED:
+        result = ceiling - 2.0 * ceiling / (1.0 + tl.exp2(products * factor))
+    else:
+        result = products * factor
+    return result
+
+
+def exponents(scale: float, softcap: float) -> tuple[float, float]:
+    """The factor and the ceiling of `logarithms`."""
+    return (2 * LOG2_E.value * scale / softcap, LOG2_E.value * softcap) if softcap else (LOG2_E.value * scale, 0.0)
+
+
+@triton.jit
+def _attention_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    query_start_ptr,
+    lengths_ptr,
+    out_ptr,
+    slots,
+    window,
+    factor,
+    ceiling,
+    SOFTCAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    key_value_head = tl.program_id(0)
+    # The last tokens see the most keys: their programs start first, and the short ones fill the gaps at the end.
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    sequence = tl.program_id(2)
+
+    start = tl.load(query_start_ptr + sequence)
+    tokens = tl.load(query_start_ptr + sequence + 1) - start
+    length = tl.load(lengths_ptr + sequence)
+    first_token = tile * TOKENS
+    if first_token >= tokens:
+        return
+
+    row = tl.arange(0, BLOCK_M)
+    token = first_token + row // GROUP
+    present = ((token < tokens) & (row < TOKENS * GROUP))[:, None]
+    column = tl.arange(0, HEAD_DIM)[None, :]
+    offsets = (row // GROUP * HEADS + row % GROUP)[:, None] * HEAD_DIM + column
+    first_row = (start + first_token).to(tl.int64) * HEADS + key_value_head * GROUP
+    query = tl.load(query_ptr + first_row * HEAD_DIM + offsets, mask=present, other=0.0)
+    cache = (sequence * (HEADS // GROUP) + key_value_head).to(tl.int64) * slots * HEAD_DIM
+    key_ptr += cache
+    value_ptr += cache
+
+    # The tile sees keys from `first` to before `high`; those from `whole` to before `diagonal` all its rows see.
+    least = length - tokens + first_token
+    high = length - tokens + tl.minimum(first_token + TOKENS, tokens)
+    first = 0
+    whole = 0
+    diagonal = (least + 1) // BLOCK_N * BLOCK_N
+    if WINDOWED:
+        first = tl.maximum(least - window + 1, 0)
+        whole = tl.cdiv(tl.maximum(high - window, 0), BLOCK_N) * BLOCK_N
+    position = length - tokens + token
+
+    greatest = tl.full((BLOCK_M,), NEVER, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    weighted = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    for begin in range(first // BLOCK_N * BLOCK_N, high, BLOCK_N):
+        place = begin + tl.arange(0, BLOCK_N)
+        # What lies in slots that none of the rows sees may be anything: 0 * NaN is not 0.
+        inside = ((place >= first) & (place < high))[:, None]
+        # A ring has whole tiles, so a tile of keys lies in one piece.
+        cached = (begin % slots + tl.arange(0, BLOCK_N))[:, None] * HEAD_DIM + column
+        key = tl.load(key_ptr + cached, mask=inside, other=0.0)
+        products = tl.dot(query, tl.trans(key), input_precision="ieee")
+        logarithm = logarithms(products, factor, ceiling, SOFTCAPPED)
+        if (begin < whole) | (begin >= diagonal):
+            visible = place[None, :] <= position[:, None]
+            if WINDOWED:
+                visible = visible & (place[None, :] > position[:, None] - window)
+            logarithm = tl.where(visible, logarithm, NEVER)
+        new_greatest = tl.maximum(greatest, tl.max(logarithm, axis=1))
+        weights = tl.exp2(logarithm - new_greatest[:, None])
+        decay = tl.exp2(greatest - new_greatest)
+        total = total * decay + tl.sum(weights, axis=1)
+        value = tl.load(value_ptr + cached, mask=inside, other=0.0)
+        weighted = tl.dot(weights.to(value.dtype), value, weighted * decay[:, None], input_precision="ieee")
+        greatest = new_greatest
+    result = (weighted / total[:, None]).to(out_ptr.dtype.element_ty)
+    # Zero, but read from memory, so that the compiler works the rows out anew: the 16 offsets and more that would wait
+    # in registers for the end of the loop make large tiles spill, on sm_90 a tile of 128 by 64 some 20 words.
+    moved = tl.load(query_start_ptr + sequence, volatile=True) - start
+    row = tl.arange(0, BLOCK_M) + moved
+    token = first_token + row // GROUP
+    present = ((token < tokens) & (row < TOKENS * GROUP))[:, None]
+    offsets = (row // GROUP * HEADS + row % GROUP)[:, None] * HEAD_DIM + column
+    tl.store(out_ptr + first_row * HEAD_DIM + offsets, result, mask=present)
+
+
+class Tile(NamedTuple):
+    """Rows of queries, keys, warps, stages."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# Beside each: registers a thread and KB of shared memory, as compiled by Triton 3.9; nothing spills. A tile has at most
+# the 64 keys of which a ring is a multiple. With two stages the next keys are loaded when the last are done with, which
+# is for where two programs share a multiprocessor, or where shared memory has no room for a third stage.
+TILES = {
+    256: {
+        "sm_80": Tile(64, 32, 4, 2),  # 255, 70: two programs a multiprocessor. 128 by 64 fits once, 148 KB
+        "sm_86": Tile(64, 32, 8, 2),  # 163, 70 of 99: 102.7 with three stages
+        "sm_90": Tile(128, 32, 8, 3),  # 216, 164. 128 by 64 has room for two stages only, 248, 197
+        "sm_100": Tile(128, 32, 8, 3),  # 250, 165
+        "sm_120": Tile(64, 32, 8, 2),  # 156, 70 of 99
+        "gfx942": Tile(64, 32, 4, 2),  # 283 of 512, 36 of 64
+    },
+    128: {
+        "sm_80": Tile(64, 64, 4, 2),  # 168, 58: two programs
+        "sm_86": Tile(128, 32, 8, 3),  # 229, 74 of 99
+        "sm_90": Tile(128, 64, 8, 3),  # 211, 131
+        "sm_100": Tile(128, 64, 8, 3),  # 228, 132
+        "sm_120": Tile(128, 32, 8, 3),  # 220, 74 of 99
+        "gfx942": Tile(128, 64, 8, 1),  # 224, 33 of 64
+    },
+}
+# Without tensor cores: larger tiles spill with heads of 256, on sm_90 32 by 32 some 8,800 words.
+FLOAT32 = Tile(16, 16, 4, 1)
+
+
+def _tile(head_dim: int, dtype: torch.dtype) -> Tile:
+    return FLOAT32 if dtype == torch.float32 else configuration(TILES[128 if head_dim <= 128 else 256])
+
+
+def attention(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_start: Tensor,
+    lengths: Tensor,
+    longest_query: int,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> None:
+    """Fill out (T, H, Dh), as the op of this name says; all contiguous."""
+    heads, head_dim = query.shape[1:]
+    sequences, key_value_heads, slots, _ = key_cache.shape
+    group = heads // key_value_heads
+    tile = _tile(head_dim, query.dtype)
+    tokens = tile.block_m // group
+    factor, ceiling = exponents(scale, softcap)
+    _attention_kernel[(key_value_heads, triton.cdiv(longest_query, tokens), sequences)](
+        query,
+        key_cache,
+        value_cache,
+        query_start,
+        lengths,
+        out,
+        slots,
+        window,
+        factor,
+        ceiling,
+        SOFTCAPPED=softcap > 0,
+        WINDOWED=window > 0,
+        HEADS=heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        TOKENS=tokens,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=False,
+    )

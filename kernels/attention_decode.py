@@ -1,0 +1,306 @@
+"""attention_decode: a step of one token for each sequence: rotate, append to the cache, attend, in one launch.
+
+The slots of a cache are cut into splits of a fixed size, and a program takes a split for all heads that share a head of
+keys, so that a key is read once. It goes by slots, not by positions: slot s holds the last position p < length with
+p % S = s, which makes a ring as simple as a cache that never wraps. The split that owns the slot of the new token takes
+its key and value from registers and starts its softmax with them; no program reads what another one writes there.
+
+Every program leaves the greatest weight, the sum of its weights and the weighted sum of the values, in float32. The
+last one of a head to arrive, by a counter, combines them in the order of the splits and clears the counter. Thus the
+bits of a sequence depend on its keys and on the shape of its cache, not on the batch, and a CUDA graph of the launch
+stays valid as sequences grow: programs of splits without visible keys end at once.
+
+Products are matrix products, with the few heads of a group padded to the 16 rows of an instruction: keys then go from
+memory to shared memory without passing registers, more than one tile of them in flight. Weights are powers of two, see
+attention.py; they are rounded to the dtype of the values before the product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention import NEVER, exponents, logarithms
+from .target import configuration
+
+
+@triton.jit
+def _product(a, b, DTYPE: tl.constexpr):
+    """In float32; with a table of another dtype rounded to it, as transformers does."""
+    return (a * b).to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _rotated(head_ptr, rows, present, table_ptr, HEAD_DIM: tl.constexpr):
+    """Rows of `HEAD_DIM` elements, rotated by a row of the table and rounded to their dtype; 0 where not present."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    DTYPE: tl.constexpr = table_ptr.dtype.element_ty
+    column = tl.arange(0, HALF)[None, :]
+    cosine = tl.load(table_ptr + column).to(tl.float32)
+    sine = tl.load(table_ptr + HALF + column).to(tl.float32)
+    pointers = head_ptr + rows[:, None] * HEAD_DIM + column
+    first = tl.load(pointers, mask=present[:, None], other=0.0).to(tl.float32)
+    second = tl.load(pointers + HALF, mask=present[:, None], other=0.0).to(tl.float32)
+    new_first = _product(first, cosine, DTYPE) - _product(second, sine, DTYPE)
+    new_second = _product(second, cosine, DTYPE) + _product(first, sine, DTYPE)
+    both = tl.permute(tl.join(new_first, new_second), (0, 2, 1))
+    return tl.reshape(both, (rows.shape[0], HEAD_DIM)).to(head_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _is_active(split, first_split, active, splits):
+    """Active splits follow one another from the first, round the end of the cache."""
+    return (split < splits) & ((split - first_split + splits) % splits < active)
+
+
+@triton.jit
+def _combine(
+    out_ptr,
+    partial_ptr,
+    statistics_ptr,
+    first_split,
+    active,
+    splits,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The output of one head of keys, from its active splits. `.cg`: read from the L2 cache, which programs share."""
+    column = tl.arange(0, HEAD_DIM)
+    every = tl.arange(0, BLOCK_SPLITS)
+    present = _is_active(every, first_split, active, splits)
+    for member in tl.static_range(GROUP):
+        statistics = statistics_ptr + (every * GROUP + member) * 2
+        greatest = tl.load(statistics, mask=present, other=NEVER, cache_modifier=".cg")
+        totals = tl.load(statistics + 1, mask=present, other=0.0, cache_modifier=".cg")
+        over_all = tl.max(greatest, axis=0)
+        total = tl.sum(totals * tl.exp2(greatest - over_all), axis=0)
+        weighted = tl.zeros((CHUNK, HEAD_DIM), tl.float32)
+        for start in range(0, splits, CHUNK):
+            split = start + tl.arange(0, CHUNK)
+            inside = _is_active(split, first_split, active, splits)
+            row = split * GROUP + member
+            decay = tl.load(statistics_ptr + row * 2, mask=inside, other=NEVER, cache_modifier=".cg") - over_all
+            offsets = row[:, None] * HEAD_DIM + column[None, :]
+            partial = tl.load(partial_ptr + offsets, mask=inside[:, None], other=0.0, cache_modifier=".cg")
+            weighted += partial * tl.exp2(decay)[:, None]
+        result = tl.sum(weighted, axis=0) / total
+        tl.store(out_ptr + member * HEAD_DIM + column, result.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _attention_decode_kernel(
+    qkv_ptr,
+    table_ptr,
+    lengths_ptr,
+    key_ptr,
+    value_ptr,
+    counters_ptr,
+    partial_ptr,
+    statistics_ptr,
+    out_ptr,
+    slots,
+    window,
+    factor,
+    ceiling,
+    SOFTCAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    key_value_head = tl.program_id(1)
+    key_value_heads = tl.num_programs(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    head = sequence * key_value_heads + key_value_head
+    column = tl.arange(0, HEAD_DIM)[None, :]
+    row = tl.arange(0, ROWS)
+    out_ptr += head * GROUP * HEAD_DIM
+
+    length = tl.load(lengths_ptr + sequence)
+    if length == 0:
+        if split == 0:
+            nothing = tl.zeros((ROWS, HEAD_DIM), out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row[:, None] * HEAD_DIM + column, nothing, mask=(row < GROUP)[:, None])
+        return
+
+    # Visible positions lie in slots from that of `first` on, round the end of the cache if need be.
+    new = length - 1
+    new_slot = new % slots
+    first = 0
+    if WINDOWED:
+        first = tl.maximum(length - window, 0)
+    first_split = first % slots // KEYS
+    last_split = new_slot // KEYS
+    active = last_split - first_split + 1
+    if first % slots > new_slot:
+        active = tl.minimum(active + splits, splits)
+    if not _is_active(split, first_split, active, splits):
+        return
+
+    heads = key_value_heads * GROUP
+    qkv_ptr += sequence * (heads + 2 * key_value_heads) * HEAD_DIM
+    table_ptr += new.to(tl.int64) * HEAD_DIM
+    key_ptr += head * slots * HEAD_DIM
+    value_ptr += head * slots * HEAD_DIM
+
+    member = tl.arange(0, MEMBERS)
+    query = _rotated(qkv_ptr + key_value_head * GROUP * HEAD_DIM, member, member < GROUP, table_ptr, HEAD_DIM)
+    mine = split == last_split
+    one = tl.arange(0, 1)
+    present = split + one == last_split
+    new_key = _rotated(qkv_ptr + (heads + key_value_head) * HEAD_DIM, one, present, table_ptr, HEAD_DIM)
+    new_value = tl.load(
+        qkv_ptr + (heads + key_value_heads + key_value_head) * HEAD_DIM + column, mask=present[:, None], other=0.0
+    )
+    tl.store(key_ptr + new_slot * HEAD_DIM + column, new_key, mask=present[:, None])
+    tl.store(value_ptr + new_slot * HEAD_DIM + column, new_value, mask=present[:, None])
+
+    product = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1)
+    own = tl.where(mine, logarithms(product, factor, ceiling, SOFTCAPPED), NEVER)
+    # The rows of a matrix instruction: the members of the group again and again.
+    query = tl.reshape(tl.broadcast_to(query[None], (ROWS // MEMBERS, MEMBERS, HEAD_DIM)), (ROWS, HEAD_DIM))
+    greatest = tl.reshape(tl.broadcast_to(own[None], (ROWS // MEMBERS, MEMBERS)), (ROWS,))
+    total = tl.where(mine, 1.0, tl.zeros((ROWS,), tl.float32))
+    weighted = tl.broadcast_to(new_value.to(tl.float32), (ROWS, HEAD_DIM))
+    for start in range(split * KEYS, tl.minimum((split + 1) * KEYS, slots), BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        # How long ago the slot was written: 0 is the new token, which is in already.
+        age = new_slot - slot
+        age = tl.where(age < 0, age + slots, age)
+        visible = (slot < slots) & (age > 0) & (age <= new - first)
+        offsets = slot[:, None] * HEAD_DIM + column
+        key = tl.load(key_ptr + offsets, mask=visible[:, None], other=0.0)
+        value = tl.load(value_ptr + offsets, mask=visible[:, None], other=0.0)
+        products = tl.dot(query, tl.trans(key), input_precision="ieee")
+        logarithm = tl.where(visible[None, :], logarithms(products, factor, ceiling, SOFTCAPPED), NEVER)
+        new_greatest = tl.maximum(greatest, tl.max(logarithm, axis=1))
+        # Before the first visible key these are 1 for hidden ones, which its decay, then 0, takes back.
+        weights = tl.exp2(logarithm - new_greatest[:, None])
+        decay = tl.exp2(greatest - new_greatest)
+        total = total * decay + tl.sum(weights, axis=1)
+        weighted = tl.dot(weights.to(value.dtype), value, weighted * decay[:, None], input_precision="ieee")
+        greatest = new_greatest
+
+    partial_ptr += head * splits * GROUP * HEAD_DIM
+    statistics_ptr += head * splits * GROUP * 2
+    rows = split * GROUP + row
+    tl.store(partial_ptr + rows[:, None] * HEAD_DIM + column, weighted, mask=(row < GROUP)[:, None])
+    tl.store(statistics_ptr + rows * 2, greatest, mask=row < GROUP)
+    tl.store(statistics_ptr + rows * 2 + 1, total, mask=row < GROUP)
+    # What all threads of a program stored has to be there before one of them counts it in.
+    tl.debug_barrier()
+    if tl.atomic_add(counters_ptr + head, 1, sem="acq_rel") == active - 1:
+        _combine(
+            out_ptr,
+            partial_ptr,
+            statistics_ptr,
+            first_split,
+            active,
+            splits,
+            GROUP,
+            HEAD_DIM,
+            BLOCK_SPLITS,
+            CHUNK,
+        )
+        tl.store(counters_ptr + head, 0)
+
+
+class Tile(NamedTuple):
+    """Keys, warps, stages."""
+
+    block_n: int
+    warps: int
+    stages: int
+
+
+# By the size of a head, so that with three stages 64 KB of keys and values are under way in each program; 25 KB a
+# multiprocessor would do for the 3.35 TB/s of an H100 at a latency of 1 us. As compiled by Triton 3.9: at most 165
+# registers, no spills and 68 KB of shared memory, one program a multiprocessor on sm_86, sm_89 and sm_120, two or three
+# on the others.
+TILES = {
+    256: {"sm_80": Tile(32, 4, 3), "gfx942": Tile(32, 4, 2)},
+    128: {"sm_80": Tile(64, 4, 3), "gfx942": Tile(32, 4, 2)},
+}
+# Without tensor cores: 32 keys spill 900 words with heads of 256.
+FLOAT32 = Tile(16, 4, 1)
+
+
+def _tile(head_dim: int, dtype: torch.dtype) -> Tile:
+    return FLOAT32 if dtype == torch.float32 else configuration(TILES[128 if head_dim <= 128 else 256])
+
+
+def keys_per_split(key_value_heads: int) -> int:
+    """Few heads take small splits, so that 4096 keys of one sequence occupy 128 programs or more."""
+    return 128 if key_value_heads <= 4 else 256
+
+
+def splits(slots: int, key_value_heads: int) -> int:
+    """The number of splits of a cache: the third dimension of the scratch of `attention_decode`."""
+    return -(-slots // keys_per_split(key_value_heads))
+
+
+def attention_decode(
+    out: Tensor,
+    partial: Tensor,
+    statistics: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    counters: Tensor,
+    heads: int,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> None:
+    """Fill out (B, H * Dh) and the slots of the new tokens, as the op of this name says; all contiguous.
+
+    partial: (B, Hkv, splits, H / Hkv, Dh) and statistics: (B, Hkv, splits, H / Hkv, 2), float32, scratch.
+    """
+    sequences, key_value_heads, slots, head_dim = key_cache.shape
+    group = heads // key_value_heads
+    number = splits(slots, key_value_heads)
+    tile = _tile(head_dim, qkv.dtype)
+    factor, ceiling = exponents(scale, softcap)
+    _attention_decode_kernel[(number, key_value_heads, sequences)](
+        qkv,
+        table,
+        lengths,
+        key_cache,
+        value_cache,
+        counters,
+        partial,
+        statistics,
+        out,
+        slots,
+        window,
+        factor,
+        ceiling,
+        SOFTCAPPED=softcap > 0,
+        WINDOWED=window > 0,
+        GROUP=group,
+        MEMBERS=triton.next_power_of_2(group),
+        ROWS=max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim,
+        KEYS=keys_per_split(key_value_heads),
+        BLOCK_N=tile.block_n,
+        BLOCK_SPLITS=triton.next_power_of_2(number),
+        CHUNK=min(8, triton.next_power_of_2(number)),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,361 @@
+"""head: what is asked of logits = softcap * tanh(x W^T / softcap) over a vocabulary, without the logits in memory.
+
+A program multiplies a block of rows by a tile of the vocabulary, streaming both along D, and keeps of its tile a few
+numbers a row: the greatest score, its id, the sum of exponentials, the score of one wanted id. A second kernel brings
+the tiles of a row together in a fixed order. The weight is read once by up to 16 rows (1.18 GB for Gemma-2 2.6B); by
+more, once from memory, as row blocks of one tile run side by side and share it in the cache.
+
+A score is a logit, or what sampling compares: the logit after repetition penalty and temperature, with Gumbel noise
+that depends on seed, step and id alone: argmax(score + noise) has the distribution softmax(score) (FlashSampling, arXiv
+2603.15854). A tile can be computed again, to the bit, when its candidates are wanted: the launch is of the same tile.
+
+Fusion of products and sums into one rounding is off, so that both launches give equal bits; matrix instructions do not
+depend on it. A row's bits do not depend on other rows, but up to 16 rows and more are served by other tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gumbel import gumbel
+from .target import configuration
+
+BEYOND = tl.constexpr(2**31 - 1)  # greater than every id
+
+
+@triton.jit
+def _tanh(x):
+    """Within 5 units in the last place where exp2 is exact.
+
+    1 - 2 / (1 + e^2x) cancels near 0; the polynomial is the one of least greatest error there, 3.6e-8 of the value.
+    """
+    square = x * x
+    cubic = -0.33332959 + square * (0.13321008 + square * (-0.052690666 + square * 0.016474731))
+    near = x + x * square * cubic
+    far = 1.0 - 2.0 / (1.0 + tl.exp2(2.885390081777927 * x))
+    return tl.where(square < 0.3, near, far)
+
+
+@triton.jit
+def _round(values, STEPWISE: tl.constexpr, dtype: tl.constexpr):
+    if STEPWISE:
+        values = values.to(dtype).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _scores(
+    x_ptr,
+    weight_ptr,
+    seen_ptr,
+    rows,
+    ids,
+    D,
+    V,
+    softcap,
+    temperature,
+    penalty,
+    STEPWISE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(BLOCK_T, BLOCK_V) float32, -inf beyond the vocabulary. rows exist; ids beyond V read its last row."""
+    inner = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * D + inner[None, :]
+    weight_ptrs = weight_ptr + tl.minimum(ids, V - 1).to(tl.int64)[None, :] * D + inner[:, None]
+    products = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        inside = start + inner < D
+        x = tl.load(x_ptrs + start, mask=inside[None, :], other=0.0)
+        weight = tl.load(weight_ptrs + start, mask=inside[:, None], other=0.0)
+        products = tl.dot(x, weight, products, input_precision="ieee")
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    scores = _round(products, STEPWISE, dtype)
+    if softcap is not None:
+        capped = _round(_tanh(_round(tl.div_rn(scores, softcap), STEPWISE, dtype)), STEPWISE, dtype)
+        scores = _round(capped * softcap, STEPWISE, dtype)
+    if seen_ptr is not None:
+        words = rows.to(tl.int64)[:, None] * tl.cdiv(V, 32) + (ids // 32)[None, :]
+        seen = (tl.load(seen_ptr + words, mask=(ids < V)[None, :], other=0) >> (ids % 32)[None, :]) & 1
+        penalised = tl.where(scores < 0, scores * penalty, tl.div_rn(scores, penalty))
+        scores = tl.where(seen != 0, penalised, scores)
+    if temperature is not None:
+        scores = tl.div_rn(scores, temperature)
+    return tl.where((ids < V)[None, :], scores, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["T", "seed"])
+def _tiles_kernel(
+    x_ptr,
+    weight_ptr,
+    seen_ptr,
+    steps_ptr,
+    wanted_ptr,
+    maxima_ptr,
+    best_ptr,
+    sums_ptr,
+    wanted_scores_ptr,
+    T,
+    D,
+    V,
+    softcap,
+    temperature,
+    penalty,
+    seed,
+    STEPWISE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    exists = row < T
+    # Rows and ids beyond the end repeat the last, so that loads of the loop need no masks.
+    rows = tl.minimum(row, T - 1)
+    ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    scores = _scores(
+        x_ptr, weight_ptr, seen_ptr, rows, ids, D, V, softcap, temperature, penalty, STEPWISE, BLOCK_T, BLOCK_V, BLOCK_K
+    )
+    if steps_ptr is not None:
+        scores += gumbel(seed, tl.load(steps_ptr + rows)[:, None], ids[None, :])
+    maxima = tl.max(scores, axis=1)
+    place = row.to(tl.int64) * tl.cdiv(V, BLOCK_V) + tile
+    tl.store(maxima_ptr + place, maxima, mask=exists)
+    if best_ptr is not None:
+        # "Not less" holds for NaN too: some id of the tile is always found.
+        best = tl.min(tl.where(scores < maxima[:, None], BEYOND, ids[None, :]), axis=1)
+        tl.store(best_ptr + place, best, mask=exists)
+    if sums_ptr is not None:
+        sums = tl.sum(tl.exp(scores - maxima[:, None]), axis=1)
+        tl.store(sums_ptr + place, sums, mask=exists)
+    if wanted_ptr is not None:
+        wanted = tl.load(wanted_ptr + rows).to(tl.int32) - tile * BLOCK_V
+        here = wanted[:, None] == tl.arange(0, BLOCK_V)[None, :]
+        score = tl.sum(tl.where(here, scores, 0.0), axis=1)
+        tl.store(wanted_scores_ptr + row, score, mask=exists & (wanted >= 0) & (wanted < BLOCK_V))
+
+
+@triton.jit
+def _rows_kernel(
+    maxima_ptr, best_ptr, sums_ptr, wanted_scores_ptr, logprob_ptr, best_out_ptr, tiles, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < tiles
+    place = row.to(tl.int64) * tiles + offsets
+    maxima = tl.load(maxima_ptr + place, mask=inside, other=float("-inf"))
+    highest = tl.max(maxima, axis=0)
+    ids = tl.load(best_ptr + place, mask=inside, other=BEYOND)
+    tl.store(best_out_ptr + row, tl.min(tl.where(maxima < highest, BEYOND, ids), axis=0).to(tl.int64))
+    if sums_ptr is not None:
+        sums = tl.load(sums_ptr + place, mask=inside, other=0.0)
+        total = tl.sum(sums * tl.exp(maxima - highest), axis=0)
+        tl.store(logprob_ptr + row, tl.load(wanted_scores_ptr + row) - highest - tl.log(total))
+
+
+@triton.jit(do_not_specialize=["T"])
+def _candidates_kernel(
+    x_ptr,
+    weight_ptr,
+    seen_ptr,
+    tiles_ptr,
+    out_ptr,
+    T,
+    D,
+    V,
+    softcap,
+    temperature,
+    penalty,
+    STEPWISE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    lanes = tl.arange(0, BLOCK_V)
+    scores = _scores(
+        x_ptr,
+        weight_ptr,
+        seen_ptr,
+        tl.minimum(row, T - 1),
+        tl.load(tiles_ptr + tl.program_id(1)) * BLOCK_V + lanes,
+        D,
+        V,
+        softcap,
+        temperature,
+        penalty,
+        STEPWISE,
+        BLOCK_T,
+        BLOCK_V,
+        BLOCK_K,
+    )
+    width = tl.num_programs(1).to(tl.int64) * BLOCK_V
+    place = row.to(tl.int64)[:, None] * width + tl.program_id(1) * BLOCK_V + lanes[None, :]
+    tl.store(out_ptr + place, scores, mask=(row < T)[:, None])
+
+
+class Tile(NamedTuple):
+    """Rows of x by ids, `inner` columns at a time. stages: by architecture."""
+
+    rows: int
+    ids: int
+    inner: int
+    warps: int
+    stages: Mapping[str, int]
+
+
+# Nothing here spills, in any launch of a Gemma-2. Few rows are a matter of bytes on their way: at latencies near 700 ns
+# an H100 needs 18 KB for each multiprocessor (3.35 TB/s over 132), a B200 38 KB. A stage is 20 KB, 16 of them weight,
+# and shared memory holds all but one: 60 KB of the 163 of sm_80 are two programs, of the 227 of sm_90 three; 40 KB of
+# the 99 of sm_86 and sm_120 two.
+FEW_ROWS = 16
+FEW = Tile(16, 64, 128, 4, {"sm_80": 4, "sm_86": 3, "sm_90": 4, "sm_120": 3, "gfx942": 2})
+# More rows are a matter of matrix instructions. 64 KB, of sm_90 and sm_100 128 KB, and 155 to 177 registers: 256 ids a
+# tile spill. So does the noise of sampling, which takes the tile of few rows, however many there are.
+MANY = Tile(128, 128, 64, 8, {"sm_80": 3, "sm_90": 4, "sm_120": 3, "gfx942": 2})
+# Without tensor cores; 64 ids spill where D is odd.
+FLOAT32 = Tile(16, 32, 32, 4, {"sm_80": 2, "gfx942": 2})
+
+
+class Scores(NamedTuple):
+    """Which scores are computed: of x [T, D] and weight [V, D], contiguous, both bf16 or both f32.
+
+    softcap: 0 for none. stepwise: round to their dtype after the product and every step of the cap. temperature: None
+    to leave the logits. seen: [T, ceil(V / 32)] int32, bit i of word j for id 32 j + i; the logits of these are divided
+    by `penalty` if above 0, else multiplied.
+    """
+
+    x: Tensor
+    weight: Tensor
+    softcap: float
+    stepwise: bool
+    temperature: float | None = None
+    seen: Tensor | None = None
+    penalty: float = 1.0
+
+    @property
+    def tile(self) -> Tile:
+        if self.x.dtype == torch.float32:
+            return FLOAT32
+        few = len(self.x) <= FEW_ROWS or self.temperature is not None or self.seen is not None
+        return FEW if few else MANY
+
+    @property
+    def tiles(self) -> int:
+        """Of how many tiles of `tile.ids` ids the vocabulary is; the last may be short."""
+        return -(-len(self.weight) // self.tile.ids)
+
+    @property
+    def row_blocks(self) -> int:
+        return -(-len(self.x) // self.tile.rows)
+
+    def scalars(self) -> dict[str, object]:
+        (T, D), V = self.x.shape, len(self.weight)
+        scalars = {"softcap": self.softcap or None, "temperature": self.temperature, "penalty": self.penalty}
+        return {"T": T, "D": D, "V": V, "STEPWISE": self.stepwise, **scalars}
+
+    def blocks(self) -> dict[str, int | bool]:
+        rows, ids, inner, warps, stages = self.tile
+        sizes = {"BLOCK_T": rows, "BLOCK_V": ids, "BLOCK_K": inner}
+        return {**sizes, "num_warps": warps, "num_stages": configuration(stages), "enable_fp_fusion": False}
+
+
+def argmax(out: Tensor, scores: Scores, *, seed: int = 0, steps: Tensor | None = None) -> None:
+    """Fill out [T] int64 with the id of the greatest score, the lowest among equals.
+
+    steps: [T] int64, to add noise to the scores; None for none.
+    """
+    maxima, best = _partials(scores, torch.float32), _partials(scores, torch.int32)
+    _launch(scores, maxima, best=best, seed=seed, steps=steps)
+    _launch_rows(scores, maxima, best, out)
+
+
+def logprob(out: Tensor, best_out: Tensor, scores: Scores, ids: Tensor) -> None:
+    """Fill out [T] float32 with score of ids [T] less the logarithm of the sum of exponentials, best_out as argmax.
+
+    NaN for ids that are not in the vocabulary.
+    """
+    maxima, sums, best = (_partials(scores, dtype) for dtype in (torch.float32, torch.float32, torch.int32))
+    wanted_scores = torch.full_like(out, float("nan"))
+    _launch(scores, maxima, best=best, sums=sums, wanted=ids, wanted_scores=wanted_scores)
+    _launch_rows(scores, maxima, best, best_out, sums, wanted_scores, out)
+
+
+def extremes(maxima: Tensor, sums: Tensor, scores: Scores) -> None:
+    """Fill, [T, scores.tiles] float32 each: the greatest score of a tile; the sum of exp(score - greatest)."""
+    _launch(scores, maxima, sums=sums)
+
+
+def candidates(out: Tensor, tiles: Tensor, scores: Scores) -> None:
+    """Fill out [T, n * scores.tile.ids] float32 with the scores of tiles [n] int32, n > 0; -inf for ids beyond V."""
+    _candidates_kernel[(scores.row_blocks, len(tiles))](
+        x_ptr=scores.x,
+        weight_ptr=scores.weight,
+        seen_ptr=scores.seen,
+        tiles_ptr=tiles,
+        out_ptr=out,
+        **scores.scalars(),
+        **scores.blocks(),
+    )
+
+
+def _partials(scores: Scores, dtype: torch.dtype) -> Tensor:
+    return torch.empty(len(scores.x), scores.tiles, dtype=dtype, device=scores.x.device)
+
+
+def _launch(
+    scores: Scores,
+    maxima: Tensor,
+    *,
+    best: Tensor | None = None,
+    sums: Tensor | None = None,
+    wanted: Tensor | None = None,
+    wanted_scores: Tensor | None = None,
+    seed: int = 0,
+    steps: Tensor | None = None,
+) -> None:
+    # Row blocks first: those of one tile of the weight follow one another and find it in the cache.
+    _tiles_kernel[(scores.row_blocks, scores.tiles)](
+        x_ptr=scores.x,
+        weight_ptr=scores.weight,
+        seen_ptr=scores.seen,
+        steps_ptr=steps,
+        wanted_ptr=wanted,
+        maxima_ptr=maxima,
+        best_ptr=best,
+        sums_ptr=sums,
+        wanted_scores_ptr=wanted_scores,
+        seed=seed,
+        **scores.scalars(),
+        **scores.blocks(),
+    )
+
+
+def _launch_rows(
+    scores: Scores,
+    maxima: Tensor,
+    best: Tensor,
+    best_out: Tensor,
+    sums: Tensor | None = None,
+    wanted_scores: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
+    _rows_kernel[(len(best_out),)](
+        maxima,
+        best,
+        sums,
+        wanted_scores,
+        out,
+        best_out,
+        scores.tiles,
+        BLOCK=triton.next_power_of_2(scores.tiles),
+        num_warps=4,
+        enable_fp_fusion=False,
+    )

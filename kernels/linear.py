@@ -1,0 +1,162 @@
+"""linear: out = x W^T for at most 16 rows of x, with one to three weights side by side in one launch.
+
+What counts is that every weight is read once, at the bandwidth of the memory. A program owns BLOCK_M rows of one weight
+and walks along K; a step is SLICES slices of BLOCK_K columns, each multiplied by itself on the tensor cores, in a
+batched product of (BLOCK_M, BLOCK_K) and (BLOCK_K, TOKENS); the slices are added at the end. So all warps work on a
+tile as low as 16 rows, of which the 2304 of the narrowest weight still make 144 programs.
+
+Bytes in flight. Copies to shared memory are asynchronous and stages - 1 steps deep. With latencies near 600 ns an A100
+needs 11 KB in flight for each multiprocessor (2.0 TB/s over 108), an H100 15 KB (3.35 TB/s over 132), a B200 33 KB
+(8 TB/s over 148); a step of 16 rows is 16 KB of weight. Every program reads all of x, from the L2 cache: at 8 tokens
+half a byte for each byte of 16 rows of weight.
+
+Bits. The sum of an output runs over the same columns in the same order, whatever the other rows of x, their number and
+the weights beside it: a row of x gives the same bits alone and among 16. No product and sum outside the dot is fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .target import configuration
+
+# Of as many rows a tile of x weighs as much as a tile of 16 rows of weight; past that, larger tiles do better.
+MOST_TOKENS = 16
+
+SLICES = 4
+
+# Stages by the rows of a program; compiled shared memory is (stages - 1) * (rows + TOKENS) KB of bf16. With 3, of which
+# 2 are buffers, the 99 KB of sm_86, sm_89 and sm_120 hold two programs of 16 rows or one of 32, and the 163 KB of sm_80
+# three or two. With 4, the 227 KB of sm_90 and sm_100 hold three programs of 16 rows, and one alone, as where 148
+# multiprocessors share 144, has 32 to 48 KB of weight in flight; so have two programs of 32 rows, each, with 3 stages.
+STAGES = {
+    "sm_80": {16: 3, 32: 3},
+    "sm_90": {16: 4, 32: 3},
+    "sm_120": {16: 3, 32: 3},
+    "gfx942": {16: 2, 32: 2},
+}
+
+
+@triton.jit
+def products(
+    weight_ptr,
+    other_ptr,
+    row,
+    rows,
+    x_ptr,
+    tokens,
+    K,
+    TOKENS: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows of a weight, and of another of the same shape unless that is None, times the rows of x.
+
+    Two of (rows, TOKENS) float32, of which the second is zero where there is no other weight.
+    """
+    token = tl.arange(0, TOKENS)
+    slice_start = tl.arange(0, SLICES)[:, None, None] * BLOCK_K
+    column = slice_start + tl.arange(0, BLOCK_K)[None, None, :]
+    x_column = slice_start + tl.arange(0, BLOCK_K)[None, :, None]
+    weight_offsets = row.to(tl.int64)[None, :, None] * K + column
+    x_ptrs = x_ptr + token[None, None, :] * K + x_column
+    rows_within = (row < rows)[None, :, None]
+    tokens_within = (token < tokens)[None, None, :]
+    sums = tl.zeros((SLICES, row.shape[0], TOKENS), tl.float32)
+    other_sums = tl.zeros((SLICES, row.shape[0], TOKENS), tl.float32)
+    for start in range(0, K, SLICES * BLOCK_K):
+        within = rows_within & (start + column < K)
+        x = tl.load(x_ptrs + start, mask=tokens_within & (start + x_column < K), other=0.0)
+        weight = tl.load(weight_ptr + weight_offsets + start, mask=within, other=0.0)
+        sums = tl.dot(weight, x, sums, input_precision="ieee")
+        if other_ptr is not None:
+            other = tl.load(other_ptr + weight_offsets + start, mask=within, other=0.0)
+            other_sums = tl.dot(other, x, other_sums, input_precision="ieee")
+    return tl.sum(sums, axis=0), tl.sum(other_sums, axis=0)
+
+
+@triton.jit
+def _linear_kernel(
+    out_ptr,
+    x_ptr,
+    weight0_ptr,
+    weight1_ptr,
+    weight2_ptr,
+    rows0,
+    rows1,
+    rows2,
+    tokens,
+    K,
+    BLOCK_M: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    block = tl.program_id(0)
+    weight_ptr = weight0_ptr
+    rows = rows0
+    first = 0
+    if block >= tl.cdiv(rows, BLOCK_M):
+        block -= tl.cdiv(rows, BLOCK_M)
+        first += rows
+        weight_ptr = weight1_ptr
+        rows = rows1
+        if block >= tl.cdiv(rows, BLOCK_M):
+            block -= tl.cdiv(rows, BLOCK_M)
+            first += rows
+            weight_ptr = weight2_ptr
+            rows = rows2
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.arange(0, TOKENS)
+    sums, _ = products(weight_ptr, None, row, rows, x_ptr, tokens, K, TOKENS, SLICES, BLOCK_K)
+    out_ptrs = out_ptr + token[None, :] * (rows0 + rows1 + rows2) + (first + row)[:, None]
+    tl.store(out_ptrs, sums, mask=(row < rows)[:, None] & (token < tokens)[None, :])
+
+
+def tiling(x: Tensor, weights: Sequence[Tensor], rows: int) -> dict[str, int | bool]:
+    """The meta-parameters and options that `products` is launched with, for the rows that a program has."""
+    nvidia = configuration({"sm_80": True, "gfx942": False})
+    # mma has 8 columns at the least, mfma 16: with 8 it would be products of single numbers, in 296 registers.
+    padded_tokens = 8 if nvidia and x.shape[0] <= 8 else 16
+    # Asynchronous copies and vectors need aligned rows. Other rows come element by element, through registers, and
+    # NVIDIA's tensor cores take no float32: for these, large tiles would spill.
+    aligned = x.shape[1] % 16 == 0 and not any(tensor.data_ptr() % 16 for tensor in (x, *weights))
+    streamed = aligned and x.dtype == torch.bfloat16
+    meta: dict[str, int | bool] = {
+        "TOKENS": padded_tokens,
+        "SLICES": SLICES,
+        "BLOCK_K": 128 if streamed else 16,
+        # Shared memory is swizzled along the rows of a tile, and free of bank conflicts, only if one copy by all warps
+        # is lower than the tile: 2 warps copy 4 rows of 128 columns, 4 warps copy 8.
+        "num_warps": 2 if streamed and padded_tokens == 8 else 4,
+        "num_stages": configuration(STAGES)[rows],
+        "enable_fp_fusion": False,
+    }
+    if nvidia:
+        # Left alone, ptxas aims at 64 registers and spills, where shared memory admits no more than 8 warps anyhow.
+        meta["maxnreg"] = 255
+    return meta
+
+
+def linear(out: Tensor, x: Tensor, weights: Sequence[Tensor]) -> None:
+    """Fill out (tokens, M_0 + M_1 + ...) with x (tokens, K) times the transposes of one to three weights (M_i, K).
+
+    At most 16 tokens. All contiguous and of one dtype, bf16 or f32.
+    """
+    BLOCK_M = 16
+    absent = 3 - len(weights)
+    rows = [*[weight.shape[0] for weight in weights], *[0] * absent]
+    _linear_kernel[(sum(triton.cdiv(count, BLOCK_M) for count in rows),)](
+        out,
+        x,
+        *[*weights, *[weights[0]] * absent],
+        *rows,
+        *x.shape,
+        BLOCK_M=BLOCK_M,
+        **tiling(x, weights, BLOCK_M),
+    )

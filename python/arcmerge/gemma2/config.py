@@ -1,0 +1,159 @@
+"""What config.json says of a Gemma-2, in its old spelling and in that of transformers 5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arcmerge.errors import ArcmergeError
+
+_ACTIVATION = "gelu_pytorch_tanh"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fields have the names of config.json.
+
+    attn_logit_softcapping, final_logit_softcapping: 0 where there is no cap. windows: for every layer, the number of
+    keys that a query sees, itself among them; 0 where it sees all. eos_token_id: of config.json; generation_config.json
+    may list more.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    query_pre_attn_scalar: float
+    attn_logit_softcapping: float
+    final_logit_softcapping: float
+    rms_norm_eps: float
+    rope_theta: float
+    windows: tuple[int, ...]
+    bos_token_id: int
+    eos_token_id: tuple[int, ...]
+    pad_token_id: int
+
+    @property
+    def softmax_scale(self) -> float:
+        """By which query-key products are multiplied: not always 1 / sqrt(head_dim)."""
+        return float(self.query_pre_attn_scalar**-0.5)
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any], path: Path) -> Config:
+        """The settings of config.json at `path`; raises ArcmergeError with everything that is missing or impossible."""
+        return _Reader(settings, path).config()
+
+
+class _Reader:
+    """Collects every problem of a config.json, so that one message names them all."""
+
+    def __init__(self, settings: Mapping[str, Any], path: Path) -> None:
+        self._settings = settings
+        self._path = path
+        self._problems: list[str] = []
+
+    def config(self) -> Config:
+        if self._settings.get("model_type") != "gemma2":
+            found = self._settings.get("model_type")
+            raise ArcmergeError(f"{self._path}: model_type must be 'gemma2' to run here, is {found!r}.")
+        layers = self._count("num_hidden_layers")
+        config = Config(
+            hidden_size=self._count("hidden_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=self._count("num_attention_heads"),
+            num_key_value_heads=self._count("num_key_value_heads"),
+            head_dim=self._count("head_dim", 256),
+            intermediate_size=self._count("intermediate_size"),
+            vocab_size=self._count("vocab_size"),
+            max_position_embeddings=self._count("max_position_embeddings", 8192),
+            query_pre_attn_scalar=self._positive("query_pre_attn_scalar", 256),
+            attn_logit_softcapping=self._softcap("attn_logit_softcapping", 50.0),
+            final_logit_softcapping=self._softcap("final_logit_softcapping", 30.0),
+            rms_norm_eps=self._positive("rms_norm_eps", 1e-6),
+            rope_theta=self._theta(),
+            windows=self._windows(layers),
+            bos_token_id=self._tokens("bos_token_id", 2)[0],
+            eos_token_id=self._tokens("eos_token_id", 1),
+            pad_token_id=self._tokens("pad_token_id", 0)[0],
+        )
+        self._check(config)
+        if self._problems:
+            raise ArcmergeError([f"{self._path}: {problem}" for problem in self._problems])
+        return config
+
+    def _check(self, config: Config) -> None:
+        for key in ("hidden_activation", "hidden_act"):
+            # The first releases said "gelu" and meant the tanh approximation; transformers reads hidden_activation.
+            activation = self._settings.get(key, _ACTIVATION)
+            if activation != _ACTIVATION and not (key == "hidden_act" and "hidden_activation" in self._settings):
+                self._problems.append(f"{key} must be {_ACTIVATION!r}, is {activation!r}.")
+        if self._settings.get("attention_bias"):
+            self._problems.append("attention_bias must be false: no Gemma-2 has biases.")
+        if self._settings.get("use_bidirectional_attention"):
+            self._problems.append("use_bidirectional_attention must be false: a model that generates looks back only.")
+        if config.num_attention_heads % config.num_key_value_heads:
+            self._problems.append(
+                f"num_attention_heads ({config.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({config.num_key_value_heads})."
+            )
+        if config.head_dim < 16 or config.head_dim & (config.head_dim - 1):
+            self._problems.append(f"head_dim must be a power of two from 16 up, is {config.head_dim}.")
+
+    def _count(self, key: str, default: int | None = None) -> int:
+        value = self._settings.get(key, default)
+        if type(value) is not int or value <= 0:
+            self._problems.append(f"{key} must be a whole number from 1 up, is {value!r}.")
+            return 1
+        return value
+
+    def _positive(self, key: str, default: float, value: object = None) -> float:
+        value = self._settings.get(key, default) if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            self._problems.append(f"{key} must be a number above 0, is {value!r}.")
+            return 1.0
+        return float(value)
+
+    def _softcap(self, key: str, default: float) -> float:
+        return 0.0 if self._settings.get(key, default) is None else self._positive(key, default)
+
+    def _theta(self) -> float:
+        parameters = self._settings.get("rope_parameters") or self._settings.get("rope_scaling") or {}
+        # transformers may keep one set for each kind of layer.
+        per_kind = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+        kinds = {value.get("rope_type", value.get("type", "default")) for value in per_kind}
+        thetas = {value.get("rope_theta", self._settings.get("rope_theta", 10000.0)) for value in per_kind}
+        if kinds != {"default"} or len(thetas) != 1:
+            self._problems.append(f"rope_parameters must be of type 'default' with one rope_theta, are {parameters!r}.")
+            return 10000.0
+        return self._positive("rope_theta", 10000.0, thetas.pop())
+
+    def _windows(self, layers: int) -> tuple[int, ...]:
+        """Layers 0, 2, 4, ... see a window unless layer_types says otherwise; no config.json of Google's has it."""
+        window = self._settings.get("sliding_window", 4096)
+        default = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
+        kinds = self._settings.get("layer_types") or default
+        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(default) | {"full_attention"}:
+            self._problems.append(
+                "layer_types must name 'sliding_attention' or 'full_attention' for each of the layers, "
+                f"is {kinds!r:.80}."
+            )
+            kinds = default
+        if window is None:
+            return (0,) * layers
+        window = self._count("sliding_window", 4096)
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+    def _tokens(self, key: str, default: int) -> tuple[int, ...]:
+        value = self._settings.get(key, default)
+        value = default if value is None else value
+        tokens = tuple(value) if isinstance(value, list) else (value,)
+        if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+            self._problems.append(f"{key} must be a token number or a list of them, is {value!r:.80}.")
+            return (default,)
+        return tokens

@@ -1,0 +1,164 @@
+"""Cases of attention_decode: the visible keys and values read once, and the new ones written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from arcmerge.kernels.attention_decode import attention_decode, splits
+from cases.attention import BF16, F32, NAN, cache_positions, exact_attention
+from cases.case import Call, Case, Draw, Expected
+from cases.gemma import GEMMA_2
+from cases.rope_cache import rotate
+
+
+def build(
+    draw: Draw,
+    lengths: Sequence[int],
+    heads: tuple[int, int],
+    head_dim: int,
+    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, F32),
+    slots: int = 0,
+    window: int = 0,
+    softcap: float = 50.0,
+    scale: float = 0.0625,
+    loud: float = 1.0,
+    positive: bool = False,
+    skip: int = 0,
+) -> Call:
+    """A sequence for each length. dtypes: of the states and of the table. loud: the scale of all states. The rest as in
+    cases of attention. What is not visible is NaN, the slot of the new token too.
+    """
+    (query_heads, key_value_heads), (dtype, table_dtype) = heads, dtypes
+    group, sequences = query_heads // key_value_heads, len(lengths)
+    slots = slots or max(lengths)
+
+    def tensor(*shape: int, loud: float = 1.0) -> Tensor:
+        count = torch.Size(shape).numel()
+        return draw.normal(count + skip, dtype=dtype, scale=loud)[skip:].view(shape)
+
+    qkv = tensor(sequences, (query_heads + 2 * key_value_heads) * head_dim, loud=loud)
+    table = draw.normal(max(lengths), head_dim, dtype=table_dtype)
+    keys = tensor(sequences, key_value_heads, slots, head_dim)
+    values = tensor(sequences, key_value_heads, slots, head_dim)
+    if positive:
+        qkv.abs_()
+        values.abs_()
+    seen = [min(length, window or length) for length in lengths]
+    placed = [cache_positions(length, slots, count) for length, count in zip(lengths, seen, strict=True)]
+    for number, (used, unseen) in enumerate(placed):
+        hidden = torch.cat([unseen, used[-1:]])
+        keys[number, :, hidden] = values[number, :, hidden] = NAN
+    before = keys.clone(), values.clone()
+    counters = draw.exact(torch.zeros(sequences, key_value_heads, dtype=torch.int32))
+    length_of = draw.exact(torch.tensor(lengths, dtype=torch.int32))
+    number_of_splits = splits(slots, key_value_heads)
+    partial = draw.empty(sequences, key_value_heads, number_of_splits, group, head_dim, dtype=F32)
+    statistics = draw.empty(sequences, key_value_heads, number_of_splits, group, 2, dtype=F32)
+    out = draw.empty(sequences * query_heads * head_dim + skip, dtype=dtype)[skip:].view(sequences, -1)
+
+    def expected() -> dict[str, Expected]:
+        true_keys, true_values = before
+        states = qkv.unflatten(1, (-1, head_dim))
+        angles = table[(length_of - 1).clamp(min=0)]
+        query, key = rotate(states[:, :query_heads], angles), rotate(states[:, query_heads:-key_value_heads], angles)
+        truth = torch.zeros(sequences, query_heads, head_dim, dtype=torch.float64)
+        tolerance = torch.zeros_like(truth)
+        for number, (used, _) in enumerate(placed):
+            if not lengths[number]:
+                continue
+            true_keys[number, :, used[-1]] = key[number]
+            true_values[number, :, used[-1]] = states[number, -key_value_heads:]
+            truth[number], tolerance[number] = (
+                result[0]
+                for result in exact_attention(
+                    query[number : number + 1],
+                    true_keys[number][:, used],
+                    true_values[number][:, used],
+                    scale,
+                    softcap,
+                    window,
+                    dtype,
+                )
+            )
+        return {
+            "out": Expected(truth.flatten(1), tolerance.flatten(1)),
+            # The very bits: every step is rounded as plain torch rounds it.
+            "key_cache": Expected(true_keys),
+            "value_cache": Expected(true_values),
+            "counters": Expected(torch.zeros_like(counters)),
+        }
+
+    busy = sum(length > 0 for length in lengths)
+    moved = (query_heads + 4 * key_value_heads) * busy + 2 * key_value_heads * sum(count - 1 for count in seen if count)
+    row = head_dim * dtype.itemsize
+    return Call(
+        launch=lambda: attention_decode(
+            out,
+            partial,
+            statistics,
+            qkv,
+            table,
+            length_of,
+            keys,
+            values,
+            counters,
+            query_heads,
+            scale,
+            softcap,
+            window,
+        ),
+        outputs={"out": out, "key_cache": keys, "value_cache": values, "counters": counters},
+        expected=expected,
+        minimum_bytes=moved * row
+        + out.numel() * dtype.itemsize
+        + busy * head_dim * table_dtype.itemsize
+        + 4 * sequences,
+        operations=4 * sum(seen) * query_heads * head_dim,
+    )
+
+
+def _case(name: str, *arguments: object, **named: object) -> Case:
+    # No ratio: what splits leave each other is up to 3.2 % of the keys, see the op. Matrix instructions add up in an
+    # order of their own.
+    return Case("attention_decode", name, lambda draw: build(draw, *arguments, **named), exact=False)  # type: ignore[arg-type]
+
+
+SMALL = [
+    # Splits have 128 keys, with more than 4 heads of keys 256.
+    _case("heads of 256, round splits", (1, 128, 129, 0, 257), (2, 1), 256, slots=300, loud=5.0),
+    _case("heads of 256, a window of 100 in a ring", (99, 130, 329), (2, 1), 256, slots=256, window=100, loud=2.0),
+    _case("heads of 128, 5 of keys", (255, 257), (10, 5), 128, loud=5.0),
+    _case("heads of 128, a window of 300 in a ring", (640,), (10, 5), 128, slots=320, window=300, loud=2.0),
+    _case("positive values, bf16 table", (400,), (2, 1), 16, (BF16, BF16), positive=True),
+    _case("f32 heads of 64, no softcap", (17, 131), (2, 2), 64, (F32, F32), softcap=0.0, loud=2.0),
+    _case(
+        "f32 heads of 16, round a window of 8",
+        tuple(range(7, 18)),
+        (4, 1),
+        16,
+        (F32, F32),
+        slots=13,
+        window=8,
+        loud=5.0,
+    ),
+    _case("3 heads a group, misaligned", (20, 130), (3, 1), 32, softcap=0.0, scale=0.2, skip=1),
+]
+
+MODELS = [
+    _case(
+        f"{shape.name} {tokens} tokens{f', a window of {window}' if window else ''}",
+        (tokens,),
+        (shape.heads, shape.key_value_heads),
+        shape.head_dim,
+        slots=4160 if window else 8192,
+        window=window,
+        softcap=shape.softcap,
+        scale=shape.query_pre_attn_scalar**-0.5,
+    )
+    for shape in GEMMA_2
+    for tokens in (512, 4096, 8192)
+    for window in (0, shape.sliding_window)
+]

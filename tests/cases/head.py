@@ -1,0 +1,236 @@
+"""Cases of the head: the weight read once, whatever is asked of the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arcmerge.kernels import head
+from arcmerge.kernels.head import Scores
+from arcmerge.ops.gumbel import gumbel
+from cases.case import Call, Case, Draw, Expected
+from cases.gemma import GEMMA_2
+from cases.linear import exact_product, matrix
+
+BF16, F32 = torch.bfloat16, torch.float32
+CAP = 30.0
+
+
+def operands(
+    draw: Draw, rows: int, ids: int, columns: int, dtype: torch.dtype = BF16, skip: int = 0, whole: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x and weight, `skip` elements past an aligned address, whose products spread over the bend of the cap.
+
+    whole: whole numbers by 64ths, of which products are exact in whatever order they are summed, but not in bfloat16;
+    and every vector of the weight three times, so that the greatest are equal.
+    """
+    if whole:
+        distinct = draw.normal(-(-ids // 3), columns, dtype=dtype).round()
+        x = draw.normal(rows, columns, dtype=dtype, scale=64.0).round() / 64
+        return x, distinct.repeat(3, 1)[:ids].contiguous()
+    return matrix(draw, rows, columns, dtype, skip), matrix(draw, ids, columns, dtype, skip, 15 * columns**-0.5)
+
+
+def seen_bits(draw: Draw, rows: int, ids: int) -> Tensor:
+    words = torch.randint(-(2**31), 2**31, (rows, -(-ids // 32)), generator=torch.Generator().manual_seed(7))
+    return draw.exact(words.int())
+
+
+def exact_scores(scores: Scores) -> tuple[Tensor, Tensor]:
+    """Scores in float64, and the error that float32 may bring: of the products, and 8 roundings of what follows.
+
+    With stepwise for products that are exact: then the steps have the bits of torch's.
+    """
+    values, error = exact_product(scores.x, scores.weight)
+    if scores.stepwise:
+        dtype = scores.x.dtype
+        values = (((values.to(dtype) / scores.softcap).tanh()) * scores.softcap).double()
+    elif scores.softcap:
+        values = scores.softcap * (values / scores.softcap).tanh()
+    error = error + 8 * 2.0**-24 * values.abs()
+    if scores.seen is not None:
+        ids = torch.arange(len(scores.weight))
+        marked = scores.seen.cpu().long()[:, ids // 32] >> (ids % 32) & 1 == 1
+        factor = torch.where(values > 0, 1 / scores.penalty, scores.penalty)
+        values, error = torch.where(marked, values * factor, values), torch.where(marked, error * factor, error)
+    temperature = scores.temperature or 1.0
+    return values / temperature, error / temperature
+
+
+def first_greatest(values: Tensor, error: Tensor) -> Expected:
+    """The lowest id of the greatest; no other may come so near that rounding could decide."""
+    best = values.argmax(dim=1)
+    greatest = values.gather(1, best[:, None])
+    assert bool(((values == greatest) | (values < greatest - 2 * error.amax(dim=1, keepdim=True))).all())
+    return Expected(best)
+
+
+def _read(scores: Scores) -> int:
+    seen = 0 if scores.seen is None else scores.seen.numel() * 4
+    return (scores.x.numel() + scores.weight.numel()) * scores.x.itemsize + seen
+
+
+def _operations(scores: Scores) -> int:
+    return 2 * len(scores.x) * scores.weight.numel()
+
+
+def build_argmax(draw: Draw, *shape: object, softcap: float = CAP, stepwise: bool = False, whole: bool = False) -> Call:
+    scores = Scores(*operands(draw, *shape, whole=whole), softcap, stepwise)  # type: ignore[arg-type]
+    out = draw.empty(len(scores.x), dtype=torch.int64)
+    return Call(
+        launch=lambda: head.argmax(out, scores),
+        outputs={"out": out},
+        expected=lambda: {"out": first_greatest(*exact_scores(scores))},
+        minimum_bytes=_read(scores) + out.numel() * 8,
+        operations=_operations(scores),
+    )
+
+
+def build_logprob(draw: Draw, *shape: object, stepwise: bool = False, whole: bool = False) -> Call:
+    scores = Scores(*operands(draw, *shape, whole=whole), CAP, stepwise)  # type: ignore[arg-type]
+    rows, count = len(scores.x), len(scores.weight)
+    # The first and the last id, and some between.
+    ids = draw.exact(torch.arange(rows) * 37 % count if rows > 1 else torch.tensor([count - 1]))
+    ids[-1] = count - 1
+    out, best = draw.empty(rows, dtype=F32), draw.empty(rows, dtype=torch.int64)
+
+    def expected() -> dict[str, Expected]:
+        values, error = exact_scores(scores)
+        truth = values.gather(1, ids.cpu()[:, None])[:, 0] - values.logsumexp(dim=1)
+        # Exponentials within 2^-22 (ex2.approx) and of arguments that are off by the error; sums of at most 128.
+        tolerance = 2 * error.amax(dim=1) + 2.0**-24 * (8 + 128 + 4 * truth.abs())
+        return {"out": Expected(truth, tolerance), "best": first_greatest(values, error)}
+
+    return Call(
+        launch=lambda: head.logprob(out, best, scores, ids),
+        outputs={"out": out, "best": best},
+        expected=expected,
+        minimum_bytes=_read(scores) + rows * (8 + 4 + 8),
+        operations=_operations(scores),
+    )
+
+
+def build_sample(
+    draw: Draw,
+    *shape: object,
+    temperature: float = 1.4,
+    marked: bool = False,
+    noisy: bool = True,
+    seed: int = 2**40 + 9,
+) -> Call:
+    x, weight = operands(draw, *shape)  # type: ignore[arg-type]
+    seen = seen_bits(draw, len(x), len(weight)) if marked else None
+    scores = Scores(x, weight, CAP, False, temperature if noisy else None, seen, 1.5)
+    steps = draw.exact(torch.arange(len(x)) * 2**32 + 3)
+    out = draw.empty(len(x), dtype=torch.int64)
+
+    def expected() -> dict[str, Expected]:
+        values, error = exact_scores(scores)
+        if noisy:
+            noise = gumbel(seed, steps.cpu()[:, None], torch.arange(len(weight))).double()
+            values, error = values + noise, error + 2.0**-20
+        return {"out": first_greatest(values, error)}
+
+    return Call(
+        launch=lambda: head.argmax(out, scores, seed=seed, steps=steps if noisy else None),
+        outputs={"out": out},
+        expected=expected,
+        minimum_bytes=_read(scores) + len(x) * (16 if noisy else 8),
+        operations=_operations(scores),
+    )
+
+
+def build_candidates(draw: Draw, *shape: object, tiles: int = 50, marked: bool = False) -> Call:
+    """What filters need: the greatest score and the mass of every tile, then the scores of some tiles, again."""
+    x, weight = operands(draw, *shape)  # type: ignore[arg-type]
+    seen = seen_bits(draw, len(x), len(weight)) if marked else None
+    scores = Scores(x, weight, CAP, False, 0.8, seen, 1.5)
+    width = scores.tile.ids
+    maxima, sums = (draw.empty(len(x), scores.tiles, dtype=F32) for _ in range(2))
+    # The last, which may be short, among them.
+    chosen = draw.exact((scores.tiles - 1 - torch.arange(tiles) * (scores.tiles // tiles)).flip(0).int())
+    out = draw.empty(len(x), tiles * width, dtype=F32)
+
+    def launch() -> None:
+        head.extremes(maxima, sums, scores)
+        head.candidates(out, chosen, scores)
+
+    def expected() -> dict[str, Expected]:
+        values, error = exact_scores(scores)
+        beyond = (0, scores.tiles * width - len(weight))
+        values = torch.nn.functional.pad(values, beyond, value=float("-inf")).unflatten(1, (-1, width))
+        error = torch.nn.functional.pad(error, beyond).unflatten(1, (-1, width))
+        greatest, worst = values.amax(dim=2), error.amax(dim=2)
+        mass = (values - greatest[:, :, None]).exp().sum(dim=2)
+        places = chosen.cpu().long()
+        return {
+            "maxima": Expected(greatest, worst),
+            "sums": Expected(mass, mass * (2 * worst + 2.0**-24 * (8 + 128))),
+            "out": Expected(values[:, places].flatten(1), error[:, places].flatten(1)),
+        }
+
+    return Call(
+        launch=launch,
+        outputs={"maxima": maxima, "sums": sums, "out": out},
+        expected=expected,
+        minimum_bytes=_read(scores) + (maxima.numel() + sums.numel() + out.numel()) * 4,
+        operations=_operations(scores),
+    )
+
+
+BUILDERS = {
+    "head_argmax": build_argmax,
+    "head_logprob": build_logprob,
+    "head_sample": build_sample,
+    "candidates": build_candidates,
+}
+
+
+def _case(op: str, name: str, *shape: object, traffic: float | None = None, **options: object) -> Case:
+    build = BUILDERS[op]
+    # Tensor cores add the columns of a product, and a GPU the exponentials, in another order than the interpreter.
+    return Case(
+        "head_sample" if op == "candidates" else op,
+        name,
+        lambda draw: build(draw, *shape, **options),  # type: ignore[arg-type]
+        exact=False,
+        traffic=traffic,
+    )
+
+
+# Beyond the minimum, the numbers that tiles of 64 ids leave are written and read: 8 bytes, and with sums 12. The score
+# of the wanted id too.
+SMALL = [
+    _case("head_argmax", "as in decoding", 1, 256, 2304, traffic=1 + 2 * 4 * 8 / (257 * 4608 + 8)),
+    _case("head_argmax", "1 id", 1, 1, 8),
+    _case("head_argmax", "odd, misaligned", 3, 129, 33, BF16, 1),
+    _case("head_argmax", "equals, stepwise", 2, 150, 16, stepwise=True, whole=True),
+    _case("head_argmax", "no cap, 17 rows", 17, 131, 40, softcap=0.0),
+    _case("head_argmax", "f32", 17, 65, 35, F32),
+    _case("head_logprob", "as in decoding", 1, 200, 2304, traffic=1 + 2 * (4 * 12 + 4) / (201 * 4608 + 20)),
+    _case("head_logprob", "odd", 5, 191, 33),
+    _case("head_logprob", "130 rows", 130, 200, 72),
+    _case("head_logprob", "equals, 17 rows", 17, 150, 16, whole=True),
+    _case("head_logprob", "equals, stepwise", 2, 150, 16, stepwise=True, whole=True),
+    _case("head_logprob", "equals, 17 rows, stepwise", 17, 150, 16, stepwise=True, whole=True),
+    _case("head_logprob", "f32", 17, 65, 35, F32),
+    _case("head_sample", "as in decoding", 1, 128, 2304, traffic=1 + 2 * 2 * 8 / (129 * 4608 + 16)),
+    _case("head_sample", "of the greatest, penalised", 2, 200, 33, marked=True, noisy=False),
+    _case("head_sample", "penalised, 17 rows", 17, 200, 40, marked=True),
+    _case("head_sample", "f32", 2, 65, 35, F32, marked=True, seed=5),
+    _case("candidates", "candidates of 3 tiles", 2, 300, 72, tiles=3),
+    _case("candidates", "candidates, penalised, 17 rows", 17, 300, 33, tiles=2, marked=True),
+    _case("candidates", "candidates, f32", 2, 65, 35, F32, tiles=2),
+]
+
+MODELS = [
+    case
+    for shape in GEMMA_2
+    for case in (
+        _case("head_argmax", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
+        _case("head_sample", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
+        _case("head_sample", f"{shape.name}, penalised", 1, shape.vocabulary, shape.hidden_size, marked=True),
+        _case("candidates", f"{shape.name}, candidates of 50 tiles", 1, shape.vocabulary, shape.hidden_size),
+        _case("head_logprob", f"{shape.name}, 256 rows", 256, shape.vocabulary, shape.hidden_size),
+    )
+]

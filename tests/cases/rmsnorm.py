@@ -1,0 +1,75 @@
+"""Cases of rmsnorm: x read once, the output written once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arcmerge.kernels.rmsnorm import rmsnorm
+from cases.case import Call, Case, Draw, Expected
+from cases.gemma import GEMMA_2
+
+BF16, F32 = torch.bfloat16, torch.float32
+EPSILON = 1e-6
+
+# Of a norm before it is rounded, relative, in units of 2^-24: half of what a sum of squares loses in 16 additions in a
+# thread and 9 across threads, 2 by rsqrt (2^-22.9), and five more roundings.
+FLOAT32_ERROR = 24 * 2.0**-24
+
+
+def exact(x: Tensor, weight: Tensor) -> Tensor:
+    """The norm of rows in float64."""
+    values = x.double()
+    return values / (values.square().mean(-1, keepdim=True) + EPSILON).sqrt() * (1 + weight.double())
+
+
+def half_unit(dtype: torch.dtype) -> float:
+    """The error of rounding to a dtype, relative: 2^-8 for bf16, 2^-24 for f32. Truncation has twice as much."""
+    return torch.finfo(dtype).eps / 2
+
+
+def build(
+    draw: Draw, rows: int, columns: int, dtype: torch.dtype, out: torch.dtype, scale: float = 1.0, skip: int = 0
+) -> Call:
+    """Rows of `dtype`; weight and output of dtype `out`. Every tensor starts `skip` elements past an aligned one."""
+    x = draw.normal(rows * columns + skip, dtype=dtype, scale=scale)[skip:].view(rows, columns)
+    weight = draw.normal(columns + skip, dtype=out, scale=0.5)[skip:]
+    filled = draw.empty(rows * columns + skip, dtype=out)[skip:].view(rows, columns)
+
+    def expected() -> dict[str, Expected]:
+        truth = exact(x, weight)
+        return {"out": Expected(truth, truth.abs() * (half_unit(out) + FLOAT32_ERROR))}
+
+    return Call(
+        launch=lambda: rmsnorm(filled, x, weight, EPSILON),
+        outputs={"out": filled},
+        expected=expected,
+        minimum_bytes=rows * columns * (dtype.itemsize + out.itemsize) + columns * out.itemsize,
+    )
+
+
+def _case(name: str, *arguments: object, traffic: float | None = 1.0) -> Case:
+    # A GPU sums over lanes and warps, the interpreter over neighbours.
+    return Case("rmsnorm", name, lambda draw: build(draw, *arguments), exact=False, traffic=traffic)  # type: ignore[arg-type]
+
+
+SMALL = [
+    # Of scale 1e-3 the mean square is eps: where eps is added, and to what, decides the result.
+    _case("bf16, 2.6B, of the scale of eps", 2, 2304, BF16, BF16, 1e-3),
+    _case("f32 to bf16, 3 rows of 257", 3, 257, F32, BF16),
+    _case("f32 to bf16, 8 warps", 1, 2304, F32, BF16),
+    _case("bf16, 16 warps", 1, 4608, BF16, BF16),
+    _case("f32, 4 rows of 512", 4, 512, F32, F32, 1e-3),
+    _case("f32, 4097 columns", 1, 4097, F32, F32),
+    _case("bf16, misaligned", 2, 1031, BF16, BF16, 1.0, 3),
+    _case("bf16, 1 column", 3, 1, BF16, BF16),
+    _case("bf16 to f32, 7 columns", 2, 7, BF16, F32),
+]
+
+# Thousands of programs, whose traffic is that of the few above.
+MODELS = [
+    _case(f"{shape.name} {number} rows of {str(dtype)[6:]}", number, shape.hidden_size, dtype, BF16, traffic=None)
+    for shape in GEMMA_2
+    for number in (1, 2048)
+    for dtype in (F32, BF16)
+]

@@ -1,0 +1,46 @@
+"""Small Gemma-2 models with random weights, by transformers, against which our runner is compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+# The proportions of each size at a fraction of it. Softmax scales and groups of heads are those of the originals; sizes
+# are odd where the architecture allows, and a window of 8 is crossed by almost every prompt.
+SHAPES: dict[str, dict[str, Any]] = {
+    "2.6B": dict(hidden_size=72, num_attention_heads=2, num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256),
+    "9B": dict(hidden_size=100, num_attention_heads=4, num_key_value_heads=2, head_dim=256, query_pre_attn_scalar=256),
+    "27B": dict(hidden_size=152, num_attention_heads=8, num_key_value_heads=4, head_dim=128, query_pre_attn_scalar=144),
+}
+
+
+def settings(shape: str, **changes: Any) -> dict[str, Any]:
+    """Of config.json, but for what transformers adds."""
+    return {
+        "vocab_size": 1003,
+        "intermediate_size": 211,
+        "num_hidden_layers": 4,
+        "sliding_window": 8,
+        "max_position_embeddings": 512,
+        **SHAPES[shape],
+        **changes,
+    }
+
+
+def build(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Gemma2ForCausalLM:
+    """A model of transformers, saved to `folder`. Weights are large enough for both softcaps to bend what they cap."""
+    torch.manual_seed(7)
+    model = Gemma2ForCausalLM(Gemma2Config(**settings(shape, **changes))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(0.0, 0.3)
+            else:
+                spread = 2.0 if ".q_proj" in name or ".k_proj" in name else 1.0
+                parameter.normal_(0.0, spread * parameter.shape[-1] ** -0.5)
+    model.to(dtype).save_pretrained(folder)
+    # Not the model itself: to() rounds the frequencies of RoPE too, which from_pretrained keeps in float32.
+    return Gemma2ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()

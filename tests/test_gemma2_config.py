@@ -1,0 +1,117 @@
+"""config.json in the spellings that exist, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arcmerge.errors import ArcmergeError
+from arcmerge.gemma2.config import Config
+
+# google/gemma-2-2b, as published.
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": 1,
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2304,
+    "initializer_range": 0.02,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 8192,
+    "model_type": "gemma2",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "vocab_size": 256000,
+}
+PATH = Path("model/config.json")
+
+
+def read(**changes: Any) -> Config:
+    settings = {**PUBLISHED, **changes}
+    return Config.read({key: value for key, value in settings.items() if value is not ...}, PATH)
+
+
+def test_the_published_settings() -> None:
+    config = read()
+    assert (config.hidden_size, config.head_dim, config.vocab_size) == (2304, 256, 256000)
+    assert config.windows == (4096, 0) * 13
+    assert config.softmax_scale == 1 / 16
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (2, (1,), 0)
+    assert config.rope_theta == 10000.0
+
+
+def test_the_spelling_of_transformers_5() -> None:
+    old = read()
+    assert old == read(
+        rope_theta=...,
+        torch_dtype=...,
+        dtype="float32",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        layer_types=["sliding_attention", "full_attention"] * 13,
+    )
+    assert old == read(head_dim=..., query_pre_attn_scalar=..., sliding_window=..., pad_token_id=..., eos_token_id=None)
+
+
+def test_transformers_reads_its_own_settings_alike(tmp_path: Path) -> None:
+    from transformers import Gemma2Config
+
+    theirs = Gemma2Config(num_hidden_layers=3, query_pre_attn_scalar=144, sliding_window=64)
+    theirs.save_pretrained(tmp_path)
+    ours = Config.read(json.loads((tmp_path / "config.json").read_text()), tmp_path / "config.json")
+    assert ours.windows == tuple(64 if kind == "sliding_attention" else 0 for kind in theirs.layer_types)
+    assert ours.softmax_scale == 1 / 12
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_caps_and_windows_may_be_off() -> None:
+    config = read(attn_logit_softcapping=None, final_logit_softcapping=None, sliding_window=None)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (0.0, 0.0)
+    assert config.windows == (0,) * 26
+    assert read(eos_token_id=[1, 107]).eos_token_id == (1, 107)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "gemma3"}, "model_type must be 'gemma2' to run here, is 'gemma3'"),
+        ({"hidden_size": ...}, "hidden_size must be a whole number from 1 up, is None"),
+        ({"head_dim": 24}, "head_dim must be a power of two from 16 up, is 24"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) must be a multiple of num_key_value_heads \(3\)"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number above 0, is '1e-6'"),
+        ({"hidden_activation": "relu"}, "hidden_activation must be 'gelu_pytorch_tanh', is 'relu'"),
+        ({"attention_bias": True}, "attention_bias must be false"),
+        ({"layer_types": ["full_attention"]}, "layer_types must name 'sliding_attention' or 'full_attention'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope_parameters must be of type 'default'"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id must be a token number or a list of them"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be false"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_run_is_refused_in_a_sentence(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ArcmergeError, match=sentence) as refusal:
+        read(**changes)
+    assert str(PATH) in str(refusal.value)
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    with pytest.raises(ArcmergeError) as refusal:
+        read(hidden_size=0, vocab_size=-1)
+    assert len(refusal.value.problems) == 2
