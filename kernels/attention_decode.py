@@ -158,7 +158,6 @@ def _attention_decode_kernel(
 
     member = tl.arange(0, MEMBERS)
     query = _rotated(qkv_ptr + key_value_head * GROUP * HEAD_DIM, member, member < GROUP, table_ptr, HEAD_DIM)
-    mine = split == last_split
     one = tl.arange(0, 1)
     present = split + one == last_split
     new_key = _rotated(qkv_ptr + (heads + key_value_head) * HEAD_DIM, one, present, table_ptr, HEAD_DIM)
@@ -169,11 +168,12 @@ def _attention_decode_kernel(
     tl.store(value_ptr + new_slot * HEAD_DIM + column, new_value, mask=present[:, None])
 
     product = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1)
-    own = tl.where(mine, logarithms(product, factor, ceiling, SOFTCAPPED), NEVER)
+    # In other splits than its own the new token weighs nothing from the first visible key on.
+    own = tl.where(split == last_split, logarithms(product, factor, ceiling, SOFTCAPPED), NEVER)
     # The rows of a matrix instruction: the members of the group again and again.
     query = tl.reshape(tl.broadcast_to(query[None], (ROWS // MEMBERS, MEMBERS, HEAD_DIM)), (ROWS, HEAD_DIM))
     greatest = tl.reshape(tl.broadcast_to(own[None], (ROWS // MEMBERS, MEMBERS)), (ROWS,))
-    total = tl.where(mine, 1.0, tl.zeros((ROWS,), tl.float32))
+    total = tl.full((ROWS,), 1.0, tl.float32)
     weighted = tl.broadcast_to(new_value.to(tl.float32), (ROWS, HEAD_DIM))
     for start in range(split * KEYS, tl.minimum((split + 1) * KEYS, slots), BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
@@ -227,7 +227,7 @@ class Tile(NamedTuple):
 
 
 # By the size of a head, so that with three stages 64 KB of keys and values are under way in each program; 25 KB a
-# multiprocessor would do for the 3.35 TB/s of an H100 at a latency of 1 us. As compiled by Triton 3.9: at most 165
+# multiprocessor would do for the 3.35 TB/s of an H100 at a latency of 1 us. As compiled by Triton 3.9: at most 199
 # registers, no spills and 68 KB of shared memory, one program a multiprocessor on sm_86, sm_89 and sm_120, two or three
 # on the others.
 TILES = {

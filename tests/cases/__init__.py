@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from cases import combine, geglu, gram, head, linear, linear_geglu, rmsnorm, rmsnorm_add_rmsnorm, rope_cache
+from cases import (
+    attention,
+    attention_decode,
+    combine,
+    geglu,
+    gram,
+    head,
+    linear,
+    linear_geglu,
+    rmsnorm,
+    rmsnorm_add_rmsnorm,
+    rope_cache,
+)
 from cases.case import Blank, Call, Case, Draw, Expected, Random, disagreement
 
-OPS = (gram, combine, rmsnorm, rmsnorm_add_rmsnorm, rope_cache, linear, linear_geglu, geglu, head)
+OPS = (
+    gram,
+    combine,
+    rmsnorm,
+    rmsnorm_add_rmsnorm,
+    rope_cache,
+    attention,
+    attention_decode,
+    linear,
+    linear_geglu,
+    geglu,
+    head,
+)
 
 SMALL: list[Case] = [case for op in OPS for case in op.SMALL]
 MODELS: list[Case] = [case for op in OPS for case in op.MODELS]

@@ -129,10 +129,10 @@ def _case(name: str, *arguments: object, **named: object) -> Case:
 SMALL = [
     # Splits have 128 keys, with more than 4 heads of keys 256.
     _case("heads of 256, round splits", (1, 128, 129, 0, 257), (2, 1), 256, slots=300, loud=5.0),
-    _case("heads of 256, a window of 100 in a ring", (99, 130, 329), (2, 1), 256, slots=256, window=100, loud=2.0),
+    _case("heads of 256, a window of 100 in a ring", (99, 130, 256, 400), (2, 1), 256, slots=384, window=100, loud=2.0),
     _case("heads of 128, 5 of keys", (255, 257), (10, 5), 128, loud=5.0),
     _case("heads of 128, a window of 300 in a ring", (640,), (10, 5), 128, slots=320, window=300, loud=2.0),
-    _case("positive values, bf16 table", (400,), (2, 1), 16, (BF16, BF16), positive=True),
+    _case("positive values, bf16 table", (400,), (2, 1), 32, (BF16, BF16), positive=True),
     _case("f32 heads of 64, no softcap", (17, 131), (2, 2), 64, (F32, F32), softcap=0.0, loud=2.0),
     _case(
         "f32 heads of 16, round a window of 8",
