@@ -1,4 +1,5 @@
-# make demo | test | lint | bench: each works from a fresh clone. The first call installs into .venv, later ones do not.
+# make demo | test | lint | bench | prove | gpu: each works from a fresh clone. The first call installs into .venv, later
+# ones do not.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DEV := .venv/.installed-dev
 # Keeps the working directory off sys.path: there, kernels/ would shadow the package of that name that others publish.
 export PYTHONSAFEPATH := 1
 
-.PHONY: test demo lint bench
+.PHONY: test demo lint bench prove gpu
 .DELETE_ON_ERROR:
 
 test: $(DEV)
@@ -31,12 +32,20 @@ lint: $(DEV)
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 # The benchmarks import each other from their own folder, which a safe path would leave out.
-bench: export PYTHONSAFEPATH :=
+bench prove gpu: export PYTHONSAFEPATH :=
 bench: $(DEV)
 	$(BIN)/python benchmarks/gram.py
 	$(BIN)/python benchmarks/combine.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/table.py
+
+# What can be proved about the kernels without a GPU: docs/proof.md.
+prove: $(DEV)
+	$(BIN)/python benchmarks/prove.py
+
+# On a machine with a GPU: tests and times everything. DRY=--dry tries that out on one without.
+gpu: $(DEV)
+	$(BIN)/python -m benchmarks.gpu $(DRY)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "arcmerge needs Python 3.10 or newer: make PYTHON=...")'

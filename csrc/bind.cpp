@@ -1,5 +1,5 @@
-// arcmerge._C: the operations of arcmerge.h for Python, with addresses as integers. The only file that knows Python.
-// python/arcmerge/_C.pyi has the signatures. Every operation runs without the GIL.
+// arcmerge._C: the operations of arcmerge.h and gemma2.h for Python, with addresses as integers. The only file that
+// knows Python. python/arcmerge/_C.pyi has the signatures. Every operation runs without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,8 +7,10 @@
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "arcmerge.h"
+#include "gemma2.h"
 
 namespace py = pybind11;
 using arcmerge::DType;
@@ -88,6 +90,96 @@ void column_sums(const Operand& operand, Count rows, Count columns, Address out)
   arcmerge::column_sums(operand, rows, columns, at<double>(out));
 }
 
+// ---- gemma2.h
+
+DType activation_of(int code, const char* name) {
+  if (code != int(DType::bf16) && code != int(DType::f32))
+    throw std::invalid_argument(std::string("'") + name + "' must be 0 (bf16) or 2 (f32), got " + std::to_string(code));
+  return DType(code);
+}
+
+void linear(Address out, Address x, Count count, Count length, const std::vector<std::pair<Address, Count>>& weights,
+            int dtype) {
+  std::vector<arcmerge::Matrix> matrices;
+  for (const auto& [address, rows] : weights) matrices.push_back({at<const char>(address), rows});
+  arcmerge::linear(at<void>(out), at<const void>(x), count, length, matrices, activation_of(dtype, "dtype"));
+}
+
+void linear_geglu(Address out, Address x, Count count, Count length, Address gate, Address up, Count rows, int dtype,
+                  bool stepwise) {
+  arcmerge::linear_geglu(at<void>(out), at<const void>(x), count, length, at<const void>(gate), at<const void>(up),
+                         rows, activation_of(dtype, "dtype"), stepwise);
+}
+
+void geglu(Address out, Address gate, Count gate_stride, Address up, Count up_stride, Count rows, Count columns,
+           int dtype, bool stepwise) {
+  arcmerge::geglu(at<void>(out), at<const void>(gate), gate_stride, at<const void>(up), up_stride, rows, columns,
+                  activation_of(dtype, "dtype"), stepwise);
+}
+
+void rmsnorm(Address out, Address x, int x_dtype, Address weight, int dtype, Count rows, Count columns, double eps) {
+  arcmerge::rmsnorm(at<void>(out), at<const void>(x), activation_of(x_dtype, "x_dtype"), at<const void>(weight),
+                    activation_of(dtype, "dtype"), rows, columns, eps);
+}
+
+void rmsnorm_add_rmsnorm(Address total, Address normed, Address branch, Address residual, int residual_dtype,
+                         Address post_weight, Address pre_weight, int dtype, Count rows, Count columns, double eps) {
+  arcmerge::rmsnorm_add_rmsnorm(at<void>(total), at<void>(normed), at<const void>(branch), at<const void>(residual),
+                                activation_of(residual_dtype, "residual_dtype"), at<const void>(post_weight),
+                                at<const void>(pre_weight), activation_of(dtype, "dtype"), rows, columns, eps);
+}
+
+arcmerge::Cache make_cache(Address key, Address value, Count sequences, Count heads, Count slots, Count head_dim,
+                           int dtype) {
+  return {at<char>(key), at<char>(value), sequences, heads, slots, head_dim, activation_of(dtype, "dtype")};
+}
+
+using AddressAndStride = std::pair<Address, Count>;
+
+void rope_cache(Address out, AddressAndStride query, Count heads, AddressAndStride key, AddressAndStride value,
+                Count count, Address table, int table_dtype, Address positions, Address sequences,
+                const arcmerge::Cache& cache) {
+  const auto rows = [](const AddressAndStride& pair) {
+    return arcmerge::Rows{at<const char>(pair.first), pair.second};
+  };
+  arcmerge::rope_cache(at<void>(out), rows(query), heads, rows(key), rows(value), count, at<const void>(table),
+                       activation_of(table_dtype, "table_dtype"), at<const Count>(positions),
+                       at<const Count>(sequences), cache);
+}
+
+void attention(Address out, Address query, Count heads, const arcmerge::Cache& cache, Address query_start,
+               Address lengths, double scale, double softcap, Count window) {
+  arcmerge::attention(at<void>(out), at<const void>(query), heads, cache, at<const std::int32_t>(query_start),
+                      at<const std::int32_t>(lengths), scale, softcap, window);
+}
+
+void attention_decode(Address out, Address qkv, Count heads, Address table, int table_dtype, Address lengths,
+                      const arcmerge::Cache& cache, double scale, double softcap, Count window) {
+  arcmerge::attention_decode(at<void>(out), at<const void>(qkv), heads, at<const void>(table),
+                             activation_of(table_dtype, "table_dtype"), at<const std::int32_t>(lengths), cache, scale,
+                             softcap, window);
+}
+
+arcmerge::Head make_head(Address x, Address weight, Count count, Count ids, Count length, int dtype, double softcap,
+                         bool stepwise) {
+  return {at<const char>(x), at<const char>(weight), count, ids, length, activation_of(dtype, "dtype"), float(softcap),
+          stepwise};
+}
+
+void head_logprob(Address out, Address best, const arcmerge::Head& head, Address ids) {
+  arcmerge::head_logprob(at<float>(out), at<Count>(best), head, at<const Count>(ids));
+}
+
+void head_scores(Address out, Count stride, Address maxima, Address sums, const arcmerge::Head& head, Address seen,
+                 double penalty, double temperature) {
+  arcmerge::head_scores(at<float>(out), stride, at<float>(maxima), at<float>(sums), head,
+                        {at<const std::uint32_t>(seen), float(penalty), float(temperature)});
+}
+
+void head_draw(Address out, Address scores, Count count, Count stride, Count ids, std::uint64_t seed, Address steps) {
+  arcmerge::head_draw(at<Count>(out), at<const float>(scores), count, stride, ids, seed, at<const Count>(steps));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -109,6 +201,36 @@ PYBIND11_MODULE(_C, module) {
   module.def("variants", &arcmerge::variants);
   module.def("variant", &arcmerge::variant);
   module.def("use_variant", &arcmerge::use_variant, "name"_a);
+
+  module.def("threads", &arcmerge::threads);
+  module.def("set_threads", &arcmerge::set_threads, "threads"_a, no_gil);
+  module.def("linear", &linear, "out"_a, "x"_a, "count"_a, "length"_a, "weights"_a, "dtype"_a, no_gil);
+  module.def("linear_geglu", &linear_geglu, "out"_a, "x"_a, "count"_a, "length"_a, "gate"_a, "up"_a, "rows"_a,
+             "dtype"_a, "stepwise"_a, no_gil);
+  module.def("geglu", &geglu, "out"_a, "gate"_a, "gate_stride"_a, "up"_a, "up_stride"_a, "rows"_a, "columns"_a,
+             "dtype"_a, "stepwise"_a, no_gil);
+  module.def("rmsnorm", &rmsnorm, "out"_a, "x"_a, "x_dtype"_a, "weight"_a, "dtype"_a, "rows"_a, "columns"_a, "eps"_a,
+             no_gil);
+  module.def("rmsnorm_add_rmsnorm", &rmsnorm_add_rmsnorm, "total"_a, "normed"_a, "branch"_a, "residual"_a,
+             "residual_dtype"_a, "post_weight"_a, "pre_weight"_a, "dtype"_a, "rows"_a, "columns"_a, "eps"_a, no_gil);
+
+  py::class_<arcmerge::Cache>(module, "Cache")
+      .def(py::init(&make_cache), "key"_a, "value"_a, "sequences"_a, "heads"_a, "slots"_a, "head_dim"_a, "dtype"_a);
+  module.def("rope_cache", &rope_cache, "out"_a, "query"_a, "heads"_a, "key"_a, "value"_a, "count"_a, "table"_a,
+             "table_dtype"_a, "positions"_a, "sequences"_a, "cache"_a, no_gil);
+  module.def("attention", &attention, "out"_a, "query"_a, "heads"_a, "cache"_a, "query_start"_a, "lengths"_a, "scale"_a,
+             "softcap"_a, "window"_a, no_gil);
+  module.def("attention_decode", &attention_decode, "out"_a, "qkv"_a, "heads"_a, "table"_a, "table_dtype"_a,
+             "lengths"_a, "cache"_a, "scale"_a, "softcap"_a, "window"_a, no_gil);
+
+  module.attr("HEAD_TILE") = arcmerge::kHeadTile;
+  py::class_<arcmerge::Head>(module, "Head")
+      .def(py::init(&make_head), "x"_a, "weight"_a, "count"_a, "ids"_a, "length"_a, "dtype"_a, "softcap"_a,
+           "stepwise"_a);
+  module.def("head_logprob", &head_logprob, "out"_a, "best"_a, "head"_a, "ids"_a, no_gil);
+  module.def("head_scores", &head_scores, "out"_a, "stride"_a, "maxima"_a, "sums"_a, "head"_a, "seen"_a, "penalty"_a,
+             "temperature"_a, no_gil);
+  module.def("head_draw", &head_draw, "out"_a, "scores"_a, "count"_a, "stride"_a, "ids"_a, "seed"_a, "steps"_a, no_gil);
 
   if (const char* forced = std::getenv("ARCMERGE_CPU")) arcmerge::use_variant(forced);
 }

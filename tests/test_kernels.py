@@ -1,18 +1,12 @@
-"""The Triton kernels: on a GPU if there is one, else in the interpreter; and compiled for GPUs that are not there.
+"""The Triton kernels that merge: on a GPU if there is one, else in the interpreter. test_proof.py compiles them.
 
 Every launch serves many groups, as in a merge: the interpreter takes milliseconds a program, whatever its size.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -259,36 +253,3 @@ def test_traffic_notices_a_stray_access(random: torch.Generator) -> None:
     (group,) = random_groups((100,), [BF16, BF16], random)
     with Traffic(group[0], group[1][:99]), pytest.raises(Fault, match=r"1 lanes .* byte 198 of table tensor #1"):
         gram([group], torch.empty(1, 2, 2, dtype=torch.float64))
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
-    worker = Path(__file__).parent / "emulation" / "compilation.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(worker), "sm_80", "sm_90", "sm_100", "gfx942"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-
-
-def test_compiled_kernels_keep_to_registers_and_add_without_atomics(compiled: list[dict[str, Any]]) -> None:
-    assert {facts["target"] for facts in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert [facts for facts in compiled if facts["spills"] or facts["float_atomics"]] == []
-
-
-def test_compiled_kernels_move_sixteen_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
-    hot = [facts for facts in compiled if " 2 " in facts["case"] and facts["kernel"] != "_vectors_kernel"]
-    assert len(hot) == 4 * 3
-    assert [facts for facts in hot if facts["vector_loads"] < 2] == []
-    assert [facts for facts in hot if facts["kernel"] == "_combine_kernel" and facts["vector_stores"] < 1] == []
-
-
-def test_compiled_combine_rounds_every_product(compiled: list[dict[str, Any]]) -> None:
-    combines = [facts for facts in compiled if facts["kernel"] == "_combine_kernel"]
-    assert len(combines) == 4 * 2
-    assert [facts for facts in combines if facts["fused"]] == []

@@ -10,7 +10,7 @@ namespace arcmerge {
 // Elements a tile holds: those of eight operands take 32 KiB.
 constexpr std::int64_t kTile = 1024;
 
-// tile[i] = element first + i of the operand, cast and widened, for i < count <= kTile.
+// tile[i] = element first + i of the operand, cast and widened, for i < count.
 void widen(const Operand& operand, std::int64_t first, std::int64_t count, float* tile);
 
 // out[i] = tile[i] rounded to dtype; returns how many outputs are not finite.

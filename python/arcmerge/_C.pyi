@@ -1,4 +1,4 @@
-"""The native operations, on raw addresses; csrc/arcmerge.h says what each computes and where it rounds.
+"""The native operations, on raw addresses; csrc/arcmerge.h and csrc/gemma2.h say what each computes, where it rounds.
 
 Addresses are of memory that the caller keeps alive; they need no alignment, and outputs must not overlap inputs.
 The GIL is released while an operation runs. Wrong arguments raise ValueError.
@@ -55,10 +55,147 @@ def column_sums(operand: Operand, rows: int, columns: int, out: int) -> None:
     """The sum of every column. out: float64 [columns]."""
 
 def variants() -> list[str]:
-    """What this processor can run of "avx512bf16", "avx512", "avx2", "baseline", best first. All give the same bits."""
+    """What this processor can run of "avx512bf16", "avx512", "avx2", "baseline", best first.
+
+    All give the same bits, matrix products excepted.
+    """
 
 def variant() -> str:
     """The one in use: the best, or what ARCMERGE_CPU named when the module was loaded."""
 
 def use_variant(name: str) -> None:
     """Use another one from now on, in all threads."""
+
+def threads() -> int:
+    """How many threads work on each operation below: at first one for each CPU that the process may run on."""
+
+def set_threads(threads: int) -> None:
+    """Use another number from now on, 1 to 1024. It changes no result."""
+
+def linear(out: int, x: int, count: int, length: int, weights: Sequence[tuple[int, int]], dtype: int) -> None:
+    """out[count][sum of rows] = x[count][length] times every row of the weights, each (address, rows).
+
+    dtype, of all of them: 0 bfloat16, 2 float32, here and below.
+    """
+
+def linear_geglu(
+    out: int, x: int, count: int, length: int, gate: int, up: int, rows: int, dtype: int, stepwise: bool
+) -> None:
+    """out[count][rows] = gelu(x times gate) * (x times up); stepwise: products and gelu are rounded on the way."""
+
+def geglu(
+    out: int,
+    gate: int,
+    gate_stride: int,
+    up: int,
+    up_stride: int,
+    rows: int,
+    columns: int,
+    dtype: int,
+    stepwise: bool,
+) -> None:
+    """out[rows][columns] = gelu(gate) * up; strides, in elements, are from row to row."""
+
+def rmsnorm(out: int, x: int, x_dtype: int, weight: int, dtype: int, rows: int, columns: int, eps: float) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * (1 + weight) for every row. dtype: of out and weight."""
+
+def rmsnorm_add_rmsnorm(
+    total: int,
+    normed: int,
+    branch: int,
+    residual: int,
+    residual_dtype: int,
+    post_weight: int,
+    pre_weight: int,
+    dtype: int,
+    rows: int,
+    columns: int,
+    eps: float,
+) -> None:
+    """total = residual + rmsnorm(branch, post_weight), normed = rmsnorm(total, pre_weight).
+
+    residual_dtype: of residual and total, to which all between the norms is rounded. dtype: of the others.
+    """
+
+class Cache:
+    """Keys and values, each [sequences][heads][slots][head_dim]; position p of a sequence lies in slot p % slots."""
+
+    def __init__(
+        self, key: int, value: int, sequences: int, heads: int, slots: int, head_dim: int, dtype: int
+    ) -> None: ...
+
+def rope_cache(
+    out: int,
+    query: tuple[int, int],
+    heads: int,
+    key: tuple[int, int],
+    value: tuple[int, int],
+    count: int,
+    table: int,
+    table_dtype: int,
+    positions: int,
+    sequences: int,
+    cache: Cache,
+) -> None:
+    """out[count][heads][head_dim] = rotated query; rotated key and value go to the cache.
+
+    query, key, value: an address and the bytes from row to row. positions, sequences: int64.
+    """
+
+def attention(
+    out: int,
+    query: int,
+    heads: int,
+    cache: Cache,
+    query_start: int,
+    lengths: int,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> None:
+    """out[tokens][heads][head_dim], of the same query. query_start, lengths: int32."""
+
+def attention_decode(
+    out: int,
+    qkv: int,
+    heads: int,
+    table: int,
+    table_dtype: int,
+    lengths: int,
+    cache: Cache,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> None:
+    """out[sequences][heads][head_dim] of a new token each, after rope_cache of its part of qkv. lengths: int32."""
+
+HEAD_TILE: int
+
+class Head:
+    """Logits of x[count][length] and weight[ids][length], capped; stepwise: each step is rounded to dtype."""
+
+    def __init__(
+        self,
+        x: int,
+        weight: int,
+        count: int,
+        ids: int,
+        length: int,
+        dtype: int,
+        softcap: float,
+        stepwise: bool,
+    ) -> None: ...
+
+def head_logprob(out: int, best: int, head: Head, ids: int) -> None:
+    """best, int64: the id of the greatest logit. Unless `ids` is 0 also out, float32: the log of the softmax there."""
+
+def head_scores(
+    out: int, stride: int, maxima: int, sums: int, head: Head, seen: int, penalty: float, temperature: float
+) -> None:
+    """out[count][stride], float32: logits, penalised if `seen` is not 0, divided by the temperature; then -inf.
+
+    Unless 0, maxima and sums, float32 [count][tiles of HEAD_TILE ids]: the greatest, the sum of exp(score - greatest).
+    """
+
+def head_draw(out: int, scores: int, count: int, stride: int, ids: int, seed: int, steps: int) -> None:
+    """out[count], int64: the id of the greatest score + noise of the seed and steps[count], int64."""

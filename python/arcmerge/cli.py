@@ -103,6 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--plot", metavar="FILE", type=_picture, help="draw the angles as a heat map, as angles.png")
     _add_model_options(inspect)
 
+    generate = commands.add_parser("generate", help="continue a prompt with a Gemma-2 model")
+    generate.set_defaults(call=_generate)
+    generate.add_argument("model", metavar="MODEL", help="folder or hub name")
+    generate.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads standard input")
+    generate.add_argument("--chat", action="store_true", help="ask through the model's chat template")
+    _add_running_options(generate)
+
+    chat = commands.add_parser("chat", help="talk with an instruction-tuned Gemma-2 model")
+    chat.set_defaults(call=_chat)
+    chat.add_argument("model", metavar="MODEL", help="folder or hub name")
+    _add_running_options(chat)
+
     doctor = commands.add_parser("doctor", help="show versions, processors and which backend serves what")
     doctor.set_defaults(call=_doctor)
     doctor.add_argument("--json", action="store_true", help="print as JSON")
@@ -145,6 +157,23 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--copy-tokenizer", action=switch, default=True, help="copy the base's tokenizer files")
     parser.add_argument("--write-model-card", action=switch, default=True, help="write README.md and the recipe")
     parser.add_argument("--safe-serialization", action=switch, default=True, help="must stay on: only safetensors")
+
+
+def _add_running_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="length of an answer (256)")
+    parser.add_argument("--sample", dest="do_sample", action="store_true", help="draw tokens; otherwise the likeliest")
+    parser.add_argument("--temperature", type=float, help="of the draw; implies --sample")
+    parser.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest; implies --sample")
+    parser.add_argument("--top-p", metavar="P", type=float, help="draw from the likeliest that make up P; as above")
+    parser.add_argument("--min-p", metavar="P", type=float, help="draw from those of at least P times the likeliest")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    parser.add_argument("--repetition-penalty", metavar="R", type=float, default=1.0, help="above 1 shuns repetition")
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
+    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights in use")
+    parser.add_argument("--numerics", choices=["default", "hf"], default="default", help="hf rounds as transformers do")
+    parser.add_argument("--quiet", "-q", action="store_true", help="no closing line")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _count(text: str) -> int:
@@ -236,6 +265,61 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
         plot_angles(pairs, arguments.plot)
         note(f"drew {arguments.plot}")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from arcmerge.gemma2.session import Session
+
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    session = Session(_model(arguments), _running_options(arguments))
+    answer = session.ask(prompt, chat=arguments.chat, show=_show)
+    print()
+    if not arguments.quiet:
+        note(answer.summary())
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from arcmerge.gemma2.session import Session
+
+    session = Session(_model(arguments), _running_options(arguments))
+    if not arguments.quiet:
+        note("an empty line or Ctrl-D ends; /new forgets what was said")
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if not said:
+            return
+        if said == "/new":
+            session.forget()
+            continue
+        answer = session.say(said, show=_show)
+        print()
+        if not arguments.quiet:
+            note(answer.summary())
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _model(arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from arcmerge.gemma2.model import Gemma2
+
+    dtype = getattr(torch, arguments.dtype)
+    return Gemma2.from_pretrained(arguments.model, arguments.device, dtype, arguments.numerics)
+
+
+def _running_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of Gemma2.generate; what shapes a draw asks for one."""
+    drawn = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    given = {name: value for name, value in drawn.items() if value is not None}
+    same = {name: getattr(arguments, name) for name in ("max_new_tokens", "seed", "repetition_penalty", "stop")}
+    return {**same, **given, "do_sample": arguments.do_sample or bool(given)}
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -1,32 +1,34 @@
-"""Compile what launchers launch, for GPUs that are not there.
+"""Compile what launchers launch, for GPUs that are not there, and judge what came out: the gate.
 
 The launchers themselves are called, on CPU tensors, with a stand-in for the driver that names the target: options that
-a launcher forgets are thus missing here too. Runs in a process of its own, because a process that interprets kernels
-cannot compile them: `python compilation.py TARGET...` prints a JSON object for each kernel and target.
+a launcher forgets are thus missing here too. A process that interprets kernels cannot compile them; see prover.py.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from .resources import LIMITS
+
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
+    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+GROUP_INSTRUCTIONS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
 
 class Driver:
@@ -59,58 +61,184 @@ def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
         yield kernels
 
 
-def describe(kernel: CompiledKernel) -> dict[str, Any]:
-    """What to assert about a kernel: counts of instructions in what the compiler wrote."""
+@dataclass(frozen=True)
+class Facts:
+    """What the compiler made of one configuration of a kernel for one target.
 
-    def count(code: str, pattern: str) -> int:
-        return len(re.findall(pattern, kernel.asm[code], re.MULTILINE))
+    configuration: the constants that the launcher chose. stack: bytes a thread. spills: instructions that access it.
+    shared: bytes a block. wide_loads and so on: instructions that move 16 bytes or more a thread (or whole tiles)
+    between global memory and registers or shared memory, narrow ones those that move less. matrix: instructions of
+    the matrix units, of the kind that the target should use, `matrix_instruction`. matrix_due: whether the kernel
+    multiplies matrices in a format that these take. in_flight: bytes that a block asks of global memory before it has
+    to wait (NVIDIA). fused: multiply-adds of float32 that round once. float_atomics: atomic operations on floating
+    point.
+    """
 
-    facts = {"kernel": kernel.metadata.name, "shared_bytes": kernel.metadata.shared}
-    if "ptx" in kernel.asm:
-        return facts | {
-            "vector_loads": count("ptx", r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64"),
-            "vector_stores": count("ptx", r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64"),
-            "fused": count("ptx", r"\bfma\.") + count("sass", r"\bFFMA2?\b"),
-            "spills": count("sass", r"\b(?:LDL|STL)\b"),
-            "float_atomics": count("ptx", r"(?:atom|red)\.\S*\.b?f(?:16|32|64)"),
+    kernel: str
+    target: str
+    configuration: str
+    warps: int
+    stages: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    wide_loads: int
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+    matrix: int
+    matrix_instruction: str
+    matrix_due: bool
+    in_flight: int
+    fused: int
+    float_atomics: int
+
+    def faults(self) -> list[str]:
+        """Why a launcher must not choose this configuration."""
+        limit = LIMITS[self.target].shared_block
+        verdicts = {
+            f"{self.spills} accesses to spilled registers": self.spills > 0,
+            f"{self.shared} bytes of shared memory, the limit is {limit}": self.shared > limit,
+            "matrices are multiplied without matrix instructions": self.matrix_due and self.matrix == 0,
+            f"{self.float_atomics} atomic operations on floating point": self.float_atomics > 0,
         }
-    return facts | {
-        "vector_loads": count("amdgcn", r"(?:global|buffer|flat)_load_dwordx4"),
-        "vector_stores": count("amdgcn", r"(?:global|buffer|flat)_store_dwordx4"),
-        "fused": count("amdgcn", r"v_(?:pk_)?(?:fma|fmac|mad|mac)(?:_mix\w*)?_f(?:16|32)"),
-        "spills": count("amdgcn", r"scratch_(?:load|store)"),
-        "float_atomics": count("amdgcn", r"atomic_(?:pk_)?add_f"),
+        return [fault for fault, found in verdicts.items() if found]
+
+    def __str__(self) -> str:
+        return f"{self.kernel} for {self.target} ({self.configuration})"
+
+
+def narrowed(kernels: Sequence[Mapping[str, Any]], on_sm_80: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the kernels of one call move 16 bytes at a time in the code for sm_80, but not in that for another target.
+
+    Kernels by their facts, as in `as_json`.
+    """
+    return [
+        f"no {kind} of 16 bytes, which sm_80 has"
+        for kind in ("loads", "stores")
+        if any(kernel[f"wide_{kind}"] for kernel in on_sm_80) and not any(kernel[f"wide_{kind}"] for kernel in kernels)
+    ]
+
+
+def describe(kernel: CompiledKernel, target: str) -> Facts:
+    """Read the facts off a compiled kernel."""
+    constants = {
+        kernel.src.fn.arg_names[path[0]]: value
+        for path, value in kernel.src.constants.items()
+        if len(path) == 1 and kernel.src.fn.params[path[0]].is_constexpr
+    }
+    return Facts(
+        kernel=kernel.metadata.name,
+        target=target,
+        configuration=", ".join(f"{name}={_short(value)}" for name, value in constants.items()),
+        warps=kernel.metadata.num_warps,
+        stages=kernel.metadata.num_stages,
+        shared=kernel.metadata.shared,
+        matrix_due=_multiplies_matrices(kernel.asm["ttir"]),
+        **(_nvidia(kernel, target) if target.startswith("sm_") else _amd(kernel.asm["amdgcn"])),
+    )
+
+
+def _short(value: Any) -> str:
+    # A tuple of dtypes prints as ['bf16', 'bf16'] or its like.
+    return re.sub(r"triton\.language\.|[\"']|constexpr\[(.*?)\]", r"\1", str(value))
+
+
+def _multiplies_matrices(ttir: str) -> bool:
+    # Matrix units take float32 as TF32, if the kernel allows that.
+    products = re.findall(r"tt\.dot(?:_scaled)? .*", ttir)
+    return any("xf32>" not in product.partition(" -> ")[0] or "tf32" in product for product in products)
+
+
+def _rows_of_products(ttir: str) -> int:
+    return max((int(rows) for rows in re.findall(r"tt\.dot .* -> tensor<(?:\d+x)?(\d+)x\d+x", ttir)), default=0)
+
+
+def _nvidia(kernel: CompiledKernel, target: str) -> dict[str, Any]:
+    ptx = kernel.asm["ptx"]
+    usage = _cuobjdump("--dump-resource-usage", kernel.asm["cubin"])
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    # Those of a warp group take 64 rows or more of a product; for fewer, the instruction of a warp is what there is.
+    grouped = _rows_of_products(kernel.asm["ttir"]) >= 64 and kernel.metadata.num_warps >= 4
+    instruction = (GROUP_INSTRUCTIONS.get(target) if grouped else None) or "mma.sync"
+    return {
+        "registers": used["REG"],
+        "stack": used["STACK"],
+        # Registers are spilled to the stack, so where there is none the slow disassembly is spared.
+        "spills": _count(disassembly(kernel), r"\b(?:LDL|STL)\b") if used["STACK"] else 0,
+        **_widths("loads", ptx, r"\bld\.global\S*|\bcp\.async\S*\.shared\S*\.global[^;]*"),
+        **_widths("stores", ptx, r"\bst\.global\S*|\bcp\.async\.bulk\S*\.global\S*\.shared\S*"),
+        "matrix": _count(ptx, rf"\b{re.escape(instruction)}\b"),
+        "matrix_instruction": instruction,
+        "in_flight": _in_flight(ptx, kernel.metadata),
+        "fused": _count(ptx, r"\bfma\.rn\S*\.f32"),
+        "float_atomics": _count(ptx, r"\b(?:atom|red)\.\S*\.b?f(?:16|32|64)"),
     }
 
 
-def _gram(dtypes: list[torch.dtype]) -> None:
-    from arcmerge.kernels.gram import gram
-
-    k = len(dtypes)
-    gram([[torch.empty(16, dtype=dtype) for dtype in dtypes]], torch.empty(1, k, k, dtype=torch.float64))
-
-
-def _combine(dtypes: list[torch.dtype], out: torch.dtype) -> None:
-    from arcmerge.kernels.combine import combine
-
-    inputs = [torch.empty(16, dtype=dtype) for dtype in dtypes]
-    coefficients = torch.empty(1, len(dtypes))
-    combine([torch.empty(16, dtype=out)], [inputs], coefficients, torch.zeros(1, dtype=torch.int64))
-
-
-CASES: dict[str, Callable[[], None]] = {
-    "gram of 2 bf16": lambda: _gram([torch.bfloat16] * 2),
-    "gram of 2 f32": lambda: _gram([torch.float32] * 2),
-    "gram of 8 bf16": lambda: _gram([torch.bfloat16] * 8),
-    "combine 2 bf16": lambda: _combine([torch.bfloat16] * 2, torch.bfloat16),
-    "combine 8 f32 to bf16": lambda: _combine([torch.float32] * 8, torch.bfloat16),
-}
+def _in_flight(ptx: str, metadata: Any) -> int:
+    """Copies to shared memory fill all stages but the one in use; loads to registers wait at the end of their block."""
+    copied = metadata.shared * (metadata.num_stages - 1) // metadata.num_stages if "cp.async" in ptx else 0
+    straight = re.split(r"^\$?\w+:|\bbra\b|\bbar\.sync\b", ptx, flags=re.MULTILINE)
+    bytes_of_a_thread = max(
+        sum(
+            int(count or 1) * int(bits) // 8
+            for count, bits in re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", piece)
+        )
+        for piece in straight
+    )
+    return max(copied, bytes_of_a_thread * 32 * metadata.num_warps)
 
 
-if __name__ == "__main__":
-    for target in sys.argv[1:]:
-        for case, launch in CASES.items():
-            with compiling_for(target) as kernels:
-                launch()
-            for kernel in kernels:
-                print(json.dumps({"case": case, "target": target, **describe(kernel)}), flush=True)
+def disassembly(kernel: CompiledKernel) -> str:
+    """The SASS of a kernel for NVIDIA."""
+    return _cuobjdump("--dump-sass", kernel.asm["cubin"])
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _amd(assembly: str) -> dict[str, Any]:
+    def metadata(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        assert found, f"the assembly has no .{name}"
+        return int(found[1])
+
+    return {
+        "registers": metadata("vgpr_count"),
+        "stack": metadata("private_segment_fixed_size"),
+        "spills": metadata("vgpr_spill_count") + _count(assembly, r"\bscratch_(?:load|store)"),
+        **_widths("loads", assembly, r"\b(?:global|buffer|flat)_load_\S+"),
+        **_widths("stores", assembly, r"\b(?:global|buffer|flat)_store_\S+"),
+        "matrix": _count(assembly, r"\bv_mfma"),
+        "matrix_instruction": "v_mfma",
+        "in_flight": 0,
+        "fused": _count(assembly, r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)(?:_mix\w*)?_f(?:16|32)"),
+        "float_atomics": _count(assembly, r"_atomic_(?:pk_)?(?:add|min|max)_f"),
+    }
+
+
+# What moves 16 bytes or more: of PTX, also asynchronously and by tiles (bulk). In AMD's assembly 8 bytes or more: a
+# wave has 64 lanes, so that its request, too, is of 512 bytes.
+WIDE = re.compile(r"\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.|\.v4\.[bfu]64|\.b128|bulk|, (?:16|0x10)\b|dwordx[24]")
+
+
+def _widths(kind: str, code: str, access: str) -> dict[str, int]:
+    accesses = re.findall(access, code)
+    wide = sum(1 for each in accesses if WIDE.search(each))
+    return {f"wide_{kind}": wide, f"narrow_{kind}": len(accesses) - wide}
+
+
+def _count(code: str, pattern: str) -> int:
+    return len(re.findall(pattern, code))
+
+
+def as_json(facts: Facts) -> dict[str, Any]:
+    """The facts, and what the gate finds wrong with them."""
+    return {**asdict(facts), "faults": facts.faults()}

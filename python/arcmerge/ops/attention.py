@@ -7,7 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from arcmerge import _C
 from arcmerge.errors import ArcmergeError
+from arcmerge.ops.backend import native_cache
 from arcmerge.ops.registry import op
 from arcmerge.ops.require import require_activations, require_dtype_of, require_shape
 
@@ -204,6 +206,37 @@ def _reference(
     return out
 
 
+def _native(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_start: Tensor,
+    lengths: Tensor,
+    longest_query: int,
+    scale: float,
+    softcap: float,
+    window: int,
+    stepwise: bool,
+) -> Tensor:
+    if stepwise:
+        return _reference(
+            query, key_cache, value_cache, query_start, lengths, longest_query, scale, softcap, window, stepwise
+        )
+    out = torch.empty_like(query)
+    _C.attention(
+        out.data_ptr(),
+        query.data_ptr(),
+        query.shape[1],
+        native_cache(key_cache, value_cache),
+        query_start.data_ptr(),
+        lengths.data_ptr(),
+        scale,
+        softcap,
+        window,
+    )
+    return out
+
+
 def _triton(
     query: Tensor,
     key_cache: Tensor,
@@ -237,5 +270,6 @@ _attention = op(
     check=_check,
     reference=_reference,
     fake=_fake,
+    native=_native,
     triton=_triton,
 )

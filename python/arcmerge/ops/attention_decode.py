@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arcmerge import _C
 from arcmerge.errors import ArcmergeError
 from arcmerge.ops.attention import (
     attend,
@@ -15,6 +16,7 @@ from arcmerge.ops.attention import (
     require_limits,
     require_room,
 )
+from arcmerge.ops.backend import native_cache, native_dtype
 from arcmerge.ops.registry import op
 from arcmerge.ops.require import require_activations, require_dtype_of, require_shape
 from arcmerge.ops.rope_cache import rotated
@@ -128,6 +130,39 @@ def _reference(
     return out.flatten(1)
 
 
+def _native(
+    qkv: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    counters: Tensor,
+    heads: int,
+    scale: float,
+    softcap: float,
+    window: int,
+    stepwise: bool,
+) -> Tensor:
+    if stepwise:
+        return _reference(
+            qkv, table, lengths, key_cache, value_cache, counters, heads, scale, softcap, window, stepwise
+        )
+    out = qkv.new_empty(len(qkv), heads * key_cache.shape[3])
+    _C.attention_decode(
+        out.data_ptr(),
+        qkv.data_ptr(),
+        heads,
+        table.data_ptr(),
+        native_dtype(table.dtype),
+        lengths.data_ptr(),
+        native_cache(key_cache, value_cache),
+        scale,
+        softcap,
+        window,
+    )
+    return out
+
+
 def _triton(
     qkv: Tensor,
     table: Tensor,
@@ -176,5 +211,6 @@ _attention_decode = op(
     check=_check,
     reference=_reference,
     fake=_fake,
+    native=_native,
     triton=_triton,
 )

@@ -123,3 +123,10 @@ def native_dtype(dtype: torch.dtype) -> int:
 def operand(tensor: Tensor) -> _C.Operand:
     """A contiguous CPU tensor for the native backend, which reads it in place."""
     return _C.Operand(tensor.data_ptr(), native_dtype(tensor.dtype))
+
+
+def native_cache(key_cache: Tensor, value_cache: Tensor) -> _C.Cache:
+    """Contiguous (B, Hkv, S, Dh) on the CPU for the native backend, which reads and writes them in place."""
+    sequences, heads, slots, head_dim = key_cache.shape
+    dtype = native_dtype(key_cache.dtype)
+    return _C.Cache(key_cache.data_ptr(), value_cache.data_ptr(), sequences, heads, slots, head_dim, dtype)

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from arcmerge import _C
 from arcmerge.errors import ArcmergeError
+from arcmerge.ops.backend import native_dtype
 from arcmerge.ops.registry import op
 from arcmerge.ops.require import require_activations, require_dtype_of, require_shape
 
@@ -22,7 +24,7 @@ PART = 2**14
 
 
 def head_logits(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
-    """All logits, [T, V] float32: 1 MB a row of a Gemma-2, so for few rows. Plain torch on every device.
+    """All logits, [T, V] float32: 1 MB a row of a Gemma-2, so for few rows. Plain torch on a GPU.
 
     Raises ArcmergeError for operands that do not fit together.
     """
@@ -102,6 +104,34 @@ def _reference_logprob(x: Tensor, weight: Tensor, ids: Tensor, softcap: float, s
     return chosen - every.logsumexp(dim=1), every.argmax(dim=1)
 
 
+def native_head(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> _C.Head:
+    """Contiguous CPU tensors for the native backend, which reads them in place."""
+    return _C.Head(
+        x.data_ptr(), weight.data_ptr(), len(x), len(weight), x.shape[1], native_dtype(x.dtype), softcap, stepwise
+    )
+
+
+def _native_logits(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
+    x, weight = x.contiguous(), weight.contiguous()
+    out = x.new_empty(len(x), len(weight), dtype=torch.float32)
+    _C.head_scores(out.data_ptr(), len(weight), 0, 0, native_head(x, weight, softcap, stepwise), 0, 1.0, 1.0)
+    return out
+
+
+def _native_argmax(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
+    x, weight = x.contiguous(), weight.contiguous()
+    best = x.new_empty(len(x), dtype=torch.int64)
+    _C.head_logprob(0, best.data_ptr(), native_head(x, weight, softcap, stepwise), 0)
+    return best
+
+
+def _native_logprob(x: Tensor, weight: Tensor, ids: Tensor, softcap: float, stepwise: bool) -> tuple[Tensor, Tensor]:
+    x, weight, ids = x.contiguous(), weight.contiguous(), ids.contiguous()
+    out, best = x.new_empty(len(x), dtype=torch.float32), torch.empty_like(ids)
+    _C.head_logprob(out.data_ptr(), best.data_ptr(), native_head(x, weight, softcap, stepwise), ids.data_ptr())
+    return out, best
+
+
 def _triton_argmax(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
     from arcmerge.kernels.head import Scores, argmax
 
@@ -125,6 +155,7 @@ _head_logits = op(
     check=_check_head,
     reference=logits,
     fake=lambda x, weight, softcap, stepwise: x.new_empty(len(x), len(weight), dtype=torch.float32),
+    native=_native_logits,
 )
 
 _head_argmax = op(
@@ -132,6 +163,7 @@ _head_argmax = op(
     check=_check_head,
     reference=_reference_argmax,
     fake=lambda x, weight, softcap, stepwise: x.new_empty(len(x), dtype=torch.int64),
+    native=_native_argmax,
     triton=_triton_argmax,
 )
 
@@ -140,5 +172,6 @@ _head_logprob = op(
     check=_check_logprob,
     reference=_reference_logprob,
     fake=lambda x, weight, ids, softcap, stepwise: (x.new_empty(len(x), dtype=torch.float32), ids.new_empty(len(x))),
+    native=_native_logprob,
     triton=_triton_logprob,
 )

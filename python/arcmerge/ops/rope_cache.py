@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arcmerge import _C
 from arcmerge.errors import ArcmergeError
+from arcmerge.ops.backend import native_cache, native_dtype
 from arcmerge.ops.registry import op
 from arcmerge.ops.require import require_activations, require_dtype_of, require_shape
 
@@ -121,6 +123,34 @@ def _reference(
     return out
 
 
+def _native(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    sequences: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> Tensor:
+    out = query.new_empty(query.shape)
+    rows = [(states.data_ptr(), states.stride(0) * states.itemsize) for states in (query, key, value)]
+    _C.rope_cache(
+        out.data_ptr(),
+        rows[0],
+        query.shape[1],
+        rows[1],
+        rows[2],
+        len(query),
+        table.data_ptr(),
+        native_dtype(table.dtype),
+        positions.data_ptr(),
+        sequences.data_ptr(),
+        native_cache(key_cache, value_cache),
+    )
+    return out
+
+
 def _triton(
     query: Tensor,
     key: Tensor,
@@ -149,5 +179,6 @@ _rope_cache = op(
     check=_check,
     reference=_reference,
     fake=_fake,
+    native=_native,
     triton=_triton,
 )

@@ -9,10 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arcmerge import _C
 from arcmerge.errors import ArcmergeError
 from arcmerge.ops.gumbel import gumbel
-from arcmerge.ops.head import logits, require_head, require_integers
+from arcmerge.ops.head import logits, native_head, require_head, require_integers
 from arcmerge.ops.registry import op
+
+# Rows whose scores the CPU keeps at a time: 16 MB of a Gemma-2.
+SCORED = 16
 
 
 def head_sample(
@@ -135,6 +139,69 @@ def _draw(scores: Tensor, ids: Tensor, seed: int, steps: Tensor) -> Tensor:
     return ids[(scores + gumbel(seed, steps[:, None], ids)).argmax(dim=1)]
 
 
+def _native(
+    x: Tensor,
+    weight: Tensor,
+    softcap: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    steps: Tensor,
+    seen: Tensor | None,
+    repetition_penalty: float,
+    stepwise: bool,
+) -> Tensor:
+    out, weight = torch.empty_like(steps), weight.contiguous()
+    for first in range(0, len(x), SCORED):
+        part = slice(first, first + SCORED)
+        bits = None if seen is None else seen[part]
+        scores, maxima, sums = _native_scores(x[part], weight, softcap, stepwise, temperature, bits, repetition_penalty)
+        if not temperature:
+            out[part] = scores.argmax(dim=1)
+        elif top_k or 0 < top_p < 1 or min_p:
+            least, mass = bound(maxima.double(), sums.double(), top_k, top_p, min_p, _C.HEAD_TILE)
+            tiles = (~(maxima.double() < least)).any(dim=0).nonzero()
+            found = scores.unflatten(1, (-1, _C.HEAD_TILE))[:, tiles.flatten()].flatten(1)
+            ids = (tiles * _C.HEAD_TILE + torch.arange(_C.HEAD_TILE)).flatten()
+            out[part] = _draw(kept(found, top_k, top_p, min_p, None if top_k else mass), ids, seed, steps[part])
+        else:
+            drawn, counters = torch.empty(len(scores), dtype=torch.int64), steps[part].contiguous()
+            key = seed & 2**64 - 1
+            _C.head_draw(
+                drawn.data_ptr(), scores.data_ptr(), len(scores), scores.shape[1], len(weight), key, counters.data_ptr()
+            )
+            out[part] = drawn
+    return out
+
+
+def _native_scores(
+    x: Tensor,
+    weight: Tensor,
+    softcap: float,
+    stepwise: bool,
+    temperature: float,
+    seen: Tensor | None,
+    repetition_penalty: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [T, tiles * HEAD_TILE], -inf from V on; [T, tiles] of each the greatest, and sum of exp(it - greatest)."""
+    x, bits = x.contiguous(), None if seen is None else seen.contiguous()
+    maxima = torch.empty(len(x), -(-len(weight) // _C.HEAD_TILE))
+    scores, sums = torch.empty(len(x), maxima.shape[1] * _C.HEAD_TILE), torch.empty_like(maxima)
+    _C.head_scores(
+        scores.data_ptr(),
+        scores.shape[1],
+        maxima.data_ptr(),
+        sums.data_ptr(),
+        native_head(x, weight, softcap, stepwise),
+        0 if bits is None else bits.data_ptr(),
+        repetition_penalty,
+        temperature or 1.0,
+    )
+    return scores, maxima, sums
+
+
 def _triton(
     x: Tensor,
     weight: Tensor,
@@ -216,5 +283,6 @@ _head_sample = op(
     check=_check,
     reference=_reference,
     fake=lambda x, *arguments, **named: x.new_empty(len(x), dtype=torch.int64),
+    native=_native,
     triton=_triton,
 )
