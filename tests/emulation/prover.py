@@ -1,0 +1,249 @@
+"""The half of a proof that needs a process without the interpreter: compile, emulate, predict.
+
+`start` runs this module as such a process. It writes FOLDER/facts.json, and for each emulated case a file with its
+outputs. quick, a part of the tests: what Gemma-2 launches compiled for two targets, SMALL emulated for sm_80. full:
+every case compiled for every target, emulated for every target of NVIDIA whose instructions the emulator knows, and
+predicted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cases import MODELS, SMALL, Blank, Case
+
+from .compilation import GROUP_INSTRUCTIONS, TARGETS, Facts, as_json, compiling_for, describe, narrowed
+from .emulator import Execution, emulating
+from .evidence import emulated
+from .ptx.program import Fault, Unsupported
+from .resources import MACHINES, Machine
+from .roofline import MOST_INSTRUCTIONS, SAMPLES, predict_call, roof, sampled, work
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK_TARGETS = ("sm_80", "sm_90")
+# Operations a byte above which the float32 units could not keep up with the DRAM of an A100, nor of a B200: 9.6, 9.7.
+SCALAR_INTENSITY = 16.0
+Record = dict[str, Any]
+
+
+def start(mode: str, folder: Path) -> subprocess.Popen[str]:
+    """Begin in the background; `finished` waits for it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}  # there is a process a core
+    environment.setdefault("TRITON_CACHE_DIR", str(ROOT / ".triton-cache"))
+    command = [sys.executable, "-m", "emulation.prover", mode, str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen[str], folder: Path) -> dict[str, list[Record]]:
+    """What the process found. Raises RuntimeError if it came to grief."""
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the prover failed: {errors[-4000:]}")
+    return dict(json.loads((folder / "facts.json").read_text()))
+
+
+def failures(facts: Mapping[str, Sequence[Record]]) -> dict[tuple[str, str], list[str]]:
+    """By op and target ("": all): jobs that failed, and what the compile gate does not let through."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for record in (record for records in facts.values() for record in records):
+        for key in ("failed", "fault"):
+            if key in record:
+                found.setdefault((record["op"], record.get("target", "")), []).append(
+                    f"{record.get('case', 'compilation')}: {record[key]}"
+                )
+    compiled = {(each["op"], each["target"]): each for each in facts["compiled"] if "failed" not in each}
+    for (op, target), record in compiled.items():
+        faults = [
+            f"{kernel['kernel']} ({kernel['configuration']}): {fault}"
+            for kernel in record["kernels"].values()
+            for fault in kernel["faults"]
+        ]
+        for case in (case for case in MODELS if case.op == op):
+            kernels = _launched(record, case)
+            verdicts = narrowed(kernels, _launched(compiled[op, "sm_80"], case)) if (op, "sm_80") in compiled else []
+            if case.access_bytes >= 16 and not any(kernel["wide_loads"] for kernel in kernels):
+                verdicts.append("no loads of 16 bytes, which are promised")
+            intensity = record["launched"][case.name]["operations_per_byte"]
+            if intensity > SCALAR_INTENSITY and not any(kernel["matrix"] for kernel in kernels):
+                verdicts.append(f"no matrix instructions for {intensity:.0f} operations a byte")
+            faults += [f"{case.name}: {verdict}" for verdict in verdicts]
+        if faults:
+            found.setdefault((op, target), []).extend(faults)
+    for record in facts["predicted"]:
+        if "failed" not in record and record["bytes_per_request"] < record["access_bytes"] * 32 / 2:
+            found.setdefault((record["op"], "sm_80"), []).append(
+                f"{record['case']}: {record['bytes_per_request']:.0f} bytes a request of a warp, "
+                f"where {record['access_bytes']} bytes a lane are promised"
+            )
+    return found
+
+
+def _launched(record: Record, case: Case) -> list[Record]:
+    return [record["kernels"][key] for key in record["launched"][case.name]["kernels"]]
+
+
+def compile_op(op: str, target: str, names: Sequence[str]) -> Record:
+    """The facts of every kernel that the named cases of an op launch, and for each case which of these they are."""
+    facts: dict[str, Facts] = {}
+    launched: dict[str, Record] = {}
+    for case in _cases(op):
+        if case.name not in names:
+            continue
+        call = case.build(Blank())
+        with compiling_for(target) as kernels:
+            call.launch()
+        intensity = call.operations / max(call.minimum_bytes, 1)
+        launched[case.name] = {"kernels": [kernel.hash for kernel in kernels], "operations_per_byte": intensity}
+        facts |= {kernel.hash: describe(kernel, target) for kernel in kernels if kernel.hash not in facts}
+    return {
+        "op": op,
+        "target": target,
+        "kernels": {key: as_json(value) for key, value in facts.items()},
+        "launched": launched,
+    }
+
+
+def emulate_case(op: str, name: str, target: str, file: Path) -> Record:
+    """How far the outputs of a case's PTX are from the truth; the outputs themselves go to `file`."""
+    record = {"op": op, "case": name, "target": target}
+    try:
+        evidence = emulated(_case(op, name), target)
+    except Unsupported as refusal:
+        return {**record, "unsupported": str(refusal)}
+    except Fault as fault:
+        return {**record, "fault": str(fault)}
+    torch.save(evidence.outputs, file)
+    return {**record, "error": evidence.error, "file": file.name}
+
+
+def predict_case(op: str, name: str) -> Record:
+    """Times of a case on every machine, from a few emulated blocks of its launches."""
+    case = _case(op, name)
+    facts, executions = _sample(case, "sm_80")
+    assert executions is not None
+    accesses = [access for each in executions for access in (each.counts.loads, each.counts.stores)]
+    predictions = {}
+    for machine in MACHINES:
+        own_facts, own = (facts, executions) if machine.target == "sm_80" else _sample(case, machine.target, facts)
+        predictions[machine.name] = _prediction(case, machine, own_facts, own or executions, borrowed=own is None)
+    requests = sum(access.requests for access in accesses)
+    return {
+        "op": op,
+        "case": name,
+        "access_bytes": case.access_bytes,
+        "bytes_per_request": sum(access.bytes for access in accesses) / requests,
+        "machines": predictions,
+    }
+
+
+def _sample(case: Case, target: str, like: Sequence[Facts] | None = None) -> tuple[list[Facts], list[Execution] | None]:
+    """Facts of a case's launches, and what a few blocks did: None if that is as for `like`, or cannot be emulated."""
+    call = case.build(Blank())
+    with compiling_for(target) as kernels:
+        call.launch()
+    facts = [describe(kernel, target) for kernel in kernels]
+    configured = [(each.configuration, each.warps) for each in facts]
+    if like is not None and configured == [(each.configuration, each.warps) for each in like]:
+        return facts, None
+    for count in SAMPLES:
+        call = case.build(Blank())
+        try:
+            with emulating(target, ctas=sampled(count), reachable=call.reachable) as executions:
+                call.launch()
+        except Unsupported:
+            return facts, None
+        if sum(each.counts.instructions.total() for each in executions) > MOST_INSTRUCTIONS:
+            break
+    return facts, executions
+
+
+def _prediction(
+    case: Case, machine: Machine, facts: Sequence[Facts], executions: Sequence[Execution], borrowed: bool
+) -> Record:
+    call = case.build(Blank())
+    works = [
+        work(
+            each.counts,
+            each.blocks,
+            each.grid[0] * each.grid[1] * each.grid[2],
+            by_groups=borrowed and own.matrix_instruction in GROUP_INSTRUCTIONS.values(),
+        )
+        for each, own in zip(executions, facts, strict=True)
+    ]
+    seconds, longest = predict_call(machine, facts, works, call.minimum_bytes * (case.traffic or 1.0))
+    return {
+        "seconds": seconds,
+        "fraction": roof(machine, call.minimum_bytes, call.operations) / seconds,
+        "bound": longest.bound,
+        "resident_blocks": longest.resident,
+        "parts": dict(longest.parts),
+        "launches": len(works),
+        "counts_of": "sm_80" if borrowed else machine.target,
+    }
+
+
+def _cases(op: str) -> Iterator[Case]:
+    return (case for case in SMALL + MODELS if case.op == op)
+
+
+def _case(op: str, name: str) -> Case:
+    (case,) = (case for case in _cases(op) if case.name == name)
+    return case
+
+
+def _attempt(job: partial[Record]) -> Record:
+    """A job that fails must not take the others along; its record says so, and counts as a failure."""
+    started = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            record = job()
+    except Exception as error:
+        names = ("op", "target") if job.func is compile_op else ("op", "case", "target")
+        record = {**dict(zip(names, job.args, strict=False)), "failed": f"{type(error).__name__}: {error}"[:2000]}
+    return {**record, "seconds_taken": round(time.perf_counter() - started, 2)}
+
+
+def prove(mode: str, folder: Path) -> dict[str, list[Record]]:
+    """Do all jobs of a mode and gather what they found, by kind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ops = list(dict.fromkeys(case.op for case in SMALL + MODELS))
+    quick = mode == "quick"
+    compiled = MODELS if quick else SMALL + MODELS
+    emulated_on = ("sm_80",) if quick else [target for target in TARGETS if target.startswith("sm_")]
+    jobs: dict[str, list[partial[Record]]] = {
+        "emulated": [
+            partial(emulate_case, case.op, case.name, target, folder / f"{case.op}-{number}-{target}.pt")
+            for target in emulated_on
+            for number, case in enumerate(SMALL)
+        ],
+        "compiled": [
+            partial(compile_op, op, target, [case.name for case in compiled if case.op == op])
+            for target in (QUICK_TARGETS if quick else TARGETS)
+            for op in ops
+        ],
+        "predicted": [] if quick else [partial(predict_case, case.op, case.name) for case in MODELS],
+    }
+    with ProcessPoolExecutor(1 if quick else 2, get_context("spawn")) as pool:
+        # Those that take longest first: what is left at the end then fits both processes.
+        running = {kind: list(map(partial(pool.submit, _attempt), jobs[kind])) for kind in reversed(jobs)}
+        return {kind: [each.result() for each in running[kind]] for kind in jobs}
+
+
+if __name__ == "__main__":
+    mode, folder = sys.argv[1], Path(sys.argv[2])
+    (folder / "facts.json").write_text(json.dumps(prove(mode, folder)))

@@ -1,0 +1,140 @@
+"""Every kernel on a GPU against the truth, every op against its reference in the network that it is for.
+
+Without a GPU these tests are skipped; ARCMERGE_DRY=1 runs them in the interpreter and on a tiny network, to see that
+the tests themselves work before the day there is one. `make gpu` runs them first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from arcmerge import ops, slerp
+from arcmerge.gemma2.cache import Batch, Cache
+from arcmerge.gemma2.generation import Limits, generate
+from arcmerge.gemma2.graph import DecodeGraph
+from arcmerge.gemma2.network import Network
+from arcmerge.gemma2.sampling import Sampling
+from arcmerge.ops.registry import OPS
+from cases import SMALL, Case, Random, disagreement
+from cases.gemma import GEMMA_2
+from random_network import TINY, config_of, random_network
+
+DRY = os.environ.get("ARCMERGE_DRY") == "1"
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+PROMPT_TOKENS, STEPS = (18, 2) if DRY else (700, 3)  # past the window
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu" and not DRY, reason="needs a GPU")]
+
+
+@pytest.fixture(autouse=True)
+def _context_of_the_gpu() -> Iterator[None]:
+    """An access to what is no memory takes the process's context along: what follows would fail without a cause."""
+    yield
+    if DEVICE.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the context of the GPU is lost: {error}")
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_kernel(case: Case) -> None:
+    call = case.build(Random(device=DEVICE.type))
+    call.launch()
+    # The same values again on the CPU, where the truth is computed: a launch may change its inputs.
+    truths = case.build(Random()).expected()
+    errors = {name: disagreement(call.outputs[name], truth) for name, truth in truths.items()}
+    assert max(errors.values()) <= 1, errors
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    """Two layers of Gemma-2 2.6B, one of them with a window that the prompt outgrows, and a small vocabulary."""
+    if DRY:
+        return random_network(config_of(TINY, max_position_embeddings=64), DEVICE)
+    return random_network(config_of(GEMMA_2[0], num_hidden_layers=2, vocab_size=8000, sliding_window=300), DEVICE)
+
+
+class BothWays(TorchDispatchMode):
+    """Every op of ours is carried out by its kernels and by its reference; what they return or change must agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compared: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "arcmerge":
+            return func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("arcmerge::")
+        copies = tree_map_only(Tensor, torch.clone, args)
+        expected = served_by("reference", func, *copies)
+        actual = served_by("triton" if "triton" in OPS[name] else "reference", func, *args)
+        self.compared.add(name)
+        for place, (ours, reference) in enumerate(zip(tensors(actual, args), tensors(expected, copies), strict=True)):
+            error, allowed = difference(ours, reference)
+            assert error <= allowed, f"{name}, tensor {place} of {tuple(ours.shape)}: {error} of {allowed} allowed"
+        return actual
+
+
+def served_by(backend: str, func: Callable[..., Any], *arguments: Any) -> Any:
+    with patch.dict(os.environ, ARCMERGE_BACKEND=backend):
+        return func(*arguments)
+
+
+def tensors(*trees: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
+
+
+# Of the greatest value. Result and reference are each rounded, by at most half a unit (2^-8 in bfloat16), and so are
+# the weights of attention; sums of float32 are in other orders; those of Gram matrices nearly exact.
+ALLOWED = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-16, torch.float64: 1e-9}
+
+
+def difference(ours: Tensor, reference: Tensor) -> tuple[float, float]:
+    """The greatest difference, and what is allowed; whole numbers, as of tokens chosen, are equal."""
+    assert (ours.shape, ours.dtype) == (reference.shape, reference.dtype)
+    error = (ours.double() - reference.double()).abs().max()
+    return float(error), ALLOWED.get(ours.dtype, 0.0) * float(reference.double().abs().max())
+
+
+def prefilled(network: Network, prompt: list[int], capacity: int) -> tuple[Cache, Tensor]:
+    """A cache that holds a prompt, zero elsewhere, and the hidden state of its last token, [1, hidden_size]."""
+    cache = Cache(network.config, 1, capacity, len(prompt), torch.bfloat16, DEVICE)
+    for tensor in tensors(cache.layers):
+        tensor.zero_()
+    return cache, network(Batch.of([prompt], [0], DEVICE), cache)[-1:]
+
+
+@torch.inference_mode()
+def test_ops_agree_with_their_references(network: Network) -> None:
+    prompt = [(7 * place) % network.config.vocab_size for place in range(PROMPT_TOKENS)]
+    head, softcap = network.weights.embed_tokens, network.config.final_logit_softcapping
+    layer = network.weights.layers[0]
+    with BothWays() as both:
+        cache, hidden = prefilled(network, prompt, len(prompt) + STEPS)
+        for step in range(STEPS):
+            token = ops.head_argmax(hidden, head, softcap, False)
+            hidden = network(Batch.of([token.tolist()], [len(prompt) + step], DEVICE), cache)
+        ops.head_logprob(hidden, head, token, softcap, False)
+        ops.head_sample(hidden, head, softcap, 0.8, 50, 0.9, 0.0, 1, torch.zeros_like(token), None, 1.0, False)
+        ops.geglu(layer.gate_proj, layer.up_proj)
+        slerp(layer.gate_proj, layer.up_proj, 0.3)
+    assert both.compared >= {name for name, offered in OPS.items() if "triton" in offered}
+
+
+@torch.inference_mode()
+def test_a_replayed_step_gives_the_tokens_of_generate(network: Network) -> None:
+    prompt = [(5 * place) % network.config.vocab_size for place in range(PROMPT_TOKENS)]
+    (answer,) = generate(network, [prompt], Sampling(), Limits(STEPS + 1, ends=())).tokens
+    cache, _ = prefilled(network, prompt, len(prompt) + STEPS)
+    graph = DecodeGraph(network, cache, Batch.of([answer[:1]], [len(prompt)], DEVICE))
+    assert [graph.step().item() for _ in range(STEPS)] == answer[1:]
