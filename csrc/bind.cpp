@@ -170,14 +170,14 @@ void head_logprob(Address out, Address best, const arcmerge::Head& head, Address
   arcmerge::head_logprob(at<float>(out), at<Count>(best), head, at<const Count>(ids));
 }
 
-void head_scores(Address out, Count stride, Address maxima, Address sums, const arcmerge::Head& head, Address seen,
-                 double penalty, double temperature) {
-  arcmerge::head_scores(at<float>(out), stride, at<float>(maxima), at<float>(sums), head,
+void head_scores(Address out, Address maxima, const arcmerge::Head& head, Address seen, double penalty,
+                 double temperature) {
+  arcmerge::head_scores(at<float>(out), at<float>(maxima), head,
                         {at<const std::uint32_t>(seen), float(penalty), float(temperature)});
 }
 
-void head_draw(Address out, Address scores, Count count, Count stride, Count ids, std::uint64_t seed, Address steps) {
-  arcmerge::head_draw(at<Count>(out), at<const float>(scores), count, stride, ids, seed, at<const Count>(steps));
+void head_draw(Address out, Address scores, Count count, Count ids, std::uint64_t seed, Address steps) {
+  arcmerge::head_draw(at<Count>(out), at<const float>(scores), count, ids, seed, at<const Count>(steps));
 }
 
 }  // namespace
@@ -204,6 +204,10 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("threads", &arcmerge::threads);
   module.def("set_threads", &arcmerge::set_threads, "threads"_a, no_gil);
+  module.def(
+      "read",
+      [](std::uintptr_t address, std::int64_t count) { arcmerge::read(reinterpret_cast<const void*>(address), count); },
+      "address"_a, "count"_a, no_gil);
   module.def("linear", &linear, "out"_a, "x"_a, "count"_a, "length"_a, "weights"_a, "dtype"_a, no_gil);
   module.def("linear_geglu", &linear_geglu, "out"_a, "x"_a, "count"_a, "length"_a, "gate"_a, "up"_a, "rows"_a,
              "dtype"_a, "stepwise"_a, no_gil);
@@ -228,9 +232,9 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init(&make_head), "x"_a, "weight"_a, "count"_a, "ids"_a, "length"_a, "dtype"_a, "softcap"_a,
            "stepwise"_a);
   module.def("head_logprob", &head_logprob, "out"_a, "best"_a, "head"_a, "ids"_a, no_gil);
-  module.def("head_scores", &head_scores, "out"_a, "stride"_a, "maxima"_a, "sums"_a, "head"_a, "seen"_a, "penalty"_a,
-             "temperature"_a, no_gil);
-  module.def("head_draw", &head_draw, "out"_a, "scores"_a, "count"_a, "stride"_a, "ids"_a, "seed"_a, "steps"_a, no_gil);
+  module.def("head_scores", &head_scores, "out"_a, "maxima"_a, "head"_a, "seen"_a, "penalty"_a, "temperature"_a,
+             no_gil);
+  module.def("head_draw", &head_draw, "out"_a, "scores"_a, "count"_a, "ids"_a, "seed"_a, "steps"_a, no_gil);
 
   if (const char* forced = std::getenv("ARCMERGE_CPU")) arcmerge::use_variant(forced);
 }

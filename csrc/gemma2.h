@@ -17,6 +17,9 @@ namespace arcmerge {
 int threads();
 void set_threads(int threads);
 
+// Reads `count` bytes and does nothing with them: how fast that goes is what other operations are compared with.
+void read(const void* address, std::int64_t count);
+
 // A weight of `rows` rows, as long as those of x.
 struct Matrix {
   const char* address = nullptr;
@@ -113,13 +116,12 @@ struct Sampling {
   float penalty = 1, temperature = 1;
 };
 
-// out: [count, stride], -inf from the last id on. For each tile of kHeadTile ids, if not null, maxima and sums: [count,
-// tiles], the greatest score and the sum of exp(score - greatest).
+// out: [count, ids]. maxima, if not null: [count, tiles], the greatest score of every kHeadTile ids.
 constexpr std::int64_t kHeadTile = 128;
-void head_scores(float* out, std::int64_t stride, float* maxima, float* sums, const Head& head, const Sampling& how);
+void head_scores(float* out, float* maxima, const Head& head, const Sampling& how);
 
-// out[t]: the id of the greatest score + noise, of scores [count, stride]; the noise of python/arcmerge/ops/gumbel.py.
-void head_draw(std::int64_t* out, const float* scores, std::int64_t count, std::int64_t stride, std::int64_t ids,
-               std::uint64_t seed, const std::int64_t* steps);
+// out[t]: the id of the greatest score + noise, of scores [count, ids]; the noise of python/arcmerge/ops/gumbel.py.
+void head_draw(std::int64_t* out, const float* scores, std::int64_t count, std::int64_t ids, std::uint64_t seed,
+               const std::int64_t* steps);
 
 }  // namespace arcmerge

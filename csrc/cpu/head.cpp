@@ -157,7 +157,7 @@ void penalise(float* logits, std::int64_t count, const std::uint32_t* seen, floa
 
 }  // namespace
 
-void head_scores(float* out, std::int64_t stride, float* maxima, float* sums, const Head& head, const Sampling& how) {
+void head_scores(float* out, float* maxima, const Head& head, const Sampling& how) {
   require_head(head);
   const std::int64_t tiles = (head.ids + kHeadTile - 1) / kHeadTile;
   for (std::int64_t first = 0; first < head.count; first += kMost) {
@@ -167,13 +167,10 @@ void head_scores(float* out, std::int64_t stride, float* maxima, float* sums, co
       if (how.seen) penalise(logits, ids, how.seen + token * ((head.ids + 31) / 32) + begin / 32, how.penalty);
       if (how.temperature != 1)
         for (std::int64_t i = 0; i < ids; ++i) logits[i] /= how.temperature;
-      std::memcpy(out + token * stride + begin, logits, std::min(kIds, stride - begin) * sizeof(float));
+      std::memcpy(out + token * head.ids + begin, logits, ids * sizeof(float));
       if (!maxima) return;
-      for (std::int64_t tile = begin / kHeadTile; tile < std::min(tiles, (begin + kIds) / kHeadTile); ++tile) {
-        const Extremes found = extremes(logits + tile * kHeadTile - begin, kHeadTile);
-        maxima[token * tiles + tile] = found.greatest;
-        sums[token * tiles + tile] = found.sum;
-      }
+      for (std::int64_t id = 0; id < ids; id += kHeadTile)
+        maxima[token * tiles + (begin + id) / kHeadTile] = extremes(logits + id, kHeadTile).greatest;
     });
   }
 }

@@ -84,14 +84,14 @@ Drawn draw(const float* scores, std::int64_t first, std::int64_t last, std::uint
 
 }  // namespace
 
-void head_draw(std::int64_t* out, const float* scores, std::int64_t count, std::int64_t stride, std::int64_t ids,
-               std::uint64_t seed, const std::int64_t* steps) {
+void head_draw(std::int64_t* out, const float* scores, std::int64_t count, std::int64_t ids, std::uint64_t seed,
+               const std::int64_t* steps) {
   const std::int64_t pieces = (ids + kIds - 1) / kIds;
   std::vector<Drawn> drawn(count * pieces);
   parallel(count * pieces, 1, [&](std::int64_t number, std::int64_t end) {
     for (; number < end; ++number) {
       const std::int64_t t = number / pieces, first = number % pieces * kIds;
-      drawn[number] = draw(scores + t * stride, first, std::min(first + kIds, ids), seed, std::uint64_t(steps[t]));
+      drawn[number] = draw(scores + t * ids, first, std::min(first + kIds, ids), seed, std::uint64_t(steps[t]));
     }
   });
   for (std::int64_t t = 0; t < count; ++t)

@@ -72,6 +72,9 @@ def threads() -> int:
 def set_threads(threads: int) -> None:
     """Use another number from now on, 1 to 1024. It changes no result."""
 
+def read(address: int, count: int) -> None:
+    """Read `count` bytes with all threads and do nothing with them: for comparing speeds."""
+
 def linear(out: int, x: int, count: int, length: int, weights: Sequence[tuple[int, int]], dtype: int) -> None:
     """out[count][sum of rows] = x[count][length] times every row of the weights, each (address, rows).
 
@@ -189,13 +192,11 @@ class Head:
 def head_logprob(out: int, best: int, head: Head, ids: int) -> None:
     """best, int64: the id of the greatest logit. Unless `ids` is 0 also out, float32: the log of the softmax there."""
 
-def head_scores(
-    out: int, stride: int, maxima: int, sums: int, head: Head, seen: int, penalty: float, temperature: float
-) -> None:
-    """out[count][stride], float32: logits, penalised if `seen` is not 0, divided by the temperature; then -inf.
+def head_scores(out: int, maxima: int, head: Head, seen: int, penalty: float, temperature: float) -> None:
+    """out[count][ids], float32: logits, penalised if `seen` is not 0, divided by the temperature.
 
-    Unless 0, maxima and sums, float32 [count][tiles of HEAD_TILE ids]: the greatest, the sum of exp(score - greatest).
+    maxima, unless 0: float32 [count][tiles of HEAD_TILE ids], the greatest scores.
     """
 
-def head_draw(out: int, scores: int, count: int, stride: int, ids: int, seed: int, steps: int) -> None:
+def head_draw(out: int, scores: int, count: int, ids: int, seed: int, steps: int) -> None:
     """out[count], int64: the id of the greatest score + noise of the seed and steps[count], int64."""

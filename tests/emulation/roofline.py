@@ -37,7 +37,7 @@ LATENCY = 600e-9  # of DRAM under load, seconds; an assumption for all four mach
 LAUNCH = 3e-6  # from launch to launch of a stream, seconds, where no CUDA graph is used; in no fraction
 # Blocks that are emulated of a launch: more, where that takes few instructions, in warps. Idle blocks are quick.
 SAMPLES = (5, 25, 125, 625)
-MOST_INSTRUCTIONS = 200_000
+MOST_INSTRUCTIONS = 20_000
 
 SPECIAL = ("ex2.", "lg2.", "rcp.", "rsqrt.", "sqrt.", "tanh.", "sin.", "cos.", "div.")
 TILES = re.compile(r"^ldmatrix\..*\.x([124])")

@@ -114,7 +114,7 @@ def native_head(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> _C
 def _native_logits(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     out = x.new_empty(len(x), len(weight), dtype=torch.float32)
-    _C.head_scores(out.data_ptr(), len(weight), 0, 0, native_head(x, weight, softcap, stepwise), 0, 1.0, 1.0)
+    _C.head_scores(out.data_ptr(), 0, native_head(x, weight, softcap, stepwise), 0, 1.0, 1.0)
     return out
 
 

@@ -1,10 +1,13 @@
 """head_sample: the next token, drawn from the head's logits without keeping them.
 
 The filters of transformers, in its order, on whatever candidates are certain to hold all that the filters keep: every
-id of the vocabulary in the reference; on a GPU those of the few tiles of the vocabulary whose greatest score says so.
+id of the vocabulary in the reference; on the CPU those above a score that says so; on a GPU those of the few tiles of
+the vocabulary whose greatest score does.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -17,6 +20,8 @@ from arcmerge.ops.registry import op
 
 # Rows whose scores the CPU keeps at a time: 16 MB of a Gemma-2.
 SCORED = 16
+# Steps of an eighth in which top_p sums the mass of scores from the greatest down: what is 80 below has none.
+DEPTHS = 640
 
 
 def head_sample(
@@ -157,20 +162,18 @@ def _native(
     for first in range(0, len(x), SCORED):
         part = slice(first, first + SCORED)
         bits = None if seen is None else seen[part]
-        scores, maxima, sums = _native_scores(x[part], weight, softcap, stepwise, temperature, bits, repetition_penalty)
+        scores, maxima = _native_scores(x[part], weight, softcap, stepwise, temperature, bits, repetition_penalty)
         if not temperature:
             out[part] = scores.argmax(dim=1)
         elif top_k or 0 < top_p < 1 or min_p:
-            least, mass = bound(maxima.double(), sums.double(), top_k, top_p, min_p, _C.HEAD_TILE)
-            tiles = (~(maxima.double() < least)).any(dim=0).nonzero()
-            found = scores.unflatten(1, (-1, _C.HEAD_TILE))[:, tiles.flatten()].flatten(1)
-            ids = (tiles * _C.HEAD_TILE + torch.arange(_C.HEAD_TILE)).flatten()
-            out[part] = _draw(kept(found, top_k, top_p, min_p, None if top_k else mass), ids, seed, steps[part])
+            for row, greatest, step in zip(scores, maxima, range(first, len(x)), strict=False):
+                ids, mass = _likely(row, greatest, top_k, top_p, min_p)
+                found = kept(row[ids][None], top_k, top_p, min_p, mass)
+                out[step : step + 1] = _draw(found, ids, seed, steps[step : step + 1])
         else:
             drawn, counters = torch.empty(len(scores), dtype=torch.int64), steps[part].contiguous()
-            key = seed & 2**64 - 1
             _C.head_draw(
-                drawn.data_ptr(), scores.data_ptr(), len(scores), scores.shape[1], len(weight), key, counters.data_ptr()
+                drawn.data_ptr(), scores.data_ptr(), len(scores), len(weight), seed & 2**64 - 1, counters.data_ptr()
             )
             out[part] = drawn
     return out
@@ -184,22 +187,44 @@ def _native_scores(
     temperature: float,
     seen: Tensor | None,
     repetition_penalty: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [T, tiles * HEAD_TILE], -inf from V on; [T, tiles] of each the greatest, and sum of exp(it - greatest)."""
+) -> tuple[Tensor, Tensor]:
+    """Scores [T, V], and [T, tiles], the greatest of every HEAD_TILE ids."""
     x, bits = x.contiguous(), None if seen is None else seen.contiguous()
-    maxima = torch.empty(len(x), -(-len(weight) // _C.HEAD_TILE))
-    scores, sums = torch.empty(len(x), maxima.shape[1] * _C.HEAD_TILE), torch.empty_like(maxima)
+    scores, maxima = torch.empty(len(x), len(weight)), torch.empty(len(x), -(-len(weight) // _C.HEAD_TILE))
     _C.head_scores(
         scores.data_ptr(),
-        scores.shape[1],
         maxima.data_ptr(),
-        sums.data_ptr(),
         native_head(x, weight, softcap, stepwise),
         0 if bits is None else bits.data_ptr(),
         repetition_penalty,
         temperature or 1.0,
     )
-    return scores, maxima, sums
+    return scores, maxima
+
+
+def _likely(scores: Tensor, maxima: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor | None]:
+    """(Ids, in order, that hold all that the filters keep of scores [V]; the mass of all, for top_p.)"""
+    greatest = maxima.max()
+    if not greatest.isfinite():
+        return torch.arange(len(scores)), None
+    least, mass = scores.new_tensor(float("-inf")), None
+    if top_k:
+        if top_k <= len(maxima):
+            # The k greatest maxima are scores of k ids, so the k-th greatest score is not below the last of them.
+            least = maxima.topk(top_k).values[-1]
+    elif 0 < top_p < 1:
+        # The mass of all scores that lie within b / 8 of the greatest, for every b: the first b at which it is enough.
+        depths = greatest - scores
+        shares = (-depths).exp().double()
+        mass = shares.sum().reshape(1, 1)
+        masses = torch.bincount((depths * 8).clamp(max=DEPTHS).int(), shares, DEPTHS + 1).cumsum(0)
+        enough = int((masses < (1 + 1e-4) * top_p * mass[0]).sum())
+        if enough < DEPTHS:
+            least = greatest - (enough + 1) / 8
+    if min_p and not top_k:
+        least = torch.maximum(least, greatest + math.log(min_p))
+    # The margins are for float32.
+    return (scores >= least - 1e-4).nonzero()[:, 0], mass
 
 
 def _triton(
