@@ -94,7 +94,7 @@ def main() -> int:
             results = {(case.op, case.name): (case, *interpret(case)) for case in SMALL}
             proof: dict[str, Any] = {**prover.finished(process, folder)}
         finally:
-            process.kill()
+            prover.stop(process)
         proof["interpreted"] = [record for _, record, _ in results.values()]
         proof["emulated"] = [
             compare(record, case, evidence, folder)

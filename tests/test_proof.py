@@ -38,7 +38,7 @@ def background(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]
     folder = tmp_path_factory.mktemp("proof")
     process = prover.start("quick", folder)
     yield process, folder
-    process.kill()
+    prover.stop(process)
 
 
 @pytest.fixture(scope="session")

@@ -134,8 +134,9 @@ def build(
 
 
 def _case(name: str, *arguments: object, **named: object) -> Case:
-    # Not bound by memory, so without a ratio; matrix instructions add up in an order of their own.
-    return Case("attention", name, lambda draw: build(draw, *arguments, **named), exact=False)  # type: ignore[arg-type]
+    build_case = lambda draw: build(draw, *arguments, **named)  # type: ignore[arg-type]  # noqa: E731
+    # Matrix instructions add up in an order of their own.
+    return Case("attention", name, build_case, exact=False, traffic=1.0)
 
 
 SMALL = [

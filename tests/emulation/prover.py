@@ -8,8 +8,10 @@ predicted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,12 +42,21 @@ Record = dict[str, Any]
 
 
 def start(mode: str, folder: Path) -> subprocess.Popen[str]:
-    """Begin in the background; `finished` waits for it."""
+    """Begin in the background; `finished` waits for it, `stop` ends it with its own processes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}  # there is a process a core
     environment.setdefault("TRITON_CACHE_DIR", str(ROOT / ".triton-cache"))
     command = [sys.executable, "-m", "emulation.prover", mode, str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Leave nothing running, finished or not."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def finished(process: subprocess.Popen[str], folder: Path) -> dict[str, list[Record]]:
@@ -238,7 +249,7 @@ def prove(mode: str, folder: Path) -> dict[str, list[Record]]:
         ],
         "predicted": [] if quick else [partial(predict_case, case.op, case.name) for case in MODELS],
     }
-    with ProcessPoolExecutor(1 if quick else 2, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         # Those that take longest first: what is left at the end then fits both processes.
         running = {kind: list(map(partial(pool.submit, _attempt), jobs[kind])) for kind in reversed(jobs)}
         return {kind: [each.result() for each in running[kind]] for kind in jobs}
