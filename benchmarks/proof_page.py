@@ -10,7 +10,7 @@ from emulation.resources import LIMITS, MACHINES
 from emulation.roofline import ATTAINABLE_DRAM, ATTAINABLE_TENSOR, LATENCY, LAUNCH, SAMPLES
 
 Record = Mapping[str, Any]
-MACHINE_OF = {machine.target: machine.name for machine in MACHINES}
+NAMES = [machine.name for machine in MACHINES]
 
 OPENING = """\
 # What is proved about the kernels, and how
@@ -96,7 +96,7 @@ def page(proof: Record) -> str:
 
 def _explanation() -> str:
     return EXPLANATION.format(
-        machines=", ".join(MACHINE_OF.values()),
+        machines=", ".join(NAMES),
         samples=SAMPLES[0],
         dram=ATTAINABLE_DRAM,
         tensor=ATTAINABLE_TENSOR,
@@ -178,27 +178,30 @@ def _emulated(records: Sequence[Record]) -> str:
 
 
 def _fractions(proof: Record, op: str, target: str) -> str:
-    machine = MACHINE_OF.get(target)
-    if machine is None:
+    names = [machine.name for machine in MACHINES if machine.target == target]
+    if not names:
         return "no machine chosen"
     records = [each for each in proof["predicted"] if each["op"] == op and "machines" in each]
-    fractions = sorted(each["machines"][machine]["fraction"] for each in records)
-    return (
-        f"{_range([f'{fraction:.0%}' for fraction in fractions])} ({machine})" if fractions else "no model launches it"
-    )
+    if not records:
+        return "no model launches it"
+    spans = []
+    for name in names:
+        fractions = sorted(each["machines"][name]["fraction"] for each in records)
+        spans.append(f"{_range([f'{fraction:.0%}' for fraction in fractions])} ({name})")
+    return ", ".join(spans)
 
 
 def _times_table(proof: Record) -> list[str]:
-    headings = ("op", "launch", *MACHINE_OF.values())
+    headings = ("op", "launch", *NAMES)
     rows = []
     for record in proof["predicted"]:
         cells = (
             [
                 f"{found['seconds'] * 1e6:,.1f} us, {found['fraction']:.0%}, {found['bound']}"
-                for found in (record["machines"][name] for name in MACHINE_OF.values())
+                for found in (record["machines"][name] for name in NAMES)
             ]
             if "machines" in record
-            else ["**failed**"] * len(MACHINE_OF)
+            else ["**failed**"] * len(NAMES)
         )
         rows.append([f"`{record['op']}`", record["case"], *cells])
     intro = "Predicted time without the launch, share of the roof, and the resource that bounds it. Not measured."

@@ -147,9 +147,12 @@ def predict_case(op: str, name: str) -> Record:
     facts, executions = _sample(case, "sm_80")
     assert executions is not None
     accesses = [access for each in executions for access in (each.counts.loads, each.counts.stores)]
+    samples: dict[str, tuple[list[Facts], list[Execution] | None]] = {"sm_80": (facts, executions)}
     predictions = {}
     for machine in MACHINES:
-        own_facts, own = (facts, executions) if machine.target == "sm_80" else _sample(case, machine.target, facts)
+        if machine.target not in samples:
+            samples[machine.target] = _sample(case, machine.target, facts)
+        own_facts, own = samples[machine.target]
         predictions[machine.name] = _prediction(case, machine, own_facts, own or executions, borrowed=own is None)
     requests = sum(access.requests for access in accesses)
     return {

@@ -4,9 +4,9 @@ Sources. Limits, and results a clock cycle of a multiprocessor: NVIDIA, CUDA C++
 Specifications per Compute Capability" and "Throughput of Native Arithmetic Instructions"; AMD, "CDNA 3 Instruction Set
 Architecture" and the ROCm documentation, "Accelerator and GPU hardware specifications". Peaks: what NVIDIA publishes
 for the boost clock, for dense matrices of bfloat16 accumulated in float32: "A100 Tensor Core GPU" data sheet (80 GB,
-SXM), "H100 Tensor Core GPU Architecture" white paper (SXM5), "Ada GPU Architecture" white paper (RTX 4090, appendix A),
-"HGX B200" data sheet, an eighth of a board (its figures with sparsity are halved; it does not name the
-multiprocessors, of which drivers report 148).
+SXM), "H100 Tensor Core GPU Architecture" white paper (SXM5), "H200 Tensor Core GPU" data sheet (SXM: the H100's chip
+with other memory), "Ada GPU Architecture" white paper (RTX 4090, appendix A), "HGX B200" data sheet, an eighth of a
+board (its figures with sparsity are halved; it does not name the multiprocessors, of which drivers report 148).
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Machine:
 MACHINES = (
     Machine("A100", "sm_80", 108, 2.039e12, 312e12, 19.5e12, 64, 32),
     Machine("H100", "sm_90", 132, 3.35e12, 989.4e12, 66.9e12, 128, 64),
+    Machine("H200", "sm_90", 132, 4.8e12, 989.4e12, 66.9e12, 128, 64),
     Machine("RTX 4090", "sm_89", 128, 1.008e12, 165.2e12, 82.6e12, 128, 2),
     Machine("B200", "sm_100", 148, 7.7e12, 2250e12, 75e12, 128, 64),
 )
