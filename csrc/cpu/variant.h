@@ -2,7 +2,8 @@
 //
 // A hot loop is written once, as an inline `template <class Isa> name_body`; ARCMERGE_VARIANTS compiles it, and with it
 // all that it calls, for every instruction set of the list and defines `name`, which calls the chosen one. Bodies fix
-// the order of every sum and the compiler may neither fuse nor reorder (setup.py), so all variants give the same bits.
+// the order of every sum and the compiler may neither fuse nor reorder (setup.py), so all variants give the same bits;
+// where a network is run, matrix products and the softmax use what a processor has and differ in the last ones.
 #pragma once
 
 #include <cstdint>

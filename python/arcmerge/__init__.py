@@ -2,6 +2,7 @@
 
     arcmerge.merge("recipe.yml", "out/")        a checkpoint from a mergekit configuration
     arcmerge.slerp(a, b, 0.3)                   tensors or state dicts in memory
+    arcmerge.Gemma2.from_pretrained("out/")     a Gemma-2 that generates and scores
 
 Importing this package imports neither torch nor triton; a merge on the CPU never does.
 """
@@ -13,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 from arcmerge.errors import ArcmergeError
 
 if TYPE_CHECKING:
+    from arcmerge.gemma2.model import Gemma2
     from arcmerge.merging.merge import merge
     from arcmerge.merging.options import Options
     from arcmerge.merging.report import MergeReport
     from arcmerge.tensors import slerp
 
 __version__ = "0.1.0"
-__all__ = ["ArcmergeError", "MergeReport", "Options", "__version__", "merge", "slerp"]
+__all__ = ["ArcmergeError", "Gemma2", "MergeReport", "Options", "__version__", "merge", "slerp"]
 
 _HOMES = {
+    "Gemma2": "arcmerge.gemma2.model",
     "MergeReport": "arcmerge.merging.report",
     "Options": "arcmerge.merging.options",
     "merge": "arcmerge.merging.merge",
