@@ -25,9 +25,6 @@ from torch import Tensor
 
 from .target import configuration
 
-# Of as many rows a tile of x weighs as much as a tile of 16 rows of weight; past that, larger tiles do better.
-MOST_TOKENS = 16
-
 SLICES = 4
 
 # Stages by the rows of a program; compiled shared memory is (stages - 1) * (rows + TOKENS) KB of bf16. With 3, of which

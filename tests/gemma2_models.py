@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 # The proportions of each size at a fraction of it. Softmax scales and groups of heads are those of the originals; sizes
@@ -44,3 +45,14 @@ def build(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16, **chang
     model.to(dtype).save_pretrained(folder)
     # Not the model itself: to() rounds the frequencies of RoPE too, which from_pretrained keeps in float32.
     return Gemma2ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer.json whose 259 tokens are <pad>, <eos>, <bos> and the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {name: number for number, name in enumerate(["<pad>", "<eos>", "<bos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>"])
+    tokenizer.save(str(folder / "tokenizer.json"))

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.text import Stream, Text
+from gemma2_models import save_byte_tokenizer
 
 BOS = 2
 # `make` installs it where npm is; it holds the tokenizer of gemma-2-2b-it as published.
@@ -21,13 +21,7 @@ real = pytest.mark.skipif(not REAL.is_dir(), reason="npm was not there to instal
 @pytest.fixture
 def bytes_folder(tmp_path: Path) -> Path:
     """A tokenizer whose tokens are <pad>, <eos>, <bos> and the 256 bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {name: number for number, name in enumerate(["<pad>", "<eos>", "<bos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    save_byte_tokenizer(tmp_path)
     return tmp_path
 
 

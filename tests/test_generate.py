@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import tiny
 from arcmerge.cli import main
 from arcmerge.gemma2.model import Gemma2
-from gemma2_models import build
+from gemma2_models import build, save_byte_tokenizer
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}"
 
@@ -22,13 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose tokens are <pad>, <eos>, <bos> and the 256 bytes."""
     folder = tmp_path_factory.mktemp("model")
     build(folder, "2.6B", vocab_size=259)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {name: number for number, name in enumerate(["<pad>", "<eos>", "<bos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    save_byte_tokenizer(folder)
     return folder
 
 
