@@ -35,6 +35,7 @@ demo: $(DEV)
 	$(BIN)/arcmerge inspect .demo/first .demo/second --plot .demo/angles.png
 	$(BIN)/arcmerge merge examples/tiny-pair.yml .demo/merged
 	$(BIN)/python examples/tiny_pair.py loss .demo/first .demo/second .demo/merged
+	$(BIN)/arcmerge generate .demo/merged "The assignment statement" --max-new-tokens 40
 
 lint: $(DEV)
 	$(BIN)/ruff check

@@ -111,6 +111,12 @@ def test_what_cannot_run_is_refused_in_a_sentence(changes: dict[str, Any], sente
     assert str(PATH) in str(refusal.value)
 
 
+def test_the_mistake_of_the_first_9b_checkpoints_is_pointed_out() -> None:
+    with pytest.warns(UserWarning, match=r"query_pre_attn_scalar is 224.* mistake for 256"):
+        config = read(query_pre_attn_scalar=224)
+    assert config.softmax_scale == 224**-0.5
+
+
 def test_all_that_is_wrong_is_told_at_once() -> None:
     with pytest.raises(ArcmergeError) as refusal:
         read(hidden_size=0, vocab_size=-1)

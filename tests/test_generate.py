@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_prompt_is_continued_and_timed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("large", [False, True], ids=["a small model", "one that caches cannot hold"])
+def test_a_prompt_is_continued_and_timed(
+    large: bool, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr("arcmerge.gemma2.session.BEYOND_CACHES", 0)
     assert main(["generate", str(folder), "abc", "--max-new-tokens", "9", "--dtype", "float32"]) == 0
     said = capsys.readouterr()
     model = Gemma2.from_pretrained(folder, dtype=torch.float32)
     assert said.out == model.generate("abc", max_new_tokens=9) + "\n"
     assert "4 prompt tokens at" in said.err
     assert "9 new at" in said.err
-    assert "GB/s" in said.err
+    assert ("GB/s" in said.err) == large
+
+
+def test_a_warning_is_a_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "query_pre_attn_scalar": 224}))
+    assert main(["generate", str(tmp_path), "abc", "--max-new-tokens", "2", "-q"]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"arcmerge: warning: {tmp_path}/config.json: query_pre_attn_scalar is 224")
+    assert said.count("\n") == 1
 
 
 def test_a_prompt_may_come_from_standard_input(

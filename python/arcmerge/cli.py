@@ -6,6 +6,7 @@ import argparse
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -311,7 +312,12 @@ def _model(arguments: argparse.Namespace) -> Any:
     from arcmerge.gemma2.model import Gemma2
 
     dtype = getattr(torch, arguments.dtype)
-    return Gemma2.from_pretrained(arguments.model, arguments.device, dtype, arguments.numerics)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = Gemma2.from_pretrained(arguments.model, arguments.device, dtype, arguments.numerics)
+    for warning in caught:
+        warn(str(warning.message))
+    return model
 
 
 def _running_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,13 @@ class _Reader:
         self._check(config)
         if self._problems:
             raise ArcmergeError([f"{self._path}: {problem}" for problem in self._problems])
+        if config.query_pre_attn_scalar == 224 and config.head_dim == 256:
+            # The first 9B uploads said 224, hidden_size / heads; the model was trained with 256.
+            warnings.warn(
+                f"{self._path}: query_pre_attn_scalar is 224, as in the first 9B checkpoints, which was a mistake for "
+                "256; it is used as it stands: correct config.json if the model is one of those.",
+                stacklevel=4,
+            )
         return config
 
     def _check(self, config: Config) -> None:

@@ -13,6 +13,10 @@ from arcmerge.gemma2.sampling import Sampling
 from arcmerge.gemma2.text import Messages, Stream
 from arcmerge.gemma2.weights import Weights
 
+# Bytes of weights from which decoding waits for memory; a smaller model's stay in the caches, and a share of its
+# bandwidth says nothing.
+BEYOND_CACHES = 1 << 28
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -30,7 +34,7 @@ class Answer:
             f"{done.prompt_tokens} prompt tokens at {done.prompt_tokens / done.prefill_seconds:.1f} a second",
             f"{tokens} new at {done.steps / done.decode_seconds:.1f}" if done.steps else f"{tokens} new",
         ]
-        if done.steps:
+        if done.steps and self.weights.nbytes >= BEYOND_CACHES:
             reached = self.weights.nbytes * done.steps / done.decode_seconds
             roof = read_bandwidth(self.weights)
             parts.append(f"{reached / 1e9:.1f} GB/s, {reached / roof:.0%} of the {roof / 1e9:.1f} that reading gets")
