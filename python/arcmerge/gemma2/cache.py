@@ -79,8 +79,3 @@ class Cache:
         )
         # By which the last of the programs that share a key head knows itself; it leaves them zero.
         self.counters = torch.zeros(batch, config.num_key_value_heads, dtype=torch.int32, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        tensors = {tensor.data_ptr(): tensor for layer in self.layers for tensor in layer}
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -21,7 +21,6 @@ class Generated:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     steps: int = 0
-    cache_bytes: int = 0
 
 
 @dataclass
@@ -48,7 +47,7 @@ def generate(network: Network, prompts: Sequence[Sequence[int]], sampling: Sampl
     capacity = max(map(len, prompts)) + limits.max_new_tokens - 1
     sequences = Sequences(network, len(prompts), capacity)
     chooser = Chooser(network, sampling, prompts)
-    result = Generated([[] for _ in prompts], sum(map(len, prompts)), cache_bytes=sequences.cache_bytes)
+    result = Generated([[] for _ in prompts], sum(map(len, prompts)))
 
     started = perf_counter()
     chosen = chooser.choose(sequences.feed_for_last(prompts))

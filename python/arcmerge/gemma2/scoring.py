@@ -12,9 +12,6 @@ from arcmerge.gemma2.generation import require_tokens
 from arcmerge.gemma2.network import Network
 from arcmerge.gemma2.sequences import PASS_TOKENS, Sequences
 
-# Of a pass whose sequences are scored and forgotten: their cache is a single layer's.
-_TOGETHER = PASS_TOKENS
-
 
 class Score(NamedTuple):
     """logprob: natural logarithm, of all scored tokens together. greedy: each was the most probable where it stood."""
@@ -38,13 +35,13 @@ def score(network: Network, sequences: Sequence[tuple[Sequence[int], int]]) -> l
 
 
 def _groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of sequences that go together, the longest first, each group at most _TOGETHER tokens or one sequence."""
+    """Numbers of sequences that go together, the longest first: at most PASS_TOKENS tokens, or one sequence."""
     groups: list[list[int]] = []
     room = 0
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         if not groups or lengths[number] > room:
             groups.append([])
-            room = _TOGETHER
+            room = PASS_TOKENS
         groups[-1].append(number)
         room -= lengths[number]
     return groups
@@ -53,12 +50,12 @@ def _groups(lengths: Sequence[int]) -> list[list[int]]:
 def _score_group(network: Network, group: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
     # The last token predicts nothing that is asked for.
     inputs = [tokens[:-1] for tokens, _ in group]
-    longest = max(1, *map(len, inputs)) if inputs else 1
     total = sum(map(len, inputs))
-    sequences = Sequences(network, len(group), longest, transient=total <= _TOGETHER)
     scores = [Score(0.0, True)] * len(group)
     if not total:
         return scores
+    # In a single pass, whose cache is then that of one layer.
+    sequences = Sequences(network, len(group), max(map(len, inputs)), transient=total <= PASS_TOKENS)
     device = network.weights.norm.device
     for batch, hidden in sequences.feed(inputs):
         owners, positions = batch.sequences.tolist(), batch.positions.tolist()

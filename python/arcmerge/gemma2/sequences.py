@@ -40,10 +40,6 @@ class Sequences:
         self._transient = transient
         self._lengths = [0] * count
 
-    @property
-    def cache_bytes(self) -> int:
-        return self._cache.nbytes
-
     def feed(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Batch, Tensor]]:
         """The next tokens of every sequence, some perhaps of none: each pass and its hidden states [T, hidden_size]."""
         chunk = max(map(len, prompts)) if self._transient else self._chunk

@@ -10,7 +10,7 @@ from arcmerge.gemma2.generation import Generated, Limits
 from arcmerge.gemma2.model import Gemma2
 from arcmerge.gemma2.roof import read_bandwidth
 from arcmerge.gemma2.sampling import Sampling
-from arcmerge.gemma2.text import Messages, Stream
+from arcmerge.gemma2.text import Stream
 from arcmerge.gemma2.weights import Weights
 
 # Bytes of weights from which decoding waits for memory; a smaller model's stay in the caches, and a share of its
@@ -66,10 +66,6 @@ class Session:
 
     def forget(self) -> None:
         self._said.clear()
-
-    @property
-    def said(self) -> Messages:
-        return self._said
 
     def _answer(self, tokens: list[int], show: Callable[[str], object]) -> Answer:
         model, pieces = self._model, Stream(self._model.text, self._stop)

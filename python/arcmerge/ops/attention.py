@@ -51,7 +51,7 @@ def attention(
     Must move queries and result once and each visible key and value once. Raises ArcmergeError for what is not as said;
     it reads lengths only on the CPU, as on a GPU that would wait for the device.
     """
-    return _attention(  # type: ignore[no-any-return]
+    return _attention(
         query, key_cache, value_cache, query_start, lengths, longest_query, scale, softcap, window, stepwise
     )
 

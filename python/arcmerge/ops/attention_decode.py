@@ -54,7 +54,7 @@ def attention_decode(
     a group, which the L2 cache holds. A row does not depend on the others. Raises ArcmergeError for what is not as
     said; it reads lengths only on the CPU.
     """
-    return _attention_decode(  # type: ignore[no-any-return]
+    return _attention_decode(
         qkv, table, lengths, key_cache, value_cache, counters, heads, scale, softcap, window, stepwise
     )
 

@@ -35,7 +35,7 @@ def combine(
     if out_dtype is None:
         out_dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     factors = torch.as_tensor(coefficients, dtype=torch.float64).to(tensors[0].device, torch.float32)
-    return _combine(tensors, factors, dim, out_dtype)  # type: ignore[no-any-return]
+    return _combine(tensors, factors, dim, out_dtype)
 
 
 def _check(tensors: Sequence[Tensor], factors: Tensor, dim: int | None, out_dtype: torch.dtype) -> None:

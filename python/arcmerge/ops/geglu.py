@@ -23,7 +23,7 @@ def geglu(gate: Tensor, up: Tensor, *, stepwise: bool = False) -> Tensor:
     once. Raises ArcmergeError for other shapes, dtypes and strides.
     Source: Gemma2MLP of transformers with hidden_activation "gelu_pytorch_tanh".
     """
-    return _geglu(gate, up, stepwise)  # type: ignore[no-any-return]
+    return _geglu(gate, up, stepwise)
 
 
 def _check(gate: Tensor, up: Tensor, stepwise: bool) -> None:

@@ -24,7 +24,7 @@ def gram(tensors: Sequence[Tensor], *, base: Tensor | None = None, dim: int | No
     GPU in compensated float32 where eight neighbours meet.
     Reads each tensor once. Raises ArcmergeError for tensors that are not alike.
     """
-    return _gram(tensors, base, dim)  # type: ignore[no-any-return]
+    return _gram(tensors, base, dim)
 
 
 def _check(tensors: Sequence[Tensor], base: Tensor | None, dim: int | None) -> None:

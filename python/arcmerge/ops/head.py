@@ -28,7 +28,7 @@ def head_logits(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Te
 
     Raises ArcmergeError for operands that do not fit together.
     """
-    return _head_logits(x, weight, softcap, stepwise)  # type: ignore[no-any-return]
+    return _head_logits(x, weight, softcap, stepwise)
 
 
 def head_argmax(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
@@ -37,7 +37,7 @@ def head_argmax(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Te
     Moves the weight once, x and the ids; on a GPU also 8 bytes for each row and 32 to 128 ids. Raises ArcmergeError
     for operands that do not fit together.
     """
-    return _head_argmax(x, weight, softcap, stepwise)  # type: ignore[no-any-return]
+    return _head_argmax(x, weight, softcap, stepwise)
 
 
 def head_logprob(x: Tensor, weight: Tensor, ids: Tensor, softcap: float, stepwise: bool) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def head_logprob(x: Tensor, weight: Tensor, ids: Tensor, softcap: float, stepwis
     once, x, ids and the outputs; on a GPU also 12 bytes for each row and 32 to 128 ids. Raises ArcmergeError for
     operands that do not fit together.
     """
-    return _head_logprob(x, weight, ids, softcap, stepwise)  # type: ignore[no-any-return]
+    return _head_logprob(x, weight, ids, softcap, stepwise)
 
 
 def require_head(x: Tensor, weight: Tensor, softcap: float) -> None:

@@ -28,7 +28,7 @@ def linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     ArcmergeError for other shapes and dtypes.
     Source: torch.nn.Linear without bias.
     """
-    return _linear(x, weights)  # type: ignore[no-any-return]
+    return _linear(x, weights)
 
 
 def require_linear(x: Tensor, **weights: Tensor) -> None:

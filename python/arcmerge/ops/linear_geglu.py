@@ -25,7 +25,7 @@ def linear_geglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, *, stepwise:
     Raises ArcmergeError for other shapes and dtypes.
     Source: Gemma2MLP of transformers with hidden_activation "gelu_pytorch_tanh", without its down_proj.
     """
-    return _linear_geglu(x, gate_weight, up_weight, stepwise)  # type: ignore[no-any-return]
+    return _linear_geglu(x, gate_weight, up_weight, stepwise)
 
 
 def _check(x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool) -> None:

@@ -7,13 +7,15 @@ a device is decided in `backend`, at every call: an environment variable may cha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
 from arcmerge.ops.backend import choose, explain
 
 Implementation = Callable[..., Any]
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 LIBRARY = torch.library.Library("arcmerge", "DEF")
 OPS: dict[str, Mapping[str, Implementation]] = {}
@@ -23,12 +25,12 @@ def op(
     schema: str,
     *,
     check: Callable[..., None],
-    reference: Implementation,
+    reference: Callable[Parameters, Result],
     fake: Implementation,
     native: Implementation | None = None,
     triton: Implementation | None = None,
-) -> torch._ops.OpOverload[..., Any]:
-    """Define torch.ops.arcmerge.<name> and return it; every implementation takes the arguments of the schema.
+) -> Callable[Parameters, Result]:
+    """Define torch.ops.arcmerge.<name> and return it, typed as its reference, all of whose arguments every other takes.
 
     schema: as in PyTorch's native_functions.yaml, with the aliases of what is written in place. check: raises
     ArcmergeError for arguments that break the contract, before anything else sees them. reference: plain torch, any
@@ -42,7 +44,7 @@ def op(
     for key in ("cpu", "cuda"):
         LIBRARY.impl(name, _checked(check, _serving(name, key, offered)), key.upper())
     LIBRARY.impl(name, _checked(check, fake), "Meta")
-    return getattr(torch.ops.arcmerge, name).default  # type: ignore[no-any-return]
+    return cast(Callable[Parameters, Result], getattr(torch.ops.arcmerge, name).default)
 
 
 def backends(device: str) -> dict[str, str]:

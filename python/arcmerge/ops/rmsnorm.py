@@ -21,7 +21,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     not contiguous. Raises ArcmergeError for other shapes and dtypes.
     Source: Gemma2RMSNorm of transformers, which multiplies by the weight before it rounds.
     """
-    return _rmsnorm(x, weight, eps)  # type: ignore[no-any-return]
+    return _rmsnorm(x, weight, eps)
 
 
 def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:

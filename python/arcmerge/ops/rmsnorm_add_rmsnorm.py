@@ -28,7 +28,7 @@ def rmsnorm_add_rmsnorm(
     ArcmergeError for other shapes and dtypes.
     Source: Gemma2DecoderLayer of transformers.
     """
-    return _rmsnorm_add_rmsnorm(branch, residual, post_weight, pre_weight, eps)  # type: ignore[no-any-return]
+    return _rmsnorm_add_rmsnorm(branch, residual, post_weight, pre_weight, eps)
 
 
 def _check(branch: Tensor, residual: Tensor, post_weight: Tensor, pre_weight: Tensor, eps: float) -> None:

@@ -41,7 +41,7 @@ def rope_cache(
     Raises ArcmergeError for other shapes, dtypes and strides.
     Source: apply_rotary_pos_emb of transformers' Gemma-2.
     """
-    return _rope_cache(query, key, value, table, positions, sequences, key_cache, value_cache)  # type: ignore[no-any-return]
+    return _rope_cache(query, key, value, table, positions, sequences, key_cache, value_cache)
 
 
 def rope_table(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -53,7 +53,7 @@ def head_sample(
     candidates; these are computed again, and a flat distribution under top_p alone may need them all, [T, V] scores.
     Raises ArcmergeError for operands that do not fit together and numbers out of range.
     """
-    return _head_sample(  # type: ignore[no-any-return]
+    return _head_sample(
         x, weight, softcap, temperature, top_k, top_p, min_p, seed, steps, seen, repetition_penalty, stepwise
     )
 
