@@ -25,13 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import NEVER, exponents, logarithms
+from .rope_cache import rotated
 from .target import configuration
-
-
-@triton.jit
-def _product(a, b, DTYPE: tl.constexpr):
-    """In float32; with a table of another dtype rounded to it, as transformers does."""
-    return (a * b).to(DTYPE).to(tl.float32)
 
 
 @triton.jit
@@ -45,8 +40,7 @@ def _rotated(head_ptr, rows, present, table_ptr, HEAD_DIM: tl.constexpr):
     pointers = head_ptr + rows[:, None] * HEAD_DIM + column
     first = tl.load(pointers, mask=present[:, None], other=0.0).to(tl.float32)
     second = tl.load(pointers + HALF, mask=present[:, None], other=0.0).to(tl.float32)
-    new_first = _product(first, cosine, DTYPE) - _product(second, sine, DTYPE)
-    new_second = _product(second, cosine, DTYPE) + _product(first, sine, DTYPE)
+    new_first, new_second = rotated(first, second, cosine, sine, DTYPE)
     both = tl.permute(tl.join(new_first, new_second), (0, 2, 1))
     return tl.reshape(both, (rows.shape[0], HEAD_DIM)).to(head_ptr.dtype.element_ty)
 

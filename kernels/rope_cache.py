@@ -32,6 +32,16 @@ def _store_halves(heads_ptr, first, second, within, HALF: tl.constexpr):
 
 
 @triton.jit
+def rotated(first, second, cosine, sine, ROUNDED: tl.constexpr):
+    """Halves of heads turned by an angle, all of float32; with ROUNDED of bfloat16 products are rounded to it."""
+    first_cosine = (first * cosine).to(ROUNDED).to(tl.float32)
+    second_sine = (second * sine).to(ROUNDED).to(tl.float32)
+    second_cosine = (second * cosine).to(ROUNDED).to(tl.float32)
+    first_sine = (first * sine).to(ROUNDED).to(tl.float32)
+    return first_cosine - second_sine, second_cosine + first_sine
+
+
+@triton.jit
 def _rotate(first, second, angles_ptr, real, HALF: tl.constexpr, ROUNDED: tl.constexpr):
     """Halves of heads by the row of cosines and sines at angles_ptr, the products rounded to the dtype ROUNDED."""
     # Loaded once for every head, from L1, in the layout of the heads: a single row would come in one of its own, and
@@ -39,12 +49,7 @@ def _rotate(first, second, angles_ptr, real, HALF: tl.constexpr, ROUNDED: tl.con
     angles_ptr, real = tl.broadcast_to(angles_ptr, first.shape), tl.broadcast_to(real, first.shape)
     cosine = tl.load(angles_ptr, mask=real, other=0.0).to(tl.float32)
     sine = tl.load(angles_ptr + HALF, mask=real, other=0.0).to(tl.float32)
-    first, second = first.to(tl.float32), second.to(tl.float32)
-    first_cosine = (first * cosine).to(ROUNDED).to(tl.float32)
-    second_sine = (second * sine).to(ROUNDED).to(tl.float32)
-    second_cosine = (second * cosine).to(ROUNDED).to(tl.float32)
-    first_sine = (first * sine).to(ROUNDED).to(tl.float32)
-    return first_cosine - second_sine, second_cosine + first_sine
+    return rotated(first.to(tl.float32), second.to(tl.float32), cosine, sine, ROUNDED)
 
 
 @triton.jit
