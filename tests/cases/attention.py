@@ -134,7 +134,7 @@ def build(
 
 
 def _case(name: str, *arguments: object, **named: object) -> Case:
-    build_case = lambda draw: build(draw, *arguments, **named)  # type: ignore[arg-type]  # noqa: E731
+    build_case = lambda draw: build(draw, *arguments, **named)  # noqa: E731
     # Matrix instructions add up in an order of their own.
     return Case("attention", name, build_case, exact=False, traffic=1.0)
 

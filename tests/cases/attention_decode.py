@@ -121,7 +121,7 @@ def build(
 
 
 def _case(name: str, *arguments: object, traffic: float | None = None, **named: object) -> Case:
-    build_case = lambda draw: build(draw, *arguments, **named)  # type: ignore[arg-type]  # noqa: E731
+    build_case = lambda draw: build(draw, *arguments, **named)  # noqa: E731
     # Matrix instructions add up in an order of their own.
     return Case("attention_decode", name, build_case, exact=False, traffic=traffic)
 

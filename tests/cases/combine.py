@@ -39,7 +39,7 @@ def build(draw: Draw, counts: Sequence[int], dtypes: Sequence[torch.dtype], out:
 
 
 def _case(name: str, *arguments: object, traffic: float | None = None) -> Case:
-    return Case("combine", name, lambda draw: build(draw, *arguments), traffic=traffic)  # type: ignore[arg-type]
+    return Case("combine", name, lambda draw: build(draw, *arguments), traffic=traffic)
 
 
 SMALL = [

@@ -50,7 +50,7 @@ def build(
 
 def _case(name: str, *arguments: object, traffic: float | None = 1.0) -> Case:
     # A GPU approximates 2^z and the quotient.
-    return Case("geglu", name, lambda draw: build(draw, *arguments), exact=False, traffic=traffic)  # type: ignore[arg-type]
+    return Case("geglu", name, lambda draw: build(draw, *arguments), exact=False, traffic=traffic)
 
 
 SMALL = [

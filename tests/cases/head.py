@@ -75,7 +75,7 @@ def _operations(scores: Scores) -> int:
 
 
 def build_argmax(draw: Draw, *shape: object, softcap: float = CAP, stepwise: bool = False, whole: bool = False) -> Call:
-    scores = Scores(*operands(draw, *shape, whole=whole), softcap, stepwise)  # type: ignore[arg-type]
+    scores = Scores(*operands(draw, *shape, whole=whole), softcap, stepwise)
     out = draw.empty(len(scores.x), dtype=torch.int64)
     return Call(
         launch=lambda: head.argmax(out, scores),
@@ -87,7 +87,7 @@ def build_argmax(draw: Draw, *shape: object, softcap: float = CAP, stepwise: boo
 
 
 def build_logprob(draw: Draw, *shape: object, stepwise: bool = False, whole: bool = False) -> Call:
-    scores = Scores(*operands(draw, *shape, whole=whole), CAP, stepwise)  # type: ignore[arg-type]
+    scores = Scores(*operands(draw, *shape, whole=whole), CAP, stepwise)
     rows, count = len(scores.x), len(scores.weight)
     # The first and the last id, and some between.
     ids = draw.exact(torch.arange(rows) * 37 % count if rows > 1 else torch.tensor([count - 1]))
@@ -118,7 +118,7 @@ def build_sample(
     noisy: bool = True,
     seed: int = 2**40 + 9,
 ) -> Call:
-    x, weight = operands(draw, *shape)  # type: ignore[arg-type]
+    x, weight = operands(draw, *shape)
     seen = seen_bits(draw, len(x), len(weight)) if marked else None
     scores = Scores(x, weight, CAP, False, temperature if noisy else None, seen, 1.5)
     steps = draw.exact(torch.arange(len(x)) * 2**32 + 3)
@@ -142,7 +142,7 @@ def build_sample(
 
 def build_candidates(draw: Draw, *shape: object, tiles: int = 50, marked: bool = False) -> Call:
     """What filters need: the greatest score and the mass of every tile, then the scores of some tiles, again."""
-    x, weight = operands(draw, *shape)  # type: ignore[arg-type]
+    x, weight = operands(draw, *shape)
     seen = seen_bits(draw, len(x), len(weight)) if marked else None
     scores = Scores(x, weight, CAP, False, 0.8, seen, 1.5)
     width = scores.tile.ids
@@ -192,7 +192,7 @@ def _case(op: str, name: str, *shape: object, traffic: float | None = None, **op
     return Case(
         "head_sample" if op == "candidates" else op,
         name,
-        lambda draw: build(draw, *shape, **options),  # type: ignore[arg-type]
+        lambda draw: build(draw, *shape, **options),
         exact=False,
         traffic=traffic,
     )

@@ -46,7 +46,7 @@ def build(draw: Draw, tokens: int, columns: int, rows: Sequence[int], dtype: tor
 
 def _case(name: str, *arguments: object) -> Case:
     # Tensor cores add the 16 columns of a product, and a GPU the slices, in another order than the interpreter.
-    return Case("linear", name, lambda draw: build(draw, *arguments), exact=False, traffic=1.0)  # type: ignore[arg-type]
+    return Case("linear", name, lambda draw: build(draw, *arguments), exact=False, traffic=1.0)
 
 
 SMALL = [

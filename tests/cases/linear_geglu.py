@@ -58,7 +58,7 @@ def build_stepwise(draw: Draw, tokens: int, columns: int, rows: int) -> Call:
     return _call(x, gate_weight, up_weight, out, True, expected)
 
 
-def _call(x: Tensor, gate_weight: Tensor, up_weight: Tensor, out: Tensor, stepwise: bool, expected) -> Call:  # type: ignore[no-untyped-def]
+def _call(x: Tensor, gate_weight: Tensor, up_weight: Tensor, out: Tensor, stepwise: bool, expected) -> Call:
     (tokens, columns), rows = x.shape, len(gate_weight)
     return Call(
         launch=lambda: linear_geglu(out, x, gate_weight, up_weight, stepwise),
@@ -74,7 +74,7 @@ def _case(name: str, *arguments: object) -> Case:
     return Case(
         "linear_geglu",
         name,
-        lambda draw: (build_stepwise if "stepwise" in name else build)(draw, *arguments),  # type: ignore[operator]
+        lambda draw: (build_stepwise if "stepwise" in name else build)(draw, *arguments),
         exact=False,
         traffic=1.0,
     )

@@ -50,7 +50,7 @@ def build(
 
 def _case(name: str, *arguments: object, traffic: float | None = 1.0) -> Case:
     # A GPU sums over lanes and warps, the interpreter over neighbours.
-    return Case("rmsnorm", name, lambda draw: build(draw, *arguments), exact=False, traffic=traffic)  # type: ignore[arg-type]
+    return Case("rmsnorm", name, lambda draw: build(draw, *arguments), exact=False, traffic=traffic)
 
 
 SMALL = [

@@ -72,7 +72,7 @@ def _case(name: str, *arguments: object, traffic: float | None = 1.0) -> Case:
     return Case(
         "rmsnorm_add_rmsnorm",
         name,
-        lambda draw: build(draw, *arguments),  # type: ignore[arg-type]
+        lambda draw: build(draw, *arguments),
         exact=False,
         traffic=traffic,
     )

@@ -84,7 +84,7 @@ def build(
 
 
 def _case(name: str, *arguments: object, traffic: float | None = 1.0) -> Case:
-    return Case("rope_cache", name, lambda draw: build(draw, *arguments), traffic=traffic)  # type: ignore[arg-type]
+    return Case("rope_cache", name, lambda draw: build(draw, *arguments), traffic=traffic)
 
 
 SMALL = [
