@@ -105,10 +105,9 @@ void linear(Address out, Address x, Count count, Count length, const std::vector
   arcmerge::linear(at<void>(out), at<const void>(x), count, length, matrices, activation_of(dtype, "dtype"));
 }
 
-void linear_geglu(Address out, Address x, Count count, Count length, Address gate, Address up, Count rows, int dtype,
-                  bool stepwise) {
+void linear_geglu(Address out, Address x, Count count, Count length, Address gate, Address up, Count rows, int dtype) {
   arcmerge::linear_geglu(at<void>(out), at<const void>(x), count, length, at<const void>(gate), at<const void>(up),
-                         rows, activation_of(dtype, "dtype"), stepwise);
+                         rows, activation_of(dtype, "dtype"));
 }
 
 void geglu(Address out, Address gate, Count gate_stride, Address up, Count up_stride, Count rows, Count columns,
@@ -160,10 +159,8 @@ void attention_decode(Address out, Address qkv, Count heads, Address table, int 
                              softcap, window);
 }
 
-arcmerge::Head make_head(Address x, Address weight, Count count, Count ids, Count length, int dtype, double softcap,
-                         bool stepwise) {
-  return {at<const char>(x), at<const char>(weight), count, ids, length, activation_of(dtype, "dtype"), float(softcap),
-          stepwise};
+arcmerge::Head make_head(Address x, Address weight, Count count, Count ids, Count length, int dtype, double softcap) {
+  return {at<const char>(x), at<const char>(weight), count, ids, length, activation_of(dtype, "dtype"), float(softcap)};
 }
 
 void head_logprob(Address out, Address best, const arcmerge::Head& head, Address ids) {
@@ -210,7 +207,7 @@ PYBIND11_MODULE(_C, module) {
       "address"_a, "count"_a, no_gil);
   module.def("linear", &linear, "out"_a, "x"_a, "count"_a, "length"_a, "weights"_a, "dtype"_a, no_gil);
   module.def("linear_geglu", &linear_geglu, "out"_a, "x"_a, "count"_a, "length"_a, "gate"_a, "up"_a, "rows"_a,
-             "dtype"_a, "stepwise"_a, no_gil);
+             "dtype"_a, no_gil);
   module.def("geglu", &geglu, "out"_a, "gate"_a, "gate_stride"_a, "up"_a, "up_stride"_a, "rows"_a, "columns"_a,
              "dtype"_a, "stepwise"_a, no_gil);
   module.def("rmsnorm", &rmsnorm, "out"_a, "x"_a, "x_dtype"_a, "weight"_a, "dtype"_a, "rows"_a, "columns"_a, "eps"_a,
@@ -229,8 +226,7 @@ PYBIND11_MODULE(_C, module) {
 
   module.attr("HEAD_TILE") = arcmerge::kHeadTile;
   py::class_<arcmerge::Head>(module, "Head")
-      .def(py::init(&make_head), "x"_a, "weight"_a, "count"_a, "ids"_a, "length"_a, "dtype"_a, "softcap"_a,
-           "stepwise"_a);
+      .def(py::init(&make_head), "x"_a, "weight"_a, "count"_a, "ids"_a, "length"_a, "dtype"_a, "softcap"_a);
   module.def("head_logprob", &head_logprob, "out"_a, "best"_a, "head"_a, "ids"_a, no_gil);
   module.def("head_scores", &head_scores, "out"_a, "maxima"_a, "head"_a, "seen"_a, "penalty"_a, "temperature"_a,
              no_gil);

@@ -26,16 +26,15 @@ struct Matrix {
   std::int64_t rows = 0;
 };
 
-// out[t] = x[t] times every row of every weight, side by side; x: [count, length], all of one dtype. Sums in f32, whose
-// order does not depend on `count`, and one rounding. Of all operations only these sums may differ between variants, in
-// their last bits (dot.cpp).
+// out[t] = x[t] times every row of every weight, side by side; x: [count, length], all of one dtype. Sums in f32 and
+// one rounding. The bits of a row depend on the others only in whether there are more than 16. Of all operations only
+// these sums may differ between variants, in their last bits (dot.cpp, panels.cpp).
 void linear(void* out, const void* x, std::int64_t count, std::int64_t length, const std::vector<Matrix>& weights,
             DType dtype);
 
-// out: [count, rows] = gelu(x times gate) * (x times up), with the sums of `linear`; stepwise: each product and the
-// gelu are rounded to dtype on the way.
+// out: [count, rows] = gelu(x times gate) * (x times up), with the sums of `linear`, rounded once.
 void linear_geglu(void* out, const void* x, std::int64_t count, std::int64_t length, const void* gate, const void* up,
-                  std::int64_t rows, DType dtype, bool stepwise);
+                  std::int64_t rows, DType dtype);
 
 // out: [rows, columns] = gelu(gate) * up; stepwise: the gelu is rounded to dtype on the way. The rows of gate and up
 // begin gate_stride and up_stride elements from one another.
@@ -95,14 +94,13 @@ void attention_decode(void* out, const void* qkv, std::int64_t heads, const void
 // ---- the head
 
 // logits[t][id] = softcap * tanh(x[t] . weight[id] / softcap) in f32, of x: [count, length] and weight: [ids, length].
-// softcap 0: none. stepwise: each step is rounded to dtype. The bits of a token's logits depend on the others only in
+// softcap 0: none. The bits of a token's logits depend on the others only in
 // whether there are more than 16, and in the last places.
 struct Head {
   const char *x = nullptr, *weight = nullptr;
   std::int64_t count = 0, ids = 0, length = 0;
   DType dtype = DType::bf16;
   float softcap = 0;
-  bool stepwise = false;
 };
 
 // best[t]: the id of the greatest logit, the lowest of equals. With `ids`, also out[t] = the logarithm of the softmax

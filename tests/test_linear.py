@@ -90,7 +90,8 @@ def test_a_weight_without_rows_among_others(monkeypatch, backend):
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.arcmerge.linear.default, (normal(3, 24), [normal(5, 24, seed=1), normal(2, 24)]))
+    arguments = (normal(3, 24), [normal(5, 24, seed=1), normal(2, 24)], False)
+    torch.library.opcheck(torch.ops.arcmerge.linear.default, arguments)
 
 
 @pytest.mark.parametrize(

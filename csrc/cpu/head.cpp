@@ -65,7 +65,7 @@ class Blocks {
             by_columns(logits.data(), sums.data(), block, token, count, ids);
           for (std::int64_t t = 0; t < count; ++t) {
             float* row = logits.data() + t * kIds;
-            cap_logits(row, kIds, head_.softcap, head_.stepwise && head_.dtype == DType::bf16);
+            if (head_.softcap) cap_logits(row, kIds, head_.softcap);
             std::fill(row + ids, row + kIds, -kInfinity);
             body(block, token + t, row);
           }

@@ -1,29 +1,26 @@
-// linear and linear_geglu: a few rows of x by weights that do not fit in any cache, each of which is read once.
+// linear and linear_geglu: a few rows of x at the speed of memory, row by row of weights that fit in no cache
+// (dot.cpp); many at that of arithmetic (panels.cpp).
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/dot.h"
 #include "cpu/geglu.h"
+#include "cpu/panels.h"
 #include "cpu/pool.h"
+#include "cpu/product.h"
 #include "cpu/tile.h"
 #include "gemma2.h"
 
 namespace arcmerge {
 namespace {
 
-// Rows of x that a weight is read for once; more begin anew.
-constexpr std::int64_t kMostCount = 16;
+// Rows of x for which a weight is read row by row: a panel, if they are many.
+constexpr std::int64_t kFew = Panels::kWidth;
 // The rows of gate and of up are read in turns of as many: 290 KB of 2.6B, so that the switch does not show.
-constexpr std::int64_t kRows = 64;
-
-struct Inputs {
-  const char* x;
-  std::int64_t count, length;
-  DType dtype;
-
-  std::int64_t row_bytes() const { return length * item_size(dtype); }
-};
+constexpr std::int64_t kFewRows = 64, kMostRows = std::max(kFewRows, Panels::kRows);
 
 void require_inputs(std::int64_t count, std::int64_t length, std::int64_t rows) {
   if (count < 0 || length < 0 || rows < 0)
@@ -31,45 +28,77 @@ void require_inputs(std::int64_t count, std::int64_t length, std::int64_t rows) 
                                 ", " + std::to_string(length) + " and " + std::to_string(rows));
 }
 
-// out[t * stride + row] = sums[row * count + t], rounded.
-void store(const float* sums, std::int64_t rows, std::int64_t count, DType dtype, char* out, std::int64_t stride) {
-  float values[kRows];
-  for (std::int64_t t = 0; t < count; ++t) {
-    for (std::int64_t row = 0; row < rows; ++row) values[row] = sums[row * count + t];
-    narrow(values, rows, dtype, out + t * stride * item_size(dtype));
+// Rows of x, ready for products.
+class Inputs {
+ public:
+  Inputs(const char* x, std::int64_t count, std::int64_t length, DType dtype, bool few)
+      : count(count), length(length), dtype(dtype), rows(few ? kFewRows : Panels::kRows), x_(x) {
+    if (!few) panels_.emplace(x, count, length, dtype);
   }
-}
+
+  const std::int64_t count, length;
+  const DType dtype;
+  const std::int64_t rows;  // of a weight, at most, that are multiplied at once
+
+  std::int64_t row_bytes() const { return length * item_size(dtype); }
+  std::int64_t columns() const { return panels_ ? panels_->columns() : count; }
+
+  // Sums as of Panels; those of a few rows of x are one panel.
+  void multiply(const char* weight, std::int64_t number, float* sums) const {
+    if (panels_)
+      panels_->multiply(weight, number, sums);
+    else
+      dot_rows(weight, number, x_, count, length, dtype, sums);
+  }
+
+  // out[t * stride + row] = the sum of row `row` and x[t], rounded.
+  void store(const float* sums, std::int64_t number, char* out, std::int64_t stride) const {
+    float values[kFew * kMostRows];
+    for (std::int64_t t = 0; t < count; t += kFew, sums += kFew * number) {
+      const std::int64_t some = std::min(kFew, count - t), width = std::min(kFew, columns() - t);
+      transpose(reinterpret_cast<std::uint32_t*>(values), number, sums, width * 4, number, some);
+      for (std::int64_t i = 0; i < some; ++i)
+        narrow(values + i * number, number, dtype, out + (t + i) * stride * item_size(dtype));
+    }
+  }
+
+ private:
+  const char* x_;
+  std::optional<Panels> panels_;
+};
 
 // Rows [first, last) of one weight.
 void linear_rows(const char* weight, std::int64_t first, std::int64_t last, const Inputs& in, char* out,
                  std::int64_t stride) {
-  float sums[kRows * kMostCount];
-  for (std::int64_t row = first; row < last; row += kRows) {
-    const std::int64_t rows = std::min(kRows, last - row);
-    dot_rows(weight + row * in.row_bytes(), rows, in.x, in.count, in.length, in.dtype, sums);
-    store(sums, rows, in.count, in.dtype, out + row * item_size(in.dtype), stride);
+  std::vector<float> sums(in.rows * in.columns());
+  for (std::int64_t row = first; row < last; row += in.rows) {
+    const std::int64_t rows = std::min(in.rows, last - row);
+    in.multiply(weight + row * in.row_bytes(), rows, sums.data());
+    in.store(sums.data(), rows, out + row * item_size(in.dtype), stride);
   }
 }
 
 void linear_geglu_rows(const char* gate, const char* up, std::int64_t first, std::int64_t last, const Inputs& in,
-                       bool stepwise, char* out, std::int64_t stride) {
-  float gates[kRows * kMostCount], ups[kRows * kMostCount];
-  for (std::int64_t row = first; row < last; row += kRows) {
-    const std::int64_t rows = std::min(kRows, last - row);
-    dot_rows(gate + row * in.row_bytes(), rows, in.x, in.count, in.length, in.dtype, gates);
-    dot_rows(up + row * in.row_bytes(), rows, in.x, in.count, in.length, in.dtype, ups);
-    activate(gates, ups, rows * in.count, in.dtype, stepwise);
-    store(gates, rows, in.count, in.dtype, out + row * item_size(in.dtype), stride);
+                       char* out, std::int64_t stride) {
+  std::vector<float> gates(in.rows * in.columns()), ups(in.rows * in.columns());
+  for (std::int64_t row = first; row < last; row += in.rows) {
+    const std::int64_t rows = std::min(in.rows, last - row);
+    in.multiply(gate + row * in.row_bytes(), rows, gates.data());
+    in.multiply(up + row * in.row_bytes(), rows, ups.data());
+    activate(gates.data(), ups.data(), rows * in.columns(), in.dtype, false);
+    in.store(gates.data(), rows, out + row * item_size(in.dtype), stride);
   }
 }
 
-// Calls body with at most kMostCount rows of x at a time, and with where their outputs begin.
+// Calls body with as many rows of x as are taken at once, and with where their outputs begin.
 template <class Body>
 void in_parts(void* out, const void* x, std::int64_t count, std::int64_t length, std::int64_t stride, DType dtype,
               const Body& body) {
-  for (std::int64_t t = 0; t < count; t += kMostCount) {
-    const Inputs in{static_cast<const char*>(x) + t * length * item_size(dtype), std::min(kMostCount, count - t),
-                    length, dtype};
+  const bool few = count <= kFew;
+  const std::int64_t most = few ? kFew : Panels::most(length);
+  for (std::int64_t t = 0; t < count; t += most) {
+    const Inputs in(static_cast<const char*>(x) + t * length * item_size(dtype), std::min(most, count - t), length,
+                    dtype, few);
     body(in, static_cast<char*>(out) + t * stride * item_size(dtype));
   }
 }
@@ -84,7 +113,7 @@ void linear(void* out, const void* x, std::int64_t count, std::int64_t length, c
     rows += weight.rows;
   }
   in_parts(out, x, count, length, rows, dtype, [&](const Inputs& in, char* to) {
-    parallel(rows, kRows, [&](std::int64_t first, std::int64_t last) {
+    parallel(rows, in.rows, [&](std::int64_t first, std::int64_t last) {
       std::int64_t before = 0;
       for (const Matrix& weight : weights) {
         linear_rows(weight.address, std::max<std::int64_t>(first - before, 0), std::min(last - before, weight.rows), in,
@@ -96,12 +125,11 @@ void linear(void* out, const void* x, std::int64_t count, std::int64_t length, c
 }
 
 void linear_geglu(void* out, const void* x, std::int64_t count, std::int64_t length, const void* gate, const void* up,
-                  std::int64_t rows, DType dtype, bool stepwise) {
+                  std::int64_t rows, DType dtype) {
   require_inputs(count, length, rows);
   in_parts(out, x, count, length, rows, dtype, [&](const Inputs& in, char* to) {
-    parallel(rows, kRows, [&](std::int64_t first, std::int64_t last) {
-      linear_geglu_rows(static_cast<const char*>(gate), static_cast<const char*>(up), first, last, in, stepwise, to,
-                        rows);
+    parallel(rows, in.rows, [&](std::int64_t first, std::int64_t last) {
+      linear_geglu_rows(static_cast<const char*>(gate), static_cast<const char*>(up), first, last, in, to, rows);
     });
   });
 }

@@ -11,21 +11,11 @@ namespace {
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <class Isa>
-inline typename Vector<Isa>::F32 to_bf16(const typename Vector<Isa>::F32& value) {
-  using U32 = typename Vector<Isa>::U32;
-  const U32 bits = (U32)value;
-  return (typename Vector<Isa>::F32)((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
-}
-
-template <class Isa>
-inline void cap_logits_body(float* logits, std::int64_t count, float softcap, bool rounded) {
-  using F32 = typename Vector<Isa>::F32;
-  const auto step = [&](const F32& value) { return rounded ? to_bf16<Isa>(value) : value; };
+inline void cap_logits_body(float* logits, std::int64_t count, float softcap) {
   for (std::int64_t i = 0; i < count; i += Isa::kBytes / 4) {
-    F32 logit;
+    typename Vector<Isa>::F32 logit;
     std::memcpy(&logit, logits + i, sizeof logit);
-    logit = step(logit);
-    if (softcap) logit = step(step(tanh<Isa>(step(logit / softcap))) * softcap);
+    logit = tanh<Isa>(logit / softcap) * softcap;
     std::memcpy(logits + i, &logit, sizeof logit);
   }
 }
@@ -50,8 +40,7 @@ inline Extremes extremes_body(const float* logits, std::int64_t count) {
 
 }  // namespace
 
-ARCMERGE_VARIANTS(void, cap_logits, (float* logits, std::int64_t count, float softcap, bool rounded),
-                  (logits, count, softcap, rounded))
+ARCMERGE_VARIANTS(void, cap_logits, (float* logits, std::int64_t count, float softcap), (logits, count, softcap))
 ARCMERGE_VARIANTS(Extremes, extremes, (const float* logits, std::int64_t count), (logits, count))
 
 }  // namespace arcmerge

@@ -5,9 +5,8 @@
 
 namespace arcmerge {
 
-// softcap * tanh(logit / softcap); softcap 0: none. rounded: each step, and the logit before, to bf16. count: a
-// multiple of 16.
-void cap_logits(float* logits, std::int64_t count, float softcap, bool rounded);
+// softcap * tanh(logit / softcap); count: a multiple of 16.
+void cap_logits(float* logits, std::int64_t count, float softcap);
 
 struct Extremes {
   float greatest, sum;  // sum of exp(logit - greatest)

@@ -12,9 +12,10 @@
 namespace arcmerge {
 namespace {
 
-template <class Isa>
+// AVX2 has 16 registers: of f32, 12 sums, two factors and a left one; of bf16, half as many sums and twice the factors.
+template <class Isa, DType dtype>
 constexpr int kMostRows = Isa::kBytes == 64   ? 8
-                          : Isa::kBytes == 32 ? 4
+                          : Isa::kBytes == 32 ? (dtype == DType::f32 ? 6 : 4)
                                               : 2;
 template <class Isa>
 constexpr int kMostUnits = Isa::kBytes == 64 ? kColumns / kLanes : 1;
@@ -95,8 +96,8 @@ inline void all_columns(float* out, const Words& left, std::int64_t rows, std::i
     const std::int64_t units = std::min<std::int64_t>((columns - column) / kLanes, kMostUnits<Isa>);
     const float* some = factors ? factors + column : nullptr;
     const auto with = [&](auto count) {
-      all_rows<Isa, dtype, kMostRows<Isa>, decltype(count)::value>(out + column, left, 0, rows, steps, right + column,
-                                                                   columns, some);
+      all_rows<Isa, dtype, kMostRows<Isa, dtype>, decltype(count)::value>(out + column, left, 0, rows, steps,
+                                                                          right + column, columns, some);
     };
     if constexpr (kMostUnits<Isa> == 3) {
       if (units == 3) with(std::integral_constant<int, 3>());

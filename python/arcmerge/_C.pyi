@@ -81,10 +81,8 @@ def linear(out: int, x: int, count: int, length: int, weights: Sequence[tuple[in
     dtype, of all of them: 0 bfloat16, 2 float32, here and below.
     """
 
-def linear_geglu(
-    out: int, x: int, count: int, length: int, gate: int, up: int, rows: int, dtype: int, stepwise: bool
-) -> None:
-    """out[count][rows] = gelu(x times gate) * (x times up); stepwise: products and gelu are rounded on the way."""
+def linear_geglu(out: int, x: int, count: int, length: int, gate: int, up: int, rows: int, dtype: int) -> None:
+    """out[count][rows] = gelu(x times gate) * (x times up), rounded once."""
 
 def geglu(
     out: int,
@@ -175,7 +173,7 @@ def attention_decode(
 HEAD_TILE: int
 
 class Head:
-    """Logits of x[count][length] and weight[ids][length], capped; stepwise: each step is rounded to dtype."""
+    """Logits of x[count][length] and weight[ids][length], capped; softcap 0: not."""
 
     def __init__(
         self,
@@ -186,7 +184,6 @@ class Head:
         length: int,
         dtype: int,
         softcap: float,
-        stepwise: bool,
     ) -> None: ...
 
 def head_logprob(out: int, best: int, head: Head, ids: int) -> None:

@@ -147,7 +147,9 @@ def _dot(
     precision: Any,
     *rest: Any,
 ) -> TensorHandle:
-    """a @ b + c; products of bf16, f16 and TF32 are exact in float32, in which they are summed.
+    """a @ b + c; the products are summed in float64 and rounded to float32 once, then c is added.
+
+    Not in float32 by BLAS, whose order of sums goes by where a row lies in a block and by the processor.
 
     Triton hands float32 to tensor cores as it is (no cvt.tf32 in the PTX for sm_80, sm_90 and sm_100), and these read
     the upper 19 bits. tf32x3 and bf16x3 are taken for float32, whose accuracy they approach.
@@ -157,7 +159,8 @@ def _dot(
     left, right = (_values(operand).astype(np.float32, copy=False) for operand in (a, b))
     if tl.float32 in (a.dtype.scalar, b.dtype.scalar) and precision == ir.INPUT_PRECISION.TF32:
         left, right = cut_to_tf32(left), cut_to_tf32(right)
-    return _handle(np.matmul(left, right) + _values(c), c.dtype)
+    product = np.matmul(left.astype(np.float64), right.astype(np.float64))
+    return _handle(product.astype(np.float32) + _values(c), c.dtype)
 
 
 def _atomic(

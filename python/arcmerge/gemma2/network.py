@@ -51,9 +51,9 @@ class Network:
 
         normed = ops.rmsnorm(residual, weights.layers[0].input_layernorm, config.rms_norm_eps)
         for number, layer in enumerate(weights.layers):
-            qkv = ops.linear(normed, [layer.q_proj, layer.k_proj, layer.v_proj])
+            qkv = ops.linear(normed, [layer.q_proj, layer.k_proj, layer.v_proj], stepwise=self.stepwise)
             attended = self._attend(number, qkv, batch, cache)
-            branch = ops.linear(attended, [layer.o_proj])
+            branch = ops.linear(attended, [layer.o_proj], stepwise=self.stepwise)
             residual, normed = ops.rmsnorm_add_rmsnorm(
                 branch,
                 residual,
@@ -62,7 +62,7 @@ class Network:
                 config.rms_norm_eps,
             )
             inner = ops.linear_geglu(normed, layer.gate_proj, layer.up_proj, stepwise=self.stepwise)
-            branch = ops.linear(inner, [layer.down_proj])
+            branch = ops.linear(inner, [layer.down_proj], stepwise=self.stepwise)
             residual, normed = ops.rmsnorm_add_rmsnorm(
                 branch, residual, layer.post_feedforward_layernorm, following[number], config.rms_norm_eps
             )

@@ -2,8 +2,9 @@
 
 x is [T, D], weight [V, D], both bfloat16 or both float32. Products are summed and
 capped in float32; softcap 0 is no cap. stepwise: round to the dtype of x after the product, the quotient, the tanh and
-the product with softcap, as transformers does; equal logits are then common in bfloat16. Source: Gemma 2 (arXiv
-2408.00118) and modeling_gemma2.py; one pass without logits in memory: Cut Cross-Entropy (arXiv 2411.09009).
+the product with softcap, as transformers does, on the CPU by its own calls of torch, a few rows at a time; equal logits
+are then common in bfloat16. Source: Gemma 2 (arXiv 2408.00118) and modeling_gemma2.py; one pass without logits in
+memory: Cut Cross-Entropy (arXiv 2411.09009).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from arcmerge.ops.require import require_activations, require_dtype_of, require_
 
 # The reference converts this many rows of the weight to float32 at a time: 150 MB of Gemma-2 2.6B, not 2.4 GB.
 PART = 2**14
+# Rows whose logits are in memory at a time, where they have to be: 25 MB of Gemma-2 2.6B's.
+ROWS = 16
 
 
 def head_logits(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
@@ -104,31 +107,37 @@ def _reference_logprob(x: Tensor, weight: Tensor, ids: Tensor, softcap: float, s
     return chosen - every.logsumexp(dim=1), every.argmax(dim=1)
 
 
-def native_head(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> _C.Head:
+def native_head(x: Tensor, weight: Tensor, softcap: float) -> _C.Head:
     """Contiguous CPU tensors for the native backend, which reads them in place."""
-    return _C.Head(
-        x.data_ptr(), weight.data_ptr(), len(x), len(weight), x.shape[1], native_dtype(x.dtype), softcap, stepwise
-    )
+    return _C.Head(x.data_ptr(), weight.data_ptr(), len(x), len(weight), x.shape[1], native_dtype(x.dtype), softcap)
 
 
 def _native_logits(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
+    if stepwise:
+        return logits(x, weight, softcap, stepwise)
     x, weight = x.contiguous(), weight.contiguous()
     out = x.new_empty(len(x), len(weight), dtype=torch.float32)
-    _C.head_scores(out.data_ptr(), 0, native_head(x, weight, softcap, stepwise), 0, 1.0, 1.0)
+    _C.head_scores(out.data_ptr(), 0, native_head(x, weight, softcap), 0, 1.0, 1.0)
     return out
 
 
 def _native_argmax(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
+    if stepwise:
+        return torch.cat([_reference_argmax(part, weight, softcap, stepwise) for part in x.split(ROWS)])
     x, weight = x.contiguous(), weight.contiguous()
     best = x.new_empty(len(x), dtype=torch.int64)
-    _C.head_logprob(0, best.data_ptr(), native_head(x, weight, softcap, stepwise), 0)
+    _C.head_logprob(0, best.data_ptr(), native_head(x, weight, softcap), 0)
     return best
 
 
 def _native_logprob(x: Tensor, weight: Tensor, ids: Tensor, softcap: float, stepwise: bool) -> tuple[Tensor, Tensor]:
+    if stepwise:
+        parts = zip(x.split(ROWS), ids.split(ROWS), strict=True)
+        found = [_reference_logprob(some, weight, wanted, softcap, stepwise) for some, wanted in parts]
+        return torch.cat([logprob for logprob, _ in found]), torch.cat([best for _, best in found])
     x, weight, ids = x.contiguous(), weight.contiguous(), ids.contiguous()
     out, best = x.new_empty(len(x), dtype=torch.float32), torch.empty_like(ids)
-    _C.head_logprob(out.data_ptr(), best.data_ptr(), native_head(x, weight, softcap, stepwise), ids.data_ptr())
+    _C.head_logprob(out.data_ptr(), best.data_ptr(), native_head(x, weight, softcap), ids.data_ptr())
     return out, best
 
 

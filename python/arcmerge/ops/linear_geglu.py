@@ -8,7 +8,7 @@ from torch import Tensor
 from arcmerge import _C
 from arcmerge.ops.backend import native_dtype
 from arcmerge.ops.geglu import geglu
-from arcmerge.ops.linear import MOST_TOKENS, require_linear
+from arcmerge.ops.linear import MOST_TOKENS, require_linear, torch_multiplies
 from arcmerge.ops.registry import op
 from arcmerge.ops.require import require_shape
 
@@ -19,10 +19,10 @@ def linear_geglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, *, stepwise:
     x: [T, K]. gate_weight G, up_weight U: [F, K]. All bfloat16 or all float32, on one device.
 
     Returns [T, F], contiguous, in their dtype. Arithmetic is in float32 and rounded once where T is at most 16. With
-    `stepwise`, as in transformers, both products, gelu and the output are rounded to the dtype; past 16 rows, where
-    torch.mm is called twice and then `geglu`, both products are rounded in any case. Up to 16 rows, weights, x and
-    output are moved once, and the bits of a row of the output depend on neither the other rows nor their number.
-    Raises ArcmergeError for other shapes and dtypes.
+    `stepwise`, as in transformers, both products, gelu and the output are rounded to the dtype, and on the CPU torch.mm
+    is called twice, then `geglu`; so it is past 16 rows where torch.mm serves (see `linear`), with rounded products. Up
+    to 16 rows, weights, x and output are moved once, and the bits of a row of the output depend on neither the other
+    rows nor their number. Raises ArcmergeError for other shapes and dtypes.
     Source: Gemma2MLP of transformers with hidden_activation "gelu_pytorch_tanh", without its down_proj.
     """
     return _linear_geglu(x, gate_weight, up_weight, stepwise)
@@ -45,7 +45,7 @@ def _reference(x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool
 
 
 def _native(x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool) -> Tensor:
-    if x.shape[0] > MOST_TOKENS:
+    if stepwise or (x.shape[0] > MOST_TOKENS and torch_multiplies(x.dtype)):
         return _activated_products(x, gate_weight, up_weight, stepwise)
     out, (tokens, columns) = _fake(x, gate_weight, up_weight, stepwise), x.shape
     x, gate_weight, up_weight = x.contiguous(), gate_weight.contiguous(), up_weight.contiguous()
@@ -58,7 +58,6 @@ def _native(x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool) -
         up_weight.data_ptr(),
         len(gate_weight),
         native_dtype(x.dtype),
-        stepwise,
     )
     return out
 

@@ -158,11 +158,26 @@ def _native(
     repetition_penalty: float,
     stepwise: bool,
 ) -> Tensor:
+    if stepwise:
+        return _reference(
+            x,
+            weight,
+            softcap,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed,
+            steps,
+            seen,
+            repetition_penalty,
+            stepwise,
+        )
     out, weight = torch.empty_like(steps), weight.contiguous()
     for first in range(0, len(x), SCORED):
         part = slice(first, first + SCORED)
         bits = None if seen is None else seen[part]
-        scores, maxima = _native_scores(x[part], weight, softcap, stepwise, temperature, bits, repetition_penalty)
+        scores, maxima = _native_scores(x[part], weight, softcap, temperature, bits, repetition_penalty)
         if not temperature:
             out[part] = scores.argmax(dim=1)
         elif top_k or 0 < top_p < 1 or min_p:
@@ -183,7 +198,6 @@ def _native_scores(
     x: Tensor,
     weight: Tensor,
     softcap: float,
-    stepwise: bool,
     temperature: float,
     seen: Tensor | None,
     repetition_penalty: float,
@@ -194,7 +208,7 @@ def _native_scores(
     _C.head_scores(
         scores.data_ptr(),
         maxima.data_ptr(),
-        native_head(x, weight, softcap, stepwise),
+        native_head(x, weight, softcap),
         0 if bits is None else bits.data_ptr(),
         repetition_penalty,
         temperature or 1.0,

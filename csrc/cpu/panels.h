@@ -1,0 +1,44 @@
+// Many rows of x, packed for products with rows of weights at the speed of arithmetic.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "arcmerge.h"
+
+namespace arcmerge {
+
+class Panels {
+ public:
+  // Rows of x of a panel, and the most rows of a weight that are multiplied at once.
+  static constexpr std::int64_t kWidth = 16;
+  static constexpr std::int64_t kRows = 48;
+
+  // x: [count, length] of bf16 or f32.
+  Panels(const char* x, std::int64_t count, std::int64_t length, DType dtype);
+
+  // The most rows of x whose panels memory is kept for between two calls (panels.cpp).
+  static std::int64_t most(std::int64_t length);
+
+  // Rows of x, and of zeros that fill the last panel.
+  std::int64_t columns() const { return columns_; }
+
+  // The dot products of at most kRows rows of a weight with x, summed in f32 in the order in which their terms lie:
+  // one panel of x after another, and in a panel sums[row][row of x].
+  void multiply(const char* weight, std::int64_t rows, float* sums) const;
+
+ private:
+  struct alignas(64) Line {
+    float lane[kWidth];
+  };
+
+  float* panel(std::int64_t column, std::int64_t step) const {
+    return lines_[0].lane + column * length_ + step * kWidth;
+  }
+
+  std::int64_t length_, columns_;
+  DType dtype_;
+  std::unique_ptr<Line[]> lines_;
+};
+
+}  // namespace arcmerge
