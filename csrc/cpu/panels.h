@@ -32,8 +32,9 @@ class Panels {
     float lane[kWidth];
   };
 
-  float* panel(std::int64_t column, std::int64_t step) const {
-    return lines_[0].lane + column * length_ + step * kWidth;
+  // The piece of `steps` steps from `step` on of the panel that begins with a column.
+  float* piece(std::int64_t column, std::int64_t step, std::int64_t steps) const {
+    return lines_[0].lane + step * columns_ + column * steps;
   }
 
   std::int64_t length_, columns_;
