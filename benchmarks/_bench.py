@@ -32,11 +32,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process took: wall and CPU seconds (with those of its children), and its own peak of anonymous memory."""
+    """What a process took: wall and CPU seconds (with those of its children), and its own peak of anonymous memory; and
+    what it printed."""
 
     seconds: float
     cpu_seconds: float
     peak_anonymous_mb: float
+    output: str
 
 
 def run_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
@@ -66,7 +68,7 @@ def run_process(command: Sequence[str], environment: Mapping[str, str] | None = 
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} exited with {process.returncode}:\n{output[-2000:]}")
-    return Usage(seconds, usage.ru_utime + usage.ru_stime, peak)
+    return Usage(seconds, usage.ru_utime + usage.ru_stime, peak, output)
 
 
 def anonymous_mb(pid: int) -> float:

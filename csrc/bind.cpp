@@ -5,8 +5,10 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "arcmerge.h"
@@ -91,6 +93,29 @@ void column_sums(const Operand& operand, Count rows, Count columns, Address out)
 }
 
 // ---- gemma2.h
+
+// Calls of operations, to be made again without Python.
+struct Recording {
+  std::vector<std::string> names;
+  std::vector<std::function<void()>> calls;
+
+  void replay() const {
+    for (const auto& call : calls) call();
+  }
+};
+
+thread_local Recording* recording = nullptr;  // that the calls of this thread are added to
+
+// The operation, which adds each of its calls to what is being recorded.
+template <class... Arguments>
+auto recorded(const char* name, void (*operation)(Arguments...)) {
+  return [name, operation](Arguments... arguments) {
+    operation(arguments...);
+    if (!recording) return;
+    recording->names.push_back(name);
+    recording->calls.push_back([operation, arguments...] { operation(arguments...); });
+  };
+}
 
 DType activation_of(int code, const char* name) {
   if (code != int(DType::bf16) && code != int(DType::f32))
@@ -205,24 +230,32 @@ PYBIND11_MODULE(_C, module) {
       "read",
       [](std::uintptr_t address, std::int64_t count) { arcmerge::read(reinterpret_cast<const void*>(address), count); },
       "address"_a, "count"_a, no_gil);
-  module.def("linear", &linear, "out"_a, "x"_a, "count"_a, "length"_a, "weights"_a, "dtype"_a, no_gil);
-  module.def("linear_geglu", &linear_geglu, "out"_a, "x"_a, "count"_a, "length"_a, "gate"_a, "up"_a, "rows"_a,
-             "dtype"_a, no_gil);
-  module.def("geglu", &geglu, "out"_a, "gate"_a, "gate_stride"_a, "up"_a, "up_stride"_a, "rows"_a, "columns"_a,
-             "dtype"_a, "stepwise"_a, no_gil);
-  module.def("rmsnorm", &rmsnorm, "out"_a, "x"_a, "x_dtype"_a, "weight"_a, "dtype"_a, "rows"_a, "columns"_a, "eps"_a,
+  py::class_<Recording>(module, "Recording")
+      .def(py::init())
+      .def_readonly("names", &Recording::names)
+      .def("begin", [](Recording& self) { recording = &self; })
+      .def("end", [](Recording&) { recording = nullptr; })
+      .def("replay", &Recording::replay, no_gil);
+  module.def("linear", recorded("linear", &linear), "out"_a, "x"_a, "count"_a, "length"_a, "weights"_a, "dtype"_a,
              no_gil);
-  module.def("rmsnorm_add_rmsnorm", &rmsnorm_add_rmsnorm, "total"_a, "normed"_a, "branch"_a, "residual"_a,
-             "residual_dtype"_a, "post_weight"_a, "pre_weight"_a, "dtype"_a, "rows"_a, "columns"_a, "eps"_a, no_gil);
+  module.def("linear_geglu", recorded("linear_geglu", &linear_geglu), "out"_a, "x"_a, "count"_a, "length"_a, "gate"_a,
+             "up"_a, "rows"_a, "dtype"_a, no_gil);
+  module.def("geglu", recorded("geglu", &geglu), "out"_a, "gate"_a, "gate_stride"_a, "up"_a, "up_stride"_a, "rows"_a,
+             "columns"_a, "dtype"_a, "stepwise"_a, no_gil);
+  module.def("rmsnorm", recorded("rmsnorm", &rmsnorm), "out"_a, "x"_a, "x_dtype"_a, "weight"_a, "dtype"_a, "rows"_a,
+             "columns"_a, "eps"_a, no_gil);
+  module.def("rmsnorm_add_rmsnorm", recorded("rmsnorm_add_rmsnorm", &rmsnorm_add_rmsnorm), "total"_a, "normed"_a,
+             "branch"_a, "residual"_a, "residual_dtype"_a, "post_weight"_a, "pre_weight"_a, "dtype"_a, "rows"_a,
+             "columns"_a, "eps"_a, no_gil);
 
   py::class_<arcmerge::Cache>(module, "Cache")
       .def(py::init(&make_cache), "key"_a, "value"_a, "sequences"_a, "heads"_a, "slots"_a, "head_dim"_a, "dtype"_a);
-  module.def("rope_cache", &rope_cache, "out"_a, "query"_a, "heads"_a, "key"_a, "value"_a, "count"_a, "table"_a,
-             "table_dtype"_a, "positions"_a, "sequences"_a, "cache"_a, no_gil);
-  module.def("attention", &attention, "out"_a, "query"_a, "heads"_a, "cache"_a, "query_start"_a, "lengths"_a, "scale"_a,
-             "softcap"_a, "window"_a, no_gil);
-  module.def("attention_decode", &attention_decode, "out"_a, "qkv"_a, "heads"_a, "table"_a, "table_dtype"_a,
-             "lengths"_a, "cache"_a, "scale"_a, "softcap"_a, "window"_a, no_gil);
+  module.def("rope_cache", recorded("rope_cache", &rope_cache), "out"_a, "query"_a, "heads"_a, "key"_a, "value"_a,
+             "count"_a, "table"_a, "table_dtype"_a, "positions"_a, "sequences"_a, "cache"_a, no_gil);
+  module.def("attention", recorded("attention", &attention), "out"_a, "query"_a, "heads"_a, "cache"_a, "query_start"_a,
+             "lengths"_a, "scale"_a, "softcap"_a, "window"_a, no_gil);
+  module.def("attention_decode", recorded("attention_decode", &attention_decode), "out"_a, "qkv"_a, "heads"_a,
+             "table"_a, "table_dtype"_a, "lengths"_a, "cache"_a, "scale"_a, "softcap"_a, "window"_a, no_gil);
 
   module.attr("HEAD_TILE") = arcmerge::kHeadTile;
   py::class_<arcmerge::Head>(module, "Head")

@@ -95,7 +95,8 @@ inline void tile(const char* weight, const char* x, std::int64_t bytes, float* s
   Sum<Isa, dtype> sum[kRows][kCount];
   std::int64_t done = 0;
   for (; done + kStep <= bytes; done += kStep) {
-    for (int line = 0; line < kRows * kStep / kLine; ++line, ahead += kLine) __builtin_prefetch(ahead, 0, kLocality<Isa>);
+    for (int line = 0; line < kRows * kStep / kLine; ++line, ahead += kLine)
+      __builtin_prefetch(ahead, 0, kLocality<Isa>);
     for (int i = 0; i < kRows; ++i)
       for (int t = 0; t < kCount; ++t) sum[i][t].add(weight + i * bytes + done, x + t * bytes + done);
   }

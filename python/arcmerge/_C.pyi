@@ -75,6 +75,21 @@ def set_threads(threads: int) -> None:
 def read(address: int, count: int) -> None:
     """Read `count` bytes with all threads and do nothing with them: for comparing speeds."""
 
+class Recording:
+    """Calls of the operations below, down to attention_decode, to be made again with the same arguments.
+
+    names: of the operations, in order. begin, end: the calls that this thread makes in between are added. What their
+    addresses point at must live as long as they are replayed.
+    """
+
+    def __init__(self) -> None: ...
+    @property
+    def names(self) -> list[str]: ...
+    def begin(self) -> None: ...
+    def end(self) -> None: ...
+    def replay(self) -> None:
+        """Make the calls again, in order."""
+
 def linear(out: int, x: int, count: int, length: int, weights: Sequence[tuple[int, int]], dtype: int) -> None:
     """out[count][sum of rows] = x[count][length] times every row of the weights, each (address, rows).
 

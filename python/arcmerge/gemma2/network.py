@@ -44,9 +44,16 @@ class Network:
 
     def __call__(self, batch: Batch, cache: Cache) -> Tensor:
         """Hidden states [T, hidden_size] after the final norm; writes the batch's keys and values to the cache."""
+        return self.layers(self.embed(batch.tokens), batch, cache)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream [T, hidden_size] with which the layers begin."""
+        embedded = torch.nn.functional.embedding(tokens, self.weights.embed_tokens)
+        return embedded.to(self._residual_dtype) * self._embedding_scale
+
+    def layers(self, residual: Tensor, batch: Batch, cache: Cache) -> Tensor:
+        """Hidden states after all layers and the final norm, by ops alone."""
         config, weights = self.config, self.weights
-        embedded = torch.nn.functional.embedding(batch.tokens, weights.embed_tokens)
-        residual = embedded.to(self._residual_dtype) * self._embedding_scale
         following = [*(layer.input_layernorm for layer in weights.layers[1:]), weights.norm]
 
         normed = ops.rmsnorm(residual, weights.layers[0].input_layernorm, config.rms_norm_eps)

@@ -11,6 +11,7 @@ from torch import Tensor
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.cache import Batch, Cache
 from arcmerge.gemma2.network import Network
+from arcmerge.gemma2.step import Step
 
 # Tokens of one pass: enough to keep matrix products busy, few enough that what lies between two ops stays small (2.6B:
 # 2,048 tokens of 2 * 9,216 values in bf16 are 75 MB).
@@ -39,6 +40,7 @@ class Sequences:
         self._cache = Cache(config, count, capacity, chunk, dtype, self._device, transient)
         self._transient = transient
         self._lengths = [0] * count
+        self._step: Step | None = None
 
     def feed(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Batch, Tensor]]:
         """The next tokens of every sequence, some perhaps of none: each pass and its hidden states [T, hidden_size]."""
@@ -60,17 +62,13 @@ class Sequences:
         return torch.stack([row for row in last if row is not None])
 
     def step(self, tokens: Sequence[int | None]) -> Tensor:
-        """Hidden states [B, hidden_size] after one more token of each; None: it rests, and its row means nothing."""
+        """Hidden states [B, hidden_size] after one more token of each, which the next step overwrites.
+
+        None: the sequence rests, and its row means nothing.
+        """
         awake = [token is not None for token in tokens]
         self._lengths = [length + more for length, more in zip(self._lengths, awake, strict=True)]
         lengths = torch.tensor([length * more for length, more in zip(self._lengths, awake, strict=True)])
-        count = len(tokens)
-        batch = Batch(
-            tokens=torch.tensor([token or 0 for token in tokens]).to(self._device),
-            positions=(lengths - 1).to(self._device),
-            sequences=torch.arange(count, device=self._device),
-            starts=torch.arange(count + 1, dtype=torch.int32, device=self._device),
-            lengths=lengths.to(self._device, torch.int32),
-            longest=1,
-        )
-        return self._network(batch, self._cache)
+        if self._step is None:
+            self._step = Step(self._network, self._cache, len(tokens))
+        return self._step(torch.tensor([token or 0 for token in tokens]), lengths)

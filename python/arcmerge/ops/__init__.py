@@ -11,6 +11,7 @@ from arcmerge.ops.gram import gram
 from arcmerge.ops.head import head_argmax, head_logits, head_logprob
 from arcmerge.ops.linear import linear
 from arcmerge.ops.linear_geglu import linear_geglu
+from arcmerge.ops.recording import recorded
 from arcmerge.ops.registry import backends
 from arcmerge.ops.rmsnorm import rmsnorm
 from arcmerge.ops.rmsnorm_add_rmsnorm import rmsnorm_add_rmsnorm
@@ -30,6 +31,7 @@ __all__ = [
     "head_sample",
     "linear",
     "linear_geglu",
+    "recorded",
     "rmsnorm",
     "rmsnorm_add_rmsnorm",
     "rope_cache",

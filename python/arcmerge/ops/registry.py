@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 
 from arcmerge.ops.backend import choose, explain
+from arcmerge.ops.recording import current
 
 Implementation = Callable[..., Any]
 Parameters = ParamSpec("Parameters")
@@ -54,7 +55,10 @@ def backends(device: str) -> dict[str, str]:
 
 def _serving(name: str, device: str, offered: Mapping[str, Implementation]) -> Implementation:
     def call(*arguments: Any, **named: Any) -> Any:
-        return offered[choose(device, name, offered).name](*arguments, **named)
+        function = offered[choose(device, name, offered).name]
+        if (recording := current()) is not None:
+            return recording.call(name, function, arguments, named)
+        return function(*arguments, **named)
 
     return call
 

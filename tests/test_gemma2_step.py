@@ -1,0 +1,98 @@
+"""Decoding by replayed steps gives the hidden states of plain calls, wherever a step can be replayed and where not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from arcmerge import ops
+from arcmerge.gemma2.cache import Batch, Cache
+from arcmerge.gemma2.network import Network
+from arcmerge.gemma2.step import Step
+from operands import BF16, F32, normal, same_bits
+from random_network import TINY, config_of, random_network
+
+CPU = torch.device("cpu")
+PROMPTS = [[2, 17, 5, 250, 99], [2, 44, 3, 8]]
+STEPS = [[7, 9], [250, 3], [11, 12], [44, 2], [1, 5]]
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    monkeypatch.delenv("ARCMERGE_BACKEND", raising=False)
+    return random_network(config_of(TINY, max_position_embeddings=64), CPU)
+
+
+def filled(network: Network, repeats: int = 1) -> Cache:
+    prompts = PROMPTS * repeats
+    cache = Cache(network.config, len(prompts), 32, 8, BF16, CPU)
+    network(Batch.of(prompts, [0] * len(prompts), CPU), cache)
+    return cache
+
+
+def plain_and_replayed(network: Network, repeats: int = 1) -> tuple[list[torch.Tensor], list[torch.Tensor], Step]:
+    """Hidden states of the steps, each by a call of the network, and by a Step."""
+    caches = filled(network, repeats), filled(network, repeats)
+    lengths = [len(prompt) for prompt in PROMPTS * repeats]
+    step, plain, replayed = Step(network, caches[1], len(lengths)), [], []
+    for number, tokens in enumerate(STEPS):
+        batch = Batch.of([[token] for token in tokens * repeats], [length + number for length in lengths], CPU)
+        plain.append(network(batch, caches[0]))
+        replayed.append(step(batch.tokens, batch.lengths).clone())
+    return plain, replayed, step
+
+
+def test_replayed_steps_have_the_bits_of_plain_calls(network: Network) -> None:
+    plain, replayed, step = plain_and_replayed(network)
+    assert step._replay is not None
+    assert all(same_bits(one, other) for one, other in zip(replayed, plain, strict=True))
+    assert not same_bits(plain[0], plain[1])
+
+
+def test_no_op_is_called_in_a_replayed_step(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, replayed, step = plain_and_replayed(network)
+    monkeypatch.setattr(network, "layers", None)
+    again = step(torch.tensor(STEPS[-1]), torch.tensor([len(prompt) + len(STEPS) for prompt in PROMPTS]))
+    assert same_bits(again, replayed[-1])
+
+
+@pytest.mark.parametrize("why", ["reference", "stepwise", "torch.mm"])
+def test_what_calls_torch_is_not_replayed(why: str, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why == "reference":
+        monkeypatch.setenv("ARCMERGE_BACKEND", "reference")
+    network.stepwise = why == "stepwise"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    plain, replayed, step = plain_and_replayed(network, repeats=9 if why == "torch.mm" else 1)
+    assert step._replay is None
+    assert all(same_bits(one, other) for one, other in zip(replayed, plain, strict=True))
+
+
+def test_a_row_may_rest(network: Network) -> None:
+    cache = filled(network)
+    step = Step(network, cache, 2)
+    alone = step(torch.tensor([7, 0]), torch.tensor([6, 0]))[0].clone()
+    both = step(torch.tensor([7, 9]), torch.tensor([6, 5]))[0]
+    assert same_bits(alone[None], both[None])
+
+
+def test_a_recording_replays_what_its_arguments_hold_then() -> None:
+    x, weight = normal(3, 70), normal(9, 70, seed=1)
+    with ops.recorded() as recording:
+        out = ops.linear(x, [weight])
+        _, normed = ops.rmsnorm_add_rmsnorm(out, normal(3, 9, dtype=F32), weight[0, :9], weight[1, :9], 1e-6)
+    assert recording.whole
+    x.copy_(normal(3, 70, seed=2))
+    expected = ops.linear(x, [weight])
+    assert not same_bits(out, expected)
+    recording.replay()
+    assert same_bits(out, expected)
+    assert normed.isfinite().all()
+
+
+@pytest.mark.parametrize("strided", ["x", "weight"])
+def test_a_recording_of_a_copy_is_not_whole(strided: str) -> None:
+    x, weight = normal(3, 70), normal(9, 70, seed=1)
+    x, weight = (x[:, ::2], weight[:, :35].contiguous()) if strided == "x" else (x[:, :35].contiguous(), weight[:, ::2])
+    with ops.recorded() as recording:
+        ops.linear(x, [weight])
+    assert not recording.whole
