@@ -49,6 +49,7 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/gram.py
 	$(BIN)/python benchmarks/combine.py
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/gemma2.py
 	$(BIN)/python benchmarks/table.py
 
 # What can be proved about the kernels without a GPU: docs/proof.md.

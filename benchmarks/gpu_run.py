@@ -26,7 +26,7 @@ UNTIL = {
     "decode": 1.0,
 }
 LONGEST_JOB_SECONDS = 90.0
-TESTS_OF_OPS = ("test_ops_agree_with_their_references", "test_a_replayed_step_gives_the_tokens_of_generate")
+TESTS_OF_OPS = ("test_ops_agree_with_their_references", "test_replayed_steps_give_the_tokens_of_plain_calls")
 
 Record = dict[str, Any]
 

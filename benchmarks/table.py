@@ -60,6 +60,22 @@ def merge_table() -> str:
     return "\n".join(lines)
 
 
+def gemma2_table() -> str:
+    """Prefill and decode of each provider, in tokens a second."""
+    rows = [row for row in newest("gemma2") if row["task"] == "speed"]
+    if not rows:
+        return NO_ROWS
+    lines = ["| | prefill, 512 tokens | decode, 512 tokens of context |", "|---|---:|---:|"]
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        runs = [row for row in rows if row["provider"] == provider]
+        rates = [
+            statistics.median(float(row[key]) for row in runs)
+            for key in ("prefill_tokens_per_s", "decode_tokens_per_s")
+        ]
+        lines.append(f"| {provider} | {rates[0]:.1f} tokens/s | {rates[1]:.2f} tokens/s |")
+    return "\n".join([*lines, "", f"Medians of {len(runs)} interleaved runs. {origin(rows)}"])
+
+
 def ops_table() -> str:
     """GB/s of each way to do an op, and its share of a copy by memcpy on the same thread."""
     lines = ["| op | by | GB/s (20th to 80th percentile) | of a copy |", "|---|---|---:|---:|"]
@@ -92,7 +108,9 @@ def fill(text: str, name: str, table: Callable[[], str]) -> str:
 
 def main() -> None:
     text = README.read_text()
-    README.write_text(fill(fill(text, "merge table", merge_table), "ops table", ops_table))
+    for name, table in (("merge table", merge_table), ("ops table", ops_table), ("gemma2 table", gemma2_table)):
+        text = fill(text, name, table)
+    README.write_text(text)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import arcmerge
+
 logging.disable_progress_bar()
 
 SEED = 2
@@ -176,6 +178,28 @@ def print_losses(folders: list[Path]) -> None:
         print(f"{folder!s:<32}" + "".join(f"{loss:>12.3f}" for loss in losses))
 
 
+@torch.inference_mode()
+def print_perplexities(folders: list[Path]) -> None:
+    """A table: one row a model; its perplexity of all held-out text by arcmerge, and by transformers.
+
+    Both in float32, in windows of CONTEXT tokens with a BOS of their own. Raises SystemExit if they differ by 1e-4.
+    """
+    text = "\n\n".join(seen_and_held_out(half)[1] for half in halves())
+    print(f"{'held-out perplexity':<32}{'arcmerge':>12}{'transformers':>14}")
+    for folder in folders:
+        tokens = AutoTokenizer.from_pretrained(folder)(text).input_ids
+        ours = arcmerge.Gemma2.from_pretrained(folder, dtype=torch.float32).perplexity(tokens, window=CONTEXT)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        total = 0.0
+        for start in range(0, len(tokens), CONTEXT - 1):
+            window = torch.tensor([[ARCHITECTURE["bos_token_id"], *tokens[start : start + CONTEXT - 1]]])
+            total += model(input_ids=window, labels=window).loss.item() * (window.shape[1] - 1)
+        theirs = math.exp(total / len(tokens))
+        print(f"{folder!s:<32}{ours:>12.3f}{theirs:>14.3f}")
+        if not abs(ours - theirs) <= 1e-4 * theirs:
+            raise SystemExit(f"{folder}: the perplexities differ by more than 1e-4: {ours} and {theirs}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -186,6 +210,7 @@ def main() -> None:
         make_pair(arguments.folder)
     else:
         print_losses(arguments.folders)
+        print_perplexities(arguments.folders)
 
 
 if __name__ == "__main__":
