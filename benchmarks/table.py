@@ -21,18 +21,29 @@ MERGE_NAMES = {
     "cp and sync": "`cp` of one parent `&& sync`, durable",
     "dd": "the disk alone: `dd oflag=direct` of the same bytes",
 }
+GEMMA2_OPS = (
+    "rmsnorm",
+    "rmsnorm_add_rmsnorm",
+    "rope_cache",
+    "attention",
+    "attention_decode",
+    "geglu",
+    "linear",
+    "linear_geglu",
+    "head",
+)
 
 Rows = Sequence[dict[str, str]]
 
 
-def newest(benchmark: str) -> Rows:
-    """The rows of the last run of a benchmark, if there was one."""
+def newest(benchmark: str, **columns: str) -> Rows:
+    """The rows of the last run of a benchmark, if there was one, of those that have these values in these columns."""
     path = RESULTS / f"{benchmark}.csv"
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    last = max(row["date"] for row in rows)
+        rows = [row for row in csv.DictReader(file) if all(row[key] == value for key, value in columns.items())]
+    last = max((row["date"] for row in rows), default="")
     return [row for row in rows if row["date"] == last]
 
 
@@ -61,19 +72,59 @@ def merge_table() -> str:
 
 
 def gemma2_table() -> str:
-    """Prefill and decode of each provider, in tokens a second."""
-    rows = [row for row in newest("gemma2") if row["task"] == "speed"]
-    if not rows:
+    """What each provider reaches in each task; the newest run of each counts."""
+    runs = {task: newest("gemma2", task=task) for task in ("speed", "memory", "score")}
+    if not any(runs.values()):
         return NO_ROWS
-    lines = ["| | prefill, 512 tokens | decode, 512 tokens of context |", "|---|---:|---:|"]
-    for provider in dict.fromkeys(row["provider"] for row in rows):
-        runs = [row for row in rows if row["provider"] == provider]
-        rates = [
-            statistics.median(float(row[key]) for row in runs)
-            for key in ("prefill_tokens_per_s", "decode_tokens_per_s")
+    lines = [
+        "| | prefill, 512 tokens | decode, 512 tokens of context | peak anonymous memory, 2,048 tokens"
+        " | 32 tokens scored of each 512 | peak anonymous memory |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for provider in sorted({row["provider"] for rows in runs.values() for row in rows}):
+
+        def median(task: str, key: str, form: str, provider: str = provider) -> str:
+            values = [float(row[key]) for row in runs[task] if row["provider"] == provider]
+            return form.format(statistics.median(values)) if values else ""
+
+        cells = [
+            median("speed", "prefill_tokens_per_s", "{:.1f} tokens/s"),
+            median("speed", "decode_tokens_per_s", "{:.2f} tokens/s"),
+            median("memory", "peak_anonymous_mb", "{:,.0f} MB"),
+            median("score", "score_seconds", "{:.0f} s"),
+            median("score", "peak_anonymous_mb", "{:,.0f} MB"),
         ]
-        lines.append(f"| {provider} | {rates[0]:.1f} tokens/s | {rates[1]:.2f} tokens/s |")
-    return "\n".join([*lines, "", f"Medians of {len(runs)} interleaved runs. {origin(rows)}"])
+        lines.append(f"| {provider} | {' | '.join(cells)} |")
+    for task, rows in runs.items():
+        if rows:
+            count = sum(row["provider"] == "arcmerge" for row in rows)
+            what = f"{rows[0]['sequences']} sequences" if task == "score" else task
+            lines += ["", f"{what.capitalize()}: medians of interleaved runs, {count} of each. {origin(rows)}"]
+    return "\n".join(lines)
+
+
+def gemma2_ops_table() -> str:
+    """A call of each op, what that is of the roof that it has, and how many times as long another takes."""
+    lines = [
+        "| op | operands | time | GB/s | of reading memory | GFLOP/s | instead |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    rows: Rows = []
+    for op in GEMMA2_OPS:
+        rows = newest(op)
+        for memory, ours, theirs in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+            times = [float(row["microseconds_median"]) for row in (ours, theirs)]
+            share = float(ours["gb_per_s"]) / float(memory["gb_per_s"])
+            operations = f"{float(ours['gflop_per_s']):.0f}" if float(ours["gflop_per_s"]) else ""
+            lines.append(
+                f"| `{op}` | {ours['case']} | {duration(times[0])} | {float(ours['gb_per_s']):.1f} | {share:.0%} |"
+                f" {operations} | {theirs['provider']}: {times[1] / times[0]:.1f} x |"
+            )
+    return "\n".join([*lines, "", origin(rows)]) if rows else NO_ROWS
+
+
+def duration(microseconds: float) -> str:
+    return f"{microseconds / 1000:.2f} ms" if microseconds >= 1000 else f"{microseconds:.0f} us"
 
 
 def ops_table() -> str:
@@ -108,7 +159,13 @@ def fill(text: str, name: str, table: Callable[[], str]) -> str:
 
 def main() -> None:
     text = README.read_text()
-    for name, table in (("merge table", merge_table), ("ops table", ops_table), ("gemma2 table", gemma2_table)):
+    tables = {
+        "merge table": merge_table,
+        "ops table": ops_table,
+        "gemma2 table": gemma2_table,
+        "gemma2 ops table": gemma2_ops_table,
+    }
+    for name, table in tables.items():
         text = fill(text, name, table)
     README.write_text(text)
 
