@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ from full_size_pair import Geometry
 SIZES = Geometry()
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = SIZES.num_attention_heads, SIZES.num_key_value_heads, SIZES.head_dim
 EPSILON, THETA, SOFTCAP, FINAL_SOFTCAP = 1e-6, 10_000.0, 50.0, 30.0
-ROUNDS = 15
+ROUNDS, FEWEST_ROUNDS, MOST_SECONDS = 15, 3, 20  # fewer rounds where they would take longer
 SECONDS = 0.005  # that one measurement takes at least
 # More than any cache holds: where a model finds its operands in memory, a benchmark has to find them there too.
 COLD_BYTES = 512 << 20
@@ -55,6 +55,10 @@ class Case:
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
     """bf16 normal noise."""
     return torch.empty(shape).normal_(std=scale).bfloat16()
+
+
+def counted(tokens: int) -> str:
+    return f"{tokens} token" + "s" * (tokens > 1)
 
 
 def cold(make: Callable[[], Operands]) -> list[Operands]:
@@ -96,10 +100,7 @@ def record(op: str, *cases: Case) -> None:
                 "arcmerge": (turns(case.ours, case.operands), case.moved, case.operations),
                 case.theirs_name: (turns(case.theirs, case.operands), case.moved, case.operations),
             }
-            repetitions = {name: calibrate(call) for name, (call, *_) in calls.items()}
-            seconds: dict[str, list[float]] = {name: [] for name in calls}
-            for _, name in interleaved(list(calls), ROUNDS):
-                seconds[name].append(timed(calls[name][0], repetitions[name]))
+            seconds = measured({name: call for name, (call, *_) in calls.items()})
             for name, (_, moved, operations) in calls.items():
                 times = spread(seconds[name])
                 rates = {"gb_per_s": moved / 1e9, "gflop_per_s": operations / 1e9}
@@ -108,6 +109,17 @@ def record(op: str, *cases: Case) -> None:
                 rows.append({**origin, "case": case.name, "provider": name, **times, **rates})
                 print(f"{op} {case.name:<24}{name:<14}{times['microseconds_median']:12.1f} us", *rates.values())
     print(f"recorded in {append(op, rows)}")
+
+
+def measured(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each call, in every round."""
+    once = {name: timed(call, 1) for name, call in calls.items()}
+    repetitions = {name: 1 + int(SECONDS / taken) for name, taken in once.items()}
+    longest = max(once[name] * repetitions[name] for name in calls)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _, name in interleaved(list(calls), max(FEWEST_ROUNDS, min(ROUNDS, int(MOST_SECONDS / longest)))):
+        seconds[name].append(timed(calls[name], repetitions[name]))
+    return seconds
 
 
 def turns(function: Callable[..., Result], operands: Sequence[Operands]) -> Callable[[], Result]:
@@ -120,12 +132,6 @@ def timed(call: Callable[[], object], repetitions: int) -> float:
     for _ in range(repetitions):
         call()
     return (time.perf_counter() - started) / repetitions
-
-
-def calibrate(call: Callable[[], object]) -> int:
-    """How often a call is to be repeated; it warms up meanwhile."""
-    timed(call, 2)
-    return max(1, int(SECONDS / timed(call, 2)))
 
 
 def check_agreement(op: str, case: Case) -> None:

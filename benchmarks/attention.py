@@ -36,4 +36,4 @@ def case(tokens: int, window: int) -> Case:
 
 
 if __name__ == "__main__":
-    record("attention", case(512, 0), case(2048, 0), case(2048, 512))
+    record("attention", case(512, 0), case(2048, 512))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch.nn.functional import gelu
 
-from _gemma2_ops import SIZES, Case, nbytes, normal, record
+from _gemma2_ops import SIZES, Case, counted, nbytes, normal, record
 from arcmerge import ops
 
 
 def case(tokens: int) -> Case:
     gate, up = normal(tokens, SIZES.intermediate_size), normal(tokens, SIZES.intermediate_size)
     return Case(
-        f"{tokens} tokens",
+        counted(tokens),
         ours=ops.geglu,
         theirs=lambda gate, up: gelu(gate, approximate="tanh") * up,
         operands=[(gate, up)],

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from _gemma2_ops import FINAL_SOFTCAP, SIZES, Case, normal, record
+from _gemma2_ops import FINAL_SOFTCAP, SIZES, Case, counted, normal, record
 from arcmerge import ops
 
 SEED, TOP_K, TOP_P = 1, 64, 0.95
@@ -56,7 +56,7 @@ def case(
 ) -> Case:
     x = weight[first : first + tokens] * 12
     moved, operations = weight.nbytes + 2 * x.nbytes + 8 * tokens, 2 * tokens * weight.numel()
-    return Case(f"{name}, {tokens} tokens", ours, theirs, [(x, weight)], moved, operations, "torch")
+    return Case(f"{name}, {counted(tokens)}", ours, theirs, [(x, weight)], moved, operations, "torch")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.nn.functional import linear
 
-from _gemma2_ops import HEAD_DIM, HEADS, KEY_VALUE_HEADS, SIZES, Case, cold, nbytes, normal, record
+from _gemma2_ops import HEAD_DIM, HEADS, KEY_VALUE_HEADS, SIZES, Case, cold, counted, nbytes, normal, record
 from arcmerge import ops
 
 QKV = (HEADS * HEAD_DIM, KEY_VALUE_HEADS * HEAD_DIM, KEY_VALUE_HEADS * HEAD_DIM)
@@ -15,7 +15,7 @@ def case(name: str, rows: tuple[int, ...], columns: int, tokens: int) -> Case:
     x = normal(tokens, columns)
     operands = cold(lambda: (x, *(normal(count, columns, scale=columns**-0.5) for count in rows)))
     return Case(
-        f"{name}, {tokens} tokens",
+        f"{name}, {counted(tokens)}",
         ours=lambda x, *weights: ops.linear(x, weights).split(rows, dim=1),
         theirs=lambda x, *weights: [linear(x, weight) for weight in weights],
         operands=operands,

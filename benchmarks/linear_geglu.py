@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.nn.functional import gelu, linear
 
-from _gemma2_ops import SIZES, Case, cold, nbytes, normal, record
+from _gemma2_ops import SIZES, Case, cold, counted, nbytes, normal, record
 from arcmerge import ops
 
 
@@ -13,7 +13,7 @@ def case(tokens: int) -> Case:
     x = normal(tokens, columns)
     operands = cold(lambda: (x, *(normal(rows, columns, scale=columns**-0.5) for _ in range(2))))
     return Case(
-        f"{tokens} tokens",
+        counted(tokens),
         ours=ops.linear_geglu,
         theirs=lambda x, gate, up: gelu(linear(x, gate), approximate="tanh") * linear(x, up),
         operands=operands,

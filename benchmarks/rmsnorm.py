@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from _gemma2_ops import EPSILON, SIZES, Case, nbytes, norm, normal, record
+from _gemma2_ops import EPSILON, SIZES, Case, counted, nbytes, norm, normal, record
 from arcmerge import ops
 
 
@@ -10,7 +10,7 @@ def case(tokens: int) -> Case:
     x, weight = normal(tokens, SIZES.hidden_size), normal(SIZES.hidden_size, scale=0.3)
     module = norm(weight)
     return Case(
-        f"{tokens} tokens",
+        counted(tokens),
         ours=lambda x, weight: ops.rmsnorm(x, weight, EPSILON),
         theirs=lambda x, _: module(x),
         operands=[(x, weight)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from _gemma2_ops import EPSILON, SIZES, Case, nbytes, norm, normal, record
+from _gemma2_ops import EPSILON, SIZES, Case, counted, nbytes, norm, normal, record
 from arcmerge import ops
 
 
@@ -18,7 +18,7 @@ def case(tokens: int) -> Case:
         return total, pre(total)
 
     return Case(
-        f"{tokens} tokens",
+        counted(tokens),
         ours=lambda *operands: ops.rmsnorm_add_rmsnorm(*operands, EPSILON),
         theirs=theirs,
         operands=[(branch, residual, *weights)],

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
-from _gemma2_ops import HEAD_DIM, HEADS, KEY_VALUE_HEADS, THETA, Case, nbytes, normal, record
+from _gemma2_ops import HEAD_DIM, HEADS, KEY_VALUE_HEADS, THETA, Case, counted, nbytes, normal, record
 from arcmerge import ops
 
 
@@ -28,7 +28,7 @@ def case(tokens: int) -> Case:
         return rotated[0].transpose(0, 1)
 
     moved = 2 * nbytes(query, key, value) + nbytes(table)
-    return Case(f"{tokens} tokens", ours, theirs, [(query, key, value)], moved)
+    return Case(counted(tokens), ours, theirs, [(query, key, value)], moved)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ GEMMA2_OPS = (
     "linear_geglu",
     "head",
 )
+# Operations a byte past which arithmetic is what takes the time, and GFLOP/s say more than GB/s.
+MANY_OPERATIONS = 20
 
 Rows = Sequence[dict[str, str]]
 
@@ -105,26 +107,24 @@ def gemma2_table() -> str:
 
 def gemma2_ops_table() -> str:
     """A call of each op, what that is of the roof that it has, and how many times as long another takes."""
-    lines = [
-        "| op | operands | time | GB/s | of reading memory | GFLOP/s | instead |",
-        "|---|---|---:|---:|---:|---:|---|",
-    ]
+    lines = ["| op | operands | time | rate | of reading memory | instead |", "|---|---|---:|---:|---:|---|"]
     rows: Rows = []
     for op in GEMMA2_OPS:
         rows = newest(op)
         for memory, ours, theirs in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
             times = [float(row["microseconds_median"]) for row in (ours, theirs)]
-            share = float(ours["gb_per_s"]) / float(memory["gb_per_s"])
-            operations = f"{float(ours['gflop_per_s']):.0f}" if float(ours["gflop_per_s"]) else ""
-            lines.append(
-                f"| `{op}` | {ours['case']} | {duration(times[0])} | {float(ours['gb_per_s']):.1f} | {share:.0%} |"
-                f" {operations} | {theirs['provider']}: {times[1] / times[0]:.1f} x |"
-            )
+            gigabytes, gigaflops = float(ours["gb_per_s"]), float(ours["gflop_per_s"])
+            if gigaflops > MANY_OPERATIONS * gigabytes:
+                rate, share = f"{gigaflops:.0f} GFLOP/s", ""
+            else:
+                rate, share = f"{gigabytes:.1f} GB/s", f"{gigabytes / float(memory['gb_per_s']):.0%}"
+            instead = f"{theirs['provider']}: {times[1] / times[0]:.1f} x"
+            lines.append(f"| `{op}` | {ours['case']} | {duration(times[0])} | {rate} | {share} | {instead} |")
     return "\n".join([*lines, "", origin(rows)]) if rows else NO_ROWS
 
 
 def duration(microseconds: float) -> str:
-    return f"{microseconds / 1000:.2f} ms" if microseconds >= 1000 else f"{microseconds:.0f} us"
+    return f"{microseconds / 1000:.3g} ms" if microseconds >= 1000 else f"{microseconds:.0f} us"
 
 
 def ops_table() -> str:
