@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import arcmerge
 import tiny
-from arcmerge.merging import merge as journey
+from arcmerge.merging import prepared
 
 MODELS = ("gemma-a", "gemma-b", "gemma-c", "gemma-b-f32", "gemma-b-vocabulary")
 # What each case takes beside kernels and plain copies of weights to the device.
@@ -59,11 +59,11 @@ def test_the_device_pipeline_makes_what_the_cpu_makes(
 
     from arcmerge.merging.device import DeviceProcessor
 
-    def on_device(prepared: journey.Prepared, options: journey.Options) -> DeviceProcessor:
-        rows = journey.aligned_rows(prepared.plan, prepared.vocabulary)
-        return DeviceProcessor(prepared.plan.jobs, rows, "cpu", options.thread_count)
+    def on_device(self: prepared.Prepared) -> DeviceProcessor:
+        rows = prepared.aligned_rows(self.plan, self.vocabulary)
+        return DeviceProcessor(self.plan.jobs, rows, "cpu", self.options.thread_count)
 
-    monkeypatch.setattr(journey.Prepared, "processor", on_device)
+    monkeypatch.setattr(prepared.Prepared, "processor", on_device)
     # The interpreter replaces parts of triton while a kernel runs: one thread only.
     arcmerge.merge(config, tmp_path / "device", threads=1)
     host, device = (load_file(tmp_path / name / "model.safetensors") for name in ("host", "device"))

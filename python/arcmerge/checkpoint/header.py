@@ -8,6 +8,7 @@ Format: https://huggingface.co/docs/safetensors
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -67,6 +68,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_filled(path, tensors, data_start, size)
     return {tensor.name: tensor for tensor in tensors}
+
+
+def header_digest(path: Path) -> str:
+    """The SHA-256 of a header with its length, as hexadecimal digits. Raises OSError if the file cannot be read."""
+    with path.open("rb") as file:
+        length = file.read(_LENGTH_BYTES)
+        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
 
 
 def encode_header(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], alignment: int) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from arcmerge.checkpoint.header import TensorInfo, parse_object, read_header
+from arcmerge.checkpoint.header import TensorInfo, header_digest, parse_object, read_header
 from arcmerge.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from arcmerge.errors import ArcmergeError
 
@@ -85,6 +85,14 @@ class Checkpoint:
         end = (tensor.offset + first_byte + byte_count) // mmap.PAGESIZE * mmap.PAGESIZE
         if begin < end:
             self._map(tensor).pages.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def fingerprint(self) -> dict[str, list[int | str]]:
+        """Size, time of the last change in nanoseconds, and hash of the header of every shard, by its name."""
+        found: dict[str, list[int | str]] = {}
+        for file in sorted(self._stamps):
+            state = (self.folder / file).stat()
+            found[file] = [state.st_size, state.st_mtime_ns, header_digest(self.folder / file)]
+        return found
 
     def require_unchanged(self) -> None:
         """Raises ArcmergeError if a shard was written to or replaced since it was opened."""

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,15 @@ from arcmerge.gemma2.sequences import Sequences
 from arcmerge.gemma2.text import Messages, Stream, Text
 from arcmerge.gemma2.weights import Weights, load
 
+if TYPE_CHECKING:
+    from arcmerge.gemma2.merged import MergedGemma2
+
 NUMERICS = ("default", "hf")
 DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Gemma2:
-    """A Gemma-2 that generates and scores. Make one with from_pretrained.
+    """A Gemma-2 that generates and scores. Make one with from_pretrained or from_merge.
 
     network: from tokens to hidden states. config: as in config.json. ends: the tokens that end an answer.
     """
@@ -67,6 +70,18 @@ class Gemma2:
         checkpoint = Checkpoint(folder)
         config = Config.read(checkpoint.config, folder / "config.json")
         return cls(config, load(checkpoint, config, dtype, torch.device(device)), folder, numerics)
+
+    @staticmethod
+    def from_merge(config: Any, device: str = "auto", numerics: str = "default", **options: Any) -> MergedGemma2:
+        """A model that is merged in memory, whose parameters can be changed: see MergedGemma2.
+
+        config: a merge configuration, as a path, YAML text or a mapping. numerics: as in from_pretrained. options: the
+        fields of `arcmerge.merging.options.Options`, by name; `progress` and `warn` as in `arcmerge.merge`.
+        Raises ArcmergeError, in a sentence each, for everything that is wrong with the configuration or its models.
+        """
+        from arcmerge.gemma2.merged import merged
+
+        return merged(config, device, numerics, **options)
 
     @property
     def device(self) -> torch.device:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arcmerge.checkpoint.reader import Checkpoint
+from arcmerge.checkpoint.layout import OutputTensor
+from arcmerge.checkpoint.reader import Checkpoint, TensorInfo
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.config import Config
 
@@ -67,7 +69,7 @@ def load(checkpoint: Checkpoint, config: Config, dtype: torch.dtype, device: tor
     Raises ArcmergeError naming every tensor that is missing, of another shape, or not part of a Gemma-2. A head beside
     the embedding is left alone: Gemma-2's are tied.
     """
-    _check(checkpoint, names(config))
+    require_tensors(checkpoint.folder, checkpoint.tensors, config)
 
     def get(name: str) -> Tensor:
         info = checkpoint.tensors[name]
@@ -78,6 +80,34 @@ def load(checkpoint: Checkpoint, config: Config, dtype: torch.dtype, device: tor
         return mapped.view(info.shape).to(device, dtype)
 
     return assemble(config, get, checkpoint)
+
+
+def require_tensors(where: Path | str, found: Mapping[str, TensorInfo | OutputTensor], config: Config) -> None:
+    """ArcmergeError unless these tensors, by name, are those of a Gemma-2 of this config; where: what holds them."""
+    shapes, problems = names(config), []
+    missing = [name for name in shapes if name not in found]
+    if missing:
+        problems.append(f"{_some(missing)} missing: download the model again.")
+    for name, shape in shapes.items():
+        if name in found and tuple(found[name].shape) != shape:
+            problems.append(f"'{name}' must have the shape {shape} that config.json gives, has {found[name].shape}.")
+    wrong = [name for name in shapes if name in found and found[name].dtype.name not in DTYPES]
+    if wrong:
+        problems.append(f"'{wrong[0]}' must be bfloat16, float16 or float32, is {found[wrong[0]].dtype.name}.")
+    # Old checkpoints hold the frequencies of RoPE, which config.json gives.
+    strange = [
+        name for name in found if name not in shapes and name != HEAD and not name.endswith("rotary_emb.inv_freq")
+    ]
+    if strange:
+        problems.append(f"{_some(strange)} not part of a Gemma-2 of this config.json.")
+    if problems:
+        raise ArcmergeError([f"{where}: {problem}" for problem in problems])
+    if HEAD in found:
+        warnings.warn(
+            f"{where}: holds a '{HEAD}' of its own; Gemma-2 ties the head to the embedding, which serves "
+            "as the head here, as in transformers.",
+            stacklevel=4,
+        )
 
 
 def assemble(config: Config, get: Callable[[str], Tensor], checkpoint: Checkpoint | None = None) -> Weights:
@@ -113,34 +143,6 @@ def _shape(config: Config, field: str) -> tuple[int, ...]:
         "down_proj": (hidden, inner),
     }
     return matrices.get(field, (hidden,))
-
-
-def _check(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    found = checkpoint.tensors
-    problems = []
-    missing = [name for name in shapes if name not in found]
-    if missing:
-        problems.append(f"{_some(missing)} missing: download the model again.")
-    for name, shape in shapes.items():
-        if name in found and tuple(found[name].shape) != shape:
-            problems.append(f"'{name}' must have the shape {shape} that config.json gives, has {found[name].shape}.")
-    wrong = [name for name in shapes if name in found and found[name].dtype.name not in DTYPES]
-    if wrong:
-        problems.append(f"'{wrong[0]}' must be bfloat16, float16 or float32, is {found[wrong[0]].dtype.name}.")
-    # Old checkpoints hold the frequencies of RoPE, which config.json gives.
-    strange = [
-        name for name in found if name not in shapes and name != HEAD and not name.endswith("rotary_emb.inv_freq")
-    ]
-    if strange:
-        problems.append(f"{_some(strange)} not part of a Gemma-2 of this config.json.")
-    if problems:
-        raise ArcmergeError([f"{checkpoint.folder}: {problem}" for problem in problems])
-    if HEAD in found:
-        warnings.warn(
-            f"{checkpoint.folder}: holds a '{HEAD}' of its own; Gemma-2 ties the head to the embedding, which serves "
-            "as the head here, as in transformers.",
-            stacklevel=4,
-        )
 
 
 def _some(names: list[str]) -> str:

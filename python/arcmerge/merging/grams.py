@@ -87,16 +87,20 @@ class GramPass:
                 self._conclude(piece.job, pending.total())
 
     def _conclude(self, number: int, gram: NDArray[np.float64]) -> None:
-        job = self._jobs[number]
         if not self._allow_nonfinite and not np.isfinite(gram).all():
             raise self._processor.not_finite(number)
-        try:
-            self.coefficients[number] = job.method.coefficients(gram, job.values)
-        except ArcmergeError as error:
-            raise ArcmergeError([f"{job.output.name}: {problem}" for problem in error.problems]) from error
+        self.coefficients[number] = coefficients_of(self._jobs[number], gram)
         if gram.ndim == 2:  # those of vectors would fill memory, and nothing reads them
             self.grams[number] = gram
         del self._sums[number]
+
+
+def coefficients_of(job: Job, gram: NDArray[np.float64]) -> Coefficients:
+    """The method's coefficients from a Gram matrix of the job's inputs; its errors name the tensor."""
+    try:
+        return job.method.coefficients(gram, job.values)
+    except ArcmergeError as error:
+        raise ArcmergeError([f"{job.output.name}: {problem}" for problem in error.problems]) from error
 
 
 def needs_gram(job: Job) -> bool:
@@ -109,10 +113,16 @@ def input_bytes(jobs: Sequence[Job], pieces: Iterable[Piece]) -> int:
 
 
 def sum_grams(
-    jobs: Sequence[Job], processor: Processor, *, threads: int, allow_nonfinite: bool, tick: Callable[[int, int], None]
+    jobs: Sequence[Job],
+    processor: Processor,
+    order: Sequence[int],
+    *,
+    threads: int,
+    allow_nonfinite: bool,
+    tick: Callable[[int, int], None],
 ) -> GramPass:
-    """The whole Gram pass of `jobs` and nothing else. tick: called now and then with the bytes read so far, of all."""
-    grams = GramPass(jobs, processor, range(len(jobs)), allow_nonfinite)
+    """The Gram pass of those of the jobs that `order` numbers. tick: called with the bytes read so far, and of all."""
+    grams = GramPass(jobs, processor, order, allow_nonfinite)
     total = sum(input_bytes(jobs, batch) for batch in grams.waiting)
     done = 0
     lock = threading.Lock()

@@ -38,6 +38,7 @@ __all__ = [
     "TokenRule",
     "TokenizerRecipe",
     "load_recipe",
+    "with_parameters",
 ]
 
 
@@ -155,6 +156,27 @@ def load_recipe(config: str | Path | Mapping[str, Any]) -> Recipe:
     recipe = _read_recipe(document, text, findings)
     findings.finish()
     return recipe
+
+
+def with_parameters(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
+    """The recipe with these parameters for all of the model, in place of wherever it sets them.
+
+    parameters: as under `parameters:`. Raises ArcmergeError for what a recipe may not hold.
+    """
+
+    def without(value: Any) -> Any:
+        if isinstance(value, list):
+            return [without(entry) for entry in value]
+        if not isinstance(value, Mapping):
+            return value
+        kept = {key: without(entry) for key, entry in value.items()}
+        if isinstance(kept.get("parameters"), Mapping):
+            kept["parameters"] = {name: entry for name, entry in kept["parameters"].items() if name not in parameters}
+        return kept
+
+    document = without(parse(recipe.text))
+    document["parameters"] = {**(document.get("parameters") or {}), **parameters}
+    return load_recipe(document)
 
 
 def _text(config: str | Path | Mapping[str, Any]) -> str:

@@ -1,0 +1,95 @@
+"""A Gemma-2 that is merged where it runs: its parents stay, and another `t` is one pass over the weights."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arcmerge.errors import ArcmergeError
+from arcmerge.gemma2.config import Config
+from arcmerge.gemma2.model import DTYPES, Gemma2
+from arcmerge.gemma2.weights import DTYPES as STORED
+from arcmerge.gemma2.weights import assemble, require_tensors
+from arcmerge.merging.merge import Progress, merge
+from arcmerge.merging.options import Options
+from arcmerge.merging.prepared import Config as MergeConfig
+from arcmerge.merging.prepared import Warn, prepare, small_files
+from arcmerge.merging.report import MergeReport
+from arcmerge.merging.resident import ResidentMerge
+
+
+class MergedGemma2(Gemma2):
+    """A Gemma-2 whose weights are a merge in memory. Make one with Gemma2.from_merge.
+
+    The parents stay mapped. Their Gram matrices are computed once and kept in a small file beside the first of them.
+    """
+
+    def __init__(self, resident: ResidentMerge, numerics: str) -> None:
+        self._resident = resident
+        # A vocabulary may be one that only this merge has, so the files that describe it are made as for a folder.
+        self._files = TemporaryDirectory(prefix="arcmerge-")
+        folder = Path(self._files.name)
+        for name, content in small_files(resident.prepared, folder.name).items():
+            (folder / name).write_bytes(content)
+        config = Config.read(json.loads((folder / "config.json").read_bytes()), folder / "config.json")
+        require_tensors("the merge", resident.outputs, config)
+        dtypes = {STORED[output.dtype.name] for output in resident.outputs.values()}
+        if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise ArcmergeError(
+                f"a model runs in bfloat16 or in float32, the merge gives {found}; set out_dtype: bfloat16"
+            )
+
+        def get(name: str) -> Tensor:
+            output = resident.outputs[name]
+            return torch.frombuffer(resident.tensor_bytes(name), dtype=STORED[output.dtype.name]).view(output.shape)
+
+        super().__init__(config, assemble(config, get), folder, numerics)
+
+    @property
+    def recipe(self) -> str:
+        """The merge configuration, as YAML, by which the weights are merged now."""
+        return self._resident.recipe.text
+
+    def set_t(self, t: Any, progress: Progress | None = None) -> int:
+        """Merge again with another `t`, in place: the weights keep their addresses.
+
+        t: a number, a gradient (a list of numbers over the layers), or a list of `{filter, value}`, as under
+        `parameters:` in a merge configuration; or a mapping of several parameters by name, for methods that have
+        others. They hold for all of the model, in place of wherever the configuration set them. Only tensors whose
+        coefficients change are merged again. progress: told of the bytes done, and of all.
+
+        Returns how many tensors were. Raises ArcmergeError for parameters that are wrong, and leaves all as it is.
+        """
+        rule = isinstance(t, Mapping) and t.keys() <= {"filter", "value"}
+        parameters = t if isinstance(t, Mapping) and not rule else {"t": t}
+        return self._resident.set_parameters(parameters, progress or (lambda done, total: None))
+
+    def save(self, out: str | Path, **options: Any) -> MergeReport:
+        """Write the checkpoint folder that `arcmerge merge` writes for `recipe`. options: as of `arcmerge.merge`."""
+        return merge(self.recipe, out, **{"device": "cpu", **options})
+
+
+def merged(
+    config: MergeConfig,
+    device: str,
+    numerics: str,
+    *,
+    progress: Progress | None = None,
+    warn: Warn = warnings.warn,
+    **options: Any,
+) -> MergedGemma2:
+    """As Gemma2.from_merge says."""
+    chosen = Options.of({**options, "device": device})
+    if chosen.resolved_device != "cpu":
+        raise ArcmergeError(
+            f"a model is merged in memory on the CPU alone as yet, not on '{device}'; give device='cpu'"
+        )
+    return MergedGemma2(ResidentMerge(prepare(config, chosen, warn), progress or (lambda done, total: None)), numerics)
