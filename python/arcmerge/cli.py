@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from arcmerge import __version__
 from arcmerge.errors import ArcmergeError
+from arcmerge.sweep.command import add_arguments as add_sweep_arguments
 from arcmerge.terminal import complain, interrupted, note, print_json, progress_bar, warn
 
 # Flags of mergekit-yaml that ask for what arcmerge does anyway or has no use for: accepted with a note.
@@ -104,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--plot", metavar="FILE", type=_picture, help="draw the angles as a heat map, as angles.png")
     _add_model_options(inspect)
 
+    sweep = commands.add_parser("sweep", help="score many candidates of a merge without writing any")
+    sweep.set_defaults(call=_sweep)
+    add_sweep_arguments(sweep)
+    sweep.add_argument("-j", "--threads", type=_count, help="compute threads")
+    _add_common_options(sweep)
+
     generate = commands.add_parser("generate", help="continue a prompt with a Gemma-2 model")
     generate.set_defaults(call=_generate)
     generate.add_argument("model", metavar="MODEL", help="folder or hub name")
@@ -170,10 +177,14 @@ def _add_running_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
     parser.add_argument("--repetition-penalty", metavar="R", type=float, default=1.0, help="above 1 shuns repetition")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
-    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights in use")
+    _add_common_options(parser)
+
+
+def _add_common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--numerics", choices=["default", "hf"], default="default", help="hf rounds as transformers do")
-    parser.add_argument("--quiet", "-q", action="store_true", help="no closing line")
+    parser.add_argument("--quiet", "-q", action="store_true", help="no progress, no closing line")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -300,6 +311,14 @@ def _chat(arguments: argparse.Namespace) -> None:
         print()
         if not arguments.quiet:
             note(answer.summary())
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from arcmerge.sweep.command import run
+
+    said = run(arguments)
+    if not arguments.quiet:
+        print(said)
 
 
 def _show(piece: str) -> None:

@@ -50,3 +50,26 @@ def progress_bar(quiet: bool, verb: str) -> Iterator[Any]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def counted_bar(quiet: bool, verb: str) -> Iterator[Any]:
+    """For things that are counted: a function of a line that stays, of how many are done, and of how many there are.
+
+    The lines are notes; where someone watches, a bar below them shows the time to go.
+    """
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield lambda line, done, total: None if quiet else note(line)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=None)
+
+        def show(line: str, done: int, total: int) -> None:
+            bar.console.print(f"arcmerge: note: {in_one_line(line)}", markup=False, highlight=False)
+            bar.update(task, completed=done, total=total)
+
+        yield show

@@ -80,14 +80,7 @@ class ResidentMerge:
         Returns how many tensors were merged again. Raises ArcmergeError, and leaves all as it is, for parameters that
         the method has not or that are wrong.
         """
-        method = methods.get(self.recipe.method)
-        names = [parameter.name for parameter in method.parameters]
-        if strange := [name for name in parameters if name not in names]:
-            known = ", ".join(f"`{name}`" for name in names) or "none"
-            raise ArcmergeError(f"`{method.name}` has no parameter `{strange[0]}`; it has {known}")
-        recipe = with_parameters(self.recipe, parameters)
-        recipe.check_parameters(method.parameters)
-        return self._make(self._prepared.with_recipe(recipe), tick)
+        return self._make(self._prepared.with_recipe(changed_recipe(self.recipe, parameters)), tick)
 
     def _make(self, prepared: Prepared, tick: Tick) -> int:
         """Merge what is not yet as `prepared` says; returns the number of tensors."""
@@ -166,6 +159,18 @@ class ResidentMerge:
 
         team.start(work, prepared.options.thread_count)
         team.join(lambda: tick(done, total))
+
+
+def changed_recipe(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
+    """The recipe with other parameters for all of the model; ArcmergeError for those that its method has not."""
+    method = methods.get(recipe.method)
+    names = [parameter.name for parameter in method.parameters]
+    if strange := [name for name in parameters if name not in names]:
+        known = ", ".join(f"`{name}`" for name in names) or "none"
+        raise ArcmergeError(f"`{method.name}` has no parameter `{strange[0]}`; it has {known}")
+    changed = with_parameters(recipe, parameters)
+    changed.check_parameters(method.parameters)
+    return changed
 
 
 def _origin(job: Job, coefficients: Coefficients | None) -> object:

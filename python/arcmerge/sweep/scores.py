@@ -1,0 +1,144 @@
+"""What a sweep goes by: a number for a model, and whether less or more of it is better."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from arcmerge.errors import ArcmergeError
+
+if TYPE_CHECKING:
+    from arcmerge.gemma2.model import Gemma2
+
+
+class Score(Protocol):
+    """title: in tables and plots. minimize: less is better. identity: what tells it from another, for a journal."""
+
+    title: str
+    minimize: bool
+    identity: str
+
+    def __call__(self, model: Gemma2) -> float: ...
+
+
+class Perplexity:
+    """Of texts: exp of the mean negative log-probability of all their tokens.
+
+    texts: each is cut into windows of `window` tokens, of which the first is a BOS; None: as many as the model takes.
+    """
+
+    minimize = True
+
+    def __init__(self, texts: Sequence[str], window: int | None = None) -> None:
+        if not all(text.strip() for text in texts):
+            raise ArcmergeError("a text to score must have words in it; one of them is empty")
+        self.texts = texts
+        self.window = window
+        self.title = "perplexity" + (f", windows of {window} tokens" if window else "")
+        self.identity = _digest("perplexity", str(window), *texts)
+
+    def __call__(self, model: Gemma2) -> float:
+        """Tokens count alike, whichever text they are of."""
+        total = tokens = 0.0
+        for text in self.texts:
+            count = len(model.text.encode(text)) - 1
+            total += count * math.log(model.perplexity(text, self.window))
+            tokens += count
+        return math.exp(total / tokens)
+
+
+@dataclass(frozen=True)
+class Question:
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+class MultipleChoice:
+    """The share of questions whose right answer is the most probable of their choices, as lm-eval's `acc`."""
+
+    title = "accuracy"
+    minimize = False
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self.questions = questions
+        self.identity = _digest("choices", *map(repr, questions))
+
+    def __call__(self, model: Gemma2) -> float:
+        pairs = [_split(model, question.context, choice) for question in self.questions for choice in question.choices]
+        scores = iter([one.logprob for one in model.score(pairs)])
+        right = 0
+        for question in self.questions:
+            found = [next(scores) for _ in question.choices]
+            right += found.index(max(found)) == question.answer
+        return right / len(self.questions)
+
+
+class Function:
+    """Any function of a model, named `module:function`; found in the working directory too."""
+
+    def __init__(self, name: str, minimize: bool) -> None:
+        module, colon, function = name.partition(":")
+        if not colon or not module or not function:
+            raise ArcmergeError(f"a function to score by must be named module:function, got '{name}'")
+        if "" not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            self._function: Callable[[Any], float] = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ArcmergeError(f"the function '{name}' cannot be found: {error}") from error
+        self.title, self.minimize, self.identity = function, minimize, _digest("function", name)
+
+    def __call__(self, model: Gemma2) -> float:
+        return float(self._function(model))
+
+
+def read_texts(files: Sequence[Path]) -> list[str]:
+    try:
+        return [file.read_text(encoding="utf-8") for file in files]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArcmergeError(f"a text to score cannot be read: {error}") from error
+
+
+def read_questions(file: Path) -> list[Question]:
+    """Lines of JSON: {"context": text, "choices": [texts], "answer": the number of the right one, from 0}."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArcmergeError(f"the tasks cannot be read: {error}") from error
+    found = [_question(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise ArcmergeError(f"{file}: must have a question in it, has none")
+    return found
+
+
+def _question(line: str, place: str) -> Question:
+    rule = 'must be {"context": text, "choices": [two texts or more], "answer": the number of the right one, from 0}'
+    try:
+        entry = json.loads(line)
+        context, choices, answer = (entry[key] for key in ("context", "choices", "answer"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArcmergeError(f"{place}: {rule}, got {line:.80}") from error
+    texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(text, str) and text for text in choices)
+    if not (isinstance(context, str) and texts and type(answer) is int and 0 <= answer < len(choices)):
+        raise ArcmergeError(f"{place}: {rule}, got {line:.80}")
+    return Question(context, tuple(choices), answer)
+
+
+def _split(model: Gemma2, context: str, choice: str) -> tuple[list[int], list[int]]:
+    """Tokens of both, split where the context's own tokens end. Blanks at its end go to the choice, as in lm-eval."""
+    blanks = len(context) - len(context.rstrip())
+    context, choice = context[: len(context) - blanks], context[len(context) - blanks :] + choice
+    before, whole = model.text.encode(context), model.text.encode(context + choice)
+    return before, whole[len(before) :]
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -1,0 +1,365 @@
+"""Sweeps: what is tried, what it is scored by, what is kept of a run that ended early, and what is left in the end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import arcmerge
+import tiny
+from arcmerge.cli import main
+from arcmerge.gemma2.model import Gemma2
+from arcmerge.merging.recipe import load_recipe
+from arcmerge.sweep.candidates import Candidate, of_curve, of_grid, of_numbers, read_values
+from arcmerge.sweep.journal import Journal, Scored
+from arcmerge.sweep.results import best_of
+from arcmerge.sweep.run import BEST, JOURNAL, Optimize, sweep
+from arcmerge.sweep.scores import Function, MultipleChoice, Perplexity, Question, read_questions
+from arcmerge.sweep.search import Search
+
+TEXT = "tok5 tok6 tok7 tok8 tok9 tok10 tok11 tok12"
+
+
+class LeastT:
+    """A score that is known: the distance of the first weight's t from 0.62; counts its calls."""
+
+    title, minimize, identity = "distance", True, "distance"
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.calls = 0
+        self.fails_at = fails_at
+
+    def __call__(self, model: Any) -> float:
+        if self.calls == self.fails_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        t = yaml.safe_load(model.recipe)["parameters"]["t"]
+        numbers = t if isinstance(t, list) else [t]
+        numbers = [entry["value"] if isinstance(entry, dict) else entry for entry in numbers]
+        flat = [number for entry in numbers for number in (entry if isinstance(entry, list) else [entry])]
+        return sum(abs(number - 0.62) for number in flat)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("gemma-a", "gemma-b"):
+        tiny.make(name, folder)
+    return folder
+
+
+def recipe(models: Path, t: Any = 0.3) -> dict[str, Any]:
+    listed = [{"model": str(models / name)} for name in ("gemma-a", "gemma-b")]
+    first = listed[0]["model"]
+    return {
+        "merge_method": "slerp",
+        "dtype": "bfloat16",
+        "base_model": first,
+        "models": listed,
+        "parameters": {"t": t},
+    }
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- candidates
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("0:1:0.25", [0, 0.25, 0.5, 0.75, 1]),
+        ("0:0.3:0.1", [0, 0.1, 0.2, 0.3]),
+        ("1:0:-0.5", [1, 0.5, 0]),
+        ("0:1:0.4", [0, 0.4, 0.8]),
+        ("0.5", [0.5]),
+        ("0, -1,2e-1", [0, -1, 0.2]),
+    ],
+)
+def test_values(text: str, values: list[float]) -> None:
+    assert read_values(text) == values
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "0:1", "0:1:0", "0:1:-1", "1:0:0.1", "0:1:0.1:2", "nan", "inf", "0:inf:1", "0:1:1e-9", "nan:1:1"]
+)
+def test_values_that_are_none(text: str) -> None:
+    with pytest.raises(arcmerge.ArcmergeError, match=r"values must be first:last:step as 0:1:0\.1, or numbers"):
+        read_values(text)
+
+
+def test_a_grid_has_every_combination_and_leaves_the_rest_to_the_recipe(models: Path) -> None:
+    grid = of_grid(["self_attn=0,1", "mlp=0.5"], load_recipe(recipe(models, [0, 0.4, 1])))
+    assert [one.varied for one in grid] == [{"self_attn": 0, "mlp": 0.5}, {"self_attn": 1, "mlp": 0.5}]
+    assert grid[1].parameters["t"] == [
+        {"filter": "self_attn", "value": 1},
+        {"filter": "mlp", "value": 0.5},
+        {"value": [0, 0.4, 1]},
+    ]
+    assert grid[1].name == "self_attn=1, mlp=0.5"
+    for axes in (["mlp=1", "mlp=2"], ["mlp"], ["=1"]):
+        with pytest.raises(arcmerge.ArcmergeError, match="an axis must be a filter of its own and its values"):
+            of_grid(axes, load_recipe(recipe(models)))
+    with pytest.raises(arcmerge.ArcmergeError, match="a grid may have 100000 candidates, got 1002001"):
+        of_grid(["a=0:1:0.001", "b=0:1:0.001"], load_recipe(recipe(models)))
+
+
+def test_a_curve_has_a_name() -> None:
+    assert of_curve("v=0,1,0") == Candidate("v", {"t": [0, 1, 0]})
+    with pytest.raises(arcmerge.ArcmergeError, match="a curve must be a name and its numbers"):
+        of_curve("0,1,0")
+
+
+# ---- scores
+
+
+def test_perplexity_is_that_of_the_merged_model_and_counts_tokens_alike(models: Path, tmp_path: Path) -> None:
+    texts = [TEXT, "tok3 tok4 tok5"]
+    arcmerge.merge(recipe(models, 0.6), tmp_path / "merged", device="cpu")
+    model = Gemma2.from_pretrained(tmp_path / "merged", "cpu")
+    best = sweep(recipe(models), of_numbers([0.6]), Perplexity(texts), tmp_path / "out", device="cpu")
+    counts = [len(model.text.encode(text)) - 1 for text in texts]
+    total = sum(count * math.log(model.perplexity(text)) for count, text in zip(counts, texts, strict=True))
+    assert best is not None
+    assert best.score == pytest.approx(math.exp(total / sum(counts)), rel=1e-12)
+    assert Perplexity(texts, 4)(model) != pytest.approx(best.score, rel=1e-6)
+    with pytest.raises(arcmerge.ArcmergeError, match="one of them is empty"):
+        Perplexity([TEXT, " \n"])
+
+
+def test_accuracy_is_the_share_of_questions_whose_answer_is_most_probable(models: Path) -> None:
+    model = Gemma2.from_pretrained(models / "gemma-a", "cpu")
+    choices = (" tok5", " tok6 tok7", " tok9")
+    context = model.text.encode("tok1 tok2")
+    scores = [model.score([(context, model.text.encode_plain(choice))])[0].logprob for choice in choices]
+    right = scores.index(max(scores))
+    questions = [Question("tok1 tok2", choices, number) for number in (right, right, (right + 1) % 3)]
+    assert MultipleChoice(questions)(model) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "{",
+        "1",
+        '{"context": "a", "choices": ["b"], "answer": 0}',
+        '{"context": "a", "choices": ["b", "c"], "answer": 2}',
+        '{"context": "a", "choices": ["b", "c"], "answer": true}',
+        '{"context": "a", "choices": ["b", ""], "answer": 0}',
+        '{"context": 1, "choices": ["b", "c"], "answer": 0}',
+    ],
+)
+def test_questions_that_are_none(tmp_path: Path, line: str) -> None:
+    (tmp_path / "tasks.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 1}\n\n' + line + "\n")
+    with pytest.raises(arcmerge.ArcmergeError, match=r"tasks\.jsonl, line 3: must be \{.context.: text"):
+        read_questions(tmp_path / "tasks.jsonl")
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(arcmerge.ArcmergeError, match="must have a question in it"):
+        read_questions(tmp_path / "none.jsonl")
+
+
+def test_a_function_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_score_of_models.py").write_text("def length(model):\n    return len(model)\n")
+    monkeypatch.chdir(tmp_path)
+    assert Function("my_score_of_models:length", False)([1, 2]) == 2  # type: ignore[arg-type]
+    for name in ("length", "my_score_of_models:width", "no_such_module_at_all:f", ":f"):
+        with pytest.raises(arcmerge.ArcmergeError, match=r"must be named module:function|cannot be found"):
+            Function(name, False)
+
+
+# ---- the run
+
+
+def test_the_best_recipe_merges_to_what_was_scored(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    best = sweep(recipe(models), of_numbers(read_values("0:1:0.25")), LeastT(), out, device="cpu")
+    assert best is not None
+    assert (best.name, best.parameters) == ("t=0.5", {"t": 0.5})
+    arcmerge.merge(out / BEST, tmp_path / "best", device="cpu")
+    arcmerge.merge(recipe(models, 0.5), tmp_path / "expected", device="cpu")
+    files = [tmp_path / name / "model.safetensors" for name in ("best", "expected")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert [(row["candidate"], float(row["t"])) for row in rows(out)] == [
+        (f"t={t:g}", t) for t in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    assert json.loads((out / "results.json").read_text())[1]["parameters"] == {"t": 0.25}
+    assert (out / "scores.png").stat().st_size > 5000
+
+
+def test_a_run_that_was_ended_goes_on(models: Path, tmp_path: Path) -> None:
+    out, wanted = tmp_path / "out", of_numbers(read_values("0:1:0.25"))
+    with pytest.raises(KeyboardInterrupt):
+        sweep(recipe(models), wanted, LeastT(fails_at=2), out, device="cpu")
+    assert len(rows(out)) == 2
+    with (out / JOURNAL).open("a") as file:
+        file.write('{"name": "t=0.5", "param')  # cut short as it was written
+    told: list[tuple[str, int, int]] = []
+    score = LeastT()
+    sweep(
+        recipe(models),
+        wanted,
+        score,
+        out,
+        device="cpu",
+        listen=lambda one, best, done, total: told.append((one.name, done, total)),
+    )
+    assert score.calls == 3
+    assert told == [("t=0.5", 3, 5), ("t=0.75", 4, 5), ("t=1", 5, 5)]
+    sweep(recipe(models), wanted, score, out, device="cpu")
+    assert score.calls == 3
+    assert [row["candidate"] for row in rows(out)] == ["t=0", "t=0.25", "t=0.5", "t=0.75", "t=1"]
+
+
+@pytest.mark.parametrize("different", ["recipe", "score", "parents", "numerics"])
+def test_a_journal_of_another_sweep_is_refused(models: Path, tmp_path: Path, different: str) -> None:
+    out = tmp_path / "out"
+    sweep(recipe(models), of_numbers([0.5]), LeastT(), out, device="cpu")
+    score, options = LeastT(), {"numerics": "hf" if different == "numerics" else "default"}
+    if different == "score":
+        score.identity = "another"
+    if different == "parents":
+        (models / "gemma-b" / "model.safetensors").touch()
+    with pytest.raises(arcmerge.ArcmergeError, match=rf"journal of another sweep \(its {different} differs\)"):
+        sweep(recipe(models, 0.9 if different == "recipe" else 0.3), of_numbers([0.5]), score, out, **options)
+
+
+def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
+    for number, content in enumerate(("{\n", "[]\n{}\n", '{"recipe": 1}\n{"colour": 1}\n')):
+        file = tmp_path / str(number)
+        file.write_text(content)
+        with pytest.raises(arcmerge.ArcmergeError, match=r"is not the journal of a sweep|of another sweep"):
+            Journal(file, {"recipe": 1})
+
+
+def test_wrong_candidates_are_refused_before_the_first_is_scored(models: Path, tmp_path: Path) -> None:
+    score = LeastT()
+    wrong: list[Mapping[str, Any]] = [{"t": []}, {"t": "much"}, {"weight": 1}]
+    for parameters in wrong:
+        candidates = [*of_numbers([0.5]), Candidate("wrong", parameters)]
+        with pytest.raises(arcmerge.ArcmergeError):
+            sweep(recipe(models), candidates, score, tmp_path / "out", device="cpu")
+    assert score.calls == 0
+
+
+def test_no_number_is_never_the_best(models: Path, tmp_path: Path) -> None:
+    scored = [
+        Scored("a", {}, {}, math.nan),
+        Scored("b", {}, {}, 2.0),
+        Scored("c", {}, {}, 2.0),
+        Scored("d", {}, {}, 3.0),
+    ]
+    assert best_of(scored, True) is scored[1]
+    assert best_of(scored, False) is scored[3]
+    assert best_of(scored[:1], True) is None
+
+
+# ---- the search
+
+
+@pytest.mark.parametrize("sampler", ["cma", "tpe"])
+def test_a_search_comes_near_and_goes_on_from_its_journal(models: Path, tmp_path: Path, sampler: str) -> None:
+    config, out = recipe(models, [{"filter": "mlp", "value": [0, 1]}, {"value": 0}]), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, Optimize(40, sampler=sampler), LeastT(fails_at=15), out, device="cpu")
+    score = LeastT()
+    best = sweep(config, Optimize(40, sampler=sampler), score, out, device="cpu")
+    assert score.calls == 25
+    found = rows(out)
+    assert list(found[0]) == ["candidate", "mlp[0]", "mlp[1]", "t", "score", "seconds"]
+    assert len({(row["mlp[0]"], row["mlp[1]"], row["t"]) for row in found}) == 40
+    assert all(0 <= float(row[name]) <= 1 for row in found for name in ("mlp[0]", "mlp[1]", "t"))
+    first = sorted(float(row["score"]) for row in found[:10])
+    assert best is not None
+    assert best.score < 0.5 * first[5]
+    assert yaml.safe_load((out / BEST).read_text())["parameters"]["t"] == best.parameters["t"]
+
+
+def test_a_search_is_the_same_each_time_and_keeps_to_its_bounds(models: Path) -> None:
+    one, other = (Search(load_recipe(recipe(models, [0, 1])), True, -1, 0.2, None, []) for _ in range(2))
+    for number in range(5):
+        asked = one.ask()
+        assert asked == other.ask()
+        assert all(-1 <= value <= 0.2 for value in asked.varied.values())
+        assert asked.parameters["t"] == list(asked.varied.values())
+        score = math.nan if number == 1 else float(number)
+        one.tell(score)
+        other.tell(score)
+    scalar = Search(load_recipe(recipe(models)), True, 0, 1, None, []).ask()
+    assert scalar.parameters == {"t": scalar.varied["t"]}
+
+
+def test_a_search_needs_numbers_and_bounds(models: Path) -> None:
+    silent = recipe(models)
+    del silent["parameters"]
+    with pytest.raises(arcmerge.ArcmergeError, match="the recipe has none there"):
+        Search(load_recipe(silent), True, 0, 1, None, [])
+    with pytest.raises(arcmerge.ArcmergeError, match="low:high with low below high, got 1:1"):
+        Search(load_recipe(recipe(models)), True, 1, 1, None, [])
+
+
+# ---- the command
+
+
+@pytest.fixture
+def files(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe(models, [0, 0.5])))
+    (tmp_path / "text.txt").write_text(TEXT)
+    question = {"context": "tok1 tok2", "choices": [" tok5", " tok6"], "answer": 0}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(question) + "\n")
+    (tmp_path / "score_by_norm.py").write_text(
+        "def norm(model):\n    return model.network.weights.norm.float().norm()\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        (["--text", "text.txt"], 11),
+        (["--text", "text.txt", "text.txt", "--window", "5", "--t", "0,1"], 2),
+        (["--tasks", "tasks.jsonl", "--curve", "up=0,1", "--curve", "down=1,0"], 2),
+        (["--function", "score_by_norm:norm", "--grid", "mlp=0,1", "--grid", "self_attn=0:1:0.5"], 6),
+        (["--function", "score_by_norm:norm", "--minimize", "--optimize", "3", "--bounds", "0.2:0.4"], 3),
+    ],
+)
+def test_the_command(files: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], count: int) -> None:
+    assert main(["sweep", "recipe.yml", "--device", "cpu", *arguments]) == 0
+    said = capsys.readouterr()
+    assert len(rows(files / "sweep-recipe")) == count
+    assert said.out.startswith("best by ")
+    assert f"{count} of {count}  " in said.err
+    assert main(["merge", "sweep-recipe/best.yml", "merged", "--device", "cpu", "-q"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        ([], 2, "one of the arguments --text --tasks --function is required"),
+        (["--text", "none.txt"], 1, "a text to score cannot be read"),
+        (["--text", "text.txt", "--t", "x"], 1, "values must be first:last:step"),
+        (["--text", "text.txt", "--optimize", "0"], 1, "--optimize must be a number of candidates from 1 up"),
+        (["--text", "text.txt", "--optimize", "2", "--t", "0"], 1, "leave out --t, --curve and --grid"),
+        (["--text", "text.txt", "--optimize", "2", "--bounds", "1"], 1, "--bounds must be low:high"),
+        (["--tasks", "tasks.jsonl", "--window", "4"], 1, "--window is for --text"),
+        (["--text", "text.txt", "--window", "1"], 1, "'window' must be 2 or more"),
+    ],
+)
+def test_wrong_calls(
+    files: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, sentence: str
+) -> None:
+    assert main(["sweep", "recipe.yml", "--device", "cpu", *arguments]) == code
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "Traceback" not in said
