@@ -15,6 +15,7 @@ from transformers import Gemma2ForCausalLM
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.model import Gemma2
+from arcmerge.gemma2.network import Network
 from gemma2_models import SHAPES, build
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -278,3 +279,31 @@ def test_wrong_tensors_are_named(one: Path, tmp_path: Path) -> None:
 def test_wrong_calls_are_refused_in_a_sentence(one: Path, call: Any, sentence: str) -> None:
     with pytest.raises(ArcmergeError, match=sentence):
         call(Gemma2.from_pretrained(one))
+
+
+@pytest.mark.parametrize("window", [6, 4096])
+def test_what_sequences_share_goes_through_once(tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers to a question, of one token and of several, and sequences that share nothing, in groups of any size."""
+    build(tmp_path, "2.6B", BF16, sliding_window=window)
+    model = Gemma2.from_pretrained(tmp_path, "cpu", F32)
+    question, other = tokens(40, seed=1).tolist(), tokens(9, seed=2).tolist()
+    answers = [[5], [6], [5, 7, 8], tokens(12, seed=3).tolist(), [6]]
+    pairs = [
+        *((question, answer) for answer in answers),
+        *((other, answer) for answer in ([3, 4], [5])),
+        (tokens(30, seed=4).tolist(), [4, 5, 6]),
+        *((tokens(20, seed=5).tolist(), [token]) for token in (7, 8)),
+        (question, []),
+    ]
+    alone = [model.score([pair])[0] for pair in pairs]
+    fed: list[int] = []
+    original = Network.embed
+    monkeypatch.setattr(Network, "embed", lambda self, ids: fed.append(len(ids)) or original(self, ids))
+    for most in (2048, 60, 1):
+        monkeypatch.setattr("arcmerge.gemma2.scoring.PASS_TOKENS", most)
+        fed.clear()
+        for one, expected in zip(model.score(pairs), alone, strict=True):
+            assert one.logprob == pytest.approx(expected.logprob, abs=1e-4)
+            assert one.greedy == expected.greedy
+        assert sum(fed) == 40 + 2 + 11 + 9 + 1 + 32 + 20
+    assert alone[-1] == (0.0, True)

@@ -1,13 +1,20 @@
-"""Log-probabilities of given tokens, with the head computed only where one is asked for."""
+"""Log-probabilities of given tokens, with the head computed only where one is asked for.
+
+What several sequences share, as the answers to a question share the question, goes through the network once. Then each
+goes on in a lane of the cache of its own, to which the keys and values of what is shared are copied.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from arcmerge import ops
+from arcmerge.gemma2.cache import Batch
 from arcmerge.gemma2.generation import require_tokens
 from arcmerge.gemma2.network import Network
 from arcmerge.gemma2.sequences import PASS_TOKENS, Sequences
@@ -20,64 +27,122 @@ class Score(NamedTuple):
     greedy: bool
 
 
+@dataclass
+class _Lane:
+    """Tokens that go through the network, and the tokens that are asked for after a position: (sequence, token)."""
+
+    tokens: Sequence[int]
+    asked: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def ask(self, position: int, sequence: int, token: int) -> None:
+        self.asked.setdefault(position, []).append((sequence, token))
+
+
+@dataclass
+class _Family:
+    """Sequences that begin alike: what is shared, and the lanes that go on from it, of no tokens but theirs."""
+
+    shared: _Lane
+    branches: list[_Lane]
+
+    @property
+    def lanes(self) -> int:
+        return max(1, len(self.branches))
+
+    @property
+    def length(self) -> int:
+        return len(self.shared.tokens) + max((len(branch.tokens) for branch in self.branches), default=0)
+
+
 def score(network: Network, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
     """Scores of the last tokens of each sequence: (tokens, how many of them, at most all but the first).
 
-    Sequences of like length go through the network together; none is padded, and company changes no score.
+    Sequences of like length go through the network together, and none is padded: company changes a score by rounding
+    alone.
     """
     require_tokens(network, [tokens for tokens, _ in sequences])
-    scores: list[Score] = [Score(0.0, True)] * len(sequences)
-    for group in _groups([len(tokens) for tokens, _ in sequences]):
-        found = _score_group(network, [sequences[number] for number in group])
-        for number, one in zip(group, found, strict=True):
-            scores[number] = one
+    scores = [Score(0.0, True)] * len(sequences)
+    families = _families(sequences)
+    alone = [family for family in families if not family.branches]
+    for group in _groups(alone):
+        lanes = [family.shared for family in group]
+        total = sum(len(lane.tokens) for lane in lanes)
+        # In a single pass, whose cache is then that of one layer.
+        cached = Sequences(network, len(lanes), max(family.length for family in group), transient=total <= PASS_TOKENS)
+        _add(scores, network, lanes, cached.feed([lane.tokens for lane in lanes]))
+    for group in _groups([family for family in families if family.branches]):
+        _score_branches(scores, network, group)
     return scores
 
 
-def _groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of sequences that go together, the longest first: at most PASS_TOKENS tokens, or one sequence."""
-    groups: list[list[int]] = []
+def _families(sequences: Sequence[tuple[Sequence[int], int]]) -> list[_Family]:
+    """By what stands before the scored tokens. The last token predicts nothing, so it does not go through."""
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for number, (tokens, count) in enumerate(sequences):
+        if count:
+            by_context.setdefault(tuple(tokens[: len(tokens) - count]), []).append(number)
+    families = []
+    for context, numbers in by_context.items():
+        if len(numbers) == 1:  # nothing to share: all of it in one go
+            context = tuple(sequences[numbers[0]][0][:-1])
+        family = _Family(_Lane(context), [])
+        for number in numbers:
+            tokens, count = sequences[number]
+            branch = _Lane(tokens[len(context) : -1])
+            for position in range(len(tokens) - count - 1, len(tokens) - 1):
+                lane = family.shared if position < len(context) else branch
+                lane.ask(position, number, tokens[position + 1])
+            if branch.tokens:
+                family.branches.append(branch)
+        families.append(family)
+    return families
+
+
+def _groups(families: Iterable[_Family]) -> list[list[_Family]]:
+    """Those that go together, the longest first: at most PASS_TOKENS slots of the cache, or one family."""
+    groups: list[list[_Family]] = []
     room = 0
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        if not groups or lengths[number] > room:
+    for family in sorted(families, key=lambda family: -family.length):
+        slots = family.lanes * family.length
+        if not groups or slots > room:
             groups.append([])
             room = PASS_TOKENS
-        groups[-1].append(number)
-        room -= lengths[number]
+        groups[-1].append(family)
+        room -= slots
     return groups
 
 
-def _score_group(network: Network, group: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
-    # The last token predicts nothing that is asked for.
-    inputs = [tokens[:-1] for tokens, _ in group]
-    total = sum(map(len, inputs))
-    scores = [Score(0.0, True)] * len(group)
-    if not total:
-        return scores
-    # In a single pass, whose cache is then that of one layer.
-    sequences = Sequences(network, len(group), max(map(len, inputs)), transient=total <= PASS_TOKENS)
+def _score_branches(scores: list[Score], network: Network, group: Sequence[_Family]) -> None:
+    lanes = [branch for family in group for branch in family.branches]
+    shared: list[_Lane] = []
+    sources: list[int] = []
+    for family in group:  # what is shared goes through the first lane of each
+        sources += [len(sources)] * family.lanes
+        shared += [family.shared, *[_Lane(())] * (family.lanes - 1)]
+    cached = Sequences(network, len(lanes), max(family.length for family in group))
+    _add(scores, network, shared, cached.feed([lane.tokens for lane in shared]))
+    cached.fork(sources)
+    _add(scores, network, lanes, cached.feed([lane.tokens for lane in lanes]))
+
+
+def _add(scores: list[Score], network: Network, lanes: Sequence[_Lane], passes: Iterator[tuple[Batch, Tensor]]) -> None:
+    """Add to the scores what is asked for of these passes of the lanes."""
     device = network.weights.norm.device
-    for batch, hidden in sequences.feed(inputs):
-        owners, positions = batch.sequences.tolist(), batch.positions.tolist()
-        rows, targets, scored_owners = [], [], []
-        for row, (owner, position) in enumerate(zip(owners, positions, strict=True)):
-            tokens, count = group[owner]
-            if position + 1 >= len(tokens) - count:
+    for batch, hidden in passes:
+        rows, asked = [], []
+        for row, (lane, position) in enumerate(zip(batch.sequences.tolist(), batch.positions.tolist(), strict=True)):
+            for one in lanes[lane].asked.get(position, ()):
                 rows.append(row)
-                targets.append(tokens[position + 1])
-                scored_owners.append(owner)
+                asked.append(one)
         if not rows:
             continue
         logprobs, best = ops.head_logprob(
             hidden[torch.tensor(rows, device=device)],
             network.weights.embed_tokens,
-            torch.tensor(targets, device=device),
+            torch.tensor([token for _, token in asked], device=device),
             network.config.final_logit_softcapping,
             network.stepwise,
         )
-        for owner, logprob, choice, target in zip(
-            scored_owners, logprobs.tolist(), best.tolist(), targets, strict=True
-        ):
-            so_far = scores[owner]
-            scores[owner] = Score(so_far.logprob + logprob, so_far.greedy and choice == target)
-    return scores
+        for (sequence, token), logprob, choice in zip(asked, logprobs.tolist(), best.tolist(), strict=True):
+            before = scores[sequence]
+            scores[sequence] = Score(before.logprob + logprob, before.greedy and choice == token)

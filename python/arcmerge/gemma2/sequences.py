@@ -51,6 +51,15 @@ class Sequences:
             self._lengths = [before + len(piece) for before, piece in zip(self._lengths, pieces, strict=True)]
             yield batch, self._network(batch, self._cache)
 
+    def fork(self, sources: Sequence[int]) -> None:
+        """Let every sequence be where another is: sources[b] is that of sequence b, which may be b itself."""
+        for number, source in enumerate(sources):
+            if source != number:
+                for layer in self._cache.layers:
+                    for kept in layer:
+                        kept[number].copy_(kept[source])
+        self._lengths = [self._lengths[source] for source in sources]
+
     def feed_for_last(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Hidden states [B, hidden_size] of the last token of each prompt, none of which is empty."""
         last: list[Tensor | None] = [None] * len(prompts)
