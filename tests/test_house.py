@@ -30,6 +30,7 @@ BELOW = {
     "ops": {"arcmerge.kernels", "arcmerge._C"},
     "merging": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.kernels", "arcmerge._C"},
     "gemma2": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.merging", "arcmerge._C"},
+    "integrations": {"arcmerge.gemma2", "arcmerge.merging", "arcmerge.ops"},
     "sweep": {"arcmerge.gemma2", "arcmerge.merging", "arcmerge.terminal"},
 }
 LONGEST_FILE = 400

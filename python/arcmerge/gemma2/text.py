@@ -37,6 +37,11 @@ class Text:
         except Exception as error:  # the library raises bare Exceptions
             raise ArcmergeError(f"{path}: is not a tokenizer ({error}): copy the base model's.") from error
 
+    @property
+    def name(self) -> str:
+        """Of the folder that it came from."""
+        return str(self._folder)
+
     def encode(self, text: str) -> list[int]:
         """Tokens with exactly one BOS in front, whether or not the text or the tokenizer brings one."""
         tokens = self.encode_plain(text)
@@ -52,9 +57,10 @@ class Text:
 
     def chat(self, messages: Messages) -> list[int]:
         """Tokens of a conversation up to where the model answers, by the model's own template."""
-        return self.encode(self._render(messages))
+        return self.encode(self.render(messages))
 
-    def _render(self, messages: Messages) -> str:
+    def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation by the model's own template, in a sandbox; up to where the model answers."""
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -69,16 +75,18 @@ class Text:
         special = {key: _content(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         special["bos_token"] = special["bos_token"] or str(self.tokenizer.id_to_token(self.bos))
         try:
-            template = environment.from_string(self._template(settings))
-            return template.render(messages=list(messages), add_generation_prompt=True, **special)
+            template = environment.from_string(self.template)
+            return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **special)
         except TemplateError as error:
             raise ArcmergeError(f"{self._folder}: its chat template refuses this conversation: {error}.") from error
 
-    def _template(self, settings: Mapping[str, Any]) -> str:
+    @property
+    def template(self) -> str:
+        """The chat template; ArcmergeError if the folder has none."""
         file = self._folder / "chat_template.jinja"
         if file.exists():
             return file.read_text(encoding="utf-8")
-        template = settings.get("chat_template")
+        template = self._settings().get("chat_template")
         if isinstance(template, list):  # several, by name
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
