@@ -50,6 +50,7 @@ bench: $(DEV)
 	for op in $(OPS); do $(BIN)/python benchmarks/$$op.py || exit; done
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/gemma2.py
+	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/table.py
 
 # What can be proved about the kernels without a GPU: docs/proof.md.
