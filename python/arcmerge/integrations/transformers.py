@@ -1,0 +1,254 @@
+"""arcmerge inside transformers: the attention alone by name, or all of a Gemma-2 that transformers has loaded.
+
+with register_attention():
+    model = Gemma2ForCausalLM.from_pretrained(folder, attn_implementation="arcmerge")
+
+accelerated = accelerate(model)    # model.generate, caches and hooks work as before
+accelerated.undo()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+
+from arcmerge import ops
+from arcmerge.errors import ArcmergeError
+from arcmerge.integrations.undo import Undo
+from arcmerge.ops.attention import HEAD_DIMS
+
+NAME = "arcmerge"
+_DTYPES = (torch.bfloat16, torch.float32)
+
+Forward = Callable[..., Any]
+
+
+def register_attention() -> Undo:
+    """Lets transformers' models be loaded with attn_implementation="arcmerge", padding masks included.
+
+    For models whose attention is causal, with or without a window, softcap and groups of heads, in inference.
+    """
+    undo = Undo()
+    for functions, ours in ((ALL_ATTENTION_FUNCTIONS, attention_forward), (ALL_MASK_ATTENTION_FUNCTIONS, visible_keys)):
+        if NAME not in functions._global_mapping:
+            type(functions).register(NAME, ours)
+            undo.later(lambda functions=functions: functions._global_mapping.pop(NAME, None))
+    return undo
+
+
+def accelerate(model: Any) -> Undo:
+    """Let norms, MLPs, attention and head of a Gemma-2 of transformers be computed by arcmerge's ops, in place.
+
+    Where gradients are recorded, modules work as before. Softcaps, products and activations are float32 inside an op,
+    so bfloat16 logits differ from transformers' by rounding. Raises ArcmergeError for anything but a Gemma-2 in
+    bfloat16 or float32.
+    """
+    if not isinstance(model, gemma2.Gemma2PreTrainedModel):
+        raise ArcmergeError(f"accelerate takes a Gemma-2 of transformers, got {type(model).__name__}")
+    if model.dtype not in _DTYPES:
+        raise ArcmergeError(f"accelerate takes a model in bfloat16 or float32, got {model.dtype}")
+    undo = register_attention()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    undo.later(lambda: model.set_attn_implementation(before))
+    for name, module in model.named_modules():
+        make = _linear if name == "lm_head" else _FORWARDS.get(type(module))
+        if make is not None:
+            if _is_plain(module):
+                _replace(module, make(module), undo)
+            else:
+                undo.left.append(name)
+    return undo
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module can be computed without calling what is inside it: linear layers without bias or hooks."""
+    inside = [part for part in module.modules() if part is not module]
+    linear = [part for part in [module, *inside] if list(part.parameters(recurse=False))]
+    known = all(isinstance(part, gemma2.Gemma2RMSNorm) or _has_no_bias(part) for part in linear)
+    return known and not any(part._forward_hooks or part._forward_pre_hooks for part in inside)
+
+
+def _has_no_bias(part: nn.Module) -> bool:
+    return type(part) is nn.Linear and part.bias is None
+
+
+def _replace(module: nn.Module, ours: Forward, undo: Undo) -> None:
+    theirs = module.forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        if torch.is_grad_enabled():
+            given = (*arguments, *named.values())
+            if any(isinstance(value, Tensor) and value.requires_grad for value in given):
+                return theirs(*arguments, **named)
+        return ours(*arguments, **named)
+
+    module.forward = forward
+    undo.later(lambda: vars(module).pop("forward"))
+
+
+# ---- what replaces the forward of a module
+
+
+def _norm(module: Any) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        return ops.rmsnorm(x, module.weight, module.eps).to(x.dtype)
+
+    return forward
+
+
+def _mlp(module: Any) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        inner = ops.linear_geglu(x.flatten(0, -2), module.gate_proj.weight, module.up_proj.weight)
+        return ops.linear(inner, [module.down_proj.weight]).view(x.shape)
+
+    return forward
+
+
+def _linear(module: Any) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        return ops.linear(x.flatten(0, -2), [module.weight]).view(*x.shape[:-1], -1)
+
+    return forward
+
+
+def _attention(module: Any) -> Forward:
+    projections = [module.q_proj, module.k_proj, module.v_proj]
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **named: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        cache = named.pop("past_key_values", cache)  # as it was called before transformers 5.20
+        shape = hidden_states.shape[:-1]
+        qkv = ops.linear(hidden_states.flatten(0, -2), [one.weight for one in projections])
+        states = qkv.view(*shape, -1, module.head_dim).transpose(1, 2)
+        counts = [one.weight.shape[0] // module.head_dim for one in projections]
+        query, key, value = states.split(counts, dim=1)
+        query, key = gemma2.apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, module.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            module.config._attn_implementation, gemma2.eager_attention_forward
+        )
+        attended, weights = attend(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=module.scaling,
+            sliding_window=module.sliding_window,
+            softcap=module.attn_logit_softcapping,
+            **named,
+        )
+        return ops.linear(attended.reshape(-1, attended.shape[2] * attended.shape[3]), [module.o_proj.weight]).view(
+            *shape, -1
+        ), weights
+
+    return forward
+
+
+_FORWARDS: dict[type, Callable[[Any], Forward]] = {
+    gemma2.Gemma2RMSNorm: _norm,
+    gemma2.Gemma2MLP: _mlp,
+    gemma2.Gemma2Attention: _attention,
+}
+
+
+# ---- the attention and its mask, as transformers calls them
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, T, Dh], key and value [B, Hkv, S, Dh] -> ([B, T, H, Dh], no weights).
+
+    attention_mask: from `visible_keys`. Rows of padding come out as zeros. Raises ArcmergeError for what ops.attention
+    has not: dropout, masks of four dimensions, other heads.
+    """
+    if dropout:
+        raise ArcmergeError(f"attn_implementation='arcmerge' has no dropout, got {dropout}; call model.eval()")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ArcmergeError("attn_implementation='arcmerge' takes masks [batch, tokens] alone; use 'eager' for others")
+    if query.shape[3] not in HEAD_DIMS:
+        raise ArcmergeError(f"attn_implementation='arcmerge' has heads of {HEAD_DIMS} elements, got {query.shape[3]}")
+    batch, tokens, head_dim = query.shape[0], query.shape[2], query.shape[3]
+    rows, device = query.transpose(1, 2), query.device
+    if attention_mask is None:
+        visible, asked = None, torch.ones(batch, tokens, dtype=torch.bool, device=device)
+        lengths = torch.full((batch,), key.shape[2], dtype=torch.int32, device=device)
+    else:
+        visible = attention_mask.to(device, torch.bool)
+        # Queries stand at the last positions that any sequence sees.
+        end = int(visible.any(dim=0).nonzero().max()) + 1
+        asked = visible[:, end - tokens : end]
+        lengths = visible.sum(dim=1, dtype=torch.int32)
+        # The op takes the tokens of a sequence from slot 0 on.
+        order = (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None].expand(key.shape)
+        key, value = key.gather(2, order), value.gather(2, order)
+    starts = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+    starts[1:] = asked.sum(dim=1).cumsum(dim=0)
+    packed = rows.reshape(-1, rows.shape[2], head_dim) if visible is None else rows[asked]
+    found = ops.attention(
+        packed.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        starts,
+        lengths,
+        tokens,
+        scale=head_dim**-0.5 if scaling is None else scaling,
+        softcap=softcap or 0.0,
+        window=sliding_window or 0,
+    )
+    if visible is None:
+        return found.view(rows.shape), None
+    out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+    out[asked] = found
+    return out, None
+
+
+def visible_keys(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """[batch, keys] bool: which keys are tokens that some query may see; None: all. Causality and windows are the op's.
+
+    Raises ArcmergeError for several sequences packed into one row, which only masks of four dimensions tell apart.
+    """
+    if not allow_is_causal_skip and q_length > 1:
+        raise ArcmergeError("attn_implementation='arcmerge' takes one sequence a row; use 'eager' for packed ones")
+    if attention_mask is not None:
+        device = attention_mask.device
+    written = torch.arange(kv_offset, kv_offset + kv_length, device=device) < q_offset + q_length
+    visible = written.expand(batch_size, -1)
+    if attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+        visible = visible & nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
+    return None if visible.all() else visible

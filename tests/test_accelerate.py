@@ -1,0 +1,167 @@
+"""transformers with arcmerge inside: logits, tokens, caches, padding, hooks; and everything as before afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma2ForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import arcmerge
+from arcmerge import ops
+from arcmerge.integrations.transformers import accelerate, register_attention
+from gemma2_models import SHAPES, build
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build(folder, request.param, F32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    build(folder, "2.6B", F32)
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = F32, attention: str = "eager") -> Any:
+    return Gemma2ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+
+
+def batch(*lengths: int, left: bool = True) -> dict[str, Tensor]:
+    """Prompts of these lengths, padded on one side."""
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        place = slice(max(lengths) - length, None) if left else slice(0, length)
+        ids[row, place] = torch.randint(3, 1003, (length,), generator=torch.Generator().manual_seed(row + length))
+        mask[row, place] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("lengths", "left"), [((1,), True), ((40,), True), ((9, 9), True), ((3, 19, 12, 1), True), ((3, 19, 12, 1), False)]
+)
+@pytest.mark.parametrize("way", ["accelerate", "attention alone"])
+def test_logits(folder: Path, lengths: tuple[int, ...], left: bool, way: str) -> None:
+    inputs = batch(*lengths, left=left)
+    expected = load(folder)(**inputs).logits
+    with register_attention():
+        model = load(folder, attention="arcmerge" if way == "attention alone" else "eager")
+        if way == "accelerate":
+            assert accelerate(model).left == []
+        found = model(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    assert (found - expected)[real].abs().max() <= 1e-4
+    assert not found[~real].isnan().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("lengths", [(5,), (3, 19, 12)], ids=str)
+def test_generate_gives_the_same_tokens(folder: Path, lengths: tuple[int, ...], cache: str) -> None:
+    """In float32, past the window of 8, by every kind of cache."""
+    inputs, options = batch(*lengths), {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    elif cache == "none":
+        options["use_cache"] = False
+    model = load(folder)
+    expected = model.generate(**inputs, **options)
+    with accelerate(model):
+        assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_near_to_the_truth(one: Path) -> None:
+    inputs = batch(60)
+    truth, model = load(one)(**inputs).logits, load(one, BF16)
+    theirs = (model(**inputs).logits - truth).norm()
+    with accelerate(model):
+        # Most of it is of the residual stream, which transformers keeps in bfloat16.
+        assert (model(**inputs).logits - truth).norm() <= 1.25 * theirs
+
+
+@torch.no_grad()
+def test_everything_is_as_before_afterwards(one: Path) -> None:
+    model, inputs = load(one), batch(4, 11)
+    expected = model(**inputs).logits
+    undo = accelerate(model)
+    assert not torch.equal(model(**inputs).logits, expected)
+    assert model.config._attn_implementation == "arcmerge"
+    undo.undo()
+    undo.undo()
+    assert torch.equal(model(**inputs).logits, expected)
+    assert model.config._attn_implementation == "eager"
+    assert not any("forward" in vars(module) for module in model.modules())
+    for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        assert "arcmerge" not in functions
+    with pytest.raises((KeyError, ValueError), match="arcmerge"):
+        load(one, attention="arcmerge")(**inputs)
+
+
+@torch.no_grad()
+def test_hooks_keep_working(one: Path) -> None:
+    model, inputs, seen = load(one), batch(6), []
+    layer = model.model.layers[1]
+    for name in ("input_layernorm", "self_attn", "mlp", "post_feedforward_layernorm"):
+        getattr(layer, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    layer.mlp.down_proj.register_forward_hook(lambda *_: seen.append("down_proj"))
+    with accelerate(model) as undo:
+        model(**inputs)
+        # One module has a hook inside, which an op would pass over: it is left as it is.
+        assert undo.left == ["model.layers.1.mlp"]
+    assert seen == ["input_layernorm", "self_attn", "down_proj", "mlp", "post_feedforward_layernorm"]
+    assert len(model(**inputs, output_hidden_states=True).hidden_states) == 5
+
+
+def test_gradients_are_those_of_transformers(one: Path) -> None:
+    model, inputs = load(one), batch(6)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    expected = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    model.zero_grad()
+    with accelerate(model):
+        model.set_attn_implementation("eager")
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight.grad, expected)
+
+
+@torch.no_grad()
+def test_what_is_computed_by_ops(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in ("rmsnorm", "linear", "linear_geglu", "attention"):
+        original = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *a, name=name, original=original, **k: called.append(name) or original(*a, **k)
+        )
+    model = load(one)
+    with accelerate(model):
+        model(**batch(5))
+    # Four layers: four norms, three products and two more of the MLP; the last norm and the head.
+    counts = {name: called.count(name) for name in set(called)}
+    assert counts == {"rmsnorm": 4 * 4 + 1, "linear": 4 * 3 + 1, "linear_geglu": 4, "attention": 4}
+
+
+@torch.no_grad()
+def test_what_it_cannot_do_is_said(one: Path) -> None:
+    with pytest.raises(arcmerge.ArcmergeError, match="takes a Gemma-2 of transformers, got Linear"):
+        accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(arcmerge.ArcmergeError, match=r"in bfloat16 or float32, got torch\.float16"):
+        accelerate(load(one, torch.float16))
+    model, inputs = load(one), batch(4)
+    with accelerate(model):
+        with pytest.raises(arcmerge.ArcmergeError, match="one sequence a row"):
+            model(inputs["input_ids"], position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
+        with pytest.raises(arcmerge.ArcmergeError, match=r"masks \[batch, tokens\] alone"):
+            model(inputs["input_ids"], attention_mask=torch.zeros(1, 1, 4, 4))

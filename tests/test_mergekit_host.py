@@ -1,0 +1,100 @@
+"""mergekit with arcmerge inside: what goes where, the same bits, and everything as before afterwards."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import arcmerge
+import tiny
+
+mergekit = pytest.importorskip("mergekit")
+from mergekit import merge as their_merge  # noqa: E402
+from mergekit.config import MergeConfiguration  # noqa: E402
+from mergekit.options import MergeOptions  # noqa: E402
+
+from arcmerge.integrations import mergekit as host  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("gemma-a", "gemma-b"):
+        tiny.make(name, folder)
+    return folder
+
+
+def recipe(models: Path, **changes: Any) -> dict[str, Any]:
+    listed = [{"model": str(models / name)} for name in ("gemma-a", "gemma-b")]
+    slerp = {"merge_method": "slerp", "dtype": "bfloat16", "parameters": {"t": [0, 0.3, 1]}}
+    return {**slerp, "base_model": listed[0]["model"], "models": listed, **changes}
+
+
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Calls that went to mergekit, which does not carry them out."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(host, "_theirs", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+@pytest.mark.parametrize("by_source", [True, False])
+def test_a_merge_that_arcmerge_does_goes_to_it(
+    models: Path, tmp_path: Path, theirs: list[tuple[Any, ...]], by_source: bool
+) -> None:
+    config = recipe(models)
+    parsed, text = MergeConfiguration.model_validate(config), yaml.safe_dump(config)
+    with host.take_over():
+        their_merge.run_merge(parsed, str(tmp_path / "out"), MergeOptions(), text if by_source else None)
+    arcmerge.merge(config, tmp_path / "expected", device="cpu")
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "expected")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not theirs
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "reason"),
+    [
+        ({"merge_method": "ties", "parameters": {"density": 0.5, "weight": 0.5}}, {}, "ties"),
+        ({}, {"safe_serialization": False}, "pickled output"),
+        ({"models": [{"model": "gemma-nowhere"}, {"model": "gemma-b"}]}, {}, "gemma-nowhere"),
+    ],
+)
+def test_all_others_go_to_mergekit_unchanged(
+    models: Path,
+    tmp_path: Path,
+    theirs: list[tuple[Any, ...]],
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    options: dict[str, Any],
+    reason: str,
+) -> None:
+    parsed, given = MergeConfiguration.model_validate({**recipe(models), **changes}), MergeOptions(**options)
+    host.run(parsed, str(tmp_path / "out"), given)
+    assert theirs == [(parsed, str(tmp_path / "out"), given, None)]
+    assert "mergekit does this merge itself: " in caplog.text
+    assert reason in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_everything_is_as_before_afterwards() -> None:
+    before = their_merge.run_merge
+    undo = host.take_over()
+    assert their_merge.run_merge is host.run
+    undo.undo()
+    assert their_merge.run_merge is before
+
+
+def test_the_command_takes_the_flags_of_mergekit(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe(models)))
+    command = [sys.executable, "-m", "arcmerge.integrations.mergekit", "recipe.yml", "out", "--no-write-model-card"]
+    subprocess.run([*command, "--lazy-unpickle"], cwd=tmp_path, check=True, capture_output=True)
+    arcmerge.merge(recipe(models), tmp_path / "expected", device="cpu")
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "expected")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not (tmp_path / "out" / "README.md").exists()
