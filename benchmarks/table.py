@@ -127,6 +127,21 @@ def duration(microseconds: float) -> str:
     return f"{microseconds / 1000:.3g} ms" if microseconds >= 1000 else f"{microseconds:.0f} us"
 
 
+def sweep_table() -> str:
+    """A candidate of a merge, merged and scored."""
+    rows = newest("sweep")
+    if not rows:
+        return NO_ROWS
+    lines = ["| | a candidate | of it merging | peak anonymous memory |", "|---|---:|---:|---:|"]
+    for row in rows:
+        floor = f", {float(row['merge_of_floor']):.2f} x the floor" if row["merge_of_floor"] else ""
+        whole, merging, memory = (
+            float(row[key]) for key in ("candidate_seconds", "merge_seconds", "peak_anonymous_mb")
+        )
+        lines.append(f"| {row['provider']} | {whole:.0f} s | {merging:.1f} s{floor} | {memory:,.0f} MB |")
+    return "\n".join([*lines, "", origin(rows)])
+
+
 def ops_table() -> str:
     """GB/s of each way to do an op, and its share of a copy by memcpy on the same thread."""
     lines = ["| op | by | GB/s (20th to 80th percentile) | of a copy |", "|---|---|---:|---:|"]
@@ -164,6 +179,7 @@ def main() -> None:
         "ops table": ops_table,
         "gemma2 table": gemma2_table,
         "gemma2 ops table": gemma2_ops_table,
+        "sweep table": sweep_table,
     }
     for name, table in tables.items():
         text = fill(text, name, table)
