@@ -4,9 +4,10 @@
     python benchmarks/gemma2.py --tiny             tries everything out on a tiny model and records nothing
     python benchmarks/gemma2.py --llama-bench PATH --gguf PATH         with llama.cpp's own benchmark beside them
 
-Tasks: `speed`, a prompt of 512 tokens and 16 steps of decoding after it; `memory`, a prompt of 2,048 and four steps;
-`score`, the last 32 tokens of sequences of 512. Every run is a process of its own, and providers take turns. The roofs
-of prefill and decode, torch.mm and reading the weights, are measured in arcmerge's own runs, after it.
+`accelerated` is transformers with our ops inside. Tasks: `speed`, a prompt of 512 tokens and 16 steps of decoding
+after it; `memory`, a prompt of 2,048 and four steps; `score`, the last 32 tokens of sequences of 512. Every run is a
+process of its own, and providers take turns. The roofs of prefill and decode, torch.mm and reading the weights, are
+measured in arcmerge's own runs, after it.
 
 Nothing is recorded unless arcmerge and transformers agree on the scores.
 """
@@ -91,7 +92,7 @@ def main() -> None:
     model, _ = make_pair(arguments.folder.resolve() / name, geometry)
     origin = provenance("arcmerge", "torch", "transformers")
     threads = len(os.sched_getaffinity(0))
-    providers = ["arcmerge", "transformers", *(["llama.cpp"] if arguments.gguf else [])]
+    providers = ["arcmerge", "transformers", "accelerated", *(["llama.cpp"] if arguments.gguf else [])]
     jobs = [
         (provider, task)
         for task in arguments.tasks

@@ -83,7 +83,21 @@ class Transformers:
         return found
 
 
-PROVIDERS: dict[str, Callable[[Path], Arcmerge | Transformers]] = {"arcmerge": Arcmerge, "transformers": Transformers}
+class Accelerated(Transformers):
+    """With arcmerge's ops in the modules of transformers."""
+
+    def __init__(self, model: Path) -> None:
+        from arcmerge.integrations.transformers import accelerate
+
+        super().__init__(model)
+        accelerate(self.model)
+
+
+PROVIDERS: dict[str, Callable[[Path], Arcmerge | Transformers]] = {
+    "arcmerge": Arcmerge,
+    "transformers": Transformers,
+    "accelerated": Accelerated,
+}
 
 
 def speed(provider: Arcmerge | Transformers, sequences: int) -> Figures:

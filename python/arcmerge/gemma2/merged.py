@@ -58,11 +58,6 @@ class MergedGemma2(Gemma2):
         """The merge configuration, as YAML, by which the weights are merged now."""
         return self._resident.recipe.text
 
-    @property
-    def parents(self) -> dict[str, dict[str, list[int | str]]]:
-        """What tells the parents from others: of every folder its shards, with size, time and hash of the header."""
-        return {str(one.folder.resolve()): one.fingerprint() for one in self._resident.prepared.checkpoints.values()}
-
     def set_t(self, t: Any, progress: Progress | None = None) -> int:
         """Merge again with another `t`, in place: the weights keep their addresses.
 

@@ -33,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--window", metavar="N", type=int, help="tokens of a window of text (default: as the model takes)")
     how.add_argument("--minimize", action="store_true", help="less is better; of --function, where more is by default")
 
+    parser.add_argument(
+        "--ray", action="store_true", help="on a Ray cluster: an actor for each GPU, or for each --threads processors"
+    )
+
     tried = parser.add_argument_group(f"what is tried (default: --t {_DEFAULT})")
     tried.add_argument("--t", metavar="VALUES", help="one t for the model: first:last:step, or numbers, as 0,0.3,1")
     tried.add_argument(
@@ -72,6 +76,7 @@ def run(arguments: argparse.Namespace) -> str:
             device=arguments.device,
             numerics=arguments.numerics,
             threads=arguments.threads,
+            ray=arguments.ray,
             listen=listen,
             warn=warn,
         )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arcmerge.gemma2.merged import MergedGemma2
-from arcmerge.gemma2.model import Gemma2
-from arcmerge.merging.prepared import Config, Warn
+from arcmerge.merging.options import Options
+from arcmerge.merging.prepared import Config, Warn, prepare
 from arcmerge.merging.recipe import Recipe, load_recipe
 from arcmerge.merging.resident import changed_recipe
 from arcmerge.sweep.candidates import Candidate
+from arcmerge.sweep.evaluation import Bench, Cluster, Here
 from arcmerge.sweep.journal import Journal, Scored
 from arcmerge.sweep.results import best_of, plot, write_tables
 from arcmerge.sweep.scores import Score
@@ -45,32 +44,42 @@ def sweep(
     *,
     device: str = "auto",
     numerics: str = "default",
+    ray: bool = False,
     listen: Listen = lambda scored, best, done, total: None,
     warn: Warn = warnings.warn,
     **options: Any,
 ) -> Scored | None:
     """Score candidates of a merge and leave tables, a plot and the best recipe in the folder `out`.
 
-    config: a merge configuration. candidates: what to try. options: as of Gemma2.from_merge.
-    A sweep that ended early goes on where it stood, by the journal in `out`. Returns the best, None if no candidate has
-    a score. Raises ArcmergeError for what is wrong with any of this, before the first is scored where it can be known.
+    config: a merge configuration. candidates: what to try. ray: by a cluster, see Cluster. options: as of
+    Gemma2.from_merge. A sweep that ended early goes on where it stood, by the journal in `out`.
+
+    Returns the best, None if no candidate has a score. Raises ArcmergeError for what is wrong with any of this, before
+    the first is scored where it can be known.
     """
-    recipe = load_recipe(config)
-    folder = Path(out)
-    planned = [] if isinstance(candidates, Optimize) else list(candidates)
-    for candidate in planned:  # so that what is wrong with the last is said before the first is scored
-        changed_recipe(recipe, candidate.parameters)
-    model = Gemma2.from_merge(recipe.text, device, numerics, warn=warn, **options)
+    recipe, folder = load_recipe(config), Path(out)
+    if not isinstance(candidates, Optimize):
+        for candidate in candidates:
+            changed_recipe(recipe, candidate.parameters)
+    prepared = prepare(recipe.text, Options.of({**options, "device": device}), warn)
+    parents = {str(one.folder.resolve()): one.fingerprint() for one in prepared.checkpoints.values()}
     folder.mkdir(parents=True, exist_ok=True)
-    journal = Journal(
-        folder / JOURNAL,
-        {"recipe": recipe.text, "score": score.identity, "parents": model.parents, "numerics": numerics},
-    )
+    about = {"recipe": recipe.text, "score": score.identity, "parents": parents, "numerics": numerics}
+    journal = Journal(folder / JOURNAL, about)
+    search, wanted, total = _wanted(candidates, recipe, score, journal)
+    bench = Bench(recipe.text, score, device, numerics, {**options, "warn": _unheard})
     try:
-        if isinstance(candidates, Optimize):
-            _optimize(candidates, recipe, model, score, journal, folder, listen)
-        else:
-            _try(planned, recipe, model, score, journal, folder, listen)
+        evaluation = Cluster(bench) if ray else Here(bench)
+        for candidate, value, seconds in evaluation.evaluate(wanted):
+            scored = Scored(candidate.name, candidate.parameters, candidate.varied, value, seconds)
+            journal.add(scored)
+            if search is not None:
+                search.tell(candidate, value)
+            best = best_of(journal.scored, score.minimize) or scored
+            if best is scored:
+                text = changed_recipe(recipe, candidate.parameters).text
+                (folder / BEST).write_text(text, encoding="utf-8")
+            listen(scored, best, total - _left(candidates, journal), total)
     finally:  # also of what was scored before an error or an interrupt
         if journal.scored:
             write_tables(journal.scored, folder)
@@ -78,50 +87,29 @@ def sweep(
     return best_of(journal.scored, score.minimize)
 
 
-def _try(
-    candidates: Sequence[Candidate],
-    recipe: Recipe,
-    model: MergedGemma2,
-    score: Score,
-    journal: Journal,
-    folder: Path,
-    listen: Listen,
-) -> None:
+def _unheard(sentence: str) -> None:
+    """What there is to warn of was said before the parents were opened."""
+
+
+def _wanted(
+    candidates: Sequence[Candidate] | Optimize, recipe: Recipe, score: Score, journal: Journal
+) -> tuple[Search | None, Iterator[Candidate], int]:
+    """The optimiser if there is one; the candidates that are not scored yet; how many there will be in the end."""
+    if isinstance(candidates, Optimize):
+        told = journal.scored
+        search = Search(recipe, score.minimize, candidates.low, candidates.high, candidates.sampler, told)
+        return search, (search.ask() for _ in range(candidates.count - len(told))), candidates.count
     known = {_key(one.parameters) for one in journal.scored}
-    for done, candidate in enumerate(candidates, 1):
-        if _key(candidate.parameters) not in known:
-            known.add(_key(candidate.parameters))
-            scored = _score(candidate, recipe, model, score, journal, folder)
-            listen(scored, best_of(journal.scored, score.minimize) or scored, done, len(candidates))
+    fresh = {_key(one.parameters): one for one in reversed(candidates) if _key(one.parameters) not in known}
+    return None, iter([one for one in candidates if fresh.get(_key(one.parameters)) is one]), len(candidates)
 
 
-def _optimize(
-    wanted: Optimize,
-    recipe: Recipe,
-    model: MergedGemma2,
-    score: Score,
-    journal: Journal,
-    folder: Path,
-    listen: Listen,
-) -> None:
-    search = Search(recipe, score.minimize, wanted.low, wanted.high, wanted.sampler, journal.scored)
-    while len(journal.scored) < wanted.count:
-        scored = _score(search.ask(), recipe, model, score, journal, folder)
-        search.tell(scored.score)
-        listen(scored, best_of(journal.scored, score.minimize) or scored, len(journal.scored), wanted.count)
-
-
-def _score(
-    candidate: Candidate, recipe: Recipe, model: MergedGemma2, score: Score, journal: Journal, folder: Path
-) -> Scored:
-    started = time.monotonic()
-    model.set_t(candidate.parameters)
-    value = score(model)
-    scored = Scored(candidate.name, candidate.parameters, candidate.varied, value, time.monotonic() - started)
-    journal.add(scored)
-    if best_of(journal.scored, score.minimize) is scored:
-        (folder / BEST).write_text(changed_recipe(recipe, candidate.parameters).text, encoding="utf-8")
-    return scored
+def _left(candidates: Sequence[Candidate] | Optimize, journal: Journal) -> int:
+    """How many are not scored yet."""
+    if isinstance(candidates, Optimize):
+        return candidates.count - len(journal.scored)
+    known = {_key(one.parameters) for one in journal.scored}
+    return sum(_key(one.parameters) not in known for one in candidates)
 
 
 def _key(parameters: Any) -> str:

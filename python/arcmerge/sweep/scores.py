@@ -85,6 +85,7 @@ class Function:
     """Any function of a model, named `module:function`; found in the working directory too."""
 
     def __init__(self, name: str, minimize: bool) -> None:
+        self._name = name
         module, colon, function = name.partition(":")
         if not colon or not module or not function:
             raise ArcmergeError(f"a function to score by must be named module:function, got '{name}'")
@@ -98,6 +99,10 @@ class Function:
 
     def __call__(self, model: Gemma2) -> float:
         return float(self._function(model))
+
+    def __reduce__(self) -> tuple[type[Function], tuple[str, bool]]:
+        """By its name, so that another process finds it as this one did."""
+        return Function, (self._name, self.minimize)
 
 
 def read_texts(files: Sequence[Path]) -> list[str]:

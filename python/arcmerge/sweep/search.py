@@ -55,20 +55,25 @@ class Search:
                     optuna.trial.create_trial(params=dict(one.varied), distributions=dict(self._space), value=one.score)
                 )
         self._failed = optuna.trial.TrialState.FAIL
-        self._trial: Any = None
+        self._trials: dict[str, Any] = {}
 
     def ask(self) -> Candidate:
-        self._trial = self._study.ask(dict(self._space))
-        varied = {name: round(float(self._trial.params[name]), 6) for name in self._names}
+        """The next proposal; there may be several whose scores are not told yet."""
+        trial = self._study.ask(dict(self._space))
+        varied = {name: round(float(trial.params[name]), 6) for name in self._names}
         numbers = iter(varied.values())
         found = [{**rule, "value": [next(numbers) for _ in rule["value"]]} for rule in self._rules]
         only = found[0]["value"] if len(found) == 1 and "filter" not in found[0] else None
         t = (only if len(only) > 1 else only[0]) if only else found
-        return Candidate(f"trial {self._trial.number + 1}", {"t": t}, varied)
+        candidate = Candidate(f"trial {trial.number + 1}", {"t": t}, varied)
+        self._trials[candidate.name] = trial
+        return candidate
 
-    def tell(self, score: float) -> None:
-        """The score of what was asked for last; NaN is none."""
-        self._study.tell(self._trial, None if score != score else score, state=self._failed if score != score else None)
+    def tell(self, candidate: Candidate, score: float) -> None:
+        """The score of a proposal; NaN is none."""
+        trial = self._trials.pop(candidate.name)
+        failed = score != score
+        self._study.tell(trial, None if failed else score, state=self._failed if failed else None)
 
 
 def _place(rule: dict[str, Any], number: int) -> str:

@@ -1,0 +1,138 @@
+"""Where candidates are merged and scored: in this process, or by actors of a Ray cluster; parents resident in each."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from arcmerge.errors import ArcmergeError
+from arcmerge.sweep.candidates import Candidate
+from arcmerge.sweep.scores import Score
+
+# A candidate whose actor dies as often is what kills them.
+MOST_DEATHS = 3
+
+
+class Evaluated(NamedTuple):
+    """seconds: of merging and scoring."""
+
+    candidate: Candidate
+    score: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What it takes to score a candidate. options: as of Gemma2.from_merge."""
+
+    recipe: str
+    score: Score
+    device: str
+    numerics: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Here:
+    """In this process, one after another."""
+
+    def __init__(self, bench: Bench) -> None:
+        from arcmerge.gemma2.model import Gemma2
+
+        self._score = bench.score
+        self._model = Gemma2.from_merge(bench.recipe, bench.device, bench.numerics, **bench.options)
+
+    def evaluate(self, candidates: Iterable[Candidate]) -> Iterator[Evaluated]:
+        """Scores in the order of the candidates, of which it takes one when it gives the last one's."""
+        for candidate in candidates:
+            yield Evaluated(candidate, *self.score(candidate))
+
+    def score(self, candidate: Candidate) -> tuple[float, float]:
+        started = time.monotonic()
+        self._model.set_t(candidate.parameters)
+        return self._score(self._model), time.monotonic() - started
+
+
+class Cluster:
+    """By an actor for each GPU of a Ray cluster, or for each `threads` of its processors where it has none.
+
+    The cluster is the one that RAY_ADDRESS names, or else this machine. Models must be found under the same paths on
+    all machines. Actors may die: their candidates are scored again by others.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ArcmergeError("--ray needs ray, which is not installed; pip install 'arcmerge[ray]'") from error
+        self._ray: Any = ray
+        if not self._ray.is_initialized():
+            self._ray.init(log_to_driver=False, include_dashboard=False)
+        found = self._ray.cluster_resources()
+        here = int(max(node["Resources"].get("CPU", 1) for node in self._ray.nodes()))
+        self._threads = min(bench.options.get("threads") or here, here)
+        if gpus := int(found.get("GPU", 0)) * (bench.device != "cpu"):
+            self._count = gpus
+            self._resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1}
+        else:
+            self._resources = {"num_cpus": self._threads}
+            self._count = max(1, int(found.get("CPU", 1)) // self._threads)
+        options = {name: value for name, value in bench.options.items() if name != "warn"}
+        self._bench = Bench(bench.recipe, bench.score, bench.device, bench.numerics, options)
+
+    def evaluate(self, candidates: Iterable[Candidate]) -> Iterator[Evaluated]:
+        """Scores in the order in which they are done; takes a candidate whenever an actor has nothing to do."""
+        ray, waiting, following = self._ray, deque[Candidate](), iter(candidates)
+        idle = deque(self._actor() for _ in range(self._count))
+        working: dict[Any, tuple[Any, Candidate]] = {}
+        deaths: Counter[str] = Counter()
+        try:
+            while True:
+                while idle and (candidate := waiting.popleft() if waiting else next(following, None)) is not None:
+                    actor = idle.popleft()
+                    working[actor.score.remote(candidate)] = actor, candidate
+                if not working:
+                    return
+                (done, *_), _rest = ray.wait(list(working), num_returns=1)
+                actor, candidate = working.pop(done)
+                try:
+                    found = ray.get(done)
+                except ray.exceptions.RayActorError as error:
+                    deaths[candidate.name] += 1
+                    if deaths[candidate.name] >= MOST_DEATHS:
+                        raise ArcmergeError(
+                            f"{candidate.name}: the worker that scored it died {MOST_DEATHS} times; see Ray's "
+                            "logs, and give workers more memory"
+                        ) from error
+                    waiting.append(candidate)
+                    idle.append(self._actor())
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                else:
+                    idle.append(actor)
+                    yield Evaluated(candidate, *found)
+        finally:
+            for actor in [*idle, *(actor for actor, _ in working.values())]:
+                ray.kill(actor)
+
+    def _actor(self) -> Any:
+        return self._ray.remote(**self._resources)(Worker).remote(self._bench, self._threads)
+
+
+class Worker:
+    """An actor: a residence of the parents with threads of its own."""
+
+    def __init__(self, bench: Bench, threads: int) -> None:
+        import torch
+
+        from arcmerge import _C
+
+        _C.set_threads(threads)
+        torch.set_num_threads(threads)
+        bench.options["threads"] = threads
+        self._here = Here(bench)
+
+    def score(self, candidate: Candidate) -> tuple[float, float]:
+        return self._here.score(candidate)
