@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,18 @@ def test_the_best_recipe_merges_to_what_was_scored(models: Path, tmp_path: Path)
     ]
     assert json.loads((out / "results.json").read_text())[1]["parameters"] == {"t": 0.25}
     assert (out / "scores.png").stat().st_size > 5000
+
+
+def test_without_matplotlib_all_but_the_plot_is_there(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said: list[str] = []
+    best = sweep(recipe(models), of_numbers([0.5]), LeastT(), tmp_path / "out", device="cpu", warn=said.append)
+    assert best is not None
+    assert "plots need matplotlib" in said[-1]
+    assert (tmp_path / "out" / BEST).exists()
+    assert not (tmp_path / "out" / "scores.png").exists()
 
 
 def test_a_run_that_was_ended_goes_on(models: Path, tmp_path: Path) -> None:

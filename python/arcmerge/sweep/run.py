@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arcmerge.errors import ArcmergeError
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import Config, Warn, prepare
 from arcmerge.merging.recipe import Recipe, load_recipe
@@ -83,7 +84,10 @@ def sweep(
     finally:  # also of what was scored before an error or an interrupt
         if journal.scored:
             write_tables(journal.scored, folder)
-    plot(journal.scored, score.title, score.minimize, folder / PLOT)
+    try:
+        plot(journal.scored, score.title, score.minimize, folder / PLOT)
+    except ArcmergeError as error:  # without matplotlib everything else is still there
+        warn(str(error))
     return best_of(journal.scored, score.minimize)
 
 
