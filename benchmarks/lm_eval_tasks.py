@@ -4,7 +4,8 @@
 
 FOLDER holds Gemma-2's tokenizer.json and tokenizer_config.json. The task is multiple choice: questions of real text,
 four answers each. Weights are random, so accuracies mean nothing but that they are equal. Time is that of the
-evaluation; memory is what it takes beyond the loaded model. Nothing is recorded unless both find the same log-likelihoods.
+evaluation; memory is what it takes beyond the loaded model. Nothing is recorded unless both find the same
+log-likelihoods.
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +20,11 @@ from arcmerge.merging.recipe import load_recipe
 from arcmerge.sweep.candidates import Candidate, of_curve, of_grid, of_numbers, read_values
 from arcmerge.sweep.journal import Journal, Scored
 from arcmerge.sweep.results import best_of
-from arcmerge.sweep.run import BEST, JOURNAL, Optimize, sweep
+from arcmerge.sweep.run import BEST, JOURNAL, sweep
 from arcmerge.sweep.scores import Function, MultipleChoice, Perplexity, Question, read_questions
-from arcmerge.sweep.search import Search
+from sweeps import LeastT, recipe, rows
 
 TEXT = "tok5 tok6 tok7 tok8 tok9 tok10 tok11 tok12"
-
-
-class LeastT:
-    """A score that is known: the distance of the first weight's t from 0.62; counts its calls."""
-
-    title, minimize, identity = "distance", True, "distance"
-
-    def __init__(self, fails_at: int | None = None) -> None:
-        self.calls = 0
-        self.fails_at = fails_at
-
-    def __call__(self, model: Any) -> float:
-        if self.calls == self.fails_at:
-            raise KeyboardInterrupt
-        self.calls += 1
-        t = yaml.safe_load(model.recipe)["parameters"]["t"]
-        numbers = t if isinstance(t, list) else [t]
-        numbers = [entry["value"] if isinstance(entry, dict) else entry for entry in numbers]
-        flat = [number for entry in numbers for number in (entry if isinstance(entry, list) else [entry])]
-        return sum(abs(number - 0.62) for number in flat)
 
 
 @pytest.fixture(scope="module")
@@ -55,23 +33,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("gemma-a", "gemma-b"):
         tiny.make(name, folder)
     return folder
-
-
-def recipe(models: Path, t: Any = 0.3) -> dict[str, Any]:
-    listed = [{"model": str(models / name)} for name in ("gemma-a", "gemma-b")]
-    first = listed[0]["model"]
-    return {
-        "merge_method": "slerp",
-        "dtype": "bfloat16",
-        "base_model": first,
-        "models": listed,
-        "parameters": {"t": t},
-    }
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # ---- candidates
@@ -276,106 +237,6 @@ def test_no_number_is_never_the_best(models: Path, tmp_path: Path) -> None:
     assert best_of(scored, True) is scored[1]
     assert best_of(scored, False) is scored[3]
     assert best_of(scored[:1], True) is None
-
-
-# ---- the search
-
-
-@pytest.mark.parametrize("sampler", ["cma", "tpe"])
-def test_a_search_comes_near_and_goes_on_from_its_journal(models: Path, tmp_path: Path, sampler: str) -> None:
-    config, out = recipe(models, [{"filter": "mlp", "value": [0, 1]}, {"value": 0}]), tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        sweep(config, Optimize(40, sampler=sampler), LeastT(fails_at=15), out, device="cpu")
-    score = LeastT()
-    best = sweep(config, Optimize(40, sampler=sampler), score, out, device="cpu")
-    assert score.calls == 25
-    found = rows(out)
-    assert list(found[0]) == ["candidate", "mlp[0]", "mlp[1]", "t", "score", "seconds"]
-    assert len({(row["mlp[0]"], row["mlp[1]"], row["t"]) for row in found}) == 40
-    assert all(0 <= float(row[name]) <= 1 for row in found for name in ("mlp[0]", "mlp[1]", "t"))
-    first = sorted(float(row["score"]) for row in found[:10])
-    assert best is not None
-    assert best.score < 0.5 * first[5]
-    assert yaml.safe_load((out / BEST).read_text())["parameters"]["t"] == best.parameters["t"]
-
-
-def test_a_search_is_the_same_each_time_and_keeps_to_its_bounds(models: Path) -> None:
-    one, other = (Search(load_recipe(recipe(models, [0, 1])), True, -1, 0.2, None, []) for _ in range(2))
-    for number in range(5):
-        asked = one.ask()
-        assert asked == other.ask()
-        assert all(-1 <= value <= 0.2 for value in asked.varied.values())
-        assert asked.parameters["t"] == list(asked.varied.values())
-        score = math.nan if number == 1 else float(number)
-        one.tell(asked, score)
-        other.tell(asked, score)
-    scalar = Search(load_recipe(recipe(models)), True, 0, 1, None, []).ask()
-    assert scalar.parameters == {"t": scalar.varied["t"]}
-
-
-def test_a_search_needs_numbers_and_bounds(models: Path) -> None:
-    silent = recipe(models)
-    del silent["parameters"]
-    with pytest.raises(arcmerge.ArcmergeError, match="the recipe has none there"):
-        Search(load_recipe(silent), True, 0, 1, None, [])
-    with pytest.raises(arcmerge.ArcmergeError, match="low:high with low below high, got 1:1"):
-        Search(load_recipe(recipe(models)), True, 1, 1, None, [])
-
-
-# ---- a cluster
-
-
-class Mortal:
-    """Kills the process that scores by it, the first time that it is called at t = 0.5."""
-
-    title, minimize = "mortal", True
-
-    def __init__(self, mark: Path, always: bool = False) -> None:
-        self.mark, self.always, self.identity = mark, always, "mortal"
-
-    def __call__(self, model: Any) -> float:
-        t = float(yaml.safe_load(model.recipe)["parameters"]["t"])
-        if t == 0.5 and (self.always or not self.mark.exists()):
-            self.mark.touch()
-            os._exit(1)
-        if t == 0.75:
-            raise arcmerge.ArcmergeError("0.75 cannot be scored")
-        return abs(t - 0.6)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A cluster of this machine, with room for two actors of one thread."""
-    ray = pytest.importorskip("ray")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-    del os.environ["PYTHONPATH"]
-
-
-def test_a_cluster_scores_as_one_process_does_though_actors_die(models: Path, tmp_path: Path, cluster: Any) -> None:
-    candidates = of_numbers([0.0, 0.25, 0.5, 1.0])
-    options: dict[str, Any] = {"device": "cpu", "threads": 1}
-    best = sweep(recipe(models), candidates, Mortal(tmp_path / "mark"), tmp_path / "many", ray=True, **options)
-    assert (tmp_path / "mark").exists()
-    alone = sweep(recipe(models), candidates, Mortal(tmp_path / "mark"), tmp_path / "one", **options)
-    assert best is not None
-    assert alone is not None
-    assert (best.name, best.score) == (alone.name, alone.score) == ("t=0.5", pytest.approx(0.1))
-    scores = [{row["candidate"]: row["score"] for row in rows(tmp_path / name)} for name in ("many", "one")]
-    assert scores[0] == scores[1]
-    search = sweep(recipe(models), Optimize(5), Mortal(tmp_path / "mark"), tmp_path / "search", ray=True, **options)
-    assert search is not None
-    assert len(rows(tmp_path / "search")) == 5
-
-
-def test_a_cluster_passes_on_what_is_wrong(models: Path, tmp_path: Path, cluster: Any) -> None:
-    options: dict[str, Any] = {"device": "cpu", "threads": 2, "ray": True}
-    with pytest.raises(arcmerge.ArcmergeError, match=r"0\.75 cannot be scored"):
-        sweep(recipe(models), of_numbers([0.75]), Mortal(tmp_path / "mark"), tmp_path / "one", **options)
-    with pytest.raises(arcmerge.ArcmergeError, match=r"t=0\.5: the worker that scored it died 3 times"):
-        sweep(recipe(models), of_numbers([0.5]), Mortal(tmp_path / "mark", always=True), tmp_path / "two", **options)
 
 
 # ---- the command
