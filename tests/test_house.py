@@ -31,7 +31,7 @@ BELOW = {
     "merging": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.kernels", "arcmerge._C"},
     "gemma2": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.merging", "arcmerge._C"},
     "integrations": {"arcmerge.gemma2", "arcmerge.merging", "arcmerge.ops"},
-    "sweep": {"arcmerge.gemma2", "arcmerge.merging", "arcmerge.terminal"},
+    "sweep": {"arcmerge.gemma2", "arcmerge.merging", "arcmerge.terminal", "arcmerge._C"},
 }
 LONGEST_FILE = 400
 LARGEST_PRODUCT = 19000  # 8,000 for merging, 8,000 for running what was merged, 3,000 for sweeps and hosts
