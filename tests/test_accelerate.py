@@ -140,7 +140,7 @@ def test_gradients_are_those_of_transformers(one: Path) -> None:
 @torch.no_grad()
 def test_what_is_computed_by_ops(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    for name in ("rmsnorm", "linear", "linear_geglu", "attention"):
+    for name in ("rmsnorm", "linear", "linear_geglu", "attention", "attention_decode"):
         original = getattr(ops, name)
         monkeypatch.setattr(
             ops, name, lambda *a, name=name, original=original, **k: called.append(name) or original(*a, **k)
@@ -148,8 +148,11 @@ def test_what_is_computed_by_ops(one: Path, monkeypatch: pytest.MonkeyPatch) -> 
     model = load(one)
     with accelerate(model):
         model(**batch(5))
-    # Four layers: four norms, three products and two more of the MLP; the last norm and the head.
-    counts = {name: called.count(name) for name in set(called)}
+        # Four layers: four norms, three products and two more of the MLP; the last norm and the head.
+        counts = {name: called.count(name) for name in set(called)}
+        called.clear()
+        model.generate(**batch(5), max_new_tokens=2, do_sample=False)
+    assert called.count("attention_decode") == 4
     assert counts == {"rmsnorm": 4 * 4 + 1, "linear": 4 * 3 + 1, "linear_geglu": 4, "attention": 4}
 
 
