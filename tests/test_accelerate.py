@@ -95,16 +95,17 @@ def test_bfloat16_is_as_near_to_the_truth(one: Path) -> None:
 
 @torch.no_grad()
 def test_everything_is_as_before_afterwards(one: Path) -> None:
-    model, inputs = load(one), batch(4, 11)
+    model, inputs, threads = load(one), batch(4, 11), torch.get_num_threads()
     expected = model(**inputs).logits
     undo = accelerate(model)
     assert not torch.equal(model(**inputs).logits, expected)
     assert model.config._attn_implementation == "arcmerge"
+    assert torch.get_num_threads() == threads
     undo.undo()
     undo.undo()
     assert torch.equal(model(**inputs).logits, expected)
     assert model.config._attn_implementation == "eager"
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
     for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
         assert "arcmerge" not in functions
     with pytest.raises((KeyError, ValueError), match="arcmerge"):

@@ -22,6 +22,7 @@ from arcmerge import ops
 from arcmerge.errors import ArcmergeError
 from arcmerge.integrations.undo import Undo
 from arcmerge.ops.attention import HEAD_DIMS
+from arcmerge.ops.linear import MOST_TOKENS
 
 NAME = "arcmerge"
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -64,7 +65,27 @@ def accelerate(model: Any) -> Undo:
                 _replace(module, make(module), undo)
             else:
                 undo.left.append(name)
+    if model.device.type == "cpu":
+        _leave_processors(model, undo)
     return undo
+
+
+def _leave_processors(model: nn.Module, undo: Undo) -> None:
+    """Let torch's own operations of a few tokens use one thread.
+
+    After each its other threads would wait in a loop for the next, on processors that the ops' threads need: decoding
+    of a 2.6B on two of them was 0.7 times as fast as without ops, and is 1.2 to 1.3 times.
+    """
+    threads = torch.get_num_threads()
+
+    def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = next((named[key] for key in ("input_ids", "inputs_embeds") if named.get(key) is not None), None)
+        given = arguments[0] if given is None and arguments else given
+        if not torch.is_grad_enabled() and given is not None and given.shape[0] * given.shape[1] <= MOST_TOKENS:
+            torch.set_num_threads(1)
+
+    undo.later(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+    undo.later(model.register_forward_hook(lambda *_: torch.set_num_threads(threads), always_call=True).remove)
 
 
 def _is_plain(module: nn.Module) -> bool:
