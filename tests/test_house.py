@@ -150,8 +150,8 @@ def test_the_command_starts_in_less_than_three_tenths_of_a_second():
     ours, numpy = (
         min(start(code) for _ in range(7)) for code in ("import arcmerge.cli, arcmerge.merging.merge", "import numpy")
     )
-    # A machine that is slow at the moment takes longer for numpy too, which is near half of it.
-    assert ours < max(START_SECONDS, 3 * numpy)
+    # A machine that is slow at the moment takes longer for numpy too; torch alone would be ten times that.
+    assert ours < max(START_SECONDS, 4 * numpy)
 
 
 # ---- one place for each fact
