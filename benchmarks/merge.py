@@ -44,7 +44,7 @@ merge_method: slerp
 base_model: {b}
 dtype: bfloat16
 parameters:
-  t: [0, 0.5, 1, 0.5, 0]
+  t: {t}
 """
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     folder = arguments.folder.resolve() / model
     a, b = make_pair(folder, TINY if arguments.tiny else Geometry())
     recipe = folder / "recipe.yml"
-    recipe.write_text(RECIPE.format(a=a, b=b))
+    recipe.write_text(RECIPE.format(a=a, b=b, t=[0, 0.5, 1, 0.5, 0]))
     inputs = sorted([*a.glob("*.safetensors"), *b.glob("*.safetensors")])
     byte_count = sum(path.stat().st_size for path in a.glob("*.safetensors"))
     chosen = [one for one in providers(folder, a, recipe, byte_count) if one.name in (arguments.only or one.name)]

@@ -21,19 +21,10 @@ from pathlib import Path
 
 from _bench import HERE, append, provenance, run_process, warm
 from full_size_pair import TINY, Geometry, make_pair
+from merge import RECIPE
 
 TS = (0.3, 0.6)
 AGREEMENT = 0.005  # of the mean negative log-probability: bf16 rounds every step of transformers
-RECIPE = """\
-models:
-  - model: {a}
-  - model: {b}
-merge_method: slerp
-base_model: {b}
-dtype: bfloat16
-parameters:
-  t: {t}
-"""
 
 
 def worker(*arguments: str) -> tuple[dict[str, object], float]:

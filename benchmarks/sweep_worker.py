@@ -34,7 +34,7 @@ def of_arcmerge(recipe: str, ts: list[float]) -> dict[str, object]:
     started = time.perf_counter()
     model = Gemma2.from_merge(recipe, "cpu")
     opened = time.perf_counter() - started
-    read_bytes = sum(2 * output.nbytes for output in model._resident.outputs.values())
+    read_bytes = 2 * model.network.weights.nbytes
     texts = [(window[:1], window[1:]) for window in windows(model.config.vocab_size)]
     merging, floors, scoring, scores = [], [], [], []
     for t in ts:

@@ -9,24 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from mergekit import merge as their_merge
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 
 import arcmerge
-import tiny
-
-mergekit = pytest.importorskip("mergekit")
-from mergekit import merge as their_merge  # noqa: E402
-from mergekit.config import MergeConfiguration  # noqa: E402
-from mergekit.options import MergeOptions  # noqa: E402
-
-from arcmerge.integrations import mergekit as host  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("gemma-a", "gemma-b"):
-        tiny.make(name, folder)
-    return folder
+from arcmerge.integrations import mergekit as host
 
 
 def recipe(models: Path, **changes: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 import arcmerge
-import tiny
 from arcmerge.cli import main
 from arcmerge.gemma2.model import Gemma2
 from arcmerge.merging.recipe import load_recipe
@@ -25,14 +24,6 @@ from arcmerge.sweep.scores import Function, MultipleChoice, Perplexity, Question
 from sweeps import LeastT, recipe, rows
 
 TEXT = "tok5 tok6 tok7 tok8 tok9 tok10 tok11 tok12"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("gemma-a", "gemma-b"):
-        tiny.make(name, folder)
-    return folder
 
 
 # ---- candidates
@@ -135,7 +126,7 @@ def test_questions_that_are_none(tmp_path: Path, line: str) -> None:
 def test_a_function_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_score_of_models.py").write_text("def length(model):\n    return len(model)\n")
     monkeypatch.chdir(tmp_path)
-    assert Function("my_score_of_models:length", False)([1, 2]) == 2  # type: ignore[arg-type]
+    assert Function("my_score_of_models:length", False)([1, 2]) == 2
     for name in ("length", "my_score_of_models:width", "no_such_module_at_all:f", ":f"):
         with pytest.raises(arcmerge.ArcmergeError, match=r"must be named module:function|cannot be found"):
             Function(name, False)

@@ -12,20 +12,11 @@ import pytest
 import yaml
 
 import arcmerge
-import tiny
 from arcmerge.merging.recipe import load_recipe
 from arcmerge.sweep.candidates import of_numbers
 from arcmerge.sweep.run import BEST, Optimize, sweep
 from arcmerge.sweep.search import Search
 from sweeps import LeastT, recipe, rows
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("gemma-a", "gemma-b"):
-        tiny.make(name, folder)
-    return folder
 
 
 @pytest.mark.parametrize("sampler", ["cma", "tpe"])

@@ -87,7 +87,7 @@ def merged(
     **options: Any,
 ) -> MergedGemma2:
     """As Gemma2.from_merge says."""
-    chosen = Options.of({**options, "device": device})
+    chosen = Options.of({**options, "device": "cpu" if device == "auto" else device})
     if chosen.resolved_device != "cpu":
         raise ArcmergeError(
             f"a model is merged in memory on the CPU alone as yet, not on '{device}'; give device='cpu'"

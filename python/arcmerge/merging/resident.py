@@ -84,6 +84,8 @@ class ResidentMerge:
 
     def _make(self, prepared: Prepared, tick: Tick) -> int:
         """Merge what is not yet as `prepared` says; returns the number of tensors."""
+        for checkpoint in prepared.checkpoints.values():
+            checkpoint.require_unchanged()
         processor, jobs = prepared.processor(), prepared.plan.jobs
         coefficients = self._coefficients(prepared, processor, tick)
         wanted = {job.output.name: _origin(job, coefficients.get(number)) for number, job in enumerate(jobs)}

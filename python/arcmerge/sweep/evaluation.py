@@ -56,7 +56,7 @@ class Here:
 
 
 class Cluster:
-    """By an actor for each GPU of a Ray cluster, or for each `threads` of its processors where it has none.
+    """By an actor for each `threads` of a Ray cluster's processors; GPUs serve when models can be merged on them.
 
     The cluster is the one that RAY_ADDRESS names, or else this machine. Models must be found under the same paths on
     all machines. Actors may die: their candidates are scored again by others.
@@ -73,12 +73,7 @@ class Cluster:
         found = self._ray.cluster_resources()
         here = int(max(node["Resources"].get("CPU", 1) for node in self._ray.nodes()))
         self._threads = min(bench.options.get("threads") or here, here)
-        if gpus := int(found.get("GPU", 0)) * (bench.device != "cpu"):
-            self._count = gpus
-            self._resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1}
-        else:
-            self._resources = {"num_cpus": self._threads}
-            self._count = max(1, int(found.get("CPU", 1)) // self._threads)
+        self._count = max(1, int(found.get("CPU", 1)) // self._threads)
         options = {name: value for name, value in bench.options.items() if name != "warn"}
         self._bench = Bench(bench.recipe, bench.score, bench.device, bench.numerics, options)
 
@@ -118,7 +113,7 @@ class Cluster:
                 ray.kill(actor)
 
     def _actor(self) -> Any:
-        return self._ray.remote(**self._resources)(Worker).remote(self._bench, self._threads)
+        return self._ray.remote(num_cpus=self._threads)(Worker).remote(self._bench, self._threads)
 
 
 class Worker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,11 @@ def sweep(
     folder.mkdir(parents=True, exist_ok=True)
     about = {"recipe": recipe.text, "score": score.identity, "parents": parents, "numerics": numerics}
     journal = Journal(folder / JOURNAL, about)
-    search, wanted, total = _wanted(candidates, recipe, score, journal)
+    search, wanted, before, total = _wanted(candidates, recipe, score, journal)
     bench = Bench(recipe.text, score, device, numerics, {**options, "warn": _unheard})
     try:
         evaluation = Cluster(bench) if ray else Here(bench)
-        for candidate, value, seconds in evaluation.evaluate(wanted):
+        for done, (candidate, value, seconds) in enumerate(evaluation.evaluate(wanted), before + 1):
             scored = Scored(candidate.name, candidate.parameters, candidate.varied, value, seconds)
             journal.add(scored)
             if search is not None:
@@ -80,7 +80,7 @@ def sweep(
             if best is scored:
                 text = changed_recipe(recipe, candidate.parameters).text
                 (folder / BEST).write_text(text, encoding="utf-8")
-            listen(scored, best, total - _left(candidates, journal), total)
+            listen(scored, best, done, total)
     finally:  # also of what was scored before an error or an interrupt
         if journal.scored:
             write_tables(journal.scored, folder)
@@ -97,23 +97,16 @@ def _unheard(sentence: str) -> None:
 
 def _wanted(
     candidates: Sequence[Candidate] | Optimize, recipe: Recipe, score: Score, journal: Journal
-) -> tuple[Search | None, Iterator[Candidate], int]:
-    """The optimiser if there is one; the candidates that are not scored yet; how many there will be in the end."""
+) -> tuple[Search | None, Iterable[Candidate], int, int]:
+    """The optimiser if there is one; the candidates that are not scored yet; how many were, and will be in the end."""
     if isinstance(candidates, Optimize):
-        told = journal.scored
+        told, count = journal.scored, candidates.count
         search = Search(recipe, score.minimize, candidates.low, candidates.high, candidates.sampler, told)
-        return search, (search.ask() for _ in range(candidates.count - len(told))), candidates.count
+        return search, (search.ask() for _ in range(count - len(told))), min(len(told), count), count
+    different = {_key(one.parameters): one for one in candidates}
     known = {_key(one.parameters) for one in journal.scored}
-    fresh = {_key(one.parameters): one for one in reversed(candidates) if _key(one.parameters) not in known}
-    return None, iter([one for one in candidates if fresh.get(_key(one.parameters)) is one]), len(candidates)
-
-
-def _left(candidates: Sequence[Candidate] | Optimize, journal: Journal) -> int:
-    """How many are not scored yet."""
-    if isinstance(candidates, Optimize):
-        return candidates.count - len(journal.scored)
-    known = {_key(one.parameters) for one in journal.scored}
-    return sum(_key(one.parameters) not in known for one in candidates)
+    fresh = [one for key, one in different.items() if key not in known]
+    return None, fresh, len(different) - len(fresh), len(different)
 
 
 def _key(parameters: Any) -> str:
