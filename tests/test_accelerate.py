@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2ForCausalLM
+from transformers import DynamicCache, Gemma2ForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -84,6 +84,57 @@ def test_generate_gives_the_same_tokens(folder: Path, lengths: tuple[int, ...], 
 
 
 @torch.no_grad()
+def test_caches_stay_those_of_transformers(one: Path) -> None:
+    """Two that began as one, one of them shortened, in turns, over more tokens than there is room for at first."""
+
+    def logits(model: Any) -> Tensor:
+        first = model(**batch(120)).past_key_values
+        second = DynamicCache(
+            [(layer.keys, layer.values) for layer in first.layers], config=model.config.get_text_config()
+        )
+        found = []
+        for token in range(3, 20):
+            if token == 12:
+                first.crop(-3)
+            for cache, number in ((first, token), (second, 2 * token)):
+                found.append(model(torch.tensor([[number]]), past_key_values=cache).logits)
+        found.append(model(torch.tensor([[3, 4, 5]]), past_key_values=first).logits[:, -1:])
+        found.append(model(torch.tensor([[7]]), past_key_values=first).logits)
+        return torch.cat(found)
+
+    model = load(one)
+    model.config.sliding_window = 4096
+    for layer in model.model.layers:
+        if layer.self_attn.sliding_window:
+            layer.self_attn.sliding_window = 4096
+    expected = logits(model)
+    with accelerate(model):
+        assert (logits(model) - expected).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_weights_may_change_between_steps(one: Path) -> None:
+    """In place, by other memory, and by another parameter."""
+
+    def logits(model: Any) -> Tensor:
+        found, cache = [], model(**batch(3)).past_key_values
+        for change in (None, "in place", "memory", "parameter", None):
+            down, up = (getattr(model.model.layers[2].mlp, name) for name in ("down_proj", "up_proj"))
+            if change == "in place":
+                down.weight.mul_(2.0)
+            elif change == "memory":
+                down.weight.data = down.weight * 3.0
+            elif change == "parameter":
+                up.weight = torch.nn.Parameter(up.weight * 0.1)
+            found.append(model(torch.tensor([[9]]), past_key_values=cache).logits)
+        return torch.cat(found)
+
+    expected, model = logits(load(one)), load(one)
+    with accelerate(model):
+        assert (logits(model) - expected).abs().max() <= 1e-4
+
+
+@torch.no_grad()
 def test_bfloat16_is_as_near_to_the_truth(one: Path) -> None:
     inputs = batch(60)
     truth, model = load(one)(**inputs).logits, load(one, BF16)
@@ -141,7 +192,8 @@ def test_gradients_are_those_of_transformers(one: Path) -> None:
 @torch.no_grad()
 def test_what_is_computed_by_ops(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    for name in ("rmsnorm", "linear", "linear_geglu", "attention", "attention_decode"):
+    names = ("rmsnorm", "rmsnorm_add_rmsnorm", "rope_cache", "linear", "linear_geglu", "attention", "attention_decode")
+    for name in names:
         original = getattr(ops, name)
         monkeypatch.setattr(
             ops, name, lambda *a, name=name, original=original, **k: called.append(name) or original(*a, **k)
@@ -149,12 +201,18 @@ def test_what_is_computed_by_ops(one: Path, monkeypatch: pytest.MonkeyPatch) -> 
     model = load(one)
     with accelerate(model):
         model(**batch(5))
-        # Four layers: four norms, three products and two more of the MLP; the last norm and the head.
-        counts = {name: called.count(name) for name in set(called)}
-        called.clear()
-        model.generate(**batch(5), max_new_tokens=2, do_sample=False)
-    assert called.count("attention_decode") == 4
-    assert counts == {"rmsnorm": 4 * 4 + 1, "linear": 4 * 3 + 1, "linear_geglu": 4, "attention": 4}
+        prompt = {name: called.count(name) for name in set(called)}
+        cache = model(**batch(5)).past_key_values
+        steps = []
+        for _ in range(2):
+            called.clear()
+            model(torch.tensor([[7]]), past_key_values=cache)
+            steps.append({name: called.count(name) for name in set(called)})
+    # Four layers; the last norm and the head.
+    layers = {"rmsnorm_add_rmsnorm": 4, "rope_cache": 4, "linear_geglu": 4, "attention": 4}
+    assert prompt == {"rmsnorm": 4 * 2 + 1, "linear": 4 * 3 + 1, **layers}
+    recorded = {"rmsnorm_add_rmsnorm": 4 * 2, "linear_geglu": 4, "attention_decode": 4}
+    assert steps == [{"rmsnorm": 4 + 1, "linear": 4 * 3 + 1, **recorded}, {"rmsnorm": 1, "linear": 1}]
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ accelerated.undo()
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
 from arcmerge import ops
 from arcmerge.errors import ArcmergeError
+from arcmerge.integrations.decoding import DecodingStep, Rotation
 from arcmerge.integrations.undo import Undo
 from arcmerge.ops.attention import HEAD_DIMS
 from arcmerge.ops.linear import MOST_TOKENS
@@ -58,13 +60,15 @@ def accelerate(model: Any) -> Undo:
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     undo.later(lambda: model.set_attn_implementation(before))
+    rotation = Rotation(model.config.max_position_embeddings)
     for name, module in model.named_modules():
         make = _linear if name == "lm_head" else _FORWARDS.get(type(module))
-        if make is not None:
-            if _is_plain(module):
-                _replace(module, make(module), undo)
-            else:
-                undo.left.append(name)
+        if isinstance(module, gemma2.Gemma2DecoderLayer):
+            _replace(module, _layer(module, rotation), undo)
+        elif make is not None and _is_plain(module):
+            _replace(module, make(module), undo)
+        elif make is not None:
+            undo.left.append(name)
     if model.device.type == "cpu":
         _leave_processors(model, undo)
     return undo
@@ -74,7 +78,7 @@ def _leave_processors(model: nn.Module, undo: Undo) -> None:
     """Let torch's own operations of a few tokens use one thread.
 
     After each its other threads would wait in a loop for the next, on processors that the ops' threads need: decoding
-    of a 2.6B on two of them was 0.7 times as fast as without ops, and is 1.2 to 1.3 times.
+    of a 2.6B on two of them was 0.7 times as fast as without ops.
     """
     threads = torch.get_num_threads()
 
@@ -89,15 +93,19 @@ def _leave_processors(model: nn.Module, undo: Undo) -> None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module can be computed without calling what is inside it: linear layers without bias or hooks."""
+    """Whether a module can be computed without calling what is inside it."""
     inside = [part for part in module.modules() if part is not module]
-    linear = [part for part in [module, *inside] if list(part.parameters(recurse=False))]
-    known = all(isinstance(part, gemma2.Gemma2RMSNorm) or _has_no_bias(part) for part in linear)
-    return known and not any(part._forward_hooks or part._forward_pre_hooks for part in inside)
+    return all(map(_is_known, [module, *inside])) and not _hooked(inside)
 
 
-def _has_no_bias(part: nn.Module) -> bool:
-    return type(part) is nn.Linear and part.bias is None
+def _is_known(part: nn.Module) -> bool:
+    """Whether all parameters that are a module's own are those that ops take: of norms and of linear layers."""
+    has_no_bias = type(part) is nn.Linear and part.bias is None
+    return has_no_bias or isinstance(part, gemma2.Gemma2RMSNorm) or not list(part.parameters(recurse=False))
+
+
+def _hooked(parts: Iterable[Any]) -> bool:
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 def _replace(module: nn.Module, ours: Forward, undo: Undo) -> None:
@@ -141,6 +149,8 @@ def _linear(module: Any) -> Forward:
 
 def _attention(module: Any) -> Forward:
     projections = [module.q_proj, module.k_proj, module.v_proj]
+    heads = [one.weight.shape[0] // module.head_dim for one in projections]
+    out = _linear(module.o_proj)
 
     def forward(
         hidden_states: Tensor,
@@ -149,13 +159,14 @@ def _attention(module: Any) -> Forward:
         cache: Any = None,
         **named: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        cache = named.pop("past_key_values", cache)  # as it was called before transformers 5.20
-        shape = hidden_states.shape[:-1]
+        cache = named.pop("past_key_values", cache)
+        batch, tokens = hidden_states.shape[:-1]
         qkv = ops.linear(hidden_states.flatten(0, -2), [one.weight for one in projections])
-        states = qkv.view(*shape, -1, module.head_dim).transpose(1, 2)
-        counts = [one.weight.shape[0] // module.head_dim for one in projections]
-        query, key, value = states.split(counts, dim=1)
-        query, key = gemma2.apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key, value = qkv.view(len(qkv), -1, module.head_dim).split(heads, dim=1)
+        # Into tensors of their own, as a cache takes them: by one op for fourteen of torch.
+        states = key.new_empty(2, batch, heads[1], tokens, module.head_dim)
+        query = ops.rope_cache(query, key, value, *_rotation(*position_embeddings, batch), *states)
+        query, (key, value) = query.view(batch, tokens, -1, module.head_dim).transpose(1, 2), states
         if cache is not None:
             key, value = cache.update(key, value, module.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -173,9 +184,51 @@ def _attention(module: Any) -> Forward:
             softcap=module.attn_logit_softcapping,
             **named,
         )
-        return ops.linear(attended.reshape(-1, attended.shape[2] * attended.shape[3]), [module.o_proj.weight]).view(
-            *shape, -1
-        ), weights
+        return out(attended.flatten(2)), weights
+
+    return forward
+
+
+@lru_cache(maxsize=1)  # Every layer of a step asks for the same.
+def _rotation(cosine: Tensor, sine: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Table, positions and sequences for ops.rope_cache, of cos and sin [1 or B, T, Dh] whose halves are the same."""
+    half = cosine.shape[2] // 2
+    table = torch.cat([cosine[..., :half], sine[..., :half]], dim=2).expand(batch, -1, -1).flatten(0, 1).contiguous()
+    rows = torch.arange(len(table), device=table.device)
+    return table, rows, rows // cosine.shape[1]
+
+
+def _layer(module: Any, rotation: Rotation) -> Forward:
+    theirs, step = module.forward, DecodingStep(module, rotation)
+    attention, mlp = module.self_attn, module.mlp
+    first, second, third, last = norms = (
+        module.input_layernorm,
+        module.post_attention_layernorm,
+        module.pre_feedforward_layernorm,
+        module.post_feedforward_layernorm,
+    )
+    inside = [part for part in module.modules() if part is not module]
+    is_known = all(map(_is_known, inside))
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        **named: Any,
+    ) -> Tensor:
+        cache = named.pop("past_key_values", cache)  # as it was called before transformers 5.20
+        plain = is_known and not _hooked(inside) and module.config._attn_implementation == NAME
+        if plain and attention_mask is None and step.serves(hidden_states, cache):
+            return step(hidden_states, position_embeddings, cache)
+        given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, "cache": cache, **named}
+        if _hooked(norms):
+            return theirs(hidden_states, position_ids=position_ids, **given)
+        normed = ops.rmsnorm(hidden_states, first.weight, first.eps)
+        branch, _ = attention(normed, position_ids=position_ids, **given)
+        residual, normed = ops.rmsnorm_add_rmsnorm(branch, hidden_states, second.weight, third.weight, third.eps)
+        return residual + ops.rmsnorm(mlp(normed), last.weight, last.eps)
 
     return forward
 
@@ -214,7 +267,16 @@ def attention_forward(
     if query.shape[3] not in HEAD_DIMS:
         raise ArcmergeError(f"attn_implementation='arcmerge' has heads of {HEAD_DIMS} elements, got {query.shape[3]}")
     batch, tokens, head_dim = query.shape[0], query.shape[2], query.shape[3]
-    rows, device = query.transpose(1, 2), query.device
+    device = query.device
+    how: dict[str, Any] = {
+        "scale": head_dim**-0.5 if scaling is None else scaling,
+        "softcap": softcap or 0.0,
+        "window": sliding_window or 0,
+    }
+    if attention_mask is None and tokens == 1:
+        lengths = torch.full((batch,), key.shape[2], dtype=torch.int32, device=device)
+        return _decode(query.squeeze(2), key.contiguous(), value.contiguous(), -1, lengths, how), None
+    rows = query.transpose(1, 2)
     if attention_mask is None:
         visible, asked = None, torch.ones(batch, tokens, dtype=torch.bool, device=device)
         lengths = torch.full((batch,), key.shape[2], dtype=torch.int32, device=device)
@@ -227,14 +289,9 @@ def attention_forward(
         # The op takes the tokens of a sequence from slot 0 on.
         order = (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None].expand(key.shape)
         key, value = key.gather(2, order), value.gather(2, order)
-    how: dict[str, Any] = {
-        "scale": head_dim**-0.5 if scaling is None else scaling,
-        "softcap": softcap or 0.0,
-        "window": sliding_window or 0,
-    }
     key, value = key.contiguous(), value.contiguous()
     if tokens == 1:
-        return _decode(query[:, :, 0], key, value, lengths * asked[:, 0], how)[:, None], None
+        return _decode(rows[:, 0], key, value, (lengths - 1).clamp(min=0), lengths * asked[:, 0], how), None
     starts = torch.zeros(batch + 1, dtype=torch.int32, device=device)
     starts[1:] = asked.sum(dim=1).cumsum(dim=0)
     packed = rows.reshape(-1, rows.shape[2], head_dim) if visible is None else rows[asked]
@@ -246,20 +303,32 @@ def attention_forward(
     return out, None
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, how: dict[str, Any]) -> Tensor:
-    """[B, H, Dh], of one query a sequence: 4 ms a layer less than as a prompt of one token (2.6B, 512 keys, AVX2).
+def _decode(
+    query: Tensor, key: Tensor, value: Tensor, newest: int | Tensor, lengths: Tensor, how: dict[str, Any]
+) -> Tensor:
+    """[B, 1, H, Dh], of one query a sequence: 4 ms a layer less than as a prompt of one token (2.6B, 512 keys, AVX2).
 
     The op rotates and appends the newest key, which transformers has done: so it is given that key again, and a
-    rotation by nothing, which changes no bit.
+    rotation by nothing, which changes no bit. newest: the slot of that key, of all sequences or [B].
     """
     batch, heads, head_dim = query.shape
-    newest = (lengths.long() - 1).clamp(min=0)[:, None, None, None].expand(-1, key.shape[1], 1, head_dim)
-    states = [query, *(kept.gather(2, newest)[:, :, 0] for kept in (key, value))]
-    table = torch.zeros(key.shape[2], head_dim, device=query.device)
-    table[:, : head_dim // 2] = 1.0
-    counters = torch.zeros(batch, key.shape[1], dtype=torch.int32, device=query.device)
+    if isinstance(newest, Tensor):
+        row = torch.arange(batch, device=newest.device)
+        states = [query, key[row, :, newest], value[row, :, newest]]
+    else:
+        states = [query, key.select(2, newest), value.select(2, newest)]
     qkv = torch.cat(states, dim=1).flatten(1)
-    return ops.attention_decode(qkv, table, lengths, key, value, counters, heads, **how).view(batch, heads, head_dim)
+    table = _no_rotation(key.shape[2], head_dim, key.device)
+    counters = torch.zeros(batch, key.shape[1], dtype=torch.int32, device=key.device)
+    return ops.attention_decode(qkv, table, lengths, key, value, counters, heads, **how).view(batch, 1, heads, head_dim)
+
+
+@lru_cache(maxsize=1)
+def _no_rotation(keys: int, head_dim: int, device: torch.device) -> Tensor:
+    """A rope table whose angles are all zero."""
+    table = torch.zeros(keys, head_dim, device=device)
+    table[:, : head_dim // 2] = 1.0
+    return table
 
 
 def visible_keys(
