@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import arcmerge
 import tiny
-from arcmerge.merging import prepared
+from arcmerge.merging import prepared, residence, resident
+from arcmerge.merging.residence import DeviceResidence
 
 MODELS = ("gemma-a", "gemma-b", "gemma-c", "gemma-b-f32", "gemma-b-vocabulary")
 # What each case takes beside kernels and plain copies of weights to the device.
@@ -39,10 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_device_pipeline_makes_what_the_cpu_makes(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def configuration(models: Path, case: str) -> dict[str, Any]:
     changes = CASES[case]
     names = changes.get("models", ["gemma-a", "gemma-b"])
     config = {
@@ -55,6 +53,14 @@ def test_the_device_pipeline_makes_what_the_cpu_makes(
     }
     if config["merge_method"] == "nuslerp":
         del config["base_model"]
+    return config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_device_pipeline_makes_what_the_cpu_makes(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    config = configuration(models, case)
     arcmerge.merge(config, tmp_path / "host", device="cpu")
 
     from arcmerge.merging.device import DeviceProcessor
@@ -69,9 +75,86 @@ def test_the_device_pipeline_makes_what_the_cpu_makes(
     host, device = (load_file(tmp_path / name / "model.safetensors") for name in ("host", "device"))
     assert host.keys() == device.keys()
     for name in host:
-        # The interpreter cuts bf16 results off where a GPU rounds them: one unit in the last place at most.
-        tolerance = 2**-7 if host[name].dtype == torch.bfloat16 else 2**-22
-        torch.testing.assert_close(device[name], host[name], rtol=tolerance, atol=2**-120)
+        assert_alike(device[name], host[name])
+
+
+def assert_alike(device: torch.Tensor, host: torch.Tensor) -> None:
+    # The interpreter cuts bf16 results off where a GPU rounds them: one unit in the last place at most.
+    tolerance = 2**-7 if host.dtype == torch.bfloat16 else 2**-22
+    torch.testing.assert_close(device, host, rtol=tolerance, atol=2**-120)
+
+
+# ---- a merge in memory
+
+GB = 1e9
+# What each case is changed to, beside itself.
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "three inputs and a base": {"filter_wise": True},
+    "vectors, on the CPU": {"weight": 0.25, "nuslerp_flatten": True},
+    "nearswap, on the CPU": {"t": 0.01},
+}
+
+
+def live_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        resident, "residence_of", lambda plans, nbytes, tick: DeviceResidence(plans, nbytes, "cpu", tick)
+    )
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["parents on the device", "parents pinned"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_residence_on_the_device_holds_what_one_on_the_cpu_holds(
+    models: Path, monkeypatch: pytest.MonkeyPatch, case: str, streamed: bool
+) -> None:
+    config = configuration(models, case)
+    host = arcmerge.Gemma2.from_merge(config, "cpu")
+    monkeypatch.setattr(residence, "must_stream", lambda *_: streamed)
+    live_on_the_device(monkeypatch)
+    device = arcmerge.Gemma2.from_merge(config, "cpu", threads=1)
+    before = [tensor.data_ptr() for tensor in device.network.weights.tensors]
+
+    def compare() -> None:
+        pairs = zip(device.network.weights.tensors, host.network.weights.tensors, strict=True)
+        for ours, expected in pairs:
+            assert_alike(ours, expected)
+
+    compare()
+    for parameters in (OTHERWISE.get(case, {"t": [0, 1, 0.25]}), OTHERWISE.get(case, {"t": 1})):
+        assert device.set_t(parameters) == host.set_t(parameters)
+        compare()
+    assert [tensor.data_ptr() for tensor in device.network.weights.tensors] == before
+
+
+def test_copies_on_the_device_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tiny.make("gemma-a", tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = float("inf")
+    save_file(weights, file, metadata={"format": "pt"})
+    config = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "gemma-a")}]}
+    live_on_the_device(monkeypatch)
+    with pytest.raises(arcmerge.ArcmergeError, match=r"model\.norm\.weight: weights must be finite"):
+        arcmerge.Gemma2.from_merge(config, "cpu", threads=1)
+
+
+def test_memory_that_a_device_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, free = torch.device("cpu"), {"device": 20 * GB, "machine": 30 * GB}
+    monkeypatch.setattr(residence, "free_memory", lambda device: free["device"])
+    monkeypatch.setattr(residence, "available_memory", lambda: free["machine"])
+    assert not residence.must_stream(int(6 * GB), int(10 * GB), cpu)
+    assert residence.must_stream(int(6 * GB), int(15 * GB), cpu)
+    with pytest.raises(arcmerge.ArcmergeError) as caught:
+        residence.must_stream(int(21 * GB), int(1 * GB), cpu)
+    assert str(caught.value) == (
+        "the merged weights and what runs them take 22.1 GB of the memory of cpu and 20.0 GB are free: "
+        "2.1 GB are missing; end other programs, or use --device cpu"
+    )
+    free["machine"] = 10 * GB
+    with pytest.raises(arcmerge.ArcmergeError) as caught:
+        residence.must_stream(int(6 * GB), int(15 * GB), cpu)
+    assert str(caught.value) == (
+        "the models, which do not fit on cpu, take 15.0 GB of pinned memory and 10.0 GB are free: 5.0 GB are missing; "
+        "end other programs, or use --device cpu, or a GPU of 22 GB"
+    )
 
 
 def test_a_device_that_is_not_there_is_named(models: Path, tmp_path: Path) -> None:

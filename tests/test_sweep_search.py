@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import arcmerge
@@ -83,10 +85,10 @@ class Mortal:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A cluster of this machine, with room for two actors of one thread."""
+    """A cluster of this machine, with room for two actors of one thread, and two GPUs by name."""
     ray = pytest.importorskip("ray")
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
     del os.environ["PYTHONPATH"]
@@ -114,3 +116,33 @@ def test_a_cluster_passes_on_what_is_wrong(models: Path, tmp_path: Path, cluster
         sweep(recipe(models), of_numbers([0.75]), Mortal(tmp_path / "mark"), tmp_path / "one", **options)
     with pytest.raises(arcmerge.ArcmergeError, match=r"t=0\.5: the worker that scored it died 3 times"):
         sweep(recipe(models), of_numbers([0.5]), Mortal(tmp_path / "mark", always=True), tmp_path / "two", **options)
+
+
+class OwnGpu:
+    """The number of the GPU that Ray gave the process."""
+
+    title, minimize, identity = "GPU", True, "GPU"
+
+    def __call__(self, model: Any) -> float:
+        import ray
+
+        (gpu,) = ray.get_gpu_ids()
+        time.sleep(0.5)  # so that the other has its turn
+        return float(gpu)
+
+
+def test_every_gpu_of_a_cluster_has_an_actor(models: Path, tmp_path: Path, cluster: Any) -> None:
+    """GPUs that Ray is told of; the models are merged on the CPU, as there is none."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device, which is not asked to be two")
+    options: dict[str, Any] = {"device": "auto", "ray": True}
+    sweep(recipe(models), of_numbers([0.0, 0.25, 0.5, 1.0]), OwnGpu(), tmp_path / "out", **options)
+    assert {float(row["score"]) for row in rows(tmp_path / "out")} == {0.0, 1.0}
+
+
+def test_a_cluster_without_a_gpu_is_named(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    with pytest.raises(arcmerge.ArcmergeError, match="--device cuda:1: the cluster has no GPU; use --device cpu"):
+        sweep(recipe(models), of_numbers([0.5]), OwnGpu(), tmp_path / "out", device="cuda:1", ray=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from arcmerge.errors import ArcmergeError
@@ -28,7 +27,8 @@ from arcmerge.merging.resident import ResidentMerge
 class MergedGemma2(Gemma2):
     """A Gemma-2 whose weights are a merge in memory. Make one with Gemma2.from_merge.
 
-    The parents stay mapped. Their Gram matrices are computed once and kept in a small file beside the first of them.
+    On the CPU the parents stay mapped; on a GPU they lie in its memory, or where they do not fit, in pinned memory from
+    which they pass it at every merge. Their Gram matrices are computed once and kept in a small file beside the first.
     """
 
     def __init__(self, resident: ResidentMerge, numerics: str) -> None:
@@ -49,7 +49,7 @@ class MergedGemma2(Gemma2):
 
         def get(name: str) -> Tensor:
             output = resident.outputs[name]
-            return torch.frombuffer(resident.tensor_bytes(name), dtype=STORED[output.dtype.name]).view(output.shape)
+            return resident.tensor(name).view(STORED[output.dtype.name]).view(output.shape)
 
         super().__init__(config, assemble(config, get), folder, numerics)
 
@@ -87,9 +87,5 @@ def merged(
     **options: Any,
 ) -> MergedGemma2:
     """As Gemma2.from_merge says."""
-    chosen = Options.of({**options, "device": "cpu" if device == "auto" else device})
-    if chosen.resolved_device != "cpu":
-        raise ArcmergeError(
-            f"a model is merged in memory on the CPU alone as yet, not on '{device}'; give device='cpu'"
-        )
+    chosen = Options.of({**options, "device": device})
     return MergedGemma2(ResidentMerge(prepare(config, chosen, warn), progress or (lambda done, total: None)), numerics)

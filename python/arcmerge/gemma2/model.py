@@ -75,9 +75,9 @@ class Gemma2:
     def from_merge(config: Any, device: str = "auto", numerics: str = "default", **options: Any) -> MergedGemma2:
         """A model that is merged in memory, whose parameters can be changed: see MergedGemma2.
 
-        config: a merge configuration, as a path, YAML text or a mapping. device: "auto" is the CPU, on which alone
-        models are merged in memory as yet. numerics: as in from_pretrained. options: the
-        fields of `arcmerge.merging.options.Options`, by name; `progress` and `warn` as in `arcmerge.merge`.
+        config: a merge configuration, as a path, YAML text or a mapping. device, numerics: as in from_pretrained.
+        options: the fields of `arcmerge.merging.options.Options`, by name; `progress` and `warn` as in
+        `arcmerge.merge`.
         Raises ArcmergeError, in a sentence each, for everything that is wrong with the configuration or its models.
         """
         from arcmerge.gemma2.merged import merged

@@ -48,10 +48,13 @@ class Weights:
     checkpoint: Checkpoint | None = None
 
     @property
+    def tensors(self) -> list[Tensor]:
+        return [self.embed_tokens, self.norm, *(tensor for layer in self.layers for tensor in vars(layer).values())]
+
+    @property
     def nbytes(self) -> int:
         """Of all of them: what a decode step reads, but for the cache."""
-        tensors = [self.embed_tokens, self.norm, *(tensor for layer in self.layers for tensor in vars(layer).values())]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
 
 def names(config: Config) -> dict[str, tuple[int, ...]]:

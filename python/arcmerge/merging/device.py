@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,13 +50,11 @@ class DeviceProcessor:
         self._jobs = jobs
         self._host = HostProcessor(jobs, rows)
         self._dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
-        # A piece at its widest, and a margin for the alignment of the many small ones that share a slot otherwise.
-        widest = 1 + max((sum(item.dtype.itemsize for item in job.inputs) + F32.itemsize for job in jobs), default=0)
         # Triton compiles a kernel at its first launch, once if launches come one by one. They do not wait for the GPU.
         self._launching = threading.Lock()
-        self._slots: SimpleQueue[_Slot] = SimpleQueue()
+        self._slots: SimpleQueue[Slot] = SimpleQueue()
         for _ in range(slots):
-            self._slots.put(_Slot(torch.device(device), widest * GRAM_ELEMENTS))
+            self._slots.put(Slot(torch.device(device), widest_piece(jobs)))
 
     def gram(self, pieces: Sequence[Piece]) -> list[NDArray[np.float64]]:
         """As HostProcessor.gram; pieces with as many inputs go into one launch."""
@@ -87,7 +85,7 @@ class DeviceProcessor:
         for task in tasks:
             alike.setdefault(self._kernel_inputs(task), []).append(task)
         for k, group in alike.items():
-            done = self._fill(group) if k else self._host.fill(group)
+            done = self._fill(group) if k else self._fill_without_kernel(group)
             counts.update(zip((task.piece for task in group), done, strict=True))
         return [counts[task.piece] for task in tasks]
 
@@ -104,19 +102,27 @@ class DeviceProcessor:
 
         with self._slot() as slot:
             groups = [self._send(slot, task.piece) for task in tasks]
-            dtypes = [self._dtypes[self._jobs[task.piece.job].output.dtype.name] for task in tasks]
-            outs = [slot.take(task.piece.count, dtype) for task, dtype in zip(tasks, dtypes, strict=True)]
+            outs = [self._output(slot, task) for task in tasks]
             values = np.stack([task.coefficients.values for task in tasks if task.coefficients is not None])
             coefficients = self._torch.tensor(values, dtype=self._torch.float32, device=slot.device)
             not_finite = self._torch.zeros(len(tasks), dtype=self._torch.int64, device=slot.device)
             with self._launching:
-                combine([out.device for out in outs], groups, coefficients, not_finite)
-            for out in outs:
-                out.host.copy_(out.device, non_blocking=True)
+                combine([there for _, there in outs], groups, coefficients, not_finite)
+            for host, there in outs:
+                if host is not None:
+                    host.copy_(there, non_blocking=True)
             counts: list[int] = not_finite.tolist()  # waits for the stream
-            for task, out in zip(tasks, outs, strict=True):
-                ctypes.memmove(task.address, out.host.data_ptr(), out.host.numel() * out.host.element_size())
+            for task, (host, _) in zip(tasks, outs, strict=True):
+                if host is not None:
+                    ctypes.memmove(task.address, host.data_ptr(), host.numel() * host.element_size())
             return counts
+
+    def _output(self, slot: Slot, task: Filling) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Where the result is brought to in the machine's memory, if it is, and where the kernel writes it."""
+        return slot.take(task.piece.count, self._dtypes[self._jobs[task.piece.job].output.dtype.name])
+
+    def _fill_without_kernel(self, tasks: Sequence[Filling]) -> list[int]:
+        return self._host.fill(tasks)
 
     def _grouped(self, pieces: Sequence[Piece]) -> dict[tuple[int, bool, bool], list[Piece]]:
         """Pieces by inputs, whether a base is taken off them, and whether a matrix is of the whole tensor."""
@@ -132,7 +138,7 @@ class DeviceProcessor:
         return self._host.not_finite(number)
 
     @contextmanager
-    def _slot(self) -> Iterator[_Slot]:
+    def _slot(self) -> Iterator[Slot]:
         slot = self._slots.get()
         try:
             with slot.stream():
@@ -141,26 +147,31 @@ class DeviceProcessor:
             slot.clear()
             self._slots.put(slot)
 
-    def _send(self, slot: _Slot, piece: Piece) -> list[torch.Tensor]:
+    def _send(self, slot: Slot, piece: Piece) -> list[torch.Tensor]:
         """The piece of every input on the device, cast and gathered."""
-        sent = []
-        for place, item in enumerate(self._jobs[piece.job].inputs):
-            staged = slot.take(piece.count, self._dtypes[item.dtype.name])
-            self._host.stage(piece, place, staged.host.data_ptr())
-            staged.device.copy_(staged.host, non_blocking=True)
-            sent.append(staged.device)
-        return sent
+        return [self._input(slot, piece, place) for place in range(len(self._jobs[piece.job].inputs))]
+
+    def _input(self, slot: Slot, piece: Piece, place: int) -> torch.Tensor:
+        staged = slot.take(piece.count, self._dtypes[self._jobs[piece.job].inputs[place].dtype.name])
+        self._host.stage(piece, place, staged.host.data_ptr())
+        staged.device.copy_(staged.host, non_blocking=True)
+        return staged.device
 
 
-class _Staged:
+def widest_piece(jobs: Sequence[Job]) -> int:
+    """Bytes of a slot for the piece that takes most, with a margin for many small ones that share a slot."""
+    widths = (sum(item.dtype.itemsize for item in job.inputs) + F32.itemsize for job in jobs)
+    return (1 + max(widths, default=0)) * GRAM_ELEMENTS
+
+
+class Staged(NamedTuple):
     """The same stretch of a slot's memory on both sides."""
 
-    def __init__(self, host: torch.Tensor, device: torch.Tensor) -> None:
-        self.host = host
-        self.device = device
+    host: torch.Tensor
+    device: torch.Tensor
 
 
-class _Slot:
+class Slot:
     """Memory on both sides and a stream, for one piece at a time."""
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
@@ -184,9 +195,9 @@ class _Slot:
             self._stream.synchronize()
         self._taken = 0
 
-    def take(self, count: int, dtype: torch.dtype) -> _Staged:
+    def take(self, count: int, dtype: torch.dtype) -> Staged:
         """The next `count` elements, 16-byte aligned on both sides."""
         start, nbytes = self._taken, count * dtype.itemsize
         self._taken += -(-nbytes // 256) * 256
         host, device = (memory[start : start + nbytes].view(dtype) for memory in (self._host, self._device))
-        return _Staged(host, device)
+        return Staged(host, device)

@@ -1,16 +1,14 @@
-"""A merge in memory: the parents stay mapped, and other parameters cost one pass over the tensors that they change."""
+"""A merge in memory: the parents stay, and other parameters cost one pass over the tensors that they change."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from arcmerge.checkpoint.layout import OutputTensor
-from arcmerge.checkpoint.writer import address_of, aligned_buffer
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging import methods
 from arcmerge.merging.gram_cache import GramCache
@@ -20,11 +18,12 @@ from arcmerge.merging.method import Coefficients
 from arcmerge.merging.pieces import GRAM_ELEMENTS, Piece
 from arcmerge.merging.prepared import Prepared
 from arcmerge.merging.recipe import Recipe, with_parameters
+from arcmerge.merging.residence import Tick, places, residence_of
 from arcmerge.merging.team import Team
 
-Tick = Callable[[int, int], None]
-# Tensors begin at multiples of as many bytes: a line of any cache.
-ALIGNMENT = 256
+if TYPE_CHECKING:
+    import torch
+
 # A t between the ends, for which every tensor has a Gram matrix.
 _BETWEEN = 0.5
 
@@ -32,27 +31,22 @@ _BETWEEN = 0.5
 class ResidentMerge:
     """The result of a merge, in memory at addresses that stay, and made again where parameters change.
 
-    prepared: on the CPU. tick: told now and then of the bytes that are done, and of all, of measuring and of merging.
+    tick: told now and then of the bytes that are done, and of all: of reading, of measuring and of merging.
     Raises ArcmergeError where memory is too small or weights are not finite.
     """
 
     def __init__(self, prepared: Prepared, tick: Tick = lambda done, total: None) -> None:
         self._prepared = prepared
         self._outputs = {job.output.name: job.output for job in prepared.plan.jobs}
-        self._offsets: dict[str, int] = {}
-        end = 0
-        for output in self._outputs.values():
-            self._offsets[output.name] = end
-            end += -(-output.nbytes // ALIGNMENT) * ALIGNMENT
-        _require_memory(end)
-        self._memory = aligned_buffer(end)
+        self._offsets, end = places({name: output.nbytes for name, output in self._outputs.items()})
+        # At t = 0 or 1 a tensor is a copy, which needs neither the other model nor a matrix; the next t may need them.
+        has_t = any(parameter.name == "t" for parameter in prepared.plan.method.parameters)
+        between = prepared.with_recipe(with_parameters(prepared.recipe, {"t": _BETWEEN})) if has_t else prepared
+        self._residence = residence_of([between, prepared], end, tick)
         self._made: dict[str, object] = {}
         checkpoints = prepared.checkpoints
         self._grams = GramCache(checkpoints.values(), checkpoints[prepared.plan.donor].folder)
-        if any(parameter.name == "t" for parameter in prepared.plan.method.parameters):
-            # At t = 0 or 1 a tensor is a copy, which needs no matrix; the next t may need it.
-            between = prepared.with_recipe(with_parameters(prepared.recipe, {"t": _BETWEEN}))
-            self._coefficients(between, between.processor(), tick)
+        self._coefficients(between, self._residence.processor(between), tick)
         self._make(prepared, tick)
 
     @property
@@ -69,10 +63,9 @@ class ResidentMerge:
         """The tensors of the result, by name."""
         return self._outputs
 
-    def tensor_bytes(self, name: str) -> memoryview:
+    def tensor(self, name: str) -> torch.Tensor:
         """The bytes of a tensor of the result, not copied: they change with the parameters."""
-        offset = self._offsets[name]
-        return self._memory[offset : offset + self._outputs[name].nbytes]
+        return self._residence.tensor(self._offsets[name], self._outputs[name].nbytes)
 
     def set_parameters(self, parameters: Mapping[str, Any], tick: Tick = lambda done, total: None) -> int:
         """Merge again with these parameters, as under `parameters:`, in place of those of their names in the recipe.
@@ -86,7 +79,7 @@ class ResidentMerge:
         """Merge what is not yet as `prepared` says; returns the number of tensors."""
         for checkpoint in prepared.checkpoints.values():
             checkpoint.require_unchanged()
-        processor, jobs = prepared.processor(), prepared.plan.jobs
+        processor, jobs = self._residence.processor(prepared), prepared.plan.jobs
         coefficients = self._coefficients(prepared, processor, tick)
         wanted = {job.output.name: _origin(job, coefficients.get(number)) for number, job in enumerate(jobs)}
         changed = [
@@ -135,14 +128,16 @@ class ResidentMerge:
         processor: Processor,
         tick: Tick,
     ) -> None:
-        start = address_of(self._memory)
-        tasks: deque[Filling] = deque()
+        start, at_once = self._residence.address, self._residence.pieces_at_once
+        self._residence.wait()
+        tasks: list[Filling] = []
         for number in changed:
             output, count = jobs[number].output, jobs[number].count
             for first in range(0, count, GRAM_ELEMENTS):
                 piece = Piece(number, first, min(GRAM_ELEMENTS, count - first))
                 address = start + self._offsets[output.name] + first * output.dtype.itemsize
                 tasks.append(Filling(piece, coefficients.get(number), address))
+        batches = deque(tasks[first : first + at_once] for first in range(0, len(tasks), at_once))
         total, done = sum(jobs[number].output.nbytes for number in changed), 0
         team = Team()
 
@@ -150,14 +145,14 @@ class ResidentMerge:
             nonlocal done
             while team.failure is None:
                 try:
-                    task = tasks.popleft()
+                    batch = batches.popleft()
                 except IndexError:
                     return
-                (not_finite,) = processor.fill([task])
-                if not_finite and not prepared.options.allow_nonfinite:
-                    raise processor.not_finite(task.piece.job)
+                for task, not_finite in zip(batch, processor.fill(batch), strict=True):
+                    if not_finite and not prepared.options.allow_nonfinite:
+                        raise processor.not_finite(task.piece.job)
                 with team.changed:
-                    done += task.piece.count * jobs[task.piece.job].output.dtype.itemsize
+                    done += sum(task.piece.count * jobs[task.piece.job].output.dtype.itemsize for task in batch)
 
         team.start(work, prepared.options.thread_count)
         team.join(lambda: tick(done, total))
@@ -182,18 +177,3 @@ def _origin(job: Job, coefficients: Coefficients | None) -> object:
         return inputs, dict(job.values.shared)
     # In float32, in which they enter the arithmetic.
     return inputs, coefficients.values.astype(np.float32).tobytes()
-
-
-def _require_memory(nbytes: int) -> None:
-    """Raises ArcmergeError unless the machine has that much memory to give."""
-    if nbytes > (available := available_memory()):
-        raise ArcmergeError(
-            f"the merged weights take {nbytes / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free: "
-            f"{(nbytes - available) / 1e9:.1f} GB are missing; end other programs, or merge to disk"
-        )
-
-
-def available_memory() -> int:
-    """Bytes that can be had without pushing others out, as Linux estimates it."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

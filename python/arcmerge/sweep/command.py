@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--minimize", action="store_true", help="less is better; of --function, where more is by default")
 
     parser.add_argument(
-        "--ray", action="store_true", help="on a Ray cluster: an actor for each --threads of its processors"
+        "--ray", action="store_true", help="on a Ray cluster: an actor for each GPU, or each --threads processors"
     )
 
     tried = parser.add_argument_group(f"what is tried (default: --t {_DEFAULT})")

@@ -56,7 +56,7 @@ class Here:
 
 
 class Cluster:
-    """By an actor for each `threads` of a Ray cluster's processors; GPUs serve when models can be merged on them.
+    """By an actor for each GPU of a Ray cluster; where it has none, for each `threads` processors of a machine.
 
     The cluster is the one that RAY_ADDRESS names, or else this machine. Models must be found under the same paths on
     all machines. Actors may die: their candidates are scored again by others.
@@ -70,12 +70,25 @@ class Cluster:
         self._ray: Any = ray
         if not self._ray.is_initialized():
             self._ray.init(log_to_driver=False, include_dashboard=False)
-        found = self._ray.cluster_resources()
-        here = int(max(node["Resources"].get("CPU", 1) for node in self._ray.nodes()))
-        self._threads = min(bench.options.get("threads") or here, here)
-        self._count = max(1, int(found.get("CPU", 1)) // self._threads)
+        machines: list[dict[str, float]] = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        gpus = [machine for machine in machines if machine.get("GPU", 0) >= 1]
+        if bench.device.startswith("cuda") and not gpus:
+            raise ArcmergeError(f"--device {bench.device}: the cluster has no GPU; use --device cpu")
+        self._on_gpus = bool(gpus) and bench.device != "cpu"
+        if self._on_gpus:
+            # As many as an actor can have beside any of the GPUs.
+            most = int(min(machine.get("CPU", 1) // machine["GPU"] for machine in gpus))
+            self._count = sum(int(machine["GPU"]) for machine in gpus)
+        else:
+            most = int(max(machine.get("CPU", 1) for machine in machines))
+        self._threads = max(1, min(bench.options.get("threads") or most, most))
+        if not self._on_gpus:
+            self._count = sum(int(machine.get("CPU", 1)) // self._threads for machine in machines)
         options = {name: value for name, value in bench.options.items() if name != "warn"}
-        self._bench = Bench(bench.recipe, bench.score, bench.device, bench.numerics, options)
+        device = (
+            "cuda" if bench.device.startswith("cuda") else bench.device
+        )  # an actor sees the one GPU that is its own
+        self._bench = Bench(bench.recipe, bench.score, device, bench.numerics, options)
 
     def evaluate(self, candidates: Iterable[Candidate]) -> Iterator[Evaluated]:
         """Scores in the order in which they are done; takes a candidate whenever an actor has nothing to do."""
@@ -113,7 +126,8 @@ class Cluster:
                 ray.kill(actor)
 
     def _actor(self) -> Any:
-        return self._ray.remote(num_cpus=self._threads)(Worker).remote(self._bench, self._threads)
+        needs = {"num_cpus": self._threads, "num_gpus": int(self._on_gpus)}
+        return self._ray.remote(**needs)(Worker).remote(self._bench, self._threads)
 
 
 class Worker:
