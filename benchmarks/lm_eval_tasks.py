@@ -69,6 +69,7 @@ def evaluate(provider: str, model: str, tasks: str) -> dict[str, float]:
 
         loaded = HFLM(model, device="cpu", dtype="bfloat16", batch_size=4, attn_implementation="eager")
     manager = TaskManager(include_path=tasks, include_defaults=False)
+    assert loaded.tokenizer_name  # which opens ours; theirs is open
     before, started = anonymous_mb(os.getpid()), time.perf_counter()
     with torch.inference_mode():
         found = lm_eval.simple_evaluate(model=loaded, tasks=["local"], task_manager=manager, bootstrap_iters=0)

@@ -301,6 +301,7 @@ def test_what_sequences_share_goes_through_once(tmp_path: Path, window: int, mon
     monkeypatch.setattr(Network, "embed", lambda self, ids: fed.append(len(ids)) or original(self, ids))
     for most in (2048, 60, 1):
         monkeypatch.setattr("arcmerge.gemma2.scoring.PASS_TOKENS", most)
+        monkeypatch.setattr("arcmerge.gemma2.scoring.BRANCH_SLOTS", most)
         fed.clear()
         for one, expected in zip(model.score(pairs), alone, strict=True):
             assert one.logprob == pytest.approx(expected.logprob, abs=1e-4)
