@@ -112,6 +112,18 @@ def test_caches_stay_those_of_transformers(one: Path) -> None:
         assert (logits(model) - expected).abs().max() <= 1e-4
 
 
+def test_steps_in_inference_mode_and_out_of_it(one: Path) -> None:
+    model, inputs = load(one), batch(5)
+    model.requires_grad_(False)
+    with accelerate(model):
+        with torch.inference_mode():
+            model(torch.tensor([[7]]), past_key_values=model(**inputs).past_key_values)
+        cache = model(**inputs).past_key_values
+        found = model(torch.tensor([[7]]), past_key_values=cache).logits
+    expected = model(torch.cat([inputs["input_ids"], torch.tensor([[7]])], dim=1)).logits[:, -1:]
+    assert (found - expected).abs().max() <= 1e-4  # as test_logits
+
+
 @torch.no_grad()
 def test_weights_may_change_between_steps(one: Path) -> None:
     """In place, by other memory, and by another parameter."""

@@ -37,7 +37,8 @@ class Rotation:
         if self._written is None or self._written[0] is not cosine or self._written[1] != position:
             head_dim = cosine.shape[2]
             if self._table.shape != (self.positions, head_dim) or self._table.dtype != cosine.dtype:
-                self._table = cosine.new_zeros(self.positions, head_dim)
+                with torch.inference_mode(False):  # or no step outside of that mode could write to it
+                    self._table = torch.zeros(self.positions, head_dim, dtype=cosine.dtype)
             torch.cat([cosine[0, 0, : head_dim // 2], sine[0, 0, : head_dim // 2]], out=self._table[position])
             self._written = cosine, position
         return self._table
@@ -78,7 +79,7 @@ class _Room:
 class DecodingStep:
     """A Gemma2DecoderLayer for one token of one sequence, whose DynamicCache gets views of buffers with room for more.
 
-    Those views are as good as other tensors: whoever changes or replaces them is noticed, and they are copied anew.
+    Those views are as good as other tensors: changes in place reach the buffers, and what replaces them is copied anew.
     """
 
     def __init__(self, layer: Any, rotation: Rotation) -> None:
