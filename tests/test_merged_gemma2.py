@@ -192,6 +192,14 @@ def test_gram_matrices_are_summed_once(models: Path, sums: list[str]) -> None:
     assert not [name for name in sums if sums.count(name) > 1]
 
 
+def test_matrices_of_vectors_are_summed_once_to_open(models: Path, sums: list[str]) -> None:
+    config = recipe(models, merge_method="nuslerp", parameters={"weight": 0.5, "nuslerp_flatten": False})
+    del config["base_model"]
+    open_merge(config)
+    assert sums
+    assert len(sums) == len(set(sums))
+
+
 @pytest.mark.parametrize("change", ["time", "size", "header", "damaged", "not JSON", "another format"])
 def test_a_stale_file_is_not_trusted(models: Path, sums: list[str], change: str) -> None:
     model = open_merge(recipe(models))

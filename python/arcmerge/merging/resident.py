@@ -46,7 +46,8 @@ class ResidentMerge:
         self._made: dict[str, object] = {}
         checkpoints = prepared.checkpoints
         self._grams = GramCache(checkpoints.values(), checkpoints[prepared.plan.donor].folder)
-        self._coefficients(between, self._residence.processor(between), tick)
+        if has_t:
+            self._coefficients(between, self._residence.processor(between), tick)
         self._make(prepared, tick)
 
     @property
