@@ -48,7 +48,8 @@ def register_attention() -> Undo:
 def accelerate(model: Any) -> Undo:
     """Let norms, MLPs, attention and head of a Gemma-2 of transformers be computed by arcmerge's ops, in place.
 
-    Where gradients are recorded, modules work as before. Softcaps, products and activations are float32 inside an op,
+    Where gradients are recorded, modules work as before. Adapters and hooks on linear layers go in first: modules that
+    have them stay as they are. Softcaps, products and activations are float32 inside an op,
     so bfloat16 logits differ from transformers' by rounding. Raises ArcmergeError for anything but a Gemma-2 in
     bfloat16 or float32.
     """
@@ -273,9 +274,6 @@ def attention_forward(
         "softcap": softcap or 0.0,
         "window": sliding_window or 0,
     }
-    if attention_mask is None and tokens == 1:
-        lengths = torch.full((batch,), key.shape[2], dtype=torch.int32, device=device)
-        return _decode(query.squeeze(2), key.contiguous(), value.contiguous(), -1, lengths, how), None
     rows = query.transpose(1, 2)
     if attention_mask is None:
         visible, asked = None, torch.ones(batch, tokens, dtype=torch.bool, device=device)
@@ -291,7 +289,7 @@ def attention_forward(
         key, value = key.gather(2, order), value.gather(2, order)
     key, value = key.contiguous(), value.contiguous()
     if tokens == 1:
-        return _decode(rows[:, 0], key, value, (lengths - 1).clamp(min=0), lengths * asked[:, 0], how), None
+        return _decode(rows[:, 0], key, value, lengths * asked[:, 0], how), None
     starts = torch.zeros(batch + 1, dtype=torch.int32, device=device)
     starts[1:] = asked.sum(dim=1).cumsum(dim=0)
     packed = rows.reshape(-1, rows.shape[2], head_dim) if visible is None else rows[asked]
@@ -303,20 +301,15 @@ def attention_forward(
     return out, None
 
 
-def _decode(
-    query: Tensor, key: Tensor, value: Tensor, newest: int | Tensor, lengths: Tensor, how: dict[str, Any]
-) -> Tensor:
+def _decode(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, how: dict[str, Any]) -> Tensor:
     """[B, 1, H, Dh], of one query a sequence: 4 ms a layer less than as a prompt of one token (2.6B, 512 keys, AVX2).
 
     The op rotates and appends the newest key, which transformers has done: so it is given that key again, and a
-    rotation by nothing, which changes no bit. newest: the slot of that key, of all sequences or [B].
+    rotation by nothing, which changes no bit.
     """
     batch, heads, head_dim = query.shape
-    if isinstance(newest, Tensor):
-        row = torch.arange(batch, device=newest.device)
-        states = [query, key[row, :, newest], value[row, :, newest]]
-    else:
-        states = [query, key.select(2, newest), value.select(2, newest)]
+    newest, row = (lengths - 1).clamp(min=0), torch.arange(batch, device=query.device)
+    states = [query, key[row, :, newest], value[row, :, newest]]
     qkv = torch.cat(states, dim=1).flatten(1)
     table = _no_rotation(key.shape[2], head_dim, key.device)
     counters = torch.zeros(batch, key.shape[1], dtype=torch.int32, device=key.device)

@@ -158,16 +158,12 @@ class DeviceResidence:
 
     def _bring(self, parents: _Inputs, threads: int, tick: Tick) -> None:
         """Read the parents to where they stay."""
-        processors: dict[int, HostProcessor] = {}
         tasks: deque[tuple[HostProcessor, Piece, int, torch.Tensor]] = deque()
-        for key, (prepared, job, number, place) in parents.items():
+        for key, (processor, job, number, place) in parents.items():
             target = self._parents[key]
-            if id(prepared) not in processors:
-                rows = aligned_rows(prepared.plan, prepared.vocabulary)
-                processors[id(prepared)] = HostProcessor(prepared.plan.jobs, rows)
             for first in range(0, job.count, GRAM_ELEMENTS):
                 piece = Piece(number, first, min(GRAM_ELEMENTS, job.count - first))
-                tasks.append((processors[id(prepared)], piece, place, target[first : first + piece.count]))
+                tasks.append((processor, piece, place, target[first : first + piece.count]))
         total = sum(target.numel() * target.element_size() for *_, target in tasks)
         done, team = 0, Team()
 
@@ -240,14 +236,15 @@ class _ResidentProcessor(DeviceProcessor):
         return self._residence.at(task.address, nbytes)
 
 
-# A plan, one of its jobs, its number, and the place of one of its inputs, by what the input is.
-_Inputs = dict[object, "tuple[Prepared, Job, int, int]"]
+# By what an input is: what reads it, a job that has it, the number of the job, and its place there.
+_Inputs = dict[object, "tuple[HostProcessor, Job, int, int]"]
 
 
 def _inputs(prepared: Prepared) -> _Inputs:
     """The inputs of a plan that kernels can read."""
+    processor = HostProcessor(prepared.plan.jobs, aligned_rows(prepared.plan, prepared.vocabulary))
     return {
-        _key(prepared, job, place): (prepared, job, number, place)
+        _key(prepared, job, place): (processor, job, number, place)
         for number, job in enumerate(prepared.plan.jobs)
         for place, item in enumerate(job.inputs)
         if item.dtype.mergeable and job.count

@@ -75,19 +75,16 @@ class Cluster:
         if bench.device.startswith("cuda") and not gpus:
             raise ArcmergeError(f"--device {bench.device}: the cluster has no GPU; use --device cpu")
         self._on_gpus = bool(gpus) and bench.device != "cpu"
-        if self._on_gpus:
-            # As many as an actor can have beside any of the GPUs.
-            most = int(min(machine.get("CPU", 1) // machine["GPU"] for machine in gpus))
-            self._count = sum(int(machine["GPU"]) for machine in gpus)
+        if self._on_gpus:  # as many processors as an actor can have beside any of the GPUs
+            most = int(min(machine.get("CPU", 0) // machine["GPU"] for machine in gpus))
         else:
-            most = int(max(machine.get("CPU", 1) for machine in machines))
+            most = int(max(machine.get("CPU", 0) for machine in machines))
         self._threads = max(1, min(bench.options.get("threads") or most, most))
-        if not self._on_gpus:
-            self._count = sum(int(machine.get("CPU", 1)) // self._threads for machine in machines)
+        kind, each = ("GPU", 1) if self._on_gpus else ("CPU", self._threads)
+        self._count = sum(int(machine.get(kind, 0)) // each for machine in machines)
         options = {name: value for name, value in bench.options.items() if name != "warn"}
-        device = (
-            "cuda" if bench.device.startswith("cuda") else bench.device
-        )  # an actor sees the one GPU that is its own
+        # An actor sees the one GPU that is its own, whatever its number.
+        device = bench.device.partition(":")[0]
         self._bench = Bench(bench.recipe, bench.score, device, bench.numerics, options)
 
     def evaluate(self, candidates: Iterable[Candidate]) -> Iterator[Evaluated]:
