@@ -35,8 +35,10 @@ demo: $(DEV)
 	$(BIN)/arcmerge plan examples/tiny-pair.yml --plot .demo/curve.png
 	$(BIN)/arcmerge inspect .demo/first .demo/second --plot .demo/angles.png
 	$(BIN)/arcmerge merge examples/tiny-pair.yml .demo/merged
-	$(BIN)/python examples/tiny_pair.py loss .demo/first .demo/second .demo/merged
-	$(BIN)/arcmerge generate .demo/merged "The assignment statement" --max-new-tokens 40
+	$(BIN)/arcmerge sweep examples/tiny-pair.yml --text .demo/validation.txt --window 128 --optimize 40 --out .demo/sweep
+	$(BIN)/arcmerge merge .demo/sweep/best.yml .demo/best
+	$(BIN)/python examples/tiny_pair.py loss .demo/first .demo/second .demo/merged .demo/best
+	$(BIN)/arcmerge generate .demo/best "The assignment statement" --max-new-tokens 40
 
 lint: $(DEV)
 	$(BIN)/ruff check

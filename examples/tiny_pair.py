@@ -1,11 +1,13 @@
 """A tiny pair of real models: one Gemma-2 trained on English text, and two fine-tunes of it on different halves.
 
-    python examples/tiny_pair.py train .demo              .demo/first and .demo/second, about two minutes on two cores
+    python examples/tiny_pair.py train .demo              .demo/first, .demo/second and .demo/validation.txt, about two
+                                                          minutes on two cores
     python examples/tiny_pair.py loss .demo/first ...     their losses on text that none of them has seen
 
 The text is the language reference that every Python carries for its `help()` (`pydoc_data.topics`, about 460 kB), so
 nothing is downloaded. The models are small enough to train in a demo and real enough that a merge has something to
-lose: each fine-tune is better than the other on its own half. A pair that is already there is kept.
+lose: each fine-tune is better than the other on its own half. Of the text that no model is trained on, one part is
+there to choose a merge by (validation.txt), the other to judge what was chosen. A pair that is already there is kept.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ logging.disable_progress_bar()
 SEED = 2
 CONTEXT = 128
 BATCH = 8
-HELD_OUT_EVERY = 10
+UNSEEN_EVERY = 10
 STAGES = {"parent": (280, 8e-3), "first": (90, 3e-3), "second": (90, 3e-3)}  # steps, peak learning rate
 ARCHITECTURE = {
     "vocab_size": 2048,
@@ -70,11 +72,16 @@ def halves() -> tuple[list[str], list[str]]:
     return parts
 
 
-def seen_and_held_out(paragraphs: list[str]) -> tuple[str, str]:
-    """Every tenth run of eight paragraphs is held out: long enough for a context, spread over the whole text."""
+def split(paragraphs: list[str]) -> tuple[str, str, str]:
+    """What models are trained on, what merges are chosen by, and what is held out from both.
+
+    Every tenth run of eight paragraphs is not trained on: long enough for a context, spread over the whole text. These
+    go to the other two in turns.
+    """
     runs = ["\n\n".join(paragraphs[start : start + 8]) for start in range(0, len(paragraphs), 8)]
-    held_out = runs[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    return "\n\n".join(run for run in runs if run not in held_out), "\n\n".join(held_out)
+    unseen = runs[UNSEEN_EVERY - 1 :: UNSEEN_EVERY]
+    seen = [run for run in runs if run not in unseen]
+    return "\n\n".join(seen), "\n\n".join(unseen[1::2]), "\n\n".join(unseen[::2])
 
 
 # ---- the models
@@ -134,14 +141,21 @@ def save(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
 
 def make_pair(folder: Path) -> None:
     """Train the parent on both halves, then one fine-tune on each, and save the two as bf16 safetensors folders."""
-    recipe = {"seed": SEED, "context": CONTEXT, "batch": BATCH, "stages": STAGES, "architecture": ARCHITECTURE}
+    recipe = {
+        "seed": SEED,
+        "unseen_every": UNSEEN_EVERY,
+        "context": CONTEXT,
+        "batch": BATCH,
+        "stages": STAGES,
+        "architecture": ARCHITECTURE,
+    }
     recipe_text, recipe_file = json.dumps(recipe, indent=2), folder / "tiny_pair.json"
     if recipe_file.is_file() and recipe_file.read_text() == recipe_text:
         print(f"{folder}/first and {folder}/second are there already; remove {folder} to train them again")
         return
 
     torch.manual_seed(SEED)
-    texts = [seen_and_held_out(half)[0] for half in halves()]
+    texts, validation, _ = zip(*map(split, halves()), strict=True)
     tokenizer = make_tokenizer("\n\n".join(texts))
     tokens = [torch.tensor(tokenizer(text).input_ids) for text in texts]
     model = Gemma2ForCausalLM(Gemma2Config(**ARCHITECTURE, attn_implementation="eager"))
@@ -152,6 +166,7 @@ def make_pair(folder: Path) -> None:
         model.load_state_dict(parent)
         train(model, half, name)
         save(model, tokenizer, folder / name)
+    (folder / "validation.txt").write_text("\n\n".join(validation), encoding="utf-8")
     recipe_file.write_text(recipe_text)
 
 
@@ -168,7 +183,7 @@ def held_out_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 
 def print_losses(folders: list[Path]) -> None:
     """A table: one row a model; the held-out text of the first half, of the second, and of both."""
-    texts = [seen_and_held_out(half)[1] for half in halves()]
+    texts = [split(half)[-1] for half in halves()]
     print(f"{'held-out loss, nats a token':<32}{'first half':>12}{'second half':>12}{'both':>12}")
     for folder in folders:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -184,7 +199,7 @@ def print_perplexities(folders: list[Path]) -> None:
 
     Both in float32, in windows of CONTEXT tokens with a BOS of their own. Raises SystemExit if they differ by 1e-4.
     """
-    text = "\n\n".join(seen_and_held_out(half)[1] for half in halves())
+    text = "\n\n".join(split(half)[-1] for half in halves())
     print(f"{'held-out perplexity':<32}{'arcmerge':>12}{'transformers':>14}")
     for folder in folders:
         tokens = AutoTokenizer.from_pretrained(folder)(text).input_ids

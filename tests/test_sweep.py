@@ -16,7 +16,7 @@ import arcmerge
 from arcmerge.cli import main
 from arcmerge.gemma2.model import Gemma2
 from arcmerge.merging.recipe import load_recipe
-from arcmerge.sweep.candidates import Candidate, of_curve, of_grid, of_numbers, read_values
+from arcmerge.sweep.candidates import Candidate, of_curve, of_grid, of_numbers, parents, read_values
 from arcmerge.sweep.journal import Journal, Scored
 from arcmerge.sweep.results import best_of
 from arcmerge.sweep.run import BEST, JOURNAL, sweep
@@ -66,6 +66,19 @@ def test_a_grid_has_every_combination_and_leaves_the_rest_to_the_recipe(models: 
             of_grid(axes, load_recipe(recipe(models)))
     with pytest.raises(arcmerge.ArcmergeError, match="a grid may have 100000 candidates, got 1002001"):
         of_grid(["a=0:1:0.001", "b=0:1:0.001"], load_recipe(recipe(models)))
+
+
+def test_t_of_a_slice_would_be_lost(models: Path) -> None:
+    config = recipe(models)
+    sources = [{**one, "layer_range": [0, 6]} for one in config.pop("models")]
+    config["slices"] = [{"sources": sources, "parameters": {"t": 0.2}}]
+    with pytest.raises(arcmerge.ArcmergeError, match="`t` must stand under the recipe's own `parameters:`"):
+        of_grid(["mlp=1"], load_recipe(config))
+
+
+def test_parents_are_the_ends_of_a_slerp(models: Path) -> None:
+    assert [one.parameters for one in parents(load_recipe(recipe(models)))] == [{"t": 0}, {"t": 1}]
+    assert parents(load_recipe({**recipe(models), "merge_method": "nearswap"})) == []
 
 
 def test_a_curve_has_a_name() -> None:
@@ -200,6 +213,41 @@ def test_a_journal_of_another_sweep_is_refused(models: Path, tmp_path: Path, dif
         sweep(recipe(models, 0.9 if different == "recipe" else 0.3), of_numbers([0.5]), score, out, **options)
 
 
+def test_a_run_that_was_killed_before_it_wrote_its_best_writes_it(models: Path, tmp_path: Path) -> None:
+    out, score = tmp_path / "out", LeastT()
+    sweep(recipe(models), of_numbers([0.5, 0.6]), score, out, device="cpu")
+    left = {name: (out / name).read_bytes() for name in (BEST, "results.csv", "results.json", "scores.png")}
+    for name in left:
+        (out / name).unlink()
+    sweep(recipe(models), of_numbers([0.5, 0.6]), score, out, device="cpu")
+    assert score.calls == 2
+    assert {name: (out / name).read_bytes() for name in left} == left
+
+
+def test_a_candidate_does_not_depend_on_the_one_before(models: Path, tmp_path: Path) -> None:
+    """What one sets and the next does not is as in the recipe, so that the best recipe is what was scored."""
+    candidates = [Candidate("normalized", {"t": 0.5, "normalize": True}), Candidate("plain", {"t": 0.5})]
+    scores = []
+    for number, listed in enumerate((candidates, candidates[::-1])):
+        sweep(recipe(models), listed, Perplexity([TEXT]), tmp_path / str(number), device="cpu")
+        scores.append({row["candidate"]: row["score"] for row in rows(tmp_path / str(number))})
+    assert scores[0] == scores[1]
+    assert scores[0]["normalized"] != scores[0]["plain"]
+
+
+def test_two_sweeps_do_not_write_to_one_journal(tmp_path: Path) -> None:
+    file = tmp_path / JOURNAL
+    with (
+        Journal(file, {"recipe": 1}) as journal,
+        pytest.raises(arcmerge.ArcmergeError, match="another sweep writes to it now"),
+    ):
+        Journal(file, {"recipe": 1})
+    with Journal(file, {"recipe": 2}) as journal:  # nothing was scored by the first recipe
+        journal.add(Scored("a", {"t": 1}))
+    with Journal(file, {"recipe": 2}) as journal:
+        assert [one.name for one in journal.scored] == ["a"]
+
+
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     for number, content in enumerate(("{\n", "[]\n{}\n", '{"recipe": 1}\n{"colour": 1}\n')):
         file = tmp_path / str(number)
@@ -251,9 +299,11 @@ def files(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     [
         (["--text", "text.txt"], 11),
         (["--text", "text.txt", "text.txt", "--window", "5", "--t", "0,1"], 2),
-        (["--tasks", "tasks.jsonl", "--curve", "up=0,1", "--curve", "down=1,0"], 2),
-        (["--function", "score_by_norm:norm", "--grid", "mlp=0,1", "--grid", "self_attn=0:1:0.5"], 6),
-        (["--function", "score_by_norm:norm", "--minimize", "--optimize", "3", "--bounds", "0.2:0.4"], 3),
+        (["--text", "text.txt", "--text", "text.txt", "--t", "0.5"], 3),
+        (["--tasks", "tasks.jsonl", "--curve", "up=0,1", "--curve", "down=1,0"], 4),
+        (["--function", "score_by_norm:norm", "--grid", "mlp=0,1", "--grid", "self_attn=0:1:0.5"], 8),
+        (["--function", "score_by_norm:norm", "--minimize", "--optimize", "3", "--bounds", "0.2:0.4"], 5),
+        (["--text", "text.txt", "--t", "0.5", "--curve", "v=0,1,0", "--optimize", "1"], 5),
     ],
 )
 def test_the_command(files: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], count: int) -> None:
@@ -261,6 +311,7 @@ def test_the_command(files: Path, capsys: pytest.CaptureFixture[str], arguments:
     said = capsys.readouterr()
     assert len(rows(files / "sweep-recipe")) == count
     assert said.out.startswith("best by ")
+    assert (files / "sweep-recipe" / "scores.png").exists()
     assert f"{count} of {count}  " in said.err
     assert main(["merge", "sweep-recipe/best.yml", "merged", "--device", "cpu", "-q"]) == 0
 
@@ -272,7 +323,7 @@ def test_the_command(files: Path, capsys: pytest.CaptureFixture[str], arguments:
         (["--text", "none.txt"], 1, "a text to score cannot be read"),
         (["--text", "text.txt", "--t", "x"], 1, "values must be first:last:step"),
         (["--text", "text.txt", "--optimize", "0"], 1, "--optimize must be a number of candidates from 1 up"),
-        (["--text", "text.txt", "--optimize", "2", "--t", "0"], 1, "leave out --t, --curve and --grid"),
+        (["--text", "text.txt", "--sampler", "tpe"], 1, "--bounds and --sampler are for --optimize"),
         (["--text", "text.txt", "--optimize", "2", "--bounds", "1"], 1, "--bounds must be low:high"),
         (["--tasks", "tasks.jsonl", "--window", "4"], 1, "--window is for --text"),
         (["--text", "text.txt", "--window", "1"], 1, "'window' must be 2 or more"),

@@ -16,8 +16,8 @@ import yaml
 import arcmerge
 from arcmerge.merging.recipe import load_recipe
 from arcmerge.sweep.candidates import of_numbers
-from arcmerge.sweep.run import BEST, Optimize, sweep
-from arcmerge.sweep.search import Search
+from arcmerge.sweep.run import BEST, sweep
+from arcmerge.sweep.search import Optimize, Search
 from sweeps import LeastT, recipe, rows
 
 
@@ -25,9 +25,9 @@ from sweeps import LeastT, recipe, rows
 def test_a_search_comes_near_and_goes_on_from_its_journal(models: Path, tmp_path: Path, sampler: str) -> None:
     config, out = recipe(models, [{"filter": "mlp", "value": [0, 1]}, {"value": 0}]), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        sweep(config, Optimize(40, sampler=sampler), LeastT(fails_at=15), out, device="cpu")
+        sweep(config, [], LeastT(fails_at=15), out, optimize=Optimize(40, sampler=sampler), device="cpu")
     score = LeastT()
-    best = sweep(config, Optimize(40, sampler=sampler), score, out, device="cpu")
+    best = sweep(config, [], score, out, optimize=Optimize(40, sampler=sampler), device="cpu")
     assert score.calls == 25
     found = rows(out)
     assert list(found[0]) == ["candidate", "mlp[0]", "mlp[1]", "t", "score", "seconds"]
@@ -40,7 +40,7 @@ def test_a_search_comes_near_and_goes_on_from_its_journal(models: Path, tmp_path
 
 
 def test_a_search_is_the_same_each_time_and_keeps_to_its_bounds(models: Path) -> None:
-    one, other = (Search(load_recipe(recipe(models, [0, 1])), True, -1, 0.2, None, []) for _ in range(2))
+    one, other = (Search(load_recipe(recipe(models, [0, 1])), True, Optimize(5, -1, 0.2), []) for _ in range(2))
     for number in range(5):
         asked = one.ask()
         assert asked == other.ask()
@@ -49,17 +49,33 @@ def test_a_search_is_the_same_each_time_and_keeps_to_its_bounds(models: Path) ->
         score = math.nan if number == 1 else float(number)
         one.tell(asked, score)
         other.tell(asked, score)
-    scalar = Search(load_recipe(recipe(models)), True, 0, 1, None, []).ask()
+    scalar = Search(load_recipe(recipe(models)), True, Optimize(1), []).ask()
     assert scalar.parameters == {"t": scalar.varied["t"]}
+
+
+def test_only_proposals_count_as_such(models: Path, tmp_path: Path) -> None:
+    """What was listed comes first, and an optimiser over the same numbers learns from it."""
+    options: dict[str, Any] = {"device": "cpu", "listen": lambda one, best, done, total: told.append((done, total))}
+    told: list[tuple[int, int]] = []
+    out, listed = tmp_path / "out", of_numbers([0.1, 0.9])
+    sweep(recipe(models), listed, LeastT(), out, **options)
+    sweep(recipe(models), listed[:1], LeastT(), out, optimize=Optimize(2), **options)
+    sweep(recipe(models), listed[:1], LeastT(), out, optimize=Optimize(4), **options)
+    assert told == [(1, 2), (2, 2), (2, 3), (3, 3), (4, 5), (5, 5)]
+    assert [row["candidate"] for row in rows(out)] == [
+        "t=0.1",
+        "t=0.9",
+        *(f"trial {number}" for number in (1, 2, 3, 4)),
+    ]
 
 
 def test_a_search_needs_numbers_and_bounds(models: Path) -> None:
     silent = recipe(models)
     del silent["parameters"]
     with pytest.raises(arcmerge.ArcmergeError, match="the recipe has none there"):
-        Search(load_recipe(silent), True, 0, 1, None, [])
+        Search(load_recipe(silent), True, Optimize(1), [])
     with pytest.raises(arcmerge.ArcmergeError, match="low:high with low below high, got 1:1"):
-        Search(load_recipe(recipe(models)), True, 1, 1, None, [])
+        Search(load_recipe(recipe(models)), True, Optimize(1, 1, 1), [])
 
 
 # ---- a cluster
@@ -105,7 +121,9 @@ def test_a_cluster_scores_as_one_process_does_though_actors_die(models: Path, tm
     assert (best.name, best.score) == (alone.name, alone.score) == ("t=0.5", pytest.approx(0.1))
     scores = [{row["candidate"]: row["score"] for row in rows(tmp_path / name)} for name in ("many", "one")]
     assert scores[0] == scores[1]
-    search = sweep(recipe(models), Optimize(5), Mortal(tmp_path / "mark"), tmp_path / "search", ray=True, **options)
+    search = sweep(
+        recipe(models), [], Mortal(tmp_path / "mark"), tmp_path / "search", optimize=Optimize(5), ray=True, **options
+    )
     assert search is not None
     assert len(rows(tmp_path / "search")) == 5
 

@@ -63,8 +63,9 @@ class MergedGemma2(Gemma2):
 
         t: a number, a gradient (a list of numbers over the layers), or a list of `{filter, value}`, as under
         `parameters:` in a merge configuration; or a mapping of several parameters by name, for methods that have
-        others. They hold for all of the model, in place of wherever the configuration set them. Only tensors whose
-        coefficients change are merged again. progress: told of the bytes done, and of all.
+        others. They hold for all of the model, in place of wherever the configuration set them; all others are as it
+        set them, whatever was set since. Only tensors whose coefficients change are merged again. progress: told of
+        the bytes done, and of all.
 
         Returns how many tensors were. Raises ArcmergeError for parameters that are wrong, and leaves all as it is.
         """

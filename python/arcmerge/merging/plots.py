@@ -12,7 +12,8 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.merging.inspect import Pair, relation
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """matplotlib.pyplot, for files alone. Raises ArcmergeError where it is not installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -25,7 +26,7 @@ def _pyplot() -> Any:
 
 def plot_curve(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Draw t, or else the coefficient of each further input, over the layers, one line per module."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     inside = [row for row in rows if row["layer"] is not None]
     for number, module in enumerate(dict.fromkeys(row["module"] for row in inside)):
@@ -58,7 +59,7 @@ def _heights(row: Mapping[str, Any]) -> list[float]:
 
 def plot_angles(pairs: Sequence[Pair], file: Path) -> None:
     """Draw the angle of every tensor as a heat map, layers across and kinds of tensor down."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     inside = [item for item in pairs if item.layer is not None]
     if not inside:
         raise ArcmergeError("there are no layers to draw: no tensor is named '...layers.N....'")

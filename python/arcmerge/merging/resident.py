@@ -36,6 +36,7 @@ class ResidentMerge:
     """
 
     def __init__(self, prepared: Prepared, tick: Tick = lambda done, total: None) -> None:
+        self._configured = prepared.recipe
         self._prepared = prepared
         self._outputs = {job.output.name: job.output for job in prepared.plan.jobs}
         self._offsets, end = places({name: output.nbytes for name, output in self._outputs.items()})
@@ -69,12 +70,13 @@ class ResidentMerge:
         return self._residence.tensor(self._offsets[name], self._outputs[name].nbytes)
 
     def set_parameters(self, parameters: Mapping[str, Any], tick: Tick = lambda done, total: None) -> int:
-        """Merge again with these parameters, as under `parameters:`, in place of those of their names in the recipe.
+        """Merge again with these parameters, as under `parameters:`, in place of those of their names that the
+        configuration has. What an earlier call has set is forgotten.
 
         Returns how many tensors were merged again. Raises ArcmergeError, and leaves all as it is, for parameters that
         the method has not or that are wrong.
         """
-        return self._make(self._prepared.with_recipe(changed_recipe(self.recipe, parameters)), tick)
+        return self._make(self._prepared.with_recipe(changed_recipe(self._configured, parameters)), tick)
 
     def _make(self, prepared: Prepared, tick: Tick) -> int:
         """Merge what is not yet as `prepared` says; returns the number of tensors."""

@@ -16,11 +16,15 @@ MOST_CANDIDATES = 100_000
 
 @dataclass(frozen=True)
 class Candidate:
-    """name: in tables and plots. parameters: as under `parameters:`. varied: the numbers that set it apart, by name."""
+    """name: in tables and plots. parameters: as under `parameters:`. varied: the numbers that set it apart, by name.
+
+    proposed: by an optimiser.
+    """
 
     name: str
     parameters: Mapping[str, Any]
     varied: Mapping[str, float] = field(default_factory=dict)
+    proposed: bool = False
 
 
 def read_values(text: str) -> list[float]:
@@ -46,6 +50,11 @@ def of_numbers(values: Sequence[float]) -> list[Candidate]:
     return [Candidate(f"t={value:g}", {"t": value}, {"t": value}) for value in values]
 
 
+def parents(recipe: Recipe) -> list[Candidate]:
+    """The two ends of a slerp, which are its parents; none of other methods, where no t gives a parent."""
+    return of_numbers([0.0, 1.0]) if recipe.method == "slerp" else []
+
+
 def of_curve(text: str) -> Candidate:
     """The gradient of `name=0,0.5,1`. Raises ArcmergeError for anything else."""
     name, equals, values = text.partition("=")
@@ -57,7 +66,7 @@ def of_curve(text: str) -> Candidate:
 def of_grid(axes: Sequence[str], recipe: Recipe) -> list[Candidate]:
     """Every combination of `filter=0:1:0.5`, one t for the tensors with each filter in their names.
 
-    Other tensors keep the t that `parameters:` of the recipe gives. Raises ArcmergeError for anything else.
+    Other tensors keep the t of the recipe. Raises ArcmergeError for anything else, see also `rules`.
     """
     names, values = [], []
     for text in axes:
@@ -84,7 +93,12 @@ def of_grid(axes: Sequence[str], recipe: Recipe) -> list[Candidate]:
 
 
 def rules(recipe: Recipe) -> list[dict[str, Any]]:
-    """What the recipe says of t under `parameters:`, as a list of `{filter, value}`; an empty one if it is silent."""
+    """What the recipe says of t for all of the model, as a list of `{filter, value}`; an empty one if it is silent.
+
+    Raises ArcmergeError if it says more of it elsewhere, which would be lost.
+    """
+    if any("t" in part.rules for part in (recipe.module_parameters, *(piece.parameters for piece in recipe.slices))):
+        raise ArcmergeError("`t` must stand under the recipe's own `parameters:` to be varied, not under a slice's")
     return [
         {**({"filter": rule.filter} if rule.filter is not None else {}), "value": list(rule.values)}
         for rule in recipe.parameters.rules.get("t", ())

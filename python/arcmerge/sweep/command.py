@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from arcmerge.merging.recipe import Recipe
     from arcmerge.sweep.candidates import Candidate
     from arcmerge.sweep.journal import Scored
-    from arcmerge.sweep.run import Optimize
     from arcmerge.sweep.scores import Score
+    from arcmerge.sweep.search import Optimize
 
 _DEFAULT = "0:1:0.1"
 
@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     score = parser.add_argument_group("what candidates are scored by, one of").add_mutually_exclusive_group(
         required=True
     )
-    score.add_argument("--text", metavar="FILE", type=Path, nargs="+", help="perplexity on these texts")
+    score.add_argument(
+        "--text", metavar="FILE", type=Path, nargs="+", action="extend", help="perplexity on these texts"
+    )
     score.add_argument("--tasks", metavar="FILE", type=Path, help="accuracy on questions: JSON lines, see the README")
     score.add_argument("--function", metavar="MODULE:NAME", help="a function of the model that returns a number")
     how = parser.add_argument_group("how they are scored")
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ray", action="store_true", help="on a Ray cluster: an actor for each GPU, or each --threads processors"
     )
 
-    tried = parser.add_argument_group(f"what is tried (default: --t {_DEFAULT})")
+    tried = parser.add_argument_group(f"what is tried, and both parents of a slerp (default: --t {_DEFAULT})")
     tried.add_argument("--t", metavar="VALUES", help="one t for the model: first:last:step, or numbers, as 0,0.3,1")
     tried.add_argument(
         "--curve", metavar="NAME=VALUES", action="append", default=[], help="a gradient over the layers; repeatable"
@@ -45,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tried.add_argument(
         "--grid", metavar="FILTER=VALUES", action="append", default=[], help="t by filter, in all combinations"
     )
-    tried.add_argument("--optimize", metavar="N", type=int, help="N proposals for the numbers of t in CONFIG")
-    tried.add_argument("--bounds", metavar="LOW:HIGH", default="0:1", help="of --optimize (0:1)")
+    tried.add_argument("--optimize", metavar="N", type=int, help="then N proposals for the numbers of t in CONFIG")
+    tried.add_argument("--bounds", metavar="LOW:HIGH", help="of --optimize (0:1)")
     tried.add_argument("--sampler", choices=["cma", "tpe"], help="of --optimize (cma; tpe for a single number)")
 
 
@@ -73,6 +75,7 @@ def run(arguments: argparse.Namespace) -> str:
             _candidates(arguments, recipe),
             score,
             out,
+            optimize=_optimize(arguments),
             device=arguments.device,
             numerics=arguments.numerics,
             threads=arguments.threads,
@@ -100,24 +103,30 @@ def _score(arguments: argparse.Namespace) -> Score:
     return scores.Function(arguments.function, arguments.minimize)
 
 
-def _candidates(arguments: argparse.Namespace, recipe: Recipe) -> list[Candidate] | Optimize:
+def _candidates(arguments: argparse.Namespace, recipe: Recipe) -> list[Candidate]:
     from arcmerge.sweep import candidates
-    from arcmerge.sweep.run import Optimize
 
-    listed = bool(arguments.t or arguments.curve or arguments.grid)
-    if arguments.optimize is not None:
-        if listed:
-            raise ArcmergeError("--optimize proposes its own candidates; leave out --t, --curve and --grid")
-        if arguments.optimize < 1:
-            raise ArcmergeError(f"--optimize must be a number of candidates from 1 up, got {arguments.optimize}")
-        try:
-            low, high = map(float, arguments.bounds.split(":"))
-        except ValueError as error:
-            raise ArcmergeError(f"--bounds must be low:high, as 0:1, got '{arguments.bounds}'") from error
-        return Optimize(arguments.optimize, low, high, arguments.sampler)
-    numbers = arguments.t or (None if listed else _DEFAULT)
+    named = arguments.curve or arguments.grid or arguments.optimize
+    numbers = arguments.t or (None if named else _DEFAULT)
     return [
         *(candidates.of_numbers(candidates.read_values(numbers)) if numbers else []),
         *map(candidates.of_curve, arguments.curve),
         *(candidates.of_grid(arguments.grid, recipe) if arguments.grid else []),
+        *candidates.parents(recipe),
     ]
+
+
+def _optimize(arguments: argparse.Namespace) -> Optimize | None:
+    from arcmerge.sweep.search import Optimize
+
+    if arguments.optimize is None:
+        if arguments.bounds or arguments.sampler:
+            raise ArcmergeError("--bounds and --sampler are for --optimize; leave them out")
+        return None
+    if arguments.optimize < 1:
+        raise ArcmergeError(f"--optimize must be a number of candidates from 1 up, got {arguments.optimize}")
+    try:
+        low, high = map(float, (arguments.bounds or "0:1").split(":"))
+    except ValueError as error:
+        raise ArcmergeError(f"--bounds must be low:high, as 0:1, got '{arguments.bounds}'") from error
+    return Optimize(arguments.optimize, low, high, arguments.sampler)

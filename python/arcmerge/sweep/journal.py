@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -22,46 +23,62 @@ class Scored:
     varied: Mapping[str, float] = field(default_factory=dict)
     score: float = math.nan
     seconds: float = 0.0
+    proposed: bool = False
 
 
 class Journal:
     """Lines of JSON in a file: first what the sweep is, then its candidates as they were scored.
 
-    about: what must be the same for the file to be that of the same sweep. Raises ArcmergeError if it is another's.
+    about: what must be the same for the file to be that of the same sweep. Raises ArcmergeError if it is another's, or
+    if another process has it open.
     """
 
     def __init__(self, file: Path, about: Mapping[str, Any]) -> None:
-        self._file = file
-        self.scored: list[Scored] = []
-        if file.exists():
-            self._read(about)
-        else:
-            self._append(about)
+        self._name = file
+        self._about = about
+        self._file = file.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.scored = self._read()
+        except BlockingIOError as error:
+            self._file.close()
+            raise ArcmergeError(
+                f"{file}: another sweep writes to it now; wait for it, or name another --out"
+            ) from error
+        except ArcmergeError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
     def add(self, scored: Scored) -> None:
         """Returns when the line is durable."""
-        self._append(asdict(scored))
+        lines = [asdict(scored)] if self.scored else [self._about, asdict(scored)]
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self.scored.append(scored)
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _read(self, about: Mapping[str, Any]) -> None:
-        text = self._file.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a line that the end of a run cut short was not scored
+    def _read(self) -> list[Scored]:
+        """What is in the file, which is left with whole lines: one that the end of a run cut short was not scored."""
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind("\n") + 1]
         try:
-            first, *rest = [json.loads(line) for line in whole.splitlines()]
-            self.scored = [Scored(**entry) for entry in rest]
-        except (ValueError, TypeError) as error:
-            raise ArcmergeError(f"{self._file}: is not the journal of a sweep; name another --out") from error
-        different = [key for key in about if first.get(key) != about[key]] if isinstance(first, dict) else list(about)
-        if different:
+            about, *rest = [json.loads(line) for line in whole.splitlines()] or [self._about]
+            scored = [Scored(**entry) for entry in rest]
+            if about.keys() != self._about.keys():
+                raise ValueError("another's keys")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ArcmergeError(f"{self._name}: is not the journal of a sweep; name another --out") from error
+        if scored and (different := [key for key in about if about[key] != self._about[key]]):
             raise ArcmergeError(
-                f"{self._file}: is the journal of another sweep (its {different[0]} differs); name another --out, or "
+                f"{self._name}: is the journal of another sweep (its {different[0]} differs); name another --out, or "
                 "remove it"
             )
-        if len(whole) < len(text):
-            os.truncate(self._file, len(whole.encode()))
+        os.truncate(self._name, len(whole.encode()) if scored else 0)
+        return scored

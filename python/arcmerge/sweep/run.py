@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import Config, Warn, prepare
-from arcmerge.merging.recipe import Recipe, load_recipe
+from arcmerge.merging.recipe import load_recipe
 from arcmerge.merging.resident import changed_recipe
-from arcmerge.sweep.candidates import Candidate
+from arcmerge.sweep.candidates import Candidate, parents
 from arcmerge.sweep.evaluation import Bench, Cluster, Here
 from arcmerge.sweep.journal import Journal, Scored
-from arcmerge.sweep.results import best_of, plot, write_tables
+from arcmerge.sweep.plots import plot
+from arcmerge.sweep.results import best_of, write_tables, write_whole
 from arcmerge.sweep.scores import Score
-from arcmerge.sweep.search import Search
+from arcmerge.sweep.search import Optimize, Search
 
 JOURNAL, BEST, PLOT = "journal.jsonl", "best.yml", "scores.png"
 
@@ -27,22 +28,13 @@ JOURNAL, BEST, PLOT = "journal.jsonl", "best.yml", "scores.png"
 Listen = Callable[[Scored, Scored, int, int], None]
 
 
-@dataclass(frozen=True)
-class Optimize:
-    """Let an optimiser propose `count` candidates: see Search."""
-
-    count: int
-    low: float = 0.0
-    high: float = 1.0
-    sampler: str | None = None
-
-
 def sweep(
     config: Config,
-    candidates: Sequence[Candidate] | Optimize,
+    candidates: Sequence[Candidate],
     score: Score,
     out: str | Path,
     *,
+    optimize: Optimize | None = None,
     device: str = "auto",
     numerics: str = "default",
     ray: bool = False,
@@ -52,43 +44,44 @@ def sweep(
 ) -> Scored | None:
     """Score candidates of a merge and leave tables, a plot and the best recipe in the folder `out`.
 
-    config: a merge configuration. candidates: what to try. ray: by a cluster, see Cluster. options: as of
-    Gemma2.from_merge. A sweep that ended early goes on where it stood, by the journal in `out`.
+    config: a merge configuration. candidates: what to try. optimize: what to try after them. ray: by a cluster, see
+    Cluster. options: as of Gemma2.from_merge. A sweep that ended early goes on where it stood, by the journal in `out`.
 
     Returns the best, None if no candidate has a score. Raises ArcmergeError for what is wrong with any of this, before
     the first is scored where it can be known.
     """
     recipe, folder = load_recipe(config), Path(out)
-    if not isinstance(candidates, Optimize):
-        for candidate in candidates:
-            changed_recipe(recipe, candidate.parameters)
+    for candidate in candidates:
+        changed_recipe(recipe, candidate.parameters)
     prepared = prepare(recipe.text, Options.of({**options, "device": device}), warn)
-    parents = {str(one.folder.resolve()): one.fingerprint() for one in prepared.checkpoints.values()}
+    shards = {str(one.folder.resolve()): one.fingerprint() for one in prepared.checkpoints.values()}
+    about = {"recipe": recipe.text, "score": score.identity, "parents": shards, "numerics": numerics}
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"recipe": recipe.text, "score": score.identity, "parents": parents, "numerics": numerics}
-    journal = Journal(folder / JOURNAL, about)
-    search, wanted, before, total = _wanted(candidates, recipe, score, journal)
-    bench = Bench(recipe.text, score, device, numerics, {**options, "warn": _unheard})
-    try:
-        evaluation = Cluster(bench) if ray else Here(bench)
-        for done, (candidate, value, seconds) in enumerate(evaluation.evaluate(wanted), before + 1):
-            scored = Scored(candidate.name, candidate.parameters, candidate.varied, value, seconds)
-            journal.add(scored)
-            if search is not None:
-                search.tell(candidate, value)
-            best = best_of(journal.scored, score.minimize) or scored
-            if best is scored:
-                text = changed_recipe(recipe, candidate.parameters).text
-                (folder / BEST).write_text(text, encoding="utf-8")
-            listen(scored, best, done, total)
-    finally:  # also of what was scored before an error or an interrupt
-        if journal.scored:
-            write_tables(journal.scored, folder)
-    try:
-        plot(journal.scored, score.title, score.minimize, folder / PLOT)
-    except ArcmergeError as error:  # without matplotlib everything else is still there
-        warn(str(error))
-    return best_of(journal.scored, score.minimize)
+    with Journal(folder / JOURNAL, about) as journal:
+        search = Search(recipe, score.minimize, optimize, journal.scored) if optimize else None
+        wanted, before, total = _wanted(candidates, search, optimize.count if optimize else 0, journal)
+        bench = Bench(recipe.text, score, device, numerics, {**options, "warn": _unheard})
+        try:
+            evaluation = Cluster(bench) if ray else Here(bench)
+            for done, (candidate, value, seconds) in enumerate(evaluation.evaluate(wanted), before + 1):
+                scored = Scored(**vars(candidate), score=value, seconds=seconds)
+                journal.add(scored)
+                if search is not None:
+                    search.tell(candidate, value)
+                best = best_of(journal.scored, score.minimize)
+                if best is scored:
+                    write_whole(folder / BEST, changed_recipe(recipe, best.parameters).text)
+                listen(scored, best or scored, done, total)
+        finally:  # also of what was scored before an error or an interrupt
+            if best := best_of(journal.scored, score.minimize):
+                write_whole(folder / BEST, changed_recipe(recipe, best.parameters).text)
+            if journal.scored:
+                write_tables(journal.scored, folder)
+        try:
+            plot(journal.scored, [one.name for one in parents(recipe)], score.title, score.minimize, folder / PLOT)
+        except ArcmergeError as error:  # without matplotlib everything else is still there
+            warn(str(error))
+    return best
 
 
 def _unheard(sentence: str) -> None:
@@ -96,17 +89,17 @@ def _unheard(sentence: str) -> None:
 
 
 def _wanted(
-    candidates: Sequence[Candidate] | Optimize, recipe: Recipe, score: Score, journal: Journal
-) -> tuple[Search | None, Iterable[Candidate], int, int]:
-    """The optimiser if there is one; the candidates that are not scored yet; how many were, and will be in the end."""
-    if isinstance(candidates, Optimize):
-        told, count = journal.scored, candidates.count
-        search = Search(recipe, score.minimize, candidates.low, candidates.high, candidates.sampler, told)
-        return search, (search.ask() for _ in range(count - len(told))), min(len(told), count), count
+    candidates: Sequence[Candidate], search: Search | None, proposals: int, journal: Journal
+) -> tuple[Iterable[Candidate], int, int]:
+    """What is not scored yet; how many candidates are, and will be in the end."""
     different = {_key(one.parameters): one for one in candidates}
     known = {_key(one.parameters) for one in journal.scored}
     fresh = [one for key, one in different.items() if key not in known]
-    return None, fresh, len(different) - len(fresh), len(different)
+    before, total = len(different) - len(fresh), len(different) + proposals
+    if search is None:
+        return fresh, before, total
+    proposed = min(sum(one.proposed for one in journal.scored), proposals)
+    return chain(fresh, (search.ask() for _ in range(proposals - proposed))), before + proposed, total
 
 
 def _key(parameters: Any) -> str:

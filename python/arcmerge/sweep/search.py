@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from arcmerge.errors import ArcmergeError
@@ -14,16 +15,26 @@ from arcmerge.sweep.journal import Scored
 SEED = 0
 
 
-class Search:
-    """Asks for candidates and is told their scores; what was told before, in a journal, it takes as told.
+@dataclass(frozen=True)
+class Optimize:
+    """An optimiser: how many candidates it proposes, where every number lies, and which it is.
 
-    Every number in the recipe's t under `parameters:` is free between `low` and `high`. sampler: "tpe", "cma", or None
-    for CMA-ES where there are several numbers. Raises ArcmergeError if there is none.
+    sampler: "tpe", "cma", or None for CMA-ES where there are several numbers.
     """
 
-    def __init__(
-        self, recipe: Recipe, minimize: bool, low: float, high: float, sampler: str | None, told: Sequence[Scored]
-    ) -> None:
+    count: int
+    low: float = 0.0
+    high: float = 1.0
+    sampler: str | None = None
+
+
+class Search:
+    """Asks for candidates and is told scores, of those and of others; told: what a journal has, by earlier runs.
+
+    Every number in the recipe's t is free. Raises ArcmergeError if there is none.
+    """
+
+    def __init__(self, recipe: Recipe, minimize: bool, optimize: Optimize, told: Sequence[Scored]) -> None:
         try:
             import optuna
         except ImportError as error:
@@ -37,43 +48,52 @@ class Search:
                 "--optimize varies the numbers of `t` under `parameters:`, and the recipe has none there; add "
                 "t: [0.5, 0.5, 0.5] for a curve of three"
             )
+        low, high = optimize.low, optimize.high
         if not low < high:
             raise ArcmergeError(f"--bounds must be low:high with low below high, got {low:g}:{high:g}")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        chosen = sampler or ("cma" if len(self._names) > 1 else "tpe")
+        chosen = optimize.sampler or ("cma" if len(self._names) > 1 else "tpe")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # A run that goes on must not draw what the one before it drew: the number of what is told moves the seed.
-            seed = SEED + len(told)
+            # A run that goes on must not draw what the one before it drew: the number of proposals moves the seed.
+            self._asked = sum(one.proposed for one in told)
+            seed = SEED + self._asked
             samplers = optuna.samplers
             made = samplers.CmaEsSampler(seed=seed) if chosen == "cma" else samplers.TPESampler(seed=seed)
             self._study = optuna.create_study(direction="minimize" if minimize else "maximize", sampler=made)
         self._space = {name: optuna.distributions.FloatDistribution(low, high) for name in self._names}
-        for one in told:
-            if one.varied.keys() == self._space.keys() and one.score == one.score:
-                self._study.add_trial(
-                    optuna.trial.create_trial(params=dict(one.varied), distributions=dict(self._space), value=one.score)
-                )
-        self._failed = optuna.trial.TrialState.FAIL
+        self._optuna: Any = optuna
         self._trials: dict[str, Any] = {}
+        for one in told:
+            self.tell(one, one.score)
 
     def ask(self) -> Candidate:
         """The next proposal; there may be several whose scores are not told yet."""
+        self._asked += 1
         trial = self._study.ask(dict(self._space))
         varied = {name: round(float(trial.params[name]), 6) for name in self._names}
         numbers = iter(varied.values())
         found = [{**rule, "value": [next(numbers) for _ in rule["value"]]} for rule in self._rules]
         only = found[0]["value"] if len(found) == 1 and "filter" not in found[0] else None
         t = (only if len(only) > 1 else only[0]) if only else found
-        candidate = Candidate(f"trial {trial.number + 1}", {"t": t}, varied)
+        candidate = Candidate(f"trial {self._asked}", {"t": t}, varied, proposed=True)
         self._trials[candidate.name] = trial
         return candidate
 
-    def tell(self, candidate: Candidate, score: float) -> None:
-        """The score of a proposal; NaN is none."""
-        trial = self._trials.pop(candidate.name)
-        failed = score != score
-        self._study.tell(trial, None if failed else score, state=self._failed if failed else None)
+    def tell(self, candidate: Candidate | Scored, score: float) -> None:
+        """The score of a proposal, or of another candidate that could have been one; NaN is none."""
+        trial, failed = self._trials.pop(candidate.name, None), score != score
+        if trial is not None:
+            state = self._optuna.trial.TrialState.FAIL if failed else None
+            self._study.tell(trial, None if failed else score, state=state)
+        elif self._could_propose(candidate.varied) and not failed:
+            known = {"params": dict(candidate.varied), "distributions": dict(self._space), "value": score}
+            self._study.add_trial(self._optuna.trial.create_trial(**known))
+
+    def _could_propose(self, varied: Mapping[str, float]) -> bool:
+        return varied.keys() == self._space.keys() and all(
+            self._space[name].low <= value <= self._space[name].high for name, value in varied.items()
+        )
 
 
 def _place(rule: dict[str, Any], number: int) -> str:

@@ -1,0 +1,158 @@
+"""The plot of a sweep: scores over what was varied, beside those of the parents, and the curves that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcmerge.merging.plots import load_pyplot
+from arcmerge.sweep.journal import Scored
+from arcmerge.sweep.results import best_of
+
+MOST_NAMES = 16  # candidates with a row and a curve each
+MOST_NUMBERS = 150  # cells of a heat map with their score written in them
+
+_STAR = {"marker": "*", "markersize": 16, "linestyle": "none", "color": "C3", "markeredgecolor": "white", "zorder": 3}
+
+
+def plot(scored: Sequence[Scored], parents: Sequence[str], title: str, minimize: bool, file: Path) -> None:
+    """Draw score over t where one number was varied, and a heat map where two were; else every candidate or, of many
+    and of proposals, how the best came about, and curves over the layers beside it.
+
+    parents: the names of the candidates that are one. title: of the score. Raises ArcmergeError without matplotlib.
+    """
+    pyplot = load_pyplot()
+    best = best_of(scored, minimize)
+    ends = [one for one in scored if one.name in parents]
+    others = [one for one in scored if one.name not in parents] or ends
+    varied = {tuple(one.varied) for one in others}
+    names = varied.pop() if len(varied) == 1 else ()
+    panels = 1 if len(names) in (1, 2) else 2
+    figure, axes = pyplot.subplots(1, panels, figsize=(4 + 4 * panels, 4.5), layout="constrained", squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
+    if len(names) == 1:
+        _draw_line(left, others, ends, best, names[0])
+    elif len(names) == 2:
+        _draw_map(figure, left, others, best, names, title, minimize)
+    elif len(others) <= MOST_NAMES and not any(one.proposed for one in others):
+        _draw_names(left, others, ends, title)
+        _draw_curves(right, others)
+    else:
+        _draw_search(left, others, ends, best, minimize)
+        if best:
+            _draw_curves(right, [best])
+    if not left.get_ylabel() and left.get_xlabel() != title:
+        left.set_ylabel(title)
+    beside = f";  parents: {', '.join(f'{one.score:.5g} ({one.name})' for one in ends)}" if ends else ""
+    figure.suptitle(f"best: {best.score:.5g} ({best.name}){beside}" if best else "no score is a number")
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_line(axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], best: Scored | None, name: str) -> None:
+    """Score over one number; parents are points of it if that is t, else lines across."""
+    on_line = [*scored, *ends] if name == "t" else scored
+    axes.plot(*zip(*sorted({(one.varied[name], one.score) for one in on_line}), strict=True), "o-")
+    if name == "t":
+        axes.plot([one.varied[name] for one in ends], [one.score for one in ends], "s", color="black", label="parents")
+    else:
+        _draw_across(axes, ends)
+    if best is not None and best in on_line:
+        axes.plot(best.varied[name], best.score, **_STAR, label="best")
+    axes.set_xlabel(name if name == "t" else f"t of {name}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_map(
+    figure: Any,
+    axes: Any,
+    scored: Sequence[Scored],
+    best: Scored | None,
+    names: Sequence[str],
+    title: str,
+    minimize: bool,
+) -> None:
+    """Score over two numbers, brighter is better: a grid's as cells, a search's as points."""
+    columns, rows = (sorted({one.varied[name] for one in scored}) for name in names)
+    colours = "viridis_r" if minimize else "viridis"
+    star = [best.varied[name] for name in names] if best is not None and best in scored else []
+    if len(columns) * len(rows) > 4 * len(scored):
+        points = [[one.varied[name] for one in scored] for name in names]
+        drawn = axes.scatter(*points, c=[one.score for one in scored], cmap=colours)
+    else:
+        values = np.full((len(rows), len(columns)), np.nan)
+        for one in scored:
+            values[rows.index(one.varied[names[1]]), columns.index(one.varied[names[0]])] = one.score
+        drawn = axes.imshow(np.ma.masked_invalid(values), cmap=colours, origin="lower", aspect="auto")
+        axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+        axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
+        star = star and [columns.index(star[0]), rows.index(star[1])]
+    axes.plot(*([value] for value in star), **_STAR) if star else None
+    axes.set_xlabel(f"t of {names[0]}")
+    axes.set_ylabel(f"t of {names[1]}")
+    figure.colorbar(drawn, ax=axes, label=title)
+
+
+def _draw_names(axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], title: str) -> None:
+    """A row for every candidate, the first on top."""
+    for number, one in enumerate(scored):
+        axes.plot(one.score, number, "o", color=f"C{number}", markersize=9)
+    rows = range(len(scored) + len(ends))
+    axes.plot([one.score for one in ends], rows[len(scored) :], "s", color="black", markersize=9)
+    axes.set_yticks(rows, [one.name for one in (*scored, *ends)])
+    axes.invert_yaxis()
+    axes.set_xlabel(title)
+    axes.grid(alpha=0.3)
+
+
+def _draw_search(
+    axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], best: Scored | None, minimize: bool
+) -> None:
+    """Scores in the order in which they came, and the best so far."""
+    scores = [one.score for one in scored]
+    numbers = range(1, len(scored) + 1)
+    axes.plot(numbers, scores, "o", label="candidates")
+    axes.plot(
+        numbers, (np.fmin if minimize else np.fmax).accumulate(scores), drawstyle="steps-post", label="best so far"
+    )
+    _draw_across(axes, ends)
+    if best is not None and best in scored:
+        axes.plot(scored.index(best) + 1, best.score, **_STAR, label="best")
+    axes.set_xlabel("candidate")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_across(axes: Any, ends: Sequence[Scored]) -> None:
+    for one, style in zip(ends, ("--", ":"), strict=False):
+        axes.axhline(one.score, color="black", linewidth=1, linestyle=style, label=f"parent, {one.name}")
+
+
+def _draw_curves(axes: Any, scored: Sequence[Scored]) -> None:
+    """t over the layers, a colour for every candidate and a kind of line for every filter that it has."""
+    for number, one in enumerate(scored):
+        rules = list(_rules(one.parameters.get("t")))
+        for (name, values), style in zip(rules, ("-", "--", "-.", ":") * len(rules), strict=False):
+            heights = values if len(values) > 1 else values * 2
+            label = one.name if len(rules) == 1 else f"{one.name}: {name or 'others'}"
+            axes.plot(np.linspace(0, 1, len(heights)), heights, style, marker="o", color=f"C{number}", label=label)
+    axes.set_xticks([0, 1], ["first layer", "last layer"])
+    axes.set_ylabel("t")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -0.05), max(high, 1.05))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _rules(value: Any) -> Iterator[tuple[str, list[float]]]:
+    """The filter, empty for none, and the numbers of every entry of a `t`."""
+    entries = value if isinstance(value, list) and any(isinstance(entry, dict) for entry in value) else [value]
+    for entry in entries:
+        name, numbers = (entry.get("filter") or "", entry["value"]) if isinstance(entry, dict) else ("", entry)
+        if numbers is not None:
+            yield name, list(numbers) if isinstance(numbers, list | tuple) else [numbers]

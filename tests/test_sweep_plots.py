@@ -1,0 +1,82 @@
+"""The plot of a sweep says what was best and what the parents have, whatever was varied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arcmerge.sweep.journal import Scored
+from arcmerge.sweep.plots import MOST_NAMES, plot
+
+PARENTS = [Scored(f"t={t}", {"t": t}, {"t": t}, 9.0 + t) for t in (0, 1)]
+LINE = [Scored(f"t={t}", {"t": t}, {"t": t}, 8 + (t - 0.5) ** 2) for t in (0.25, 0.5, 0.75)]
+AXIS = [Scored(f"mlp={t}", {"t": [{"filter": "mlp", "value": t}]}, {"mlp": t}, 8 + t) for t in (0, 0.5, 1)]
+GRID = [
+    Scored(f"a={a}, b={b}", {"t": [{"filter": "a", "value": a}, {"filter": "b", "value": b}]}, {"a": a, "b": b}, a + b)
+    for a in (0, 0.5, 1)
+    for b in (0, 1)
+]
+POINTS = [
+    Scored(f"trial {n}", {"t": [n / 9, n / 8]}, {"t[0]": n / 9, "t[1]": n / 8}, 8 + n / 9, proposed=True)
+    for n in range(9)
+]
+CURVES = [
+    Scored("v", {"t": [0, 1, 0]}, {}, 7.0),
+    Scored("two", {"t": [{"filter": "mlp", "value": 1}, {"value": [0, 1]}]}),
+]
+TRIALS = [
+    Scored(f"trial {n}", {"t": [0, n / 9, 1]}, {f"t[{k}]": n / 9 for k in range(3)}, 8 + n % 3, proposed=True)
+    for n in range(9)
+]
+MANY = [Scored(f"curve {n}", {"t": [0, n / 99]}, {}, 8.0 + n) for n in range(MOST_NAMES + 1)]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The figures that were written."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    yield figures
+    monkeypatch.undo()
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize(
+    ("scored", "x", "panels", "best"),
+    [
+        (LINE, "t", 1, "t=0.5"),
+        ([], "t", 1, "t=0"),
+        (AXIS, "t of mlp", 1, "mlp=0"),
+        (GRID, "t of a", 2, "a=0, b=0"),  # the scale of colours is one
+        (POINTS, "t of t[0]", 2, "trial 0"),
+        (CURVES, "perplexity", 2, "v"),
+        (TRIALS, "candidate", 2, "trial 0"),
+        ([*LINE, *CURVES], "perplexity", 2, "v"),
+        (MANY, "candidate", 2, "curve 0"),
+    ],
+)
+def test_best_and_parents_are_marked(
+    tmp_path: Path, drawn: list[Any], scored: list[Scored], x: str, panels: int, best: str
+) -> None:
+    plot([*PARENTS, *scored], [one.name for one in PARENTS], "perplexity", True, tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").stat().st_size > 5000
+    (figure,) = drawn
+    axes = figure.axes
+    assert len(axes) == panels
+    assert axes[0].get_xlabel() == x
+    assert f" ({best});  parents: 9 (t=0), 10 (t=1)" in figure.get_suptitle()
+    values = {value for one in axes for line in one.lines for value in [*line.get_xdata(), *line.get_ydata()]}
+    assert len(axes[0].images) + len(axes[0].collections) > 0 or {9.0, 10.0} <= values
+
+
+@pytest.mark.parametrize("scored", [LINE, GRID, CURVES, TRIALS])
+def test_without_parents_or_scores(tmp_path: Path, drawn: list[Any], scored: list[Scored]) -> None:
+    none = [Scored(one.name, one.parameters, one.varied, math.nan, proposed=one.proposed) for one in scored]
+    plot(none, [], "accuracy", False, tmp_path / "none.png")
+    plot(scored, [], "accuracy", False, tmp_path / "some.png")
+    assert [figure.get_suptitle()[:4] for figure in drawn] == ["no s", "best"]
