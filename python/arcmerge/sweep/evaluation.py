@@ -69,7 +69,7 @@ class Cluster:
             raise ArcmergeError("--ray needs ray, which is not installed; pip install 'arcmerge[ray]'") from error
         self._ray: Any = ray
         if not self._ray.is_initialized():
-            self._ray.init(log_to_driver=False, include_dashboard=False)
+            self._ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
         machines: list[dict[str, float]] = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         gpus = [machine for machine in machines if machine.get("GPU", 0) >= 1]
         if bench.device.startswith("cuda") and not gpus:
