@@ -136,6 +136,28 @@ def test_a_cluster_passes_on_what_is_wrong(models: Path, tmp_path: Path, cluster
         sweep(recipe(models), of_numbers([0.5]), Mortal(tmp_path / "mark", always=True), tmp_path / "two", **options)
 
 
+def _refuse() -> None:
+    raise arcmerge.ArcmergeError("the models are not on this machine")
+
+
+class Stationary:
+    """Cannot be had in another process."""
+
+    title, minimize, identity = "stationary", True, "stationary"
+
+    def __reduce__(self) -> Any:
+        return _refuse, ()
+
+    def __call__(self, model: Any) -> float:
+        return 0.0
+
+
+def test_a_worker_that_cannot_start_says_why(models: Path, tmp_path: Path, cluster: Any) -> None:
+    sentence = r"^a worker of the cluster cannot start: the models are not on this machine$"
+    with pytest.raises(arcmerge.ArcmergeError, match=sentence):
+        sweep(recipe(models), of_numbers([0.5]), Stationary(), tmp_path / "out", device="cpu", ray=True)
+
+
 class OwnGpu:
     """The number of the GPU that Ray gave the process."""
 
@@ -158,9 +180,18 @@ def test_every_gpu_of_a_cluster_has_an_actor(models: Path, tmp_path: Path, clust
     assert {float(row["score"]) for row in rows(tmp_path / "out")} == {0.0, 1.0}
 
 
-def test_a_cluster_without_a_gpu_is_named(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("processors", "device", "sentence"),
+    [
+        (8.0, "cuda:1", "--device cuda:1: the cluster has no GPU; use --device cpu"),
+        (0.0, "cpu", "neither a processor nor"),
+    ],
+)
+def test_a_cluster_that_has_nothing_to_give(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processors: float, device: str, sentence: str
+) -> None:
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
-    with pytest.raises(arcmerge.ArcmergeError, match="--device cuda:1: the cluster has no GPU; use --device cpu"):
-        sweep(recipe(models), of_numbers([0.5]), OwnGpu(), tmp_path / "out", device="cuda:1", ray=True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": processors}}])
+    with pytest.raises(arcmerge.ArcmergeError, match=sentence):
+        sweep(recipe(models), of_numbers([0.5]), OwnGpu(), tmp_path / "out", device=device, ray=True)

@@ -82,6 +82,8 @@ class Cluster:
         self._threads = max(1, min(bench.options.get("threads") or most, most))
         kind, each = ("GPU", 1) if self._on_gpus else ("CPU", self._threads)
         self._count = sum(int(machine.get(kind, 0)) // each for machine in machines)
+        if not self._count:
+            raise ArcmergeError("--ray: the cluster has neither a processor nor a GPU to give; add machines to it")
         options = {name: value for name, value in bench.options.items() if name != "warn"}
         # An actor sees the one GPU that is its own, whatever its number.
         device = bench.device.partition(":")[0]
@@ -105,6 +107,9 @@ class Cluster:
                 try:
                     found = ray.get(done)
                 except ray.exceptions.RayActorError as error:
+                    if error.actor_init_failed:  # which another one would too
+                        *_, reason = str(error).split("ArcmergeError: ")
+                        raise ArcmergeError(f"a worker of the cluster cannot start: {reason.strip()}") from error
                     deaths[candidate.name] += 1
                     if deaths[candidate.name] >= MOST_DEATHS:
                         raise ArcmergeError(
