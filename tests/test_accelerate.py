@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,11 @@ def test_everything_is_as_before_afterwards(one: Path) -> None:
     undo.undo()
     assert torch.equal(model(**inputs).logits, expected)
     assert model.config._attn_implementation == "eager"
-    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+    untouched = load(one)
+    for ours, theirs in zip(model.modules(), untouched.modules(), strict=True):
+        assert type(ours) is type(theirs)
+        assert vars(ours).keys() == vars(theirs).keys()
+        assert not {**ours._forward_hooks, **ours._forward_pre_hooks}
     for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
         assert "arcmerge" not in functions
     with pytest.raises((KeyError, ValueError), match="arcmerge"):
@@ -190,15 +195,78 @@ def test_hooks_keep_working(one: Path) -> None:
     assert len(model(**inputs, output_hidden_states=True).hidden_states) == 5
 
 
-def test_gradients_are_those_of_transformers(one: Path) -> None:
-    model, inputs = load(one), batch(6)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_are_those_of_transformers(one: Path, frozen: bool) -> None:
+    """Also of weights whose inputs have none, as behind a frozen embedding."""
+    model, inputs = load(one), batch(3, 12)
+    model.get_input_embeddings().weight.requires_grad_(not frozen)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    expected = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    expected = [weight.grad.clone() for weight in weights]
     model.zero_grad()
     with accelerate(model):
-        model.set_attn_implementation("eager")
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert torch.equal(model.model.layers[0].mlp.up_proj.weight.grad, expected)
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_copies_and_pickles_have_weights_of_their_own(one: Path, tmp_path: Path) -> None:
+    model, inputs = load(one), batch(5)
+    with accelerate(model):
+        generate = {"max_new_tokens": 4, "do_sample": False}
+        expected = model.generate(**inputs, **generate)
+        copied = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        for other in (copied, torch.load(tmp_path / "model.pt", weights_only=False)):
+            assert torch.equal(other.generate(**inputs, **generate), expected)
+            other.to(BF16).model.layers[0].mlp.down_proj.weight.zero_()
+            assert not torch.allclose(other(**inputs).logits.float(), model(**inputs).logits, atol=0.05)
+        assert torch.equal(model.generate(**inputs, **generate), expected)
+
+
+@torch.no_grad()
+def test_what_is_put_in_later_is_not_passed_over(one: Path) -> None:
+    """As adapters do, which take the place of linear layers, and hooks inside of what is one op."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, inside: Any) -> None:
+            super().__init__()
+            self.inside, self.weight = inside, getattr(inside, "weight", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inside(x)
+
+    for place in ("self_attn.q_proj", "mlp.up_proj", "mlp", "input_layernorm"):
+        model, inputs = load(one), batch(5)
+        parent, _, name = f"model.layers.1.{place}".rpartition(".")
+        generate = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        with accelerate(model):
+            setattr(model.get_submodule(parent), name, Adapter(model.get_submodule(f"{parent}.{name}")))
+            ours = model.generate(**inputs, **generate)
+        theirs = model.generate(**inputs, **generate)
+        for one_step, other in zip(ours.logits, theirs.logits, strict=True):
+            torch.testing.assert_close(one_step, other, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["accelerate", "attention alone"])
+def test_masks_that_the_op_has_not_are_those_of_transformers(one: Path, way: str) -> None:
+    """Of four dimensions, and of several sequences in a row."""
+    eager, ids = load(one), batch(12)["input_ids"]
+    seen = torch.ones(12, 12, dtype=torch.bool).tril()
+    seen[7, 2] = False
+    added = torch.zeros(1, 1, 12, 12).masked_fill(~seen, torch.finfo(F32).min)
+    packed = torch.tensor([[*range(5), *range(7)]])
+    with register_attention() as undo:
+        model = load(one, attention="arcmerge" if way == "attention alone" else "eager")
+        if way == "accelerate":
+            accelerated = accelerate(model)
+            undo.later(accelerated.undo)
+        for named in ({"attention_mask": added}, {"position_ids": packed, "use_cache": False}):
+            torch.testing.assert_close(model(ids, **named).logits, eager(ids, **named).logits, rtol=1e-4, atol=1e-4)
+        of_bool = model(ids, attention_mask=seen[None, None]).logits
+        torch.testing.assert_close(of_bool, eager(ids, attention_mask=added).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -233,9 +301,3 @@ def test_what_it_cannot_do_is_said(one: Path) -> None:
         accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(arcmerge.ArcmergeError, match=r"in bfloat16 or float32, got torch\.float16"):
         accelerate(load(one, torch.float16))
-    model, inputs = load(one), batch(4)
-    with accelerate(model):
-        with pytest.raises(arcmerge.ArcmergeError, match="one sequence a row"):
-            model(inputs["input_ids"], position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
-        with pytest.raises(arcmerge.ArcmergeError, match=r"masks \[batch, tokens\] alone"):
-            model(inputs["input_ids"], attention_mask=torch.zeros(1, 1, 4, 4))

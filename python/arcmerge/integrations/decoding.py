@@ -89,6 +89,10 @@ class DecodingStep:
         self._lock = threading.Lock()
         self._addresses: list[int] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles, as parts of a layer's, begin anew."""
+        return DecodingStep, (self._layer, self._rotation)
+
     def serves(self, x: Tensor, cache: Any) -> bool:
         """x: [B, T, D]. Whether it is one token, whose cache is a DynamicCache that does not drop or move tokens."""
         number = self._layer.self_attn.layer_idx
