@@ -23,6 +23,7 @@ from arcmerge.gemma2.scoring import Score, score
 from arcmerge.gemma2.sequences import Sequences
 from arcmerge.gemma2.text import Messages, Stream, Text
 from arcmerge.gemma2.weights import Weights, load
+from arcmerge.merging.options import Options
 
 if TYPE_CHECKING:
     from arcmerge.gemma2.merged import MergedGemma2
@@ -64,8 +65,7 @@ class Gemma2:
         """
         if dtype not in DTYPES:
             raise ArcmergeError(f"'dtype' must be torch.bfloat16 or torch.float32, is {dtype}.")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = Options(device=str(device)).resolved_device
         folder = locate(str(path))
         checkpoint = Checkpoint(folder)
         config = Config.read(checkpoint.config, folder / "config.json")

@@ -9,6 +9,7 @@ Its other flags are those of lm-eval. In Python: lm_eval.simple_evaluate(model=A
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,10 +64,13 @@ class ArcmergeLM(TemplateLM):
             raise ArcmergeError("model_args must give one of pretrained=DIR and merge=CONFIG")
         if dtype not in _DTYPES:
             raise ArcmergeError(f"dtype must be auto, bfloat16 or float32, got '{dtype}'")
+        device = device or "auto"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            device = "auto"  # lm-eval asks for cuda:0 where its user asks for nothing
         if pretrained is not None:
-            model = Gemma2.from_pretrained(pretrained, device or "auto", _DTYPES[dtype], numerics)
+            model = Gemma2.from_pretrained(pretrained, device, _DTYPES[dtype], numerics)
         elif merge is not None:
-            model = Gemma2.from_merge(merge, device or "auto", numerics)
+            model = Gemma2.from_merge(merge, device, numerics)
         assert model is not None
         self.model = model
         self.max_length = int(max_length or model.config.max_position_embeddings)
@@ -182,4 +186,7 @@ class ArcmergeLM(TemplateLM):
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ArcmergeError as error:
+        sys.exit(f"arcmerge: {error}")

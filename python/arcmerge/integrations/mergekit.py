@@ -9,6 +9,7 @@ with take_over():               # programs that call mergekit.merge.run_merge
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import mergekit.merge
@@ -84,4 +85,7 @@ def _options(options: MergeOptions) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with take_over():
-        mergekit.scripts.run_yaml.main()
+        try:
+            mergekit.scripts.run_yaml.main()
+        except ArcmergeError as error:
+            sys.exit(f"arcmerge: {error}")
