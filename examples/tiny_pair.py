@@ -24,7 +24,7 @@ from pydoc_data.topics import topics
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -88,7 +88,7 @@ def split(paragraphs: list[str]) -> tuple[str, str, str]:
 
 
 def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 2,048 tokens, with Gemma's four special tokens at Gemma's ids."""
+    """A byte-level BPE of 2,048 tokens, with Gemma's four special tokens at Gemma's ids; it adds a BOS, as Gemma's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,9 +99,16 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
+    bos = ("<bos>", ARCHITECTURE["bos_token_id"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
     )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
+    """Tokens of a text, of which windows are taken: without a BOS."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def batches(tokens: torch.Tensor, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -157,7 +164,7 @@ def make_pair(folder: Path) -> None:
     torch.manual_seed(SEED)
     texts, validation, _ = zip(*map(split, halves()), strict=True)
     tokenizer = make_tokenizer("\n\n".join(texts))
-    tokens = [torch.tensor(tokenizer(text).input_ids) for text in texts]
+    tokens = [encode(tokenizer, text) for text in texts]
     model = Gemma2ForCausalLM(Gemma2Config(**ARCHITECTURE, attn_implementation="eager"))
     print(f"a Gemma-2 of {model.num_parameters():,} parameters, {sum(map(len, tokens)):,} tokens of text", flush=True)
     train(model, torch.cat(tokens), "parent")
@@ -188,7 +195,7 @@ def print_losses(folders: list[Path]) -> None:
     for folder in folders:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-        tokens = [torch.tensor(tokenizer(text).input_ids) for text in texts]
+        tokens = [encode(tokenizer, text) for text in texts]
         losses = [held_out_loss(model, part) for part in (*tokens, torch.cat(tokens))]
         print(f"{folder!s:<32}" + "".join(f"{loss:>12.3f}" for loss in losses))
 
@@ -202,7 +209,7 @@ def print_perplexities(folders: list[Path]) -> None:
     text = "\n\n".join(split(half)[-1] for half in halves())
     print(f"{'held-out perplexity':<32}{'arcmerge':>12}{'transformers':>14}")
     for folder in folders:
-        tokens = AutoTokenizer.from_pretrained(folder)(text).input_ids
+        tokens = encode(AutoTokenizer.from_pretrained(folder), text).tolist()
         ours = arcmerge.Gemma2.from_pretrained(folder, dtype=torch.float32).perplexity(tokens, window=CONTEXT)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         total = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,16 @@ def our_model(**options: Any) -> Any:
     return ArcmergeLM(device="cpu", **options)
 
 
-def test_every_kind_of_task_comes_out_as_with_transformers(folder: Path, local: Path) -> None:
+@pytest.mark.parametrize("brings_bos", [True, False])
+def test_every_kind_of_task_comes_out_as_with_transformers(
+    folder: Path, local: Path, tmp_path: Path, brings_bos: bool
+) -> None:
+    """Also with a tokenizer that adds no BOS, to which `hf` adds none either."""
+    if not brings_bos:
+        folder = shutil.copytree(folder, tmp_path / "model")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.post_processor = processors.Sequence([])
+        tokenizer.save(str(folder / "tokenizer.json"))
     ours = evaluate(local, our_model(pretrained=str(folder), dtype="float32"))
     theirs = evaluate(local, hugging_face(folder))
     for name in TASKS:

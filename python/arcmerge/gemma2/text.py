@@ -51,6 +51,13 @@ class Text:
         """Tokens of the text and nothing more; special tokens that it spells out are recognised."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def encode_with_special(self, text: str) -> list[int]:
+        """Tokens with the special ones that the tokenizer itself adds, unless the text begins with BOS: Gemma's adds
+        one BOS, others may add none.
+        """
+        begins = text.startswith(str(self.tokenizer.id_to_token(self.bos)))
+        return list(self.tokenizer.encode(text, add_special_tokens=not begins).ids)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))

@@ -101,9 +101,9 @@ class ArcmergeLM(TemplateLM):
         return self.model.text.render(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Tokens:
-        """Tokens with exactly one BOS, or with none where `add_special_tokens` is False."""
+        """Tokens with the special ones that the tokenizer adds, as `hf` has them, or with none where that is False."""
         text = self.model.text
-        return text.encode_plain(string) if add_special_tokens is False else text.encode(string)
+        return text.encode_plain(string) if add_special_tokens is False else text.encode_with_special(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Tokens, Tokens]], disable_tqdm: bool = False, **_: Any
@@ -171,7 +171,8 @@ class ArcmergeLM(TemplateLM):
             raise ArcmergeError(f"max_gen_toks must be below the {self.max_length} tokens of the model, got {most}")
         drawn = {key: options[key] for key in ("temperature", "top_k", "top_p", "min_p") if key in options}
         sampling = Sampling(do_sample=True, **drawn) if options.get("do_sample") else Sampling()
-        prompts = [self.tok_encode(context)[most - self.max_length :] for context in contexts]
+        tokens = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
+        prompts = [some[most - self.max_length :] for some in tokens]
         streams = [Stream(self.model.text, [stop for stop in until if stop]) for _ in contexts]
 
         def on_token(row: int, token: int) -> bool:
