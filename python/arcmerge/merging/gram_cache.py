@@ -32,7 +32,8 @@ class GramCache:
     """
 
     def __init__(self, checkpoints: Collection[Checkpoint], folder: Path) -> None:
-        self._shards = {str(one.folder.resolve()): one.fingerprint() for one in checkpoints}
+        self._names = {one.folder: str(one.folder.resolve()) for one in checkpoints}
+        self._shards = {self._names[one.folder]: one.fingerprint() for one in checkpoints}
         name = hashlib.sha256("\n".join(sorted(self._shards)).encode()).hexdigest()[:16]
         self._path = folder / f".arcmerge-grams-{name}.json"
         self._grams = self._read()
@@ -40,14 +41,14 @@ class GramCache:
 
     def get(self, job: Job) -> NDArray[np.float64] | None:
         """The Gram matrix of the inputs of a job, if it is known. Those of vectors never are."""
-        return self._grams.get(_key(job)) if job.along is None else None
+        return self._grams.get(self._key(job)) if job.along is None else None
 
     def add(self, job: Job, gram: NDArray[np.float64]) -> None:
         """Keep a matrix (k, k), unless it is not finite, as JSON has no number for that."""
         if np.isfinite(gram).all():
-            self._grams[_key(job)] = gram
+            self._grams[self._key(job)] = gram
             if job.vocabulary:  # tokenizers say which rows met, and they are not in the fingerprint
-                self._passing.add(_key(job))
+                self._passing.add(self._key(job))
 
     def save(self) -> None:
         """Write the file, complete or not at all."""
@@ -74,11 +75,10 @@ class GramCache:
                 return {key: gram for key, gram in grams.items() if _is_gram(gram)}
         return {}
 
-
-def _key(job: Job) -> str:
-    """What a job's Gram matrix is of: the tensors, the type of their values, and the base that is taken off them."""
-    inputs = [[str(item.checkpoint.folder.resolve()), item.info.name, item.dtype.name] for item in job.inputs]
-    return json.dumps([inputs, job.base if job.method.centered(job.values) else None, job.vocabulary])
+    def _key(self, job: Job) -> str:
+        """What a Gram matrix is of: tensors, the type of their values, and the base that is taken off them."""
+        inputs = [[self._names[item.checkpoint.folder], item.info.name, item.dtype.name] for item in job.inputs]
+        return json.dumps([inputs, job.base if job.method.centered(job.values) else None, job.vocabulary])
 
 
 def _is_gram(gram: NDArray[np.float64]) -> bool:
