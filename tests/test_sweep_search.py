@@ -69,7 +69,10 @@ def test_only_proposals_count_as_such(models: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_a_search_needs_numbers_and_bounds(models: Path) -> None:
+def test_a_search_needs_numbers_and_bounds(models: Path, tmp_path: Path) -> None:
+    linear = {"merge_method": "linear", "models": recipe(models)["models"], "parameters": {"weight": 0.5}}
+    with pytest.raises(arcmerge.ArcmergeError, match="`linear` has no parameter `t`"):
+        sweep(linear, [], LeastT(), tmp_path / "out", optimize=Optimize(2), device="cpu")
     silent = recipe(models)
     del silent["parameters"]
     with pytest.raises(arcmerge.ArcmergeError, match="the recipe has none there"):

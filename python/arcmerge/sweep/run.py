@@ -51,8 +51,8 @@ def sweep(
     the first is scored where it can be known.
     """
     recipe, folder = load_recipe(config), Path(out)
-    for candidate in candidates:
-        changed_recipe(recipe, candidate.parameters)
+    for parameters in [*(one.parameters for one in candidates), *([{"t": optimize.low}] if optimize else [])]:
+        changed_recipe(recipe, parameters)
     prepared = prepare(recipe.text, Options.of({**options, "device": device}), warn)
     shards = {str(one.folder.resolve()): one.fingerprint() for one in prepared.checkpoints.values()}
     about = {"recipe": recipe.text, "score": score.identity, "parents": shards, "numerics": numerics}
