@@ -13,7 +13,7 @@ from arcmerge.sweep.journal import Scored
 from arcmerge.sweep.results import best_of
 
 MOST_NAMES = 16  # candidates with a row and a curve each
-MOST_NUMBERS = 150  # cells of a heat map with their score written in them
+MOST_NUMBERS = 100  # cells of a heat map with their score written in them
 
 _STAR = {"marker": "*", "markersize": 16, "linestyle": "none", "color": "C3", "markeredgecolor": "white", "zorder": 3}
 
@@ -90,7 +90,11 @@ def _draw_map(
         drawn = axes.imshow(np.ma.masked_invalid(values), cmap=colours, origin="lower", aspect="auto")
         axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
         axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
-        star = star and [columns.index(star[0]), rows.index(star[1])]
+        if values.size <= MOST_NUMBERS:
+            for (row, column), value in np.ndenumerate(values):
+                bright = sum(drawn.cmap(drawn.norm(value))[:3]) > 1.5
+                axes.text(column, row, f"{value:.4g}", ha="center", va="center", color="black" if bright else "white")
+        star = star and [columns.index(star[0]), rows.index(star[1]) + 0.3]  # above the number
     axes.plot(*([value] for value in star), **_STAR) if star else None
     axes.set_xlabel(f"t of {names[0]}")
     axes.set_ylabel(f"t of {names[1]}")
