@@ -184,10 +184,15 @@ class ArcmergeLM(TemplateLM):
         return [postprocess_generated_text(self.model.text.decode(tokens), until, None) for tokens in answers]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """lm-eval's command, with this model; ends the process with 1 and a sentence for what is wrong with the model."""
     from lm_eval.__main__ import cli_evaluate
 
     try:
         cli_evaluate()
     except ArcmergeError as error:
         sys.exit(f"arcmerge: {error}")
+
+
+if __name__ == "__main__":
+    main()
