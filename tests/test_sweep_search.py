@@ -16,6 +16,7 @@ import yaml
 import arcmerge
 from arcmerge.merging.recipe import load_recipe
 from arcmerge.sweep.candidates import of_numbers
+from arcmerge.sweep.journal import Scored
 from arcmerge.sweep.run import BEST, sweep
 from arcmerge.sweep.search import Optimize, Search
 from sweeps import LeastT, recipe, rows
@@ -67,6 +68,13 @@ def test_only_proposals_count_as_such(models: Path, tmp_path: Path) -> None:
         "t=0.9",
         *(f"trial {number}" for number in (1, 2, 3, 4)),
     ]
+
+
+def test_a_proposal_that_was_lost_leaves_no_name_twice(models: Path) -> None:
+    """As where a cluster was killed with the third scored and the second not."""
+    told = [Scored(f"trial {number}", {"t": 0.5}, {"t": 0.5}, 1.0, proposed=True) for number in (1, 3)]
+    asked = Search(load_recipe(recipe(models)), True, Optimize(5), told).ask()
+    assert asked.name == "trial 4"
 
 
 def test_a_search_needs_numbers_and_bounds(models: Path, tmp_path: Path) -> None:

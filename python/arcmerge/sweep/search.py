@@ -13,6 +13,7 @@ from arcmerge.sweep.candidates import Candidate, rules
 from arcmerge.sweep.journal import Scored
 
 SEED = 0
+_NAME = "trial "
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Search:
         chosen = optimize.sampler or ("cma" if len(self._names) > 1 else "tpe")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # A run that goes on must not draw what the one before it drew: the number of proposals moves the seed.
-            self._asked = sum(one.proposed for one in told)
+            # A run that goes on must not draw what the one before it drew: the last proposal's number moves the seed.
+            # A cluster may have been killed with an earlier one unscored, so that their count is not that number.
+            self._asked = max((int(one.name.removeprefix(_NAME)) for one in told if one.proposed), default=0)
             seed = SEED + self._asked
             samplers = optuna.samplers
             made = samplers.CmaEsSampler(seed=seed) if chosen == "cma" else samplers.TPESampler(seed=seed)
@@ -76,7 +78,7 @@ class Search:
         found = [{**rule, "value": [next(numbers) for _ in rule["value"]]} for rule in self._rules]
         only = found[0]["value"] if len(found) == 1 and "filter" not in found[0] else None
         t = (only if len(only) > 1 else only[0]) if only else found
-        candidate = Candidate(f"trial {self._asked}", {"t": t}, varied, proposed=True)
+        candidate = Candidate(f"{_NAME}{self._asked}", {"t": t}, varied, proposed=True)
         self._trials[candidate.name] = trial
         return candidate
 
