@@ -226,6 +226,15 @@ def test_copies_and_pickles_have_weights_of_their_own(one: Path, tmp_path: Path)
 
 
 @torch.no_grad()
+def test_another_activation_is_left_to_transformers(one: Path) -> None:
+    model = Gemma2ForCausalLM.from_pretrained(one, dtype=F32, hidden_activation="relu").eval()
+    expected = model(**batch(5)).logits
+    with accelerate(model) as undo:
+        assert undo.left == [f"model.layers.{number}.mlp" for number in range(4)]
+        torch.testing.assert_close(model(**batch(5)).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_what_is_put_in_later_is_not_passed_over(one: Path) -> None:
     """As adapters do, which take the place of linear layers, and hooks inside of what is one op."""
 

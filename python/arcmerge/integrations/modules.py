@@ -36,7 +36,8 @@ class Linear(nn.Linear):
 
 class MLP(gemma2.Gemma2MLP):
     def is_plain(self) -> bool:
-        return _are_linear(self.gate_proj, self.up_proj, self.down_proj)
+        is_known = self.config.hidden_activation == "gelu_pytorch_tanh"
+        return is_known and _are_linear(self.gate_proj, self.up_proj, self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         if _recorded(self, x) or not self.is_plain():
