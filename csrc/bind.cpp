@@ -2,17 +2,23 @@
 // knows Python. python/arcmerge/_C.pyi has the signatures. Every operation runs without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "arcmerge.h"
 #include "gemma2.h"
+#include "mapped.h"
 
 namespace py = pybind11;
 using arcmerge::DType;
@@ -87,6 +93,16 @@ Count nearswap(Address out, int out_dtype, const Operand& a, const Operand& b, d
 }
 
 void copy(Address out, Address source, std::size_t bytes) { std::memcpy(at<void>(out), at<const void>(source), bytes); }
+
+std::unique_ptr<arcmerge::MappedFile> map_file(int file, std::size_t size) {
+  try {
+    return std::make_unique<arcmerge::MappedFile>(file, size);
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+  }
+}
 
 void column_sums(const Operand& operand, Count rows, Count columns, Address out) {
   arcmerge::column_sums(operand, rows, columns, at<double>(out));
@@ -202,15 +218,45 @@ void head_draw(Address out, Address scores, Count count, Count ids, std::uint64_
   arcmerge::head_draw(at<Count>(out), at<const float>(scores), count, ids, seed, at<const Count>(steps));
 }
 
+// ---- the end of the interpreter
+
+bool interpreter_ends() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing();
+#else
+  return _Py_IsFinalizing();
+#endif
+}
+
+std::terminate_handler terminate_before = nullptr;
+
+// Up to Python 3.13 a daemon thread that wants the GIL back while the interpreter ends is unwound by pthread_exit. The
+// destructors that take the GIL back, pybind11's here and in torch, let nothing through, so that the whole process
+// would abort. Such a thread waits instead, as since Python 3.14, and ends with the process.
+[[noreturn]] void wait_for_the_end() {
+  if (!std::current_exception() && interpreter_ends())
+    for (;;) ::pause();
+  if (terminate_before) terminate_before();
+  std::abort();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+  terminate_before = std::set_terminate(&wait_for_the_end);
   using namespace py::literals;
   const py::call_guard<py::gil_scoped_release> no_gil;
 
   module.attr("MAX_OPERANDS") = arcmerge::kMaxOperands;
   py::class_<Operand>(module, "Operand")
       .def(py::init(&make_operand), "address"_a, "dtype"_a, "cast"_a = -1, "rows"_a = 0, "columns"_a = 0);
+  py::class_<arcmerge::MappedFile>(module, "MappedFile", py::buffer_protocol())
+      .def(py::init(&map_file), "file"_a, "size"_a)
+      .def_property_readonly("lost", &arcmerge::MappedFile::lost)
+      .def("forget", &arcmerge::MappedFile::forget, "begin"_a, "end"_a)
+      .def_buffer([](const arcmerge::MappedFile& self) {
+        return py::buffer_info(reinterpret_cast<std::uint8_t*>(self.address()), py::ssize_t(self.size()), true);
+      });
   module.def("gram", &gram, "operands"_a, "base"_a, "first"_a, "count"_a, no_gil);
   module.def("gram_vectors", &gram_vectors, "operands"_a, "base"_a, "rows"_a, "columns"_a, "along"_a, "out"_a, no_gil);
   module.def("combine", &combine, "out"_a, "out_dtype"_a, "operands"_a, "coefficients"_a, "first"_a, "count"_a, no_gil);
@@ -225,6 +271,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_variant", &arcmerge::use_variant, "name"_a);
 
   module.def("threads", &arcmerge::threads);
+  module.def("quota_threads", &arcmerge::quota_threads, "root"_a = "");
   module.def("set_threads", &arcmerge::set_threads, "threads"_a, no_gil);
   module.def(
       "read",

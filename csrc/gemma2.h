@@ -7,15 +7,22 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "arcmerge.h"
 
 namespace arcmerge {
 
-// How many threads work, the calling one among them: at first one for each processor that the process may run on.
+// How many threads work, the calling one among them: at first default_threads().
 int threads();
 void set_threads(int threads);
+
+// One for each processor that the process may run on, but no more than OMP_NUM_THREADS and the quota of its control
+// group, rounded up, allow.
+int default_threads();
+// What the quota allows, 1024 where there is none, by the files below `root`, which is empty but in tests.
+int quota_threads(const std::string& root);
 
 // Reads `count` bytes and does nothing with them: how fast that goes is what other operations are compared with.
 void read(const void* address, std::int64_t count);

@@ -87,7 +87,8 @@ ARCMERGE_INLINE void pack_values_body(std::uint32_t* out, const char* value, std
   const Bits16* even = reinterpret_cast<const Bits16*>(value);
   for (; keys >= 2; keys -= 2, out += dim, even += 2 * dim)
     for (std::int64_t d = 0; d < dim; ++d) out[d] = even[d] | std::uint32_t(even[dim + d]) << 16;
-  if (keys == 1) std::copy_n(even, dim, out);
+  if (keys == 1)
+    for (std::int64_t d = 0; d < dim; ++d) out[d] = even[d];
 }
 
 ARCMERGE_VARIANTS(void, pack_values,

@@ -19,25 +19,11 @@
 
 #include "gemma2.h"
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
-
 namespace arcmerge {
 namespace {
 
 // Longer than Python takes from one operation to the next; a sleeper costs the next operation 50 us.
 constexpr auto kPatience = std::chrono::microseconds(50);
-constexpr int kMostThreads = 1024;
-
-// Not hardware_concurrency first: with older C libraries it counts processors that the process may not use.
-int processors() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-#endif
-  return std::max(1, int(std::thread::hardware_concurrency()));
-}
 
 void pause() {
 #if defined(__x86_64__)
@@ -165,7 +151,7 @@ class Pool {
   static constexpr int kClosed = -1;
 
   std::mutex turn_;  // of the callers
-  std::atomic<int> threads_{processors()};
+  std::atomic<int> threads_{default_threads()};
   std::vector<std::thread> workers_;
 
   std::int64_t count_, grain_;

@@ -1,6 +1,7 @@
 // The softmax of attention, a block of keys at a time (Milakov and Gimelshein 2018), in powers of two.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "arcmerge.h"
@@ -14,7 +15,8 @@ struct Sight {
 };
 
 inline Sight sight(double scale, double softcap, std::int64_t window) {
-  return {float(scale), float(softcap), window ? std::uint32_t(window) : 1u << 31};
+  constexpr std::int64_t kAll = std::int64_t(1) << 31;
+  return {float(scale), float(softcap), std::uint32_t(window ? std::min(window, kAll) : kAll)};
 }
 
 // Of each column: the greatest score so far, times log2(e); the sum of 2^(score - greatest); what to multiply older

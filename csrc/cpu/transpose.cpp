@@ -7,6 +7,19 @@
 namespace arcmerge {
 namespace {
 
+// Lane i of the result is lane lanes[i] of x, or of y from kWidth on. Clang has no such builtin for lanes in a
+// register.
+template <class U32, int kWidth>
+inline U32 shuffle(const U32& x, const U32& y, const U32& lanes) {
+#if defined(__clang__)
+  U32 mixed;
+  for (int i = 0; i < kWidth; ++i) mixed[i] = lanes[i] < kWidth ? x[lanes[i]] : y[lanes[i] - kWidth];
+  return mixed;
+#else
+  return __builtin_shuffle(x, y, lanes);
+#endif
+}
+
 // Exchanges the off-diagonal squares of `size` words of x and y, two of the rows that lie `size` apart.
 template <class U32, int kWidth>
 inline void exchange(U32& x, U32& y, int size) {
@@ -15,8 +28,8 @@ inline void exchange(U32& x, U32& y, int size) {
     low[j] = j & size ? kWidth + j - size : j;
     high[j] = j & size ? kWidth + j : j + size;
   }
-  const U32 first = __builtin_shuffle(x, y, low);
-  y = __builtin_shuffle(x, y, high);
+  const U32 first = shuffle<U32, kWidth>(x, y, low);
+  y = shuffle<U32, kWidth>(x, y, high);
   x = first;
 }
 

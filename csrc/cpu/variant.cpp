@@ -17,19 +17,27 @@ struct Variant {
 
 bool always() { return true; }
 
-#if defined(__x86_64__)
+#if ARCMERGE_WIDEST >= 256
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+#if ARCMERGE_WIDEST == 512
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-constexpr Variant kVariants[] = {
-    {"avx512bf16", has_avx512bf16}, {"avx512", has_avx512}, {"avx2", has_avx2}, {"baseline", always}};
-#else
-constexpr Variant kVariants[] = {{"baseline", always}};
 #endif
+
+constexpr Variant kVariants[] = {
+#if ARCMERGE_WIDEST == 512
+    {"avx512bf16", has_avx512bf16},
+    {"avx512", has_avx512},
+#endif
+#if ARCMERGE_WIDEST >= 256
+    {"avx2", has_avx2},
+#endif
+    {"baseline", always}};
 
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 

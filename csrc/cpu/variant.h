@@ -39,11 +39,25 @@ struct Vector {
 #define ARCMERGE_FLATTEN __attribute__((flatten))
 #define ARCMERGE_INLINE inline __attribute__((always_inline))
 
-#if defined(__x86_64__)
+// The widest registers, in bits, that variants are built for. Clang compiles what a variant calls with the instructions
+// of the command line alone, so it builds those that all the code may use (-march); GCC takes a variant's own along.
+#if !defined(__x86_64__)
+#define ARCMERGE_WIDEST 128
+#elif !defined(__clang__) || defined(__AVX512F__)
+#define ARCMERGE_WIDEST 512
+#elif defined(__AVX2__)
+#define ARCMERGE_WIDEST 256
+#else
+#define ARCMERGE_WIDEST 128
+#endif
 
+#if defined(__x86_64__)
 #define ARCMERGE_AVX512BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define ARCMERGE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define ARCMERGE_AVX2 __attribute__((target("avx2,fma")))
+#endif
+
+#if ARCMERGE_WIDEST == 512
 
 #define ARCMERGE_VARIANTS(Result, name, parameters, arguments)                                                 \
   namespace name##_variants {                                                                                  \
@@ -55,6 +69,16 @@ struct Vector {
     ARCMERGE_FLATTEN static Result baseline parameters { return name##_body<Baseline> arguments; }             \
     constexpr decltype(&baseline) table[] = {avx512bf16, avx512, avx2, baseline};                              \
   }                                                                                                            \
+  Result name parameters { return name##_variants::table[variant_index()] arguments; }
+
+#elif ARCMERGE_WIDEST == 256
+
+#define ARCMERGE_VARIANTS(Result, name, parameters, arguments)                                           \
+  namespace name##_variants {                                                                            \
+    ARCMERGE_FLATTEN ARCMERGE_AVX2 static Result avx2 parameters { return name##_body<Avx2> arguments; } \
+    ARCMERGE_FLATTEN static Result baseline parameters { return name##_body<Baseline> arguments; }       \
+    constexpr decltype(&baseline) table[] = {avx2, baseline};                                            \
+  }                                                                                                      \
   Result name parameters { return name##_variants::table[variant_index()] arguments; }
 
 #else

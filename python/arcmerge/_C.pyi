@@ -17,6 +17,20 @@ class Operand:
 
     def __init__(self, address: int, dtype: int, cast: int = -1, rows: int = 0, columns: int = 0) -> None: ...
 
+class MappedFile:
+    """The first `size` bytes of an open file as a read-only buffer; the file may be closed.
+
+    What cannot be read, or is gone from the file, reads as zeros and sets `lost`.
+    """
+
+    def __init__(self, file: int, size: int) -> None: ...
+    @property
+    def lost(self) -> bool: ...
+    def forget(self, begin: int, end: int) -> None:
+        """Unmap the whole pages between two bytes; they are mapped again when they are read."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 def gram(operands: Sequence[Operand], base: Operand | None, first: int, count: int) -> list[float]:
     """The k * k sums of x_i * x_j, less base each, over elements first to first + count."""
 
@@ -69,6 +83,7 @@ def use_variant(name: str) -> None:
 def threads() -> int:
     """How many threads work on each operation below: at first one for each CPU that the process may run on."""
 
+def quota_threads(root: str = "") -> int: ...
 def set_threads(threads: int) -> None:
     """Use another number from now on, 1 to 1024. It changes no result."""
 
