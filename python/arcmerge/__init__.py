@@ -4,30 +4,44 @@
     arcmerge.slerp(a, b, 0.3)                   tensors or state dicts in memory
     arcmerge.Gemma2.from_pretrained("out/")     a Gemma-2 that generates and scores
 
-Importing this package imports neither torch nor triton; a merge on the CPU never does.
+Importing this package imports nothing: each name comes from its module when it is first asked for.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from arcmerge.errors import ArcmergeError
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
+    from arcmerge.errors import ArcmergeError
     from arcmerge.gemma2.model import Gemma2
     from arcmerge.merging.merge import merge
     from arcmerge.merging.options import Options
     from arcmerge.merging.report import MergeReport
     from arcmerge.tensors import slerp
+    from arcmerge.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
-__all__ = ["ArcmergeError", "Gemma2", "MergeReport", "Options", "__version__", "merge", "slerp"]
+__all__ = [
+    "ArcmergeError",
+    "Gemma2",
+    "MergeReport",
+    "Options",
+    "__version__",
+    "get_num_threads",
+    "merge",
+    "set_num_threads",
+    "slerp",
+]
 
 _HOMES = {
+    "ArcmergeError": "arcmerge.errors",
     "Gemma2": "arcmerge.gemma2.model",
     "MergeReport": "arcmerge.merging.report",
     "Options": "arcmerge.merging.options",
+    "get_num_threads": "arcmerge.threads",
     "merge": "arcmerge.merging.merge",
+    "set_num_threads": "arcmerge.threads",
     "slerp": "arcmerge.tensors",
 }
 

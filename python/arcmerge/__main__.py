@@ -1,7 +1,32 @@
-"""`python -m arcmerge`."""
+"""The command: `arcmerge`, or `python -m arcmerge`.
 
-import sys
+Python shows its own traceback of an interrupt in its start. So that no more than this is without a sentence, signals
+are blocked before anything else is imported, and wait for their handlers.
+"""
 
-from arcmerge.cli import main
+from __future__ import annotations
 
-sys.exit(main())
+import signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def run() -> NoReturn:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    import sys
+
+    from arcmerge import interrupts
+
+    interrupts.end_at_once("nothing was written")
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    from arcmerge.cli import main
+
+    code = main()
+    interrupts.ignore()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from arcmerge import __version__
+from arcmerge import __version__, interrupts
 from arcmerge.errors import ArcmergeError
 from arcmerge.sweep.command import add_arguments as add_sweep_arguments
-from arcmerge.terminal import complain, interrupted, note, print_json, progress_bar, warn
+from arcmerge.terminal import accept_any_text, complain, note, print_json, progress_bar, read_text, warn
 
 # Flags of mergekit-yaml that ask for what arcmerge does anyway or has no use for: accepted with a note.
 _WITHOUT_EFFECT = {
@@ -50,11 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _WrongCall as error:
         complain(str(error))
         return 2
-    except KeyboardInterrupt:
-        return interrupted()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end clears up like Ctrl-C
     try:
+        interrupts.say(_WHAT_AN_INTERRUPT_LEAVES[arguments.call])
         arguments.call(arguments)
+        sys.stdout.flush()
     except ArcmergeError as error:
         if arguments.debug:
             raise
@@ -62,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             complain(problem)
         return 1
     except KeyboardInterrupt:
-        return interrupted()
+        complain(interrupts.sentence())
+        return 130
     except BrokenPipeError:  # the reader of a table has seen enough
         sys.stderr.close()
     except OSError as error:
@@ -85,14 +84,14 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = commands.add_parser("merge", help="merge models as a mergekit configuration says")
     merge.set_defaults(call=_merge)
-    merge.add_argument("config", metavar="CONFIG", type=Path, help="mergekit YAML file")
+    merge.add_argument("config", metavar="CONFIG", help="mergekit YAML file, or its text")
     merge.add_argument("out", metavar="OUT", type=Path, help="folder of the merged checkpoint")
     _add_model_options(merge)
     _add_output_options(merge)
 
     plan = commands.add_parser("plan", help="show the resolved parameters and the branch of every tensor")
     plan.set_defaults(call=_plan)
-    plan.add_argument("config", metavar="CONFIG", type=Path, help="mergekit YAML file")
+    plan.add_argument("config", metavar="CONFIG", help="mergekit YAML file, or its text")
     plan.add_argument("--json", action="store_true", help="print every tensor as JSON")
     plan.add_argument("--plot", metavar="FILE", type=_picture, help="draw the curve over the layers, as curve.png")
     _add_model_options(plan)
@@ -108,7 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="score many candidates of a merge without writing any")
     sweep.set_defaults(call=_sweep)
     add_sweep_arguments(sweep)
-    sweep.add_argument("-j", "--threads", type=_count, help="compute threads")
     _add_common_options(sweep)
 
     generate = commands.add_parser("generate", help="continue a prompt with a Gemma-2 model")
@@ -168,21 +166,29 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_running_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="length of an answer (256)")
-    parser.add_argument("--sample", dest="do_sample", action="store_true", help="draw tokens; otherwise the likeliest")
-    parser.add_argument("--temperature", type=float, help="of the draw; implies --sample")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, help="most tokens of an answer (256)")
+    parser.add_argument(
+        "--sample", dest="do_sample", action=argparse.BooleanOptionalAction, help="draw tokens; else the likeliest"
+    )
+    parser.add_argument("--temperature", type=float, help="of the draw, which it implies; 0 takes the likeliest")
     parser.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest; implies --sample")
     parser.add_argument("--top-p", metavar="P", type=float, help="draw from the likeliest that make up P; as above")
     parser.add_argument("--min-p", metavar="P", type=float, help="draw from those of at least P times the likeliest")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
-    parser.add_argument("--repetition-penalty", metavar="R", type=float, default=1.0, help="above 1 shuns repetition")
-    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; repeatable")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights in use")
+    parser.add_argument("--seed", type=int, help="of the draw (another each time)")
+    parser.add_argument("--repetition-penalty", metavar="R", type=float, help="above 1 shuns repetition")
+    parser.add_argument(
+        "--stop", metavar="TEXT", action="append", help="end before this text or special token; repeatable"
+    )
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32", "auto"], default="bfloat16", help="of the weights in use"
+    )
+    parser.epilog = "What is not given is as the model's generation_config.json says, or else as in brackets."
     _add_common_options(parser)
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("-j", "--num-threads", "--threads", type=_count, dest="threads", help="compute threads")
     parser.add_argument("--numerics", choices=["default", "hf"], default="default", help="hf rounds as transformers do")
     parser.add_argument("--quiet", "-q", action="store_true", help="no progress, no closing line")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -269,7 +275,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     options = Options.of({**_options(arguments), "allow_nonfinite": True})
     with progress_bar(arguments.quiet, "measuring") as progress:
-        prepared, grams = preview(show.pair_recipe(arguments.a, arguments.b), options, progress=progress, warn=warn)
+        recipe = show.pair_recipe(arguments.a, arguments.b)
+        # Nothing comes of this recipe, so what its result would lack is no news.
+        prepared, grams = preview(recipe, options, progress=progress, warn=lambda sentence: None)
     pairs = pairs_of(prepared.plan, grams)
     print_json(as_json(pairs)) if arguments.json else show.inspect_table(arguments.a, arguments.b, pairs)
     if arguments.plot:
@@ -280,42 +288,62 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    accept_any_text()
+    prompt = _well_formed(read_text() if arguments.prompt == "-" else arguments.prompt)
+    session = _session(arguments)
+    _close(arguments, session.ask(prompt, chat=arguments.chat, show=_show))
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    accept_any_text()
+    session = _session(arguments)
+    session.require_template()
+    if not arguments.quiet:
+        note("Ctrl-D ends; /new forgets what was said")
+    while True:
+        try:
+            said = _well_formed(input("> ")).strip()
+        except EOFError:
+            print()
+            return
+        if said == "/new":
+            session.forget()
+        elif said:
+            try:
+                _close(arguments, session.say(said, show=_show))
+            except ArcmergeError as error:  # of this turn alone: the conversation goes on without it
+                for problem in error.problems:
+                    complain(problem)
+
+
+def _session(arguments: argparse.Namespace) -> Any:
     from arcmerge.gemma2.session import Session
 
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    session = Session(_model(arguments), _running_options(arguments))
-    answer = session.ask(prompt, chat=arguments.chat, show=_show)
+    return Session(_model(arguments), _running_options(arguments))
+
+
+def _well_formed(said: str) -> str:
+    from arcmerge.gemma2.text import well_formed
+
+    if (text := well_formed(said)) != said:
+        warn("the prompt has bytes that are not UTF-8; each is read as U+FFFD")
+    return text
+
+
+def _close(arguments: argparse.Namespace, answer: Any) -> None:
+    """What comes below an answer."""
     print()
+    for sentence in answer.notes:
+        note(sentence)
     if not arguments.quiet:
         note(answer.summary())
 
 
-def _chat(arguments: argparse.Namespace) -> None:
-    from arcmerge.gemma2.session import Session
-
-    session = Session(_model(arguments), _running_options(arguments))
-    if not arguments.quiet:
-        note("an empty line or Ctrl-D ends; /new forgets what was said")
-    while True:
-        try:
-            said = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        if not said:
-            return
-        if said == "/new":
-            session.forget()
-            continue
-        answer = session.say(said, show=_show)
-        print()
-        if not arguments.quiet:
-            note(answer.summary())
-
-
 def _sweep(arguments: argparse.Namespace) -> None:
     from arcmerge.sweep.command import run
+    from arcmerge.threads import use_threads
 
+    use_threads(arguments.threads)
     said = run(arguments)
     if not arguments.quiet:
         print(said)
@@ -326,25 +354,24 @@ def _show(piece: str) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> Any:
-    import torch
-
     from arcmerge.gemma2.model import Gemma2
+    from arcmerge.threads import use_threads
 
-    dtype = getattr(torch, arguments.dtype)
+    use_threads(arguments.threads)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = Gemma2.from_pretrained(arguments.model, arguments.device, dtype, arguments.numerics)
+        model = Gemma2.from_pretrained(arguments.model, arguments.device, arguments.dtype, arguments.numerics)
     for warning in caught:
         warn(str(warning.message))
     return model
 
 
 def _running_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those of Gemma2.generate; what shapes a draw asks for one."""
-    drawn = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    given = {name: value for name, value in drawn.items() if value is not None}
+    """Those of Gemma2.generate; what shapes a draw asks for one, where --sample says nothing."""
+    shapes = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     same = {name: getattr(arguments, name) for name in ("max_new_tokens", "seed", "repetition_penalty", "stop")}
-    return {**same, **given, "do_sample": arguments.do_sample or bool(given)}
+    asked = True if any(value is not None for value in shapes.values()) else None
+    return {**same, **shapes, "do_sample": asked if arguments.do_sample is None else arguments.do_sample}
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -352,6 +379,17 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
     findings = examine()
     print_json(findings) if arguments.json else print_findings(findings)
+
+
+_WHAT_AN_INTERRUPT_LEAVES = {
+    _merge: "an older output is as it was",
+    _plan: "nothing was merged",
+    _inspect: "nothing was written",
+    _sweep: "what was scored is kept, and the same command goes on from there",
+    _generate: "the answer is incomplete",
+    _chat: "the conversation is over",
+    _doctor: "nothing was written",
+}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def examine() -> Mapping[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "cpu": {
             "cores": len(os.sched_getaffinity(0)),
+            "threads": _C.threads(),
             "variant": _C.variant(),
             "variants": _C.variants(),
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,21 +12,23 @@ class DType:
     """name: as torch and config.json say it; code: as safetensors does; itemsize: bytes.
 
     native: the number by which csrc knows a type that can be merged, -1 for one that can only be copied.
+    largest: the largest finite number of a type that can be merged.
     """
 
     name: str
     code: str
     itemsize: int
     native: int = -1
+    largest: float = math.nan
 
     @property
     def mergeable(self) -> bool:
         return self.native >= 0
 
 
-BF16 = DType("bfloat16", "BF16", 2, 0)
-F16 = DType("float16", "F16", 2, 1)
-F32 = DType("float32", "F32", 4, 2)
+BF16 = DType("bfloat16", "BF16", 2, 0, (2 - 2**-7) * 2.0**127)
+F16 = DType("float16", "F16", 2, 1, 65504.0)
+F32 = DType("float32", "F32", 4, 2, (2 - 2**-23) * 2.0**127)
 
 MERGEABLE = (BF16, F16, F32)
 _COPIED = (

@@ -1,8 +1,9 @@
-"""The one exception that reaches a user."""
+"""The exceptions that reach a user."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class ArcmergeError(Exception):
@@ -14,3 +15,25 @@ class ArcmergeError(Exception):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class MissingPackage(ArcmergeError, ImportError):
+    """A package that is needed for a part of arcmerge alone cannot be imported."""
+
+
+@contextmanager
+def needed(package: str, by: str, extra: str, module: str = "") -> Iterator[None]:
+    """For imports of a package that arcmerge is installed without.
+
+    by: what needs it, in the sentence; extra: of arcmerge, that brings it. module: the __name__ of the module that
+    imports: one that was called as a command ends the process with the sentence, as commands do.
+    """
+    try:
+        yield
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package
+        fault = "is not installed; pip install" if absent else f"cannot be imported ({error}); pip install --upgrade"
+        sentence = f"{by} needs {package}, which {fault} 'arcmerge[{extra}]'"
+        if module == "__main__":
+            raise SystemExit(f"arcmerge: {sentence}") from None
+        raise MissingPackage(sentence) from error

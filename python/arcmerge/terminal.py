@@ -1,12 +1,34 @@
-"""What the command says to the one who called it: on standard error, but for results."""
+"""What the command reads from and says to the one who called it: on standard error, but for results."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from arcmerge.errors import ArcmergeError
+
+
+def accept_any_text() -> None:
+    """Let no character or byte end a command that reads and writes people's text.
+
+    Standard input is UTF-8 whatever the locale says, and standard output spells what its encoding lacks, as \\u2603.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def read_text() -> str:
+    """Standard input to its end, but for one line end there, which editors and `echo` put."""
+    if sys.stdin is None:
+        raise ArcmergeError("standard input is closed: give the prompt as an argument.")
+    return re.sub(r"\r?\n\Z", "", sys.stdin.read())
 
 
 def print_json(value: Any) -> None:
@@ -24,12 +46,6 @@ def note(sentence: str) -> None:
 
 def warn(sentence: str) -> None:
     complain(f"warning: {sentence}")
-
-
-def interrupted() -> int:
-    """The exit code after Ctrl-C."""
-    complain("interrupted; an older output is still there, or the new one is complete")
-    return 130
 
 
 def in_one_line(text: str) -> str:

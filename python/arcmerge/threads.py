@@ -1,0 +1,33 @@
+"""How many threads compute. The default is decided in one place, csrc/cpu/processors.cpp."""
+
+from __future__ import annotations
+
+import sys
+
+from arcmerge import _C
+
+
+def get_num_threads() -> int:
+    """The number of threads that merges and the operations of a model on the CPU use.
+
+    By default it is the number of processors that the process may run on, at most the CPU quota of its control group
+    (rounded up), and at most OMP_NUM_THREADS where that is set.
+    """
+    return _C.threads()
+
+
+def set_num_threads(threads: int) -> None:
+    """Sets the number of threads that merges and the operations of a model on the CPU use, from 1 to 1024.
+
+    Results do not depend on it. PyTorch's own operations have :func:`torch.set_num_threads`.
+    Raises ValueError for any other number.
+    """
+    _C.set_threads(threads)
+
+
+def use_threads(threads: int | None) -> None:
+    """For commands: so many threads in all, PyTorch's included; None lets PyTorch have at most the default."""
+    if threads is not None:
+        set_num_threads(threads)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(threads or min(torch.get_num_threads(), get_num_threads()))
