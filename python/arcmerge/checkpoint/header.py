@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -24,6 +24,7 @@ _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 _MOST_DIMENSIONS = 64  # the limit of torch
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # what JSON may spell and no UTF-8 file can hold on its own
+_MARK = "arcmerge"  # the key of the metadata that tells a file of ours
 _LFS_POINTER = b"version https://git-lfs"
 _COPY_AGAIN = "download or copy the file again"
 _SAVE_AGAIN = "save it again with the safetensors library"
@@ -77,12 +78,29 @@ def header_digest(path: Path) -> str:
         return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
 
 
-def encode_header(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], alignment: int) -> bytes:
+def files_beside(path: Path) -> set[str] | None:
+    """The names of the small files that the merge which wrote this shard wrote beside it; None if no merge wrote it.
+
+    Whoever saves weights anew, after training them for one, does not carry this along.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            metadata = parse_object(file.read(min(length, _LONGEST_HEADER)), path).get("__metadata__")
+        names = json.loads(metadata[_MARK]) if isinstance(metadata, dict) else None
+    except (ArcmergeError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else None
+
+
+def encode_header(
+    tensors: Sequence[tuple[str, DType, tuple[int, ...]]], alignment: int, beside: Iterable[str] = ()
+) -> bytes:
     """The first bytes of a file that holds `tensors` (name, dtype, shape) one behind the other.
 
-    Padded with spaces, so that the data starts at a multiple of `alignment` bytes.
+    Padded with spaces, so that the data starts at a multiple of `alignment` bytes. beside: see files_beside.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", _MARK: json.dumps(sorted(beside))}}
     end = 0
     for name, dtype, shape in tensors:
         begin, end = end, end + math.prod(shape) * dtype.itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -55,12 +55,14 @@ class Shard:
     nbytes: int
 
 
-def shard(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[Shard]:
+def shard(tensors: Sequence[OutputTensor], shard_bytes: int, beside: Iterable[str] = ()) -> list[Shard]:
     """Lays tensors out in natural order: the embedding, the layers by number, the final norm, the head.
 
     A shard ends before the tensor that would take its data beyond `shard_bytes`; a tensor larger than that has a shard
     of its own; 0 or less means one shard. Inside a shard of mixed dtypes the wider come first, as the safetensors
     library does it, so that every tensor is aligned to its own item size.
+
+    beside: the names of the other files of the output, which every header notes.
 
     Raises ValueError if two tensors have one name.
     """
@@ -75,9 +77,9 @@ def shard(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[Shard]:
         groups[-1].append(tensor)
         filled += tensor.nbytes
     if len(groups) == 1:
-        return [_shard(SINGLE_NAME, groups[0])]
+        return [_shard(SINGLE_NAME, groups[0], beside)]
     names = (f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1))
-    return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
+    return [_shard(name, group, beside) for name, group in zip(names, groups, strict=True)]
 
 
 def index_json(shards: Sequence[Shard]) -> bytes | None:
@@ -115,9 +117,9 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
-def _shard(file_name: str, tensors: Sequence[OutputTensor]) -> Shard:
+def _shard(file_name: str, tensors: Sequence[OutputTensor], beside: Iterable[str]) -> Shard:
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header = encode_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in ordered], BLOCK)
+    header = encode_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in ordered], BLOCK, beside)
     entries = []
     end = len(header)
     for tensor in ordered:

@@ -6,16 +6,15 @@ Tensors that an index does not list are left alone, as mergekit does.
 
 from __future__ import annotations
 
-import mmap
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from arcmerge import _C
 from arcmerge.checkpoint.header import TensorInfo, header_digest, parse_object, read_header
 from arcmerge.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from arcmerge.errors import ArcmergeError
@@ -25,7 +24,7 @@ __all__ = ["Checkpoint", "TensorInfo"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _QUANTISED = re.compile(r"\.quant_state\.|\.(qweight|qzeros|absmax|quant_map|SCB)$")
-_UNQUANTISED = "a merge needs bf16, f16 or f32 weights: use the original or a dequantised model"
+_UNQUANTISED = "weights in bf16, f16 or f32 are needed: use the original or a dequantised model"
 
 
 def _is_count(value: object) -> bool:
@@ -56,24 +55,28 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._mapped: dict[str, _MappedFile] = {}
+        self._mapped: dict[str, _C.MappedFile] = {}
         self._lock = threading.Lock()
         if not folder.is_dir():
             what = "is a file; give the folder that holds it" if folder.exists() else "no such folder; check the path"
             raise ArcmergeError(f"{folder}: {what}.")
         self.config = _read_config(folder)
         self.tensors = _read_tensors(folder)
-        self._stamps = {file: _stamp(folder / file) for file in {tensor.file for tensor in self.tensors.values()}}
+        self._ends: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            self._ends[tensor.file] = max(self._ends.get(tensor.file, 0), tensor.offset + tensor.nbytes)
+        self._stamps = {file: _stamp(folder / file) for file in self._ends}
 
     def address(self, name: str) -> int:
         """Where the first byte of a tensor lies in memory, until close()."""
         tensor = self.tensors[name]
-        return self._map(tensor).address + tensor.offset
+        address: int = np.frombuffer(memoryview(self._map(tensor)), np.uint8).ctypes.data
+        return address + tensor.offset
 
     def tensor_bytes(self, name: str) -> memoryview:
-        """The bytes of a tensor, read-only and not copied."""
+        """The bytes of a tensor, read-only and not copied. What cannot be read is zero: see require_read."""
         tensor = self.tensors[name]
-        return memoryview(self._map(tensor).pages)[tensor.offset : tensor.offset + tensor.nbytes]
+        return memoryview(self._map(tensor))[tensor.offset : tensor.offset + tensor.nbytes]
 
     def forget(self, name: str, first_byte: int, byte_count: int) -> None:
         """Unmaps the whole pages inside a range of a tensor, counted from its start; the page cache keeps them.
@@ -81,10 +84,7 @@ class Checkpoint:
         Resident memory stays small. The range may be read again: its pages are then mapped afresh.
         """
         tensor = self.tensors[name]
-        begin = -(-(tensor.offset + first_byte) // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (tensor.offset + first_byte + byte_count) // mmap.PAGESIZE * mmap.PAGESIZE
-        if begin < end:
-            self._map(tensor).pages.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        self._map(tensor).forget(tensor.offset + first_byte, tensor.offset + first_byte + byte_count)
 
     def fingerprint(self) -> dict[str, list[int | str]]:
         """Size, time of the last change in nanoseconds, and hash of the header of every shard, by its name."""
@@ -95,38 +95,47 @@ class Checkpoint:
         return found
 
     def require_unchanged(self) -> None:
-        """Raises ArcmergeError if a shard was written to or replaced since it was opened."""
+        """Raises ArcmergeError if a shard was written to or replaced since it was opened, or could not be read."""
         for file, stamp in self._stamps.items():
             if _stamp(self.folder / file) != stamp:
                 raise ArcmergeError(
-                    f"{self.folder / file}: has changed while it was read: merge again when nothing writes to it."
+                    f"{self.folder / file}: has changed while it was read: begin again when nothing writes to it."
+                )
+        self.require_read()
+
+    def require_read(self) -> None:
+        """Raises ArcmergeError if bytes of a mapped shard could not be read: they were zeros to whoever read them.
+
+        A shard that another has replaced since is no error: the mapping is of the old one.
+        """
+        for name, file in list(self._mapped.items()):
+            if file.lost:
+                raise ArcmergeError(
+                    f"{self.folder / name}: could not be read to its end, because it became shorter meanwhile or its "
+                    "disk failed: check the disk, copy the file again, and start again."
                 )
 
     def close(self) -> None:
         """Ends the mappings; addresses are void from here on. Views of tensor_bytes keep theirs until they go."""
         with self._lock:
-            mapped, self._mapped = list(self._mapped.values()), {}
-        for file in mapped:
-            with suppress(BufferError):
-                file.pages.close()
+            self._mapped = {}
 
-    def _map(self, tensor: TensorInfo) -> _MappedFile:
+    def _map(self, tensor: TensorInfo) -> _C.MappedFile:
         file = self._mapped.get(tensor.file)
         if file is None:
             with self._lock:
-                file = self._mapped.get(tensor.file) or _MappedFile(self.folder / tensor.file)
+                file = self._mapped.get(tensor.file) or self._open(tensor.file)
                 self._mapped[tensor.file] = file
         return file
 
-
-class _MappedFile:
-    """A whole file in memory, read-only and shared with the page cache."""
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self.pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        self.pages.madvise(mmap.MADV_SEQUENTIAL)
-        self.address: int = np.frombuffer(self.pages, np.uint8).ctypes.data
+    def _open(self, name: str) -> _C.MappedFile:
+        """Maps a shard as long as its header has said, whatever its length is now."""
+        path = self.folder / name
+        try:
+            with path.open("rb") as file:
+                return _C.MappedFile(file.fileno(), self._ends[name])
+        except OSError as error:
+            raise ArcmergeError(f"{path}: cannot be read: {error.strerror}: check the file and its disk.") from error
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

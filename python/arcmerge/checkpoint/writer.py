@@ -63,6 +63,9 @@ class ShardFile:
 
     direct: whether writes go past the page cache. write() may be called from several threads; finish() once, after all
     of them. As a context manager it closes the file on the way out; only finish() completes it.
+
+    The file is open from its first write until it is finished: a merge may have more of them than a process may have
+    open files, 1,024 on most systems.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
@@ -77,13 +80,16 @@ class ShardFile:
             raise self._failure(error) from error
         try:
             self._allocate()
+            self.direct = self._set_direct(True)
         except OSError as error:
-            os.close(self._file)
             raise self._failure(error) from error
-        self.direct = self._set_direct(True)
+        finally:
+            self.close()
 
-    def write(self, offset: int, data: memoryview | bytes) -> None:
+    def write(self, offset: int, data: memoryview | bytes) -> bool:
         """Writes `data` at byte `offset`, a multiple of BLOCK, as is its length unless it ends the file.
+
+        Returns whether it was all that the file lacked still: one write does, which calls for finish().
 
         Data that starts at a page (a slice of an aligned_buffer) is written from where it lies; other data, a header
         for one, is copied first, as is a last partial block.
@@ -94,6 +100,9 @@ class ShardFile:
             raise ValueError(
                 f"a write must cover whole blocks of {BLOCK} bytes, got {offset} to {end} of {self.nbytes}"
             )
+        with self._lock:
+            if self._file < 0:
+                self._open()
         in_place = 0 if address_of(view) % BLOCK else len(view) // BLOCK * BLOCK
         self._put(offset, view[:in_place])
         if in_place < len(view):
@@ -102,6 +111,7 @@ class ShardFile:
             self._put(offset + in_place, copied)
         with self._lock:
             self._missing -= len(view)
+            return not self._missing
 
     def finish(self) -> None:
         """Cuts the file to its length, waits until the disk has it, closes it."""
@@ -127,6 +137,13 @@ class ShardFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _open(self) -> None:
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            self.direct = self.direct and self._set_direct(True)
+        except OSError as error:
+            raise self._failure(error) from error
 
     def _allocate(self) -> None:
         """Allocation first: a full disk shows before the work, and no write has to grow the file."""
