@@ -132,20 +132,36 @@ def find_template(setting: str, folders: Iterable[Path]) -> str | None:
 
 
 def read_template(folder: Path) -> str | None:
-    """The template of the tokenizer in a checkpoint folder: chat_template.jinja, else that in tokenizer_config.json."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ArcmergeError(f"{file}: must be UTF-8 text: {error}; download it again") from error
-    file = folder / "tokenizer_config.json"
-    template: Any = parse_object(file.read_bytes(), file).get("chat_template") if file.exists() else None
-    if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else None
+    """The default template of the tokenizer in a checkpoint folder."""
+    return read_templates(folder).get("default")
+
+
+def read_templates(folder: Path) -> dict[str, str]:
+    """The templates of the tokenizer in a checkpoint folder, by name; the one without a name is "default".
+
+    They are in chat_template.jinja and additional_chat_templates/NAME.jinja, else in tokenizer_config.json, else in
+    chat_template.json, where processors had theirs.
+    """
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if found := {name: _read(file) for name, file in files.items() if file.is_file()}:
+        return found
+    for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        template: Any = parse_object(file.read_bytes(), file).get("chat_template") if file.exists() else None
+        if isinstance(template, list):
+            template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        if isinstance(template, str):
+            template = {"default": template}
+        if isinstance(template, dict) and template:
+            return {str(name): text for name, text in template.items() if isinstance(text, str)}
+    return {}
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArcmergeError(f"{file}: must be UTF-8 text: {error}; download it again") from error
 
 
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:

@@ -134,7 +134,7 @@ class DeviceProcessor:
         return groups
 
     def not_finite(self, number: int) -> ArcmergeError:
-        """The sentence that tells which input of a job holds NaN or infinity, and how many."""
+        """The sentence that tells why a job has values that are not finite."""
         return self._host.not_finite(number)
 
     @contextmanager

@@ -139,6 +139,5 @@ def sum_grams(
             with lock:
                 done += input_bytes(jobs, batch)
 
-    team.start(work, threads)
-    team.join(lambda: tick(done, total))
+    team.run(lambda: tick(done, total), (work, threads))
     return grams

@@ -14,6 +14,7 @@ from arcmerge.merging.alignment import RowAddresses
 from arcmerge.merging.grams import Filling
 from arcmerge.merging.job import Input, Job
 from arcmerge.merging.method import Coefficients
+from arcmerge.merging.nonfinite import not_finite
 from arcmerge.merging.pieces import Piece
 
 # A result in float32 has not been rounded yet: it is rounded once, to whatever type the file stores.
@@ -124,19 +125,8 @@ class HostProcessor:
         )
 
     def not_finite(self, number: int) -> ArcmergeError:
-        """The sentence that tells which input of a job holds NaN or infinity, and how many."""
-        job = self._jobs[number]
-        counts = [sum(_C.count_nonfinite(part, 0, job.count) for part in parts) for parts in self._inputs(number)]
-        found = ", ".join(f"{count} in {item.model}" for count, item in zip(counts, job.inputs, strict=True) if count)
-        if not found:
-            return ArcmergeError(
-                f"{job.output.name}: finite inputs overflow {job.output.dtype.name}; "
-                "set out_dtype: bfloat16 or float32, or pass --allow-nonfinite"
-            )
-        return ArcmergeError(
-            f"{job.output.name}: weights must be finite, found NaN or infinity ({found}); "
-            "repair the checkpoint, or pass --allow-nonfinite to merge all the same"
-        )
+        """The sentence that tells why a job has values that are not finite."""
+        return not_finite(self._jobs[number])
 
 
 def _operands(item: Input, rows: RowAddresses | None) -> list[_C.Operand]:

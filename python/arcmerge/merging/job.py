@@ -35,7 +35,8 @@ class Job:
     """One output tensor: its inputs, what the method needs to know of them, and where it is rounded.
 
     result: the type the method's result has, which is that of the inputs; the file stores `output.dtype`.
-    constant: the coefficients, where they do not depend on the weights.
+    constant: the coefficients, where they do not depend on the weights. vocabulary: whether rows are matched by token.
+    setting: whether it is a buffer or bound that is no weight and may be infinite.
     """
 
     output: OutputTensor
@@ -45,6 +46,7 @@ class Job:
     result: DType
     constant: Coefficients | None
     vocabulary: bool = False
+    setting: bool = False
 
     @property
     def count(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from arcmerge.checkpoint.layout import INDEX_NAME, index_json, parse_size, shard
 from arcmerge.checkpoint.output_folder import OutputFolder
 from arcmerge.checkpoint.writer import ShardFile
+from arcmerge.interrupts import check, held, say
 from arcmerge.merging.grams import GramPass, sum_grams
 from arcmerge.merging.job import Job
 from arcmerge.merging.options import Options
@@ -53,13 +54,14 @@ def merge(
 
     prepared = prepare(config, chosen, noted)
     plan = prepared.plan
-    shards = shard([job.output for job in plan.jobs], shard_bytes)
-    total = sum(one.nbytes for one in shards)
     small = small_files(prepared, Path(out).name)
+    shards = shard([job.output for job in plan.jobs], shard_bytes, {*small, INDEX_NAME})
+    total = sum(one.nbytes for one in shards)
     if (index := index_json(shards)) is not None:
         small[INDEX_NAME] = index
     processor = prepared.processor()
-    with ExitStack() as stack:
+    say("an older output is as it was")
+    with held(), ExitStack() as stack:
         folder = stack.enter_context(
             OutputFolder(Path(out), [one.folder for one in prepared.checkpoints.values()], total)
         )
@@ -69,10 +71,11 @@ def merge(
         work = Merge(
             plan.jobs, shards, files, processor, threads=chosen.thread_count, allow_nonfinite=chosen.allow_nonfinite
         )
-        work.run(lambda done: progress(done, total) if progress else None)
-        for checkpoint in prepared.checkpoints.values():
-            checkpoint.require_unchanged()
+        with prepared.unchanged():
+            work.run(lambda done: progress(done, total) if progress else None)
+        check()
         folder.commit()
+        say("the output is complete")
     return MergeReport(
         out=Path(out),
         method=plan.method.name,
@@ -80,6 +83,7 @@ def merge(
         seconds=time.monotonic() - started,
         branches=Counter(branch(job, work.sums, number) for number, job in enumerate(plan.jobs)),
         warnings=tuple(sentences),
+        notes=plan.notes,
     )
 
 
@@ -89,14 +93,15 @@ def preview(
     """The plan of a merge with every tensor's coefficients: its Gram pass, without the mixing."""
     prepared = prepare(config, options, warn)
     jobs = prepared.plan.jobs
-    grams = sum_grams(
-        jobs,
-        prepared.processor(),
-        range(len(jobs)),
-        threads=options.thread_count,
-        allow_nonfinite=options.allow_nonfinite,
-        tick=progress or (lambda done, total: None),
-    )
+    with prepared.unchanged():
+        grams = sum_grams(
+            jobs,
+            prepared.processor(),
+            range(len(jobs)),
+            threads=options.thread_count,
+            allow_nonfinite=options.allow_nonfinite,
+            tick=progress or (lambda done, total: None),
+        )
     return prepared, grams
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -21,12 +21,14 @@ class Inputs:
     base: position of the base among the inputs, None if it is not one of them.
     shared: every shared parameter of the method by name, defaults filled in.
     per_input: every other parameter, one value an input; None at the base where the scope is non_base.
+    models: what the inputs are called, for sentences.
     """
 
     count: int
     base: int | None
     shared: Mapping[str, Any] = field(default_factory=dict)
     per_input: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    models: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,16 +80,32 @@ class Method:
         if inputs.count == 1:
             return []
         if self.base == "required" and inputs.base is None:
-            return [f"{self.name} needs one of its {inputs.count} models as the base, got none; set base_model to it"]
-        count, most = len(self.others(inputs)), self.maximum or inputs.count
+            models = f"{inputs.count} models{self._named(range(inputs.count), inputs)}"
+            return [f"{self.name} needs one of its {models} as the base, got none; set base_model to it"]
+        others = self.others(inputs)
+        count, most = len(others), self.maximum or inputs.count
         if self.minimum <= count <= most:
             return []
         limit = self.minimum if count < self.minimum else most
         bound = "exactly" if self.minimum == self.maximum else "at least" if count < self.minimum else "at most"
         models = "model" if limit == 1 else "models"
-        beside = "" if self.base == "ignored" or inputs.base is None else " beside its base"
+        beside = ""
+        if self.base != "ignored" and inputs.base is not None:
+            beside = f" beside its base{f' {inputs.models[inputs.base]}' if inputs.models else ''}"
         change = f"add {limit - count}" if count < limit else f"remove {count - limit}"
-        return [f"{self.name} takes {bound} {limit} {models}{beside}, got {count}; {change}"]
+        return [
+            f"{self.name} takes {bound} {limit} {models}{beside}, got {count}{self._named(others, inputs)}; {change}"
+        ]
+
+    def _named(self, positions: Iterable[int], inputs: Inputs) -> str:
+        """The models at these positions, in brackets, the one that base_model added or chose told from the others."""
+        if not inputs.models:
+            return ""
+        names = [
+            f"{inputs.models[place]}, the base_model" if place == inputs.base else inputs.models[place]
+            for place in positions
+        ]
+        return f" ({', '.join(names)})"
 
     def others(self, inputs: Inputs) -> list[int]:
         """Positions of the inputs beside the base."""

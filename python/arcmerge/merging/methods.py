@@ -34,7 +34,7 @@ class Slerp(Method):
     t is not clamped: beyond 0 to 1 it extrapolates. A length of at most 1e-8 counts as 1 in cos θ.
 
     That is mergekit's definition. The sines weigh a and b themselves, so the length of the result does not go evenly
-    from |a| to |b|. With `normalize`, a definition of our own, directions go along the arc and lengths along a line:
+    from |a| to |b|. With `slerp_normalize`, which is ours alone, directions go along the arc and lengths along a line:
 
         u     = sin((1 - t) θ) a / |a| + sin(t θ) b / |b|       (1 - t) a / |a| + t b / |b|  where cos θ > 0.9995
         out   = ((1 - t) |a| + t |b|) · u / |u|
@@ -45,7 +45,7 @@ class Slerp(Method):
     name = "slerp"
     title = "SLERP"
     reference = "https://en.wikipedia.org/wiki/Slerp"
-    parameters = (Parameter("t"), Parameter("normalize", bool, default=False))
+    parameters = (Parameter("t"), Parameter("slerp_normalize", bool, default=False, extension=True))
     base = "required"
     maximum = 1
 
@@ -66,7 +66,7 @@ class Slerp(Method):
         # which is 1 - t of the float32 t, send them the same way.
         straight = [float(np.float32(1) - np.float32(t)), float(np.float32(t))]
         weights = np.where(linear[..., None], straight, _between(cosine, t, linear))
-        if inputs.shared["normalize"]:
+        if inputs.shared["slerp_normalize"]:
             length = (1 - t) * lengths[..., 0] + t * lengths[..., 1]
             weights = (length / _length(weights, cosines))[..., None] * weights / lengths
             linear = (cosine < -self.THRESHOLD) | (lengths <= self.ZERO).any(axis=-1)

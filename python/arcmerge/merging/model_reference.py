@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from arcmerge.errors import ArcmergeError
@@ -12,10 +12,20 @@ from arcmerge.merging.document import Findings, shown
 
 @dataclass(frozen=True)
 class ModelReference:
-    """path: a local folder or the name of a hub repository; revision: a branch, tag or commit of the latter."""
+    """A model as the recipe spells it; references to one folder are equal, however they spell it.
 
-    path: str
-    revision: str | None = None
+    path: a local folder, '~' allowed, or the name of a hub repository; revision: a branch, tag or commit of the latter.
+    """
+
+    path: str = field(compare=False)
+    revision: str | None = field(default=None, compare=False)
+    identity: tuple[str, str | None] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # A repository's default branch may be any, so org/name and org/name@main are not known to be one model.
+        folder = _folder(self.path)
+        identity = (self.path, self.revision) if folder is None else (os.path.realpath(folder), None)
+        object.__setattr__(self, "identity", identity)
 
     @classmethod
     def parse(cls, text: str) -> ModelReference:
@@ -24,11 +34,11 @@ class ModelReference:
         A folder on this machine may have '@' and '+' in its path: the longest reading of `text` that exists is taken.
         Otherwise the last '@' starts the revision. Raises ArcmergeError for '+', which would start a LoRA adapter.
         """
-        if os.path.exists(text):
+        if _folder(text) is not None:
             return cls(text)
         at_signs = [position for position, character in enumerate(text) if character == "@"]
         for position in reversed(at_signs):
-            if os.path.exists(text[:position]):
+            if _folder(text[:position]) is not None:
                 return cls._of(text, text[:position], text[position + 1 :])
         if "+" in text:
             raise ArcmergeError(
@@ -48,22 +58,29 @@ class ModelReference:
         return f"{self.path}@{self.revision}" if self.revision else self.path
 
 
+def _folder(path: str) -> str | None:
+    """Where on this machine `path` leads, '~' allowed; None for what is not here, as the name of a repository."""
+    expanded = os.path.expanduser(path)
+    return expanded if path and os.path.exists(expanded) else None
+
+
 def read_reference(value: Any, place: str, findings: Findings) -> ModelReference:
     """The model that a recipe names by text or by the mapping `{model: text | {path, revision}}`.
 
     With a problem noted in `findings`, the reference returned is an empty one.
     """
-    if isinstance(value, dict):
-        return _read_mapping(value, place, findings)
+    reference = _read_mapping(value, place, findings) if isinstance(value, dict) else _read_text(value, place, findings)
+    if reference.revision and _folder(reference.path) is not None:
+        findings.warning(place, f"a folder has no revisions, `@{reference.revision}` is ignored")
+    return reference
+
+
+def _read_text(value: Any, place: str, findings: Findings) -> ModelReference:
     if text := findings.text(value, place, "the name of a model, `path` or `path@revision`"):
         try:
-            reference = ModelReference.parse(text)
+            return ModelReference.parse(text)
         except ArcmergeError as error:
             findings.problem(place, str(error))
-        else:
-            if reference.revision and os.path.exists(reference.path):
-                findings.warning(place, f"a folder has no revisions, `@{reference.revision}` is ignored")
-            return reference
     return ModelReference("")
 
 
@@ -77,7 +94,7 @@ def _read_mapping(value: dict[Any, Any], place: str, findings: Findings) -> Mode
         )
     model = entries.get("model")
     if not isinstance(model, dict):
-        return read_reference(model, f"{place}.model", findings)
+        return _read_text(model, f"{place}.model", findings)
     parts = findings.mapping(model, f"{place}.model", known=("path", "revision"))
     path = findings.text(parts.get("path"), f"{place}.model.path", "a folder or the name of a hub repository")
     revision = parts.get("revision")

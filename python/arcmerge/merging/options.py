@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.document import shown
 from arcmerge.merging.team import MOST_THREADS
+from arcmerge.threads import get_num_threads
 
 # What CUDA's driver shows on Linux and in Windows' subsystem for it.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
@@ -21,7 +21,7 @@ class Options:
     """How to merge, beside what the recipe says.
 
     device: "auto" takes CUDA if there is one, else "cpu"; "cuda" or "cuda:N" ask for it.
-    threads: compute threads, None for one per core. out_shard_size: bytes, as a number or like "5B", "500M".
+    threads: compute threads, None for arcmerge.get_num_threads(). out_shard_size: bytes, as a number or like "5B".
     """
 
     device: str = "auto"
@@ -54,7 +54,7 @@ class Options:
 
     @property
     def thread_count(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or get_num_threads()
 
     @property
     def resolved_device(self) -> str:

@@ -1,12 +1,22 @@
-"""config.json of the result: the donor's, with what the merge has changed."""
+"""config.json of the result: the donor's, with what the merge has changed. It has the keys of the donor and no other.
+
+The exceptions are keys without which a loader would build another network than the weights are of: `num_hidden_layers`
+where the donor leaves its depth to a default and the merge has another, `tie_word_embeddings` where it leaves that to a
+default and the merge has made or left out the head, `vocab_size` where it does so and the rows are others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from itertools import repeat
 from typing import Any
 
 from arcmerge.dtypes import DType
+from arcmerge.merging.layer_settings import KINDS, at, change_layers, claimed_depths, levels
 
+_DEPTH = re.compile("layers?$|blocks?$|depth")
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -16,75 +26,78 @@ def output_config(
     *,
     dtype: DType,
     models: Sequence[Mapping[str, Any]] | None = None,
+    depth: int | None = None,
     vocab_size: int | None = None,
     tied: bool | None = None,
 ) -> dict[str, Any]:
     """The configuration of a checkpoint whose weights are stored as `dtype`.
 
-    source_layers: for each layer of the result the layer it descends from, whose entries it keeps in lists that have
-    one for each layer. models: the configuration of the model of each of these, None for the donor's.
-    vocab_size: rows of the embedding, None for as many as the donor's. tied: whether the head is the embedding, None
-    for as the donor says.
+    source_layers: for each layer of the result the layer it descends from, of which it keeps what config.json says.
+    models: the configuration of the model of each of these, None for the donor's. depth: layers that the donor has,
+    None for as many as it claims. vocab_size: rows of the embedding, None for as many as the donor's. tied: whether
+    the head is the embedding, None for as the donor says.
     """
-    config = {key: value for key, value in donor.items() if key != "_name_or_path"}
-    # A model for text and images keeps the settings of its decoder one level down.
-    nested = "text_config" in config
-    decoder = dict(config["text_config"]) if nested else config
-    sources = models if models is not None else [donor] * len(source_layers)
-    _set_layers(decoder, [(_decoder(model), layer) for model, layer in zip(sources, source_layers, strict=True)])
+    config = deepcopy({key: value for key, value in donor.items() if key != "_name_or_path"})
+    claimed = claimed_depths(donor)
+    depth = depth or next(iter(claimed.values()), len(source_layers))
+    decoders = []
+    for path in levels(donor):
+        sources = [(at(model, path), n) for model, n in zip(models or repeat(donor), source_layers, strict=False)]
+        decoders.append(decoder := at(config, path))
+        decoder.update(change_layers(at(donor, path), depth, sources).values)
+        if "layer_types" in decoder and list(source_layers) != list(range(depth)):
+            _alternate(decoder, len(source_layers))
+    if not claimed and len(source_layers) != depth:
+        _set_unclaimed_depth(decoders[-1], depth, len(source_layers))
     if vocab_size is not None:
-        decoder["vocab_size"] = vocab_size
-    if nested:
-        config["text_config"] = decoder
-    for level in {id(config): config, id(decoder): decoder}.values():
-        for key in ("dtype", "torch_dtype"):
-            if key in level:
-                level[key] = dtype.name
-        if tied is not None and "tie_word_embeddings" in level:
-            level["tie_word_embeddings"] = tied
-    # Where the donor is silent: the names that every release of transformers reads.
-    if "dtype" not in config:
-        config.setdefault("torch_dtype", dtype.name)
+        _set(decoders, ("vocab_size", "padded_vocab_size"), vocab_size)
+        if not any("vocab_size" in decoder for decoder in decoders):
+            decoders[-1]["vocab_size"] = vocab_size
     if tied is not None:
-        config["tie_word_embeddings"] = tied
+        _set(decoders, ("tie_word_embeddings",), tied)
+        if not any("tie_word_embeddings" in decoder for decoder in decoders):
+            config["tie_word_embeddings"] = tied
+    for entries in _objects(config):
+        typed = [key for key in ("dtype", "torch_dtype") if entries.get(key) is not None or entries is config]
+        _set([entries], typed, dtype.name)
     return config
 
 
-def _decoder(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    decoder: Mapping[str, Any] = config.get("text_config", config)
-    return decoder
+def _set(objects: Iterable[dict[str, Any]], keys: Sequence[str], value: Any) -> None:
+    """Set those of `keys` that an object has."""
+    for entries in objects:
+        entries.update((key, value) for key in keys if key in entries)
 
 
-def _set_layers(config: dict[str, Any], sources: Sequence[tuple[Mapping[str, Any], int]]) -> None:
-    depth = config.get("num_hidden_layers", len(sources))
-    config["num_hidden_layers"] = len(sources)
-    if [layer for _, layer in sources] == list(range(depth)):
-        return
+def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The configuration and those of its parts, towers included: all weights are stored by one recipe."""
+    yield config
     for key, value in config.items():
-        if isinstance(value, list) and len(value) == depth and _is_per_layer(key):
-            config[key] = [_entry(model.get(key), layer, value) for model, layer in sources]
-    if "layer_types" in config and (pattern := _full_attention_every(config)):
-        config["layer_types"] = [_SLIDING if (i + 1) % pattern else _FULL for i in range(len(sources))]
+        if key.endswith("_config") and isinstance(value, dict):
+            yield from _objects(value)
 
 
-def _entry(own: Any, layer: int, donors: Sequence[Any]) -> Any:
-    """The entry of a layer in its own model's list, or in the donor's, over and over, where that model has none."""
-    return own[layer] if isinstance(own, list) and layer < len(own) else donors[layer % len(donors)]
+def _set_unclaimed_depth(decoder: dict[str, Any], depth: int, new: int) -> None:
+    """Of a donor that has none of the usual keys: any that speaks of as many layers; or a list that has an entry for
+    each, as with Nemotron-H, has been set by then; else the donor left its depth to the default of its class.
+    """
+    keys = [key for key, value in decoder.items() if _DEPTH.search(key) and type(value) is int and value == depth]
+    decoder.update(dict.fromkeys(keys, new))
+    if not keys and not any(isinstance(decoder.get(key), list) and len(decoder[key]) == new for key in KINDS):
+        decoder["num_hidden_layers"] = new
 
 
-def _is_per_layer(key: str) -> bool:
-    """Whether a list as long as the network is deep has an entry for each layer, and not by chance."""
-    return key != "architectures" and not key.endswith(("_token_id", "_ids"))
-
-
-def _full_attention_every(config: Mapping[str, Any]) -> int | None:
-    """n where every n-th layer attends to everything and the others to a window, by position whatever the weights.
+def _alternate(decoder: dict[str, Any], depth: int) -> None:
+    """Gemma 2 and 3: every n-th layer attends to everything and the others to a window, by position.
 
     Runtimes that do not read `layer_types` derive it from the layer's number, so the list must agree with them.
     """
-    match config.get("model_type"):
+    match decoder.get("model_type"):
         case "gemma2":
-            return 2
+            n = 2
         case "gemma3" | "gemma3_text":
-            return int(config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6)
-    return None
+            patterns = (decoder.get("sliding_window_pattern"), decoder.get("_sliding_window_pattern"), 6)
+            n = next(value for value in patterns if isinstance(value, int) and value > 0)
+        case _:
+            return
+    decoder["layer_types"] = [_SLIDING if (i + 1) % n else _FULL for i in range(depth)]

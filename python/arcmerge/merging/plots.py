@@ -8,18 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from arcmerge.errors import ArcmergeError
+from arcmerge.errors import ArcmergeError, needed
 from arcmerge.merging.inspect import Pair, relation
 
 
 def load_pyplot() -> Any:
     """matplotlib.pyplot, for files alone. Raises ArcmergeError where it is not installed."""
-    try:
+    with needed("matplotlib", by="a plot", extra="plot"):
         import matplotlib
-    except ImportError as error:
-        raise ArcmergeError("plots need matplotlib, which is not installed; pip install 'arcmerge[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
 
     return pyplot
 
@@ -62,7 +61,7 @@ def plot_angles(pairs: Sequence[Pair], file: Path) -> None:
     pyplot = load_pyplot()
     inside = [item for item in pairs if item.layer is not None]
     if not inside:
-        raise ArcmergeError("there are no layers to draw: no tensor is named '...layers.N....'")
+        raise ArcmergeError("there are no layers to draw: no tensor belongs to one")
     kinds = sorted(dict.fromkeys(item.kind for item in inside), key=lambda kind: ("norm" in kind, kind))
     layers = sorted({item.layer for item in inside if item.layer is not None})
     angles = np.full((len(kinds), len(layers)), np.nan)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,16 @@ from typing import Any
 from arcmerge.checkpoint.header import parse_object
 from arcmerge.checkpoint.hub import locate
 from arcmerge.checkpoint.reader import Checkpoint
-from arcmerge.dtypes import promote
+from arcmerge.dtypes import F32, DType
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging import methods
+from arcmerge.merging.agreement import disagreements
 from arcmerge.merging.alignment import RowAddresses, Table, align
 from arcmerge.merging.card import model_card
 from arcmerge.merging.chat_template import find_template, with_template
-from arcmerge.merging.companions import donor_files
+from arcmerge.merging.companions import code_files, donor_files
 from arcmerge.merging.grams import Processor
 from arcmerge.merging.host import HostProcessor
-from arcmerge.merging.names import is_vocabulary
 from arcmerge.merging.options import Options
 from arcmerge.merging.output_config import output_config
 from arcmerge.merging.plan import Plan, make_plan
@@ -33,18 +35,38 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe with its checkpoints opened and its tensors planned: all that is known before a weight is read."""
+    """A recipe with its checkpoints opened and its tensors planned: all that is known before a weight is read.
+
+    code: Python files of the donor's that travel with the weights.
+    """
 
     recipe: Recipe
     checkpoints: Mapping[ModelReference, Checkpoint]
     vocabulary: Vocabulary | None
     plan: Plan
+    code: Mapping[str, bytes]
     options: Options
 
     def with_recipe(self, recipe: Recipe) -> Prepared:
         """The same models merged otherwise: by a recipe that differs in its parameters alone."""
         plan = _plan(recipe, self.checkpoints, self.vocabulary, self.options)
         return replace(self, recipe=recipe, plan=plan)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Raises ArcmergeError if a model's weights change, or cannot be read, before the block ends: that is then the
+        cause of whatever else went wrong in it."""
+        self._require_unchanged()
+        try:
+            yield
+        except ArcmergeError:
+            self._require_unchanged()
+            raise
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        for checkpoint in self.checkpoints.values():
+            checkpoint.require_unchanged()
 
     def processor(self) -> Processor:
         """Where the arithmetic of the plan happens."""
@@ -65,9 +87,17 @@ def prepare(config: Config, options: Options, warn: Warn) -> Prepared:
     checkpoints = _open(recipe, options)
     vocabulary = _vocabulary(recipe, checkpoints, options)
     plan = _plan(recipe, checkpoints, vocabulary, options)
-    for sentence in vocabulary.warnings if vocabulary else ():
+    code, code_warnings = code_files(checkpoints[plan.donor].folder, tokenizer=options.copy_tokenizer)
+    configs = {model: checkpoint.config for model, checkpoint in checkpoints.items()}
+    for sentence in (
+        *(vocabulary.warnings if vocabulary else ()),
+        *disagreements(configs, plan.donor),
+        *plan.warnings,
+        *plan.notes,
+        *code_warnings,
+    ):
         warn(sentence)
-    return Prepared(recipe, checkpoints, vocabulary, plan, options)
+    return Prepared(recipe, checkpoints, vocabulary, plan, code, options)
 
 
 def _plan(
@@ -158,22 +188,32 @@ def small_files(prepared: Prepared, name: str) -> dict[str, bytes]:
         folders = [checkpoint.folder for checkpoint in prepared.checkpoints.values()]
         if template := find_template(recipe.chat_template, folders):
             files = with_template(files, template)
-    embedding = next((job for job in plan.jobs if is_vocabulary(job.output.name)), None)
     files["config.json"] = _json(
         output_config(
             config,
             [layer for _, layer in plan.source_layers],
-            dtype=promote(job.output.dtype for job in plan.jobs if job.output.dtype.mergeable),
+            dtype=_most_common_dtype(plan),
             models=[prepared.checkpoints[model].config for model, _ in plan.source_layers],
-            vocab_size=embedding.output.shape[0] if embedding else None,
+            depth=plan.depth,
+            vocab_size=plan.vocab_size,
             tied=plan.tied,
         )
     )
+    files.update(prepared.code)
     if options.write_model_card:
         card = model_card(name, plan.method.title, recipe.models, recipe.base_model, recipe.text)
         files["README.md"] = card.encode()
         files["mergekit_config.yml"] = recipe.text.encode()
     return files
+
+
+def _most_common_dtype(plan: Plan) -> DType:
+    """That of most bytes: a few tensors of a bfloat16 model may be float32."""
+    sizes: Counter[DType] = Counter()
+    for job in plan.jobs:
+        if job.output.dtype.mergeable:
+            sizes[job.output.dtype] += job.output.nbytes
+    return max(sizes, key=lambda dtype: (sizes[dtype], dtype.itemsize), default=F32)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -15,6 +15,8 @@ is for methods.py to say; what the models hold, for plan.py.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ __all__ = [
     "Source",
     "TokenRule",
     "TokenizerRecipe",
+    "is_text",
     "load_recipe",
     "with_parameters",
 ]
@@ -113,9 +116,7 @@ class Recipe:
             for name, rules in settings.rules.items():
                 place = f"{settings.place}.{name}"
                 if name not in known:
-                    findings.warning(
-                        place, f"`{self.method}` has no such parameter, ignored{did_you_mean(name, known)}"
-                    )
+                    findings.warning(place, self._unknown(name, known))
                     continue
                 parameter = known[name]
                 if is_source and parameter.scope == "shared":
@@ -132,6 +133,16 @@ class Recipe:
         findings.finish()
         return tuple(findings.warnings)
 
+    def _unknown(self, name: str, known: Mapping[str, Parameter]) -> str:
+        """What to say of a setting that the method does not read."""
+        ours = [other for other, parameter in known.items() if parameter.extension and other.endswith(f"_{name}")]
+        if ours:
+            return (
+                f"`{self.method}` has no such parameter, in mergekit neither, so it has no effect; "
+                f"`{ours[0]}` is the name of an extension of arcmerge"
+            )
+        return f"`{self.method}` has no such parameter, ignored{did_you_mean(name, known)}"
+
     def _blocks(self) -> Iterator[tuple[Settings, bool, bool]]:
         """Every parameters block, whether it is a source's, and whether that source is the base model."""
         for piece in self.slices:
@@ -146,7 +157,7 @@ class Recipe:
 def load_recipe(config: str | Path | Mapping[str, Any]) -> Recipe:
     """Read a recipe from the path of a YAML file, from YAML text, or from the mapping that YAML would give.
 
-    config: a `str` with a line break in it is YAML text, any other `str` is a path.
+    config: a `str` is the path of a file that exists, or else YAML text where `is_text` says so.
 
     Raises ArcmergeError with every problem found, one line each.
     """
@@ -185,21 +196,31 @@ def _text(config: str | Path | Mapping[str, Any]) -> str:
             return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
         except yaml.representer.RepresenterError as error:
             raise ArcmergeError(f"a recipe may hold only what YAML can, got {shown(error.args[-1])}") from error
-    if isinstance(config, str) and "\n" in config:
+    if isinstance(config, str) and is_text(config):
         return config
     try:
         return Path(config).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ArcmergeError(f"the recipe '{config}' must be UTF-8 text: {error}") from error
-    except OSError as error:
-        raise ArcmergeError(f"the recipe '{config}' cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # the latter for what no file can be called
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ArcmergeError(f"the recipe '{config}' cannot be read: {cause}") from error
+
+
+def is_text(config: str) -> bool:
+    """Whether a `str` is a recipe and not the path of one: it has lines, or a recipe's keys on its only line."""
+    return "\n" in config or (_KEY.search(config) is not None and not Path(config).exists())
 
 
 def _plain(value: Any) -> Any:
-    """`value` with tuples and other mappings made lists and dicts, the only ones that safe YAML writes."""
+    """`value` in YAML's own types, for tuples, paths, and the numbers and arrays of numpy and torch."""
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, type) else value
 
 
 def _read_recipe(document: Mapping[Any, Any], text: str, findings: Findings) -> Recipe:
@@ -226,18 +247,11 @@ def _read_recipe(document: Mapping[Any, Any], text: str, findings: Findings) -> 
 
 
 _RECIPE_KEYS = (
-    "merge_method",
-    "base_model",
-    "models",
-    "slices",
-    "modules",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
+    *("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype"),
+    *("tokenizer_source", "tokenizer", "chat_template"),
 )
+# A key of a recipe where one line may have it: first, or within the braces of a mapping.
+_KEY = re.compile(rf"(?:^(?:---)?|[{{,])\s*[\"']?(?:{'|'.join(_RECIPE_KEYS)})[\"']?\s*:(?=\s|$|[\"'\[{{])")
 
 
 def _read_module(entries: Mapping[str, Any], findings: Findings) -> tuple[Mapping[str, Any], str]:

@@ -12,6 +12,7 @@ class MergeReport:
     """What a merge did.
 
     nbytes: bytes written. seconds: until they were durable. branches: how many tensors came about in which way.
+    notes: what was not merged, and what became of it.
     """
 
     out: Path
@@ -20,6 +21,7 @@ class MergeReport:
     seconds: float
     branches: Mapping[str, int]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def copied(self) -> int:
@@ -38,6 +40,7 @@ class MergeReport:
         return (
             f"{self.out}: {_size(self.nbytes)} in {self.seconds:.1f} s ({rate:.2f} GB/s), {self.method}: "
             f"{self.merged} tensors merged ({self.linear} of them on the linear branch), {self.copied} copied"
+            + "".join(f"; {note}" for note in self.notes)
         )
 
 

@@ -186,8 +186,7 @@ class DeviceResidence:
                 with team.changed:
                     done += target.numel() * target.element_size()
 
-        team.start(work, threads)
-        team.join(lambda: tick(done, total))
+        team.run(lambda: tick(done, total), (work, threads))
 
 
 class _ResidentProcessor(DeviceProcessor):

@@ -80,8 +80,6 @@ class ResidentMerge:
 
     def _make(self, prepared: Prepared, tick: Tick) -> int:
         """Merge what is not yet as `prepared` says; returns the number of tensors."""
-        for checkpoint in prepared.checkpoints.values():
-            checkpoint.require_unchanged()
         processor, jobs = self._residence.processor(prepared), prepared.plan.jobs
         coefficients = self._coefficients(prepared, processor, tick)
         wanted = {job.output.name: _origin(job, coefficients.get(number)) for number, job in enumerate(jobs)}
@@ -90,7 +88,8 @@ class ResidentMerge:
         ]
         for number in changed:  # what fails half way is neither the one nor the other
             self._made.pop(jobs[number].output.name, None)
-        self._fill(jobs, changed, coefficients, prepared, processor, tick)
+        with prepared.unchanged():
+            self._fill(jobs, changed, coefficients, prepared, processor, tick)
         for number in changed:
             self._made[jobs[number].output.name] = wanted[jobs[number].output.name]
         self._prepared = prepared
@@ -105,14 +104,15 @@ class ResidentMerge:
             if needs_gram(job) and (gram := self._grams.get(job)) is not None
         }
         unknown = [number for number, job in enumerate(jobs) if needs_gram(job) and number not in known]
-        summed = sum_grams(
-            jobs,
-            processor,
-            unknown,
-            threads=options.thread_count,
-            allow_nonfinite=options.allow_nonfinite,
-            tick=tick,
-        )
+        with prepared.unchanged():
+            summed = sum_grams(
+                jobs,
+                processor,
+                unknown,
+                threads=options.thread_count,
+                allow_nonfinite=options.allow_nonfinite,
+                tick=tick,
+            )
         for number, gram in summed.grams.items():
             self._grams.add(jobs[number], gram)
         if summed.grams:
@@ -152,13 +152,13 @@ class ResidentMerge:
                 except IndexError:
                     return
                 for task, not_finite in zip(batch, processor.fill(batch), strict=True):
-                    if not_finite and not prepared.options.allow_nonfinite:
+                    may_be = prepared.options.allow_nonfinite or jobs[task.piece.job].setting
+                    if not_finite and not may_be:
                         raise processor.not_finite(task.piece.job)
                 with team.changed:
                     done += sum(task.piece.count * jobs[task.piece.job].output.dtype.itemsize for task in batch)
 
-        team.start(work, prepared.options.thread_count)
-        team.join(lambda: tick(done, total))
+        team.run(lambda: tick(done, total), (work, prepared.options.thread_count))
 
 
 def changed_recipe(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
@@ -169,6 +169,9 @@ def changed_recipe(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
         known = ", ".join(f"`{name}`" for name in names) or "none"
         raise ArcmergeError(f"`{method.name}` has no parameter `{strange[0]}`; it has {known}")
     changed = with_parameters(recipe, parameters)
+    for name in parameters:
+        if not all(rule.values for rule in changed.parameters.rules[name]):
+            raise ArcmergeError(f"parameters.{name}: must have a value, got an empty list; give it a number")
     changed.check_parameters(method.parameters)
     return changed
 

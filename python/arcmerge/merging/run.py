@@ -63,13 +63,7 @@ class Merge:
 
     def run(self, tick: Callable[[int], None]) -> None:
         """Do all the work. tick: called now and then with the bytes written so far."""
-        self._team.start(self._compute, self._threads)
-        self._team.start(self._write, WRITERS)
-        self._team.join(lambda: tick(self.written))
-        finishers = Team()
-        for file in self._files:
-            finishers.start(file.finish, 1)
-        finishers.join(lambda: tick(self.written))
+        self._team.run(lambda: tick(self.written), (self._compute, self._threads), (self._write, WRITERS))
 
     def _compute(self) -> None:
         while (task := self._next_task()) is not None:
@@ -110,7 +104,7 @@ class Merge:
         start = address_of(buffer)
         tasks = [Filling(piece, self.sums.coefficients.get(piece.job), start + place) for piece, place in chunk.pieces]
         for task, not_finite in zip(tasks, self._processor.fill(tasks), strict=True):
-            if not_finite and not self._allow_nonfinite:
+            if not_finite and not self._allow_nonfinite and not self._jobs[task.piece.job].setting:
                 raise self._processor.not_finite(task.piece.job)
             self._forget(task.piece)
         with self._team.changed:
@@ -136,7 +130,9 @@ class Merge:
                 self._unwritten -= 1
                 if not self._unwritten:
                     self._team.changed.notify_all()
-            self._files[chunk.shard].write(chunk.offset, buffer[: chunk.nbytes])
+            file = self._files[chunk.shard]
+            if file.write(chunk.offset, buffer[: chunk.nbytes]):
+                file.finish()
             with self._team.changed:
                 self.written += chunk.nbytes
                 self._free.append(buffer)

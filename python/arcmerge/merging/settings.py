@@ -14,7 +14,7 @@ tensor gives the value, then the method's default. The semantics are mergekit's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Literal
@@ -41,17 +41,22 @@ class Parameter:
 
     scope: `shared` is one value for an output tensor, `input` one for each input, `non_base` one for each input but the
     base. The last two may also be set on a source, and their filters look at the name of the input tensor.
+    extension: mergekit does not know it, so its name must be one that no recipe written for mergekit has.
     """
 
     name: str
     kind: Kind = float
     scope: Literal["shared", "input", "non_base"] = "shared"
     default: float | Required = REQUIRED
+    extension: bool = False
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One value or gradient for the tensors that have `filter` in their name (None: for all). values: never empty."""
+    """One value or gradient for the tensors that have `filter` in their name (None: for all).
+
+    values: empty where the recipe has an empty list: the tensors then have no value at this level.
+    """
 
     filter: str | None
     values: tuple[Scalar, ...]
@@ -85,9 +90,9 @@ def resolve(
     Raises ArcmergeError if no level gives a value and the parameter is required.
     """
     for settings in levels:
-        for rule in settings.rules.get(parameter.name, ()):
-            if rule.matches(tensor_name):
-                return evaluate(rule.values, u, parameter.kind, f"{settings.place}.{parameter.name}")
+        rule = next((rule for rule in settings.rules.get(parameter.name, ()) if rule.matches(tensor_name)), None)
+        if rule is not None and rule.values:
+            return evaluate(rule.values, u, parameter.kind, f"{settings.place}.{parameter.name}")
     if parameter.default is REQUIRED:
         raise ArcmergeError(
             f"`{parameter.name}` has no value for {tensor_name}: {_cause(parameter.name, levels, ignored)}"
@@ -119,7 +124,7 @@ def convert(value: Scalar, kind: Kind, place: str) -> float:
         return switch
     try:
         number = float(value)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ArcmergeError(f"{place}: must be a finite number, got {shown(value)}")
@@ -152,8 +157,7 @@ def _read_rules(value: Any, place: str, findings: Findings) -> tuple[Rule, ...]:
         if any(rule.filter in (None, "*") for rule in rules[:-1]):
             findings.warning(place, "entries after one without a filter are never reached; put that one last")
         return tuple(rules)
-    values = _read_values(value, place, findings)
-    return (Rule(None, values),) if values else ()
+    return (Rule(None, _read_values(value, place, findings)),)
 
 
 def _read_rule(value: Mapping[Any, Any], place: str, findings: Findings) -> tuple[Rule, ...]:
@@ -165,14 +169,13 @@ def _read_rule(value: Mapping[Any, Any], place: str, findings: Findings) -> tupl
     if "value" not in entry:
         findings.problem(place, f"must have a `value`, got {shown(dict(value))}; add `value: ...`")
         return ()
-    values = _read_values(entry["value"], f"{place}.value", findings)
-    return (Rule(pattern, values),) if values else ()
+    return (Rule(pattern, _read_values(entry["value"], f"{place}.value", findings)),)
 
 
 def _read_values(value: Any, place: str, findings: Findings) -> tuple[Scalar, ...]:
     values = tuple(value) if isinstance(value, list) else (value,)
     if not values:
-        findings.problem(place, "must have a value, got an empty list; give a number or remove the key")
+        findings.warning(place, "an empty list sets nothing; give a number or remove the key")
     elif not all(isinstance(entry, bool | int | float | str) for entry in values):
         if isinstance(value, list):
             rule = "must be a list of numbers only or of `{filter, value}` entries only"
@@ -185,16 +188,19 @@ def _read_values(value: Any, place: str, findings: Findings) -> tuple[Scalar, ..
 
 def _cause(name: str, levels: Sequence[Settings], ignored: Sequence[Settings]) -> str:
     """Why no level gave a value, and what to do."""
-    if tried := _setting(name, levels):
+    setting = [settings for settings in levels if name in settings.rules]
+    if setting and not any(rule.values for settings in setting for rule in settings.rules[name]):
+        return f"{_named(name, setting)} is an empty list; put a number in it"
+    if setting:
         return (
-            f"no filter in {tried} is part of its name; "
+            f"no filter in {_named(name, setting)} is part of its name; "
             "add a last entry without a filter, `- value: ...`, for all other tensors"
         )
     places = " or ".join(settings.place for settings in levels if settings.place)
-    if misplaced := _setting(name, ignored):
+    if misplaced := _named(name, (settings for settings in ignored if name in settings.rules)):
         return f"{misplaced} is not read because `{name}` holds for all inputs at once; move it to {places}"
     return f"the merge method needs it and nothing sets it; set `{name}: ...` in {places}"
 
 
-def _setting(name: str, levels: Sequence[Settings]) -> str:
-    return " or ".join(f"{settings.place}.{name}" for settings in levels if name in settings.rules)
+def _named(name: str, levels: Iterable[Settings]) -> str:
+    return " or ".join(f"{settings.place}.{name}" for settings in levels)

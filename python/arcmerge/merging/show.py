@@ -11,6 +11,7 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.merging.grams import GramPass
 from arcmerge.merging.inspect import Pair, Relation, by, relation
 from arcmerge.merging.merge import branch
+from arcmerge.merging.model_reference import ModelReference
 from arcmerge.merging.names import place
 from arcmerge.merging.plan import Plan
 
@@ -18,9 +19,10 @@ Row = Mapping[str, Any]
 
 
 def pair_recipe(a: str, b: str) -> Mapping[str, Any]:
-    """The recipe whose Gram pass measures how `b` lies to `a`. Raises ArcmergeError if they are the same name."""
-    if a == b:
-        raise ArcmergeError(f"two models are needed to see how they lie to each other, got '{a}' twice")
+    """The recipe whose Gram pass measures how `b` lies to `a`. Raises ArcmergeError if they are one model."""
+    if ModelReference.parse(a) == ModelReference.parse(b):
+        got = f"'{a}' twice" if a == b else f"'{a}' and '{b}', which are one folder"
+        raise ArcmergeError(f"two models are needed to see how they lie to each other, got {got}")
     return {
         "merge_method": "slerp",
         "base_model": a,

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from arcmerge.checkpoint.header import parse_object
 from arcmerge.errors import ArcmergeError
+from arcmerge.merging.tokenizer_recipe import MOST_IDS
 
 # How `tokenizers` matches an added token, by the flags of its file format.
 PLAIN: Mapping[str, bool] = {
@@ -69,11 +71,11 @@ class Tokenizer:
                 )
             return None
         try:
-            document, merges = _decode(file.read_bytes())
+            document, merges = _decode(file)
             config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
             tokenizer = cls(folder, document, merges, config, *_numbers(document))
             return replace(tokenizer.with_tokens(_listed(config))._with_named_tokens(), changed=False)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ArcmergeError(
                 f"{file}: a tokenizer of the `tokenizers` library is needed, reading it fails with "
                 f"{type(error).__name__}: {error}; fetch the file again"
@@ -145,14 +147,15 @@ class Tokenizer:
             yield token, {"content": token, **self.added[token]}
 
 
-def _decode(data: bytes) -> tuple[dict[str, Any], bytes | None]:
+def _decode(file: Path) -> tuple[dict[str, Any], bytes | None]:
     """tokenizer.json without its merges, and the merges as they stand in it."""
+    data = file.read_bytes()
     start = _MERGES.search(data)
     end = _END_OF_FILE.search(data, max(len(data) - 64, 0))
     if start is not None and end is not None and start.end() < end.start():
         first, last = start.end(), end.start() + 1
-        return json.loads(data[:first] + b"[]" + data[last:]), data[first:last]
-    document = json.loads(data)
+        return parse_object(data[:first] + b"[]" + data[last:], file), data[first:last]
+    document = parse_object(data, file)
     if "merges" not in document["model"]:
         return document, None
     merges = _encode(document["model"]["merges"])
@@ -165,16 +168,23 @@ def _encode(value: Any, indent: int | None = None) -> bytes:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_bytes()) if file.exists() else {}
-    if not isinstance(content, dict):
-        raise TypeError(f"{file.name} holds no mapping")
-    return content
+    return parse_object(file.read_bytes(), file) if file.exists() else {}
 
 
 def _vocabulary(model: Mapping[str, Any]) -> dict[str, int]:
-    """The model's own tokens. Unigram stores a list of (token, score), the others a mapping."""
+    """The model's own tokens. Unigram stores a list of (token, score), the others a mapping.
+
+    Raises ValueError unless tokens are text and their ids whole numbers from 0 to below MOST_IDS.
+    """
     vocab = model["vocab"]
-    return vocab if isinstance(vocab, dict) else {token: number for number, (token, _) in enumerate(vocab)}
+    ids = vocab if isinstance(vocab, dict) else {token: number for number, (token, _) in enumerate(vocab)}
+    if not ids:
+        raise ValueError("its vocabulary must have a token, has none")
+    for token, number in ids.items():
+        if not isinstance(token, str) or type(number) is not int or not 0 <= number < MOST_IDS:
+            rule = f"a whole number from 0 to {MOST_IDS - 1}"
+            raise ValueError(f"the id of a token must be {rule}, got {number!r:.40} for {token!r:.40}")
+    return ids
 
 
 def _numbers(document: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Mapping[str, bool]]]:

@@ -14,10 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
+from arcmerge.errors import ArcmergeError
 from arcmerge.merging.document import Findings, shown
 from arcmerge.merging.model_reference import ModelReference, read_reference
+from arcmerge.merging.settings import Kind, convert
+
+MOST_IDS = 1 << 24
+"""Token ids are below: the largest vocabularies have some 300,000, and the result has a row for each id."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ def read_tokenizer(source: Any, block: Any, findings: Findings) -> TokenizerReci
     return TokenizerRecipe(
         source=_read_source(entries.get("source", "union"), "tokenizer.source", findings),
         tokens=_read_tokens(entries.get("tokens"), findings),
-        pad_to_multiple_of=_read_multiple(entries.get("pad_to_multiple_of"), findings),
+        pad_to_multiple_of=None
+        if (multiple := entries.get("pad_to_multiple_of")) is None
+        else _read_number(multiple, "tokenizer.pad_to_multiple_of", 1, findings),
     )
 
 
@@ -104,11 +111,8 @@ def _read_tokens(value: Any, findings: Findings) -> Mapping[str, TokenRule]:
 
 def _read_rule(value: Any, place: str, findings: Findings) -> TokenRule:
     entries = findings.mapping(value, place, known=("source", "force"))
-    force = entries.get("force", False)
-    if not isinstance(force, bool):
-        findings.problem(f"{place}.force", f"must be true or false, got {shown(force)}")
-        force = False
-    return TokenRule(_read_token_source(entries.get("source"), f"{place}.source", findings), force)
+    force = _converted(entries.get("force", False), bool, f"{place}.force", findings)
+    return TokenRule(_read_token_source(entries.get("source"), f"{place}.source", findings), bool(force))
 
 
 def _read_token_source(value: Any, place: str, findings: Findings) -> TokenSource:
@@ -134,19 +138,23 @@ def _read_model_token(value: Any, place: str, findings: Findings) -> ModelToken:
         findings.problem(place, "must name its token by exactly one of `token` (text) and `token_id` (number)")
     if token is not None:
         token = findings.text(token, f"{place}.token", "the text of a token, in quotes")
-    if number is not None and (not _is_whole(number) or number < 0):
-        findings.problem(f"{place}.token_id", f"must be a whole number from 0 up, got {shown(number)}")
+    if number is not None:
+        number = _read_number(number, f"{place}.token_id", 0, findings)
     return ModelToken(model, token, number)
 
 
-def _read_multiple(value: Any, findings: Findings) -> int | None:
-    if value is None:
-        return None
-    if _is_whole(value) and value > 0:
-        return value
-    findings.problem("tokenizer.pad_to_multiple_of", f"must be a whole number from 1 up, got {shown(value)}")
+def _read_number(value: Any, place: str, least: int, findings: Findings) -> int | None:
+    number = _converted(value, int, place, Findings())
+    if number is not None and not isinstance(value, bool) and least <= number < MOST_IDS:
+        return int(number)
+    findings.problem(place, f"must be a whole number from {least} to {MOST_IDS - 1}, got {shown(value)}")
     return None
 
 
-def _is_whole(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _converted(value: Any, kind: Kind, place: str, findings: Findings) -> float | None:
+    """`value` as a parameter of this kind would be read, text that spells it included."""
+    try:
+        return convert(value, kind, place)
+    except ArcmergeError as error:
+        findings.problems.extend(error.problems)
+    return None

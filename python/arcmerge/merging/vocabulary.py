@@ -7,7 +7,6 @@ of their numbers. Tokens that the recipe names come last.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arcmerge.checkpoint.header import parse_object
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.model_reference import ModelReference
 from arcmerge.merging.tokenizer import PLAIN, Tokenizer
@@ -118,7 +118,7 @@ def _read_all(
         tokenizer = read[content]
         if tokenizer is None and model == base:
             raise ArcmergeError(
-                f"{base}: the base model needs a tokenizer.json to match vocabularies by, found none; "
+                f"{base}: a tokenizer.json is needed to match vocabularies by, found none; "
                 "copy the one it was trained with into its folder"
             )
         if tokenizer is None:
@@ -130,16 +130,19 @@ def _read_all(
 def _read_source(model: ModelReference, folder: Path | None) -> Tokenizer:
     tokenizer = Tokenizer.read(folder) if folder else None
     if tokenizer is None:
-        raise ArcmergeError(f"tokenizer.source: must be a model with a tokenizer.json, {model} has none")
+        raise ArcmergeError(
+            f"{model}: the source of the tokenizer must have a tokenizer.json, found none; name another model"
+        )
     return tokenizer
 
 
 def _rows_of(folder: Path, tokenizer: Tokenizer) -> int:
     """The rows a model has for tokens: the vocab_size of its config.json, else as many as its tokenizer numbers."""
     file = folder / "config.json"
-    config = json.loads(file.read_bytes()) if file.exists() else {}
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    return int(size) if size else max(tokenizer.ids.values()) + 1
+    config = parse_object(file.read_bytes(), file) if file.exists() else {}
+    nested = config.get("text_config")
+    size = config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, dict) else None)
+    return size if type(size) is int and size > 0 else max(tokenizer.ids.values()) + 1
 
 
 def _union(tokenizers: Mapping[ModelReference, Tokenizer], limits: Mapping[ModelReference, int]) -> Tokenizer:

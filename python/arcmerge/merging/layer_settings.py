@@ -1,0 +1,331 @@
+"""What config.json says of the layers: how many there are, and which are of which kind.
+
+A result whose layers are others than the donor's keeps every key that the donor has, and no other, with values that
+say of each layer what its own model said of it. What cannot be said in a key's language is a problem.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+Settings = Mapping[str, Any]
+Level = TypeVar("Level", bound=Settings)
+Kinds = tuple[Sequence[object], Sequence[object]]
+
+DEPTHS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
+    "n_blocks",
+    "num_transformer_layers",
+    "num_transformer_blocks",
+    "num_hidden_groups",  # ALBERT, whose layers share the weights of a group
+    "layers",
+)
+# Where models for several media keep the settings of their decoder.
+_SECTIONS = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config", "vlm_config")
+_PREDICTED = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+
+# "The first n layers are ...": dense beside a mixture of experts, or attending to everything beside a window.
+_FIRST = (
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "n_dense_layers",
+    "moe_layer_start_index",
+    "moe_layer_num_skipped",
+    "max_window_layers",
+)
+# The depth of the encoder that a decoder was trained with. Where the decoder is alone, runtimes size its cache by it.
+_ENCODER_DEPTHS = {"encoder_layers": "decoder_layers", "num_encoder_layers": "num_decoder_layers"}
+# What scales a layer by its number or by how many there are, with model types whose code does so without a key.
+_SCALED = ("scale_depth", "scale_attn_by_inverse_layer_idx")
+_SCALED_BY_CODE = ("diffllama",)
+# Ranges of layers that are run over and over.
+_FIXED = ("loop_layer_index_start", "loop_layer_index_end", "n_recurrent_layers")
+# "Every n-th layer is ...", by the number of the layer.
+_EVERY = re.compile(
+    r"_every_n_layers$|_layer_period$|_layer_interval$|_layer_step$|_sparse_step$|_attention_interval$"
+    r"|^_?sliding_window_pattern$|^layer_group_size$|^n_layers_per_|^moe_layer_freq$"
+)
+# Of them, those whose kinds have the same tensors.
+_OF_ONE_MAKE = re.compile(r"window|global_attn|rope")
+# "Layers 2, 5 and 8 are ...".
+_NUMBERS = re.compile(r"(?:^|_)layers?(?:_|$)|_idxs$|_indices$|_indexes$|^slstm_at$")
+KINDS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "attention_layers")
+# Keys of feed-forward networks, and the lists that runtimes go by in their place; other lists are of attention.
+_FEED_FORWARD = re.compile("sparse|moe|expert|dense")
+_FEED_FORWARD_LISTS = ("mlp_layer_types", "moe_layers", "moe_layer_freq")
+_SPARSE_STEP, _DENSE_LAYERS = "decoder_sparse_step", "mlp_only_layers"
+_NOT_OF_LAYERS = re.compile(r"token|_ids?$(?<!layer_ids)|vision|visual|image|audio|^mtp_|^architectures$")
+
+
+@dataclass(frozen=True)
+class Change:
+    """values: of the keys that change. problems, warnings: sentences about keys that no value makes right."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def levels(config: Settings) -> list[tuple[str, ...]]:
+    """The paths of the objects in config.json that may speak of the decoder, the whole of it first."""
+    found: list[tuple[str, ...]] = [()]
+    level: Any = config
+    while key := next((key for key in _SECTIONS if isinstance(level.get(key), dict)), None):
+        found.append((*found[-1], key))
+        level = level[key]
+    return found
+
+
+def at(config: Level, path: Sequence[str]) -> Level:
+    """The object at a path of `levels`; of a config.json that has no such object, what there is above it."""
+    level: Any = config
+    for key in path:
+        inner = level.get(key)
+        level = inner if isinstance(inner, dict) else level
+    return cast("Level", level)
+
+
+def decoder_settings(config: Settings) -> dict[str, Any]:
+    """All that config.json says of the decoder, at whatever level."""
+    return {key: value for path in levels(config) for key, value in at(config, path).items()}
+
+
+def claimed_depths(config: Settings) -> dict[str, int]:
+    """The numbers of layers that config.json gives the decoder, by the place of the key."""
+    return {
+        ".".join((*path, key)): value
+        for path in levels(config)
+        for key, value in at(config, path).items()
+        if key in DEPTHS and _is_number(value)
+    }
+
+
+def predicted_layers(config: Settings) -> int:
+    """How many layers for multi-token prediction config.json speaks of."""
+    settings = decoder_settings(config)
+    return max((settings[key] for key in _PREDICTED if _is_number(settings.get(key))), default=0)
+
+
+def change_layers(
+    donor: Settings, depth: int, sources: Sequence[tuple[Settings, int]], kinds: Kinds | None = None
+) -> Change:
+    """What one level of the donor's config.json has to say when the layers are those of `sources`.
+
+    depth: layers that the donor has. sources: of each layer of the result, the same level of its model's config.json
+    and its number there. kinds: what the layers of the donor and those of the result are made of, by which layers whose
+    kind follows from their number are checked; None: they are not.
+    """
+    layers = _Layers(donor, depth, sources)
+    if [layer for _, layer in sources] != list(range(depth)) or any(model != donor for model, _ in sources):
+        for key, value in donor.items():
+            layers.set(key, value)
+        layers.set_sparse_step()
+        layers.check_periods(kinds)
+    return layers.change
+
+
+class _Layers:
+    def __init__(self, donor: Settings, depth: int, sources: Sequence[tuple[Settings, int]]) -> None:
+        self._donor = donor
+        self._depth = depth
+        self._sources = sources
+        self.change = Change()
+
+    def set(self, key: str, value: Any) -> None:
+        values = self.change.values
+        if key in DEPTHS and _is_number(value):
+            if value == self._depth:
+                values[key] = len(self._sources)
+            elif not any(self._donor.get(other) == self._depth for other in DEPTHS):
+                self.change.problems.append(f"`{key}: {value}` does not count the {self._depth} layers that there are")
+        elif (beside := _ENCODER_DEPTHS.get(key)) and value == self._depth == self._donor.get(beside):
+            values[key] = len(self._sources)
+        elif (key in _SCALED and value) or (key == "model_type" and value in _SCALED_BY_CODE):
+            if len(self._sources) != self._depth or key != "scale_depth":
+                self.change.warnings.append(
+                    f"`{key}: {value}` scales each layer by its number or by how many there are, which these slices "
+                    "change"
+                )
+        elif key in _FIXED and value:
+            self.change.problems.append(f"`{key}: {value}` singles out layers by their number")
+        elif key in _FIRST:
+            self._set_first(key, value, 0)
+        elif key == "moe_layer_end_index":  # the last of them, where the others count
+            self._set_first(key, value, 1)
+        elif key == "num_kv_shared_layers":
+            self._set_last(key, value)
+        elif key == "linear_attn_config" and isinstance(value, dict):
+            self._set_numbers_of(key, value)
+        elif isinstance(value, dict) and value and "layer" in key and all(str(name).isdecimal() for name in value):
+            entries = [self._own(model, key, value).get(str(layer)) for model, layer in self._sources]
+            values[key] = {str(i): entry for i, entry in enumerate(entries) if entry is not None}
+        elif key == "attention_types":
+            kinds = _expanded(value)
+            if len(kinds) == self._depth:
+                values[key] = [[[kinds[layer % self._depth] for _, layer in self._sources], 1]]
+        elif isinstance(value, str) and len(value) == self._depth and key.endswith("_override_pattern"):
+            values[key] = "".join(_entry(list(self._own(m, key, value)), layer, value) for m, layer in self._sources)
+        elif isinstance(value, list) and not _NOT_OF_LAYERS.search(key):
+            self._set_list(key, value)
+
+    def _set_list(self, key: str, value: list[Any]) -> None:
+        """Of layer numbers, of an entry a layer, or with those of layers for multi-token prediction behind them."""
+        if _are_numbers(value, self._depth) and _NUMBERS.search(key) and key != "no_rope_layers":
+            self.change.values[key] = self._numbers(key, value, self._sources, 0)
+        elif "source" in key and len(value) == self._depth:
+            self.change.problems.append(f"`{key}` gives each layer the number of another, which these slices change")
+        elif len(value) == self._depth or (len(value) > self._depth and key in KINDS):
+            entries = [_entry(model.get(key), layer, value) for model, layer in self._sources]
+            self.change.values[key] = entries + value[self._depth :]
+        elif value and key == "block_types":  # RecurrentGemma repeats them
+            self.change.values[key] = [value[layer % len(value)] for _, layer in self._sources]
+
+    def _set_numbers_of(self, key: str, value: Settings) -> None:
+        """Kimi Linear: an object of lists of layer numbers that start at 1."""
+        lists = {name: entry for name, entry in value.items() if isinstance(entry, list) and name.endswith("_layers")}
+        numbers = {number for entry in lists.values() for number in entry if _is_number(number)}
+        first = int(0 not in numbers)
+        sources = [(self._own(model, key, value), layer) for model, layer in self._sources]
+        new = {name: self._numbers(name, entry, sources, first) for name, entry in lists.items()}
+        self.change.values[key] = {**value, **new}
+
+    def _numbers(self, key: str, donors: list[Any], sources: Sequence[tuple[Settings, int]], first: int) -> list[int]:
+        own = [self._own(model, key, donors) for model, _ in sources]
+        return [i + first for i, (_, layer) in enumerate(sources) if layer + first in own[i]]
+
+    def _set_first(self, key: str, value: Any, more: int) -> None:
+        off = key == "max_window_layers" and not self._donor.get("use_sliding_window")
+        if not _is_number(value) or (off and value != self._depth):
+            return
+        are_first = [layer < self._own(model, key, value) + more for model, layer in self._sources]
+        count = sum(are_first)
+        if are_first == sorted(are_first, reverse=True):
+            beyond = value + more > self._depth
+            self.change.values[key] = value if beyond and count == len(self._sources) else count - more
+        else:
+            self._misplaced(key, value, "first")
+
+    def _set_last(self, key: str, value: Any) -> None:
+        if not _is_number(value) or not value:
+            return
+        are_last = [layer >= self._depth - self._own(model, key, value) for model, layer in self._sources]
+        if are_last == sorted(are_last):
+            self.change.values[key] = sum(are_last)
+        else:
+            self._misplaced(key, value, "last")
+
+    def _misplaced(self, key: str, value: int, which: str) -> None:
+        if not self._is_listed(key):
+            self.change.problems.append(
+                f"`{key}: {value}` says what the {which} layers are, which in these slices are not the {which}"
+            )
+
+    def _is_listed(self, key: str) -> bool:
+        """Whether a list says of each layer what `key` says by numbers: runtimes then go by the list."""
+        of_attention = [kinds for kinds in KINDS if kinds not in _FEED_FORWARD_LISTS]
+        lists = _FEED_FORWARD_LISTS if _FEED_FORWARD.search(key) else of_attention
+        return key != "num_kv_shared_layers" and any(isinstance(self._donor.get(kinds), list) for kinds in lists)
+
+    def set_sparse_step(self) -> None:
+        """Qwen's mixtures: every n-th layer is sparse but for those that are listed, which can say any order of them.
+
+        Where the step does not give the layers the kinds that they had, all layers with a dense network are listed.
+        """
+        if not self._says_sparse():
+            return
+        dense = [i for i, (model, layer) in enumerate(self._sources) if self._is_dense(model, layer)]
+        now = {**self._donor, **self.change.values}
+        if dense != [i for i in range(len(self._sources)) if self._is_dense(now, i)]:
+            self.change.values.update({_SPARSE_STEP: 1, _DENSE_LAYERS: dense})
+
+    def _says_sparse(self) -> bool:
+        return _DENSE_LAYERS in self._donor and _is_number(self._donor.get(_SPARSE_STEP))
+
+    def _is_dense(self, model: Settings, layer: int) -> bool:
+        listed, step = model.get(_DENSE_LAYERS), self._own(model, _SPARSE_STEP, self._donor[_SPARSE_STEP])
+        return (isinstance(listed, list) and layer in listed) or (layer + 1) % max(step, 1) != 0
+
+    def check_periods(self, kinds: Kinds | None) -> None:
+        """Keys that give every n-th layer its kind, if no list does: layers must be what their number says they are."""
+        periods = {
+            key: _period(value)
+            for key, value in self._donor.items()
+            if _EVERY.search(key) and not self._is_listed(key) and not (key == _SPARSE_STEP and self._says_sparse())
+        }
+        moved = [
+            key for key, n in periods.items() if any(i % n != layer % n for i, (_, layer) in enumerate(self._sources))
+        ]
+        if not moved:
+            return
+        rule = f"`{moved[0]}: {self._donor[moved[0]]}` gives a layer its kind by its number"
+        whole = math.lcm(*periods.values())
+        of_one_make = all(_OF_ONE_MAKE.search(key) for key in moved)
+        now = {**self._donor, **self.change.values}
+        for i, kind in enumerate(kinds[1] if kinds else ()):
+            # Layers of the donor at such a number, of the kind that lists give this one in other respects.
+            alike = [
+                kinds[0][n]
+                for n in range(i % whole, self._depth, whole)
+                if kinds and _listed(self._donor, n) == _listed(now, i)
+            ]
+            if not (kind in alike if alike else of_one_make):
+                self.change.problems.append(f"{rule}, and layer {i} would be of another kind than its tensors")
+                return
+        if not all(map(_FEED_FORWARD.search, moved)):  # whose kind the tensors show
+            self.change.warnings.append(f"{rule}, and these slices give layers another kind than they had")
+
+    @staticmethod
+    def _own(model: Settings, key: str, donors: Any) -> Any:
+        """What a layer's own model says, where that is of the kind of what the donor says."""
+        own = model.get(key)
+        return own if type(own) is type(donors) else donors
+
+
+def _entry(own: Any, layer: int, donors: Sequence[Any]) -> Any:
+    """The entry of a layer in its own model's list, or in the donor's, over and over, where that model has none."""
+    return own[layer] if isinstance(own, list) and layer < len(own) else donors[layer % len(donors)]
+
+
+def _listed(settings: Settings, layer: int) -> list[Any]:
+    """What lists of kinds say of a layer."""
+    lists = [settings[kinds] for kinds in KINDS if isinstance(settings.get(kinds), list) and settings[kinds]]
+    return [kinds[layer % len(kinds)] for kinds in lists]
+
+
+def _period(value: Any) -> int:
+    if isinstance(value, str):  # "LLLG"
+        return max(len(value), 1)
+    return value if _is_number(value) and value else 1
+
+
+def _expanded(value: Any) -> list[Any]:
+    """GPT-Neo's [[["global", "local"], 12]] as a list of 24 kinds."""
+    if not isinstance(value, list) or not all(
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list) and _is_number(entry[1])
+        for entry in value
+    ):
+        return []
+    return [kind for kinds, times in value for kind in kinds * min(times, 10**4)]
+
+
+def _are_numbers(value: Sequence[Any], depth: int) -> bool:
+    """Whether a list is one of layer numbers: whole, rising, of layers that there are.
+
+    Defaults of a class may number more layers; a list of one entry for each layer is another thing.
+    """
+    rising = all(map(_is_number, value)) and all(value[i - 1] < value[i] for i in range(1, len(value)))
+    return rising and (not value or value[0 if len(value) != depth else -1] < depth)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and value >= 0
