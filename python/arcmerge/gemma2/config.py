@@ -39,6 +39,7 @@ class Config:
     bos_token_id: int
     eos_token_id: tuple[int, ...]
     pad_token_id: int
+    tie_word_embeddings: bool
 
     @property
     def softmax_scale(self) -> float:
@@ -82,6 +83,7 @@ class _Reader:
             bos_token_id=self._tokens("bos_token_id", 2)[0],
             eos_token_id=self._tokens("eos_token_id", 1),
             pad_token_id=self._tokens("pad_token_id", 0)[0],
+            tie_word_embeddings=self._tied(),
         )
         self._check(config)
         if self._problems:
@@ -96,11 +98,10 @@ class _Reader:
         return config
 
     def _check(self, config: Config) -> None:
-        for key in ("hidden_activation", "hidden_act"):
-            # The first releases said "gelu" and meant the tanh approximation; transformers reads hidden_activation.
-            activation = self._settings.get(key, _ACTIVATION)
-            if activation != _ACTIVATION and not (key == "hidden_act" and "hidden_activation" in self._settings):
-                self._problems.append(f"{key} must be {_ACTIVATION!r}, is {activation!r}.")
+        # Not hidden_act: the first releases said "gelu" there and meant the tanh approximation.
+        activation = self._settings.get("hidden_activation", _ACTIVATION)
+        if activation != _ACTIVATION:
+            self._problems.append(f"hidden_activation must be {_ACTIVATION!r}, is {activation!r}.")
         if self._settings.get("attention_bias"):
             self._problems.append("attention_bias must be false: no Gemma-2 has biases.")
         if self._settings.get("use_bidirectional_attention"):
@@ -115,8 +116,8 @@ class _Reader:
 
     def _count(self, key: str, default: int | None = None) -> int:
         value = self._settings.get(key, default)
-        if type(value) is not int or value <= 0:
-            self._problems.append(f"{key} must be a whole number from 1 up, is {value!r}.")
+        if type(value) is not int or not 0 < value < 1 << 31:
+            self._problems.append(f"{key} must be a whole number from 1 to 2^31 - 1, is {value!r:.80}.")
             return 1
         return value
 
@@ -126,6 +127,12 @@ class _Reader:
             self._problems.append(f"{key} must be a number above 0, is {value!r}.")
             return 1.0
         return float(value)
+
+    def _tied(self) -> bool:
+        value = self._settings.get("tie_word_embeddings", True)
+        if not isinstance(value, bool):
+            self._problems.append(f"tie_word_embeddings must be true or false, is {value!r:.80}.")
+        return bool(value)
 
     def _softcap(self, key: str, default: float) -> float:
         return 0.0 if self._settings.get(key, default) is None else self._positive(key, default)
@@ -146,7 +153,8 @@ class _Reader:
         window = self._settings.get("sliding_window", 4096)
         default = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
         kinds = self._settings.get("layer_types") or default
-        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(default) | {"full_attention"}:
+        named = ("sliding_attention", "full_attention")
+        if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in named for kind in kinds):
             self._problems.append(
                 "layer_types must name 'sliding_attention' or 'full_attention' for each of the layers, "
                 f"is {kinds!r:.80}."

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
 from torch import Tensor
 
 from arcmerge.errors import ArcmergeError
+from arcmerge.gemma2.arguments import RUNS_IN
 from arcmerge.gemma2.config import Config
-from arcmerge.gemma2.model import DTYPES, Gemma2
+from arcmerge.gemma2.model import Gemma2
 from arcmerge.gemma2.weights import DTYPES as STORED
-from arcmerge.gemma2.weights import assemble, require_tensors
+from arcmerge.gemma2.weights import HEAD, assemble, find_tensors
+from arcmerge.interrupts import remove_at_end
 from arcmerge.merging.merge import Progress, merge
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import Config as MergeConfig
@@ -34,24 +39,24 @@ class MergedGemma2(Gemma2):
     def __init__(self, resident: ResidentMerge, numerics: str) -> None:
         self._resident = resident
         # A vocabulary may be one that only this merge has, so the files that describe it are made as for a folder.
-        self._files = TemporaryDirectory(prefix="arcmerge-")
-        folder = Path(self._files.name)
+        folder = Path(mkdtemp(prefix="arcmerge-"))
+        finalize(self, _remove, folder, remove_at_end(str(folder)), os.getpid())
         for name, content in small_files(resident.prepared, folder.name).items():
             (folder / name).write_bytes(content)
         config = Config.read(json.loads((folder / "config.json").read_bytes()), folder / "config.json")
-        require_tensors("the merge", resident.outputs, config)
-        dtypes = {STORED[output.dtype.name] for output in resident.outputs.values()}
-        if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        stored = find_tensors("the merge", resident.outputs, config)
+        dtypes = {STORED[resident.outputs[name].dtype.name] for name in stored.values()}
+        if len(dtypes) > 1 or not dtypes <= set(RUNS_IN.values()):
             found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise ArcmergeError(
                 f"a model runs in bfloat16 or in float32, the merge gives {found}; set out_dtype: bfloat16"
             )
 
         def get(name: str) -> Tensor:
-            output = resident.outputs[name]
-            return resident.tensor(name).view(STORED[output.dtype.name]).view(output.shape)
+            output = resident.outputs[stored[name]]
+            return resident.tensor(stored[name]).view(STORED[output.dtype.name]).view(output.shape)
 
-        super().__init__(config, assemble(config, get), folder, numerics)
+        super().__init__(config, assemble(config, get, HEAD in stored), folder, numerics)
 
     @property
     def recipe(self) -> str:
@@ -71,11 +76,19 @@ class MergedGemma2(Gemma2):
         """
         rule = isinstance(t, Mapping) and t.keys() <= {"filter", "value"}
         parameters = t if isinstance(t, Mapping) and not rule else {"t": t}
-        return self._resident.set_parameters(parameters, progress or (lambda done, total: None))
+        with self.network.turn:
+            return self._resident.set_parameters(parameters, progress or (lambda done, total: None))
 
     def save(self, out: str | Path, **options: Any) -> MergeReport:
         """Write the checkpoint folder that `arcmerge merge` writes for `recipe`. options: as of `arcmerge.merge`."""
         return merge(self.recipe, out, **{"device": "cpu", **options})
+
+
+def _remove(folder: Path, forget: Callable[[], None], process: int) -> None:
+    """A forked process leaves the folder to the one that made it."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+        forget()
 
 
 def merged(

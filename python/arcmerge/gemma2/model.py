@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,27 +15,33 @@ from arcmerge import ops
 from arcmerge.checkpoint.hub import locate
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.errors import ArcmergeError
+from arcmerge.gemma2.answers import answer
+from arcmerge.gemma2.arguments import read_device, read_dtype, read_strings, read_tokens, read_whole
 from arcmerge.gemma2.config import Config
 from arcmerge.gemma2.generation import Generated, Limits, generate, require_tokens
+from arcmerge.gemma2.generation_config import GenerationConfig
 from arcmerge.gemma2.network import Network
+from arcmerge.gemma2.prompts import Prompts, read_row
 from arcmerge.gemma2.sampling import Sampling
 from arcmerge.gemma2.scoring import Score, score
 from arcmerge.gemma2.sequences import Sequences
-from arcmerge.gemma2.text import Messages, Stream, Text
-from arcmerge.gemma2.weights import Weights, load
-from arcmerge.merging.options import Options
+from arcmerge.gemma2.text import Text
+from arcmerge.gemma2.weights import Weights, load, stored_dtype
 
 if TYPE_CHECKING:
     from arcmerge.gemma2.merged import MergedGemma2
 
 NUMERICS = ("default", "hf")
-DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Gemma2:
     """A Gemma-2 that generates and scores. Make one with from_pretrained or from_merge.
 
-    network: from tokens to hidden states. config: as in config.json. ends: the tokens that end an answer.
+    network: from tokens to hidden states. config: as in config.json. generation_config: as in
+    generation_config.json. ends: the tokens that end an answer: eos_token_id of generation_config.json, or else of
+    config.json. last_seed: of the last call of generate that drew tokens; None before one.
+    Threads may share a model: their calls run one after another, a `stream` included. A process that is forked may go
+    on with it, on the CPU.
     """
 
     def __init__(self, config: Config, weights: Weights, folder: Path, numerics: str = "default") -> None:
@@ -43,7 +49,10 @@ class Gemma2:
             raise ArcmergeError(f"'numerics' must be 'default' or 'hf', is {numerics!r}.")
         self.config = config
         self.network = Network(config, weights, stepwise=numerics == "hf")
-        self.ends = _ends(config, folder)
+        self.generation_config = GenerationConfig.read(folder)
+        ends = self.generation_config.eos_token_id
+        self.ends = set(config.eos_token_id if ends is None else ends)
+        self.last_seed: int | None = None
         self._folder = folder
         self._text: Text | None = None
 
@@ -51,28 +60,35 @@ class Gemma2:
     def from_pretrained(
         cls,
         path: str | Path,
-        device: str | torch.device = "auto",
-        dtype: torch.dtype = torch.bfloat16,
-        numerics: str = "default",
+        device: str | torch.device | int | None = "auto",
+        dtype: str | torch.dtype | None = torch.bfloat16,
+        numerics: str | None = "default",
+        revision: str | None = None,
     ) -> Gemma2:
         """A model from its folder of safetensors, or from the hub by name.
 
-        device: "auto" is the first GPU, or else the CPU. dtype: bfloat16 or float32; weights that are stored in it are
-        mapped from the files on the CPU, not read or copied; others are converted. numerics: "default" keeps
+        device: "auto" is the first GPU, or else the CPU; a number is that of a GPU. dtype: bfloat16 or float32, of
+        torch or by name, or "auto", in which most bytes are stored, float32 for float16; weights that are stored in it
+        are mapped from the files on the CPU, not read or copied; others are converted. numerics: "default" keeps
         softcaps, RoPE, the residual stream and logits in float32; "hf" rounds to dtype after every step, as
-        transformers does, to reproduce its tokens.
+        transformers does, to reproduce its tokens. revision: branch, tag or commit on the hub.
         Raises ArcmergeError, in a sentence each, for everything that is wrong with the folder.
         """
-        if dtype not in DTYPES:
-            raise ArcmergeError(f"'dtype' must be torch.bfloat16 or torch.float32, is {dtype}.")
-        device = Options(device=str(device)).resolved_device
-        folder = locate(str(path))
+        on = torch.device(read_device(device))
+        read_dtype(dtype, "bfloat16")
+        folder = locate(str(path), revision)
         checkpoint = Checkpoint(folder)
         config = Config.read(checkpoint.config, folder / "config.json")
-        return cls(config, load(checkpoint, config, dtype, torch.device(device)), folder, numerics)
+        weights = load(checkpoint, config, read_dtype(dtype, stored_dtype(checkpoint)), on)
+        return cls(config, weights, folder, numerics or "default")
 
     @staticmethod
-    def from_merge(config: Any, device: str = "auto", numerics: str = "default", **options: Any) -> MergedGemma2:
+    def from_merge(
+        config: Any,
+        device: str | torch.device | int | None = "auto",
+        numerics: str | None = "default",
+        **options: Any,
+    ) -> MergedGemma2:
         """A model that is merged in memory, whose parameters can be changed: see MergedGemma2.
 
         config: a merge configuration, as a path, YAML text or a mapping. device, numerics: as in from_pretrained.
@@ -82,7 +98,7 @@ class Gemma2:
         """
         from arcmerge.gemma2.merged import merged
 
-        return merged(config, device, numerics, **options)
+        return merged(config, read_device(device), numerics or "default", **options)
 
     @property
     def device(self) -> torch.device:
@@ -100,85 +116,103 @@ class Gemma2:
         return self._text
 
     @torch.inference_mode()
-    def logits(self, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None = None) -> Tensor:
+    def logits(self, input_ids: Any, attention_mask: Any = None) -> Tensor:
         """[B, T, vocab_size] float32, after the softcap: 4 bytes for every position and word, so for few of them.
 
-        input_ids: [B, T], or a list of token lists, which are padded on the right. attention_mask: [B, T], 1 for
-        tokens and 0 for padding, which may be on either side; its logits are 0.
+        input_ids, attention_mask: as in generate; a list of token lists is padded on the right. The logits of padding
+        are 0.
         """
-        rows, places, width = _rows(input_ids, attention_mask)
+        prompts = Prompts.read(input_ids, attention_mask, lambda: self.text)
+        rows = prompts.rows
         require_tokens(self.network, [row for row in rows if row])
-        out = torch.zeros(len(rows), width, self.config.vocab_size, device=self.device)
+        out = torch.zeros(len(rows), prompts.width, self.config.vocab_size, device=self.device)
         sequences = Sequences(self.network, len(rows), max(map(len, rows)))
-        head = self.network.weights.embed_tokens
-        for batch, hidden in sequences.feed(rows):
-            found = ops.head_logits(hidden, head, self.config.final_logit_softcapping, self.network.stepwise)
-            columns = [
-                places[row][position]
-                for row, position in zip(batch.sequences.tolist(), batch.positions.tolist(), strict=True)
-            ]
-            out[batch.sequences, torch.tensor(columns, device=self.device)] = found
+        head = self.network.weights.head
+        with self.network.turn:
+            for batch, hidden in sequences.feed(rows):
+                found = ops.head_logits(hidden, head, self.config.final_logit_softcapping, self.network.stepwise)
+                columns = [
+                    prompts.places[row][position]
+                    for row, position in zip(batch.sequences.tolist(), batch.positions.tolist(), strict=True)
+                ]
+                out[batch.sequences, torch.tensor(columns, device=self.device)] = found
+        self.network.weights.require_read()
         return out
 
     def generate(
         self,
-        input_ids: str | Messages | Sequence[int] | Tensor,
-        attention_mask: Tensor | None = None,
+        input_ids: Any,
+        attention_mask: Any = None,
         *,
-        max_new_tokens: int = 256,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
         eos_token_id: int | Iterable[int] | None = None,
-        stop: str | Sequence[str] = (),
+        pad_token_id: int | None = None,
+        stop: str | Sequence[str] | None = None,
         stream: Callable[[Any], object] | None = None,
     ) -> Any:
-        """Continue a prompt. Greedy unless do_sample; other options as in `Sampling`.
+        """Continue a prompt, or several. Options are as in `Sampling`; None is what generation_config.json says.
 
-        input_ids: text (a str), a conversation (messages with role and content), token numbers of one prompt (a list),
-        or [B, T] with an attention_mask that tells padding. Text gets exactly one BOS.
-        eos_token_id: what ends an answer, by default what config.json and generation_config.json list; an empty list
-        for nothing. stop: strings that end it and are not part of it. stream: called with each piece of new text, or
-        with each new token where tokens were given.
+        input_ids: text (a str), a conversation (messages with role and content), token numbers (a list, or an array or
+        tensor [T]), or several: a list of one kind, or [B, T] with an attention_mask that tells padding. What a
+        tokenizer of transformers returns is taken whole or by its parts. Text gets exactly one BOS.
+        max_new_tokens: 256 where generation_config.json does not say either; fewer where the context is full before,
+        which is a warning. max_length: of prompt and answer together, where max_new_tokens is not given.
+        seed: None draws anew every time; `last_seed` tells with which seed, and torch.manual_seed settles it.
+        eos_token_id: what ends an answer, by default `ends`; an empty list for nothing; a conversation's answer also
+        ends where its template ends a turn. stop: strings that end it and are not part of it, looked for in the text
+        with its special tokens. stream: for one prompt, called with each piece of new text, or with each new token
+        where tokens were given.
 
-        Returns the answer's text for text and messages; for tokens, the prompt and its answer: a list for a list, for
-        [B, T] a tensor in which pad_token_id follows what ended earlier.
+        Returns the answer's text for text and messages; for tokens, the prompt and its answer in the same form: a list
+        for a list, for [B, T] an array or tensor in which pad_token_id follows what ended earlier; a list of these for
+        several.
         """
-        sampling = Sampling(do_sample, repetition_penalty, temperature, top_k, top_p, min_p, seed)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if not all(stops):
-            raise ArcmergeError("'stop' must be strings of one character or more, has an empty one.")
-        if eos_token_id is None:
-            ends = self.ends
+        config = self.generation_config.changed(
+            {
+                "max_new_tokens": max_new_tokens,
+                "max_length": max_length,
+                "do_sample": do_sample,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+                "pad_token_id": pad_token_id,
+            }
+        )
+        sampling = config.sampling(None if seed is None else read_whole("seed", seed))
+        stops = read_strings("stop", (config.stop_strings or ()) if stop is None else stop)
+        prompts = Prompts.read(input_ids, attention_mask, lambda: self.text)
+        if stream is not None and len(prompts.rows) > 1:
+            raise ArcmergeError(f"'stream' must be left out for several prompts, got {len(prompts.rows)} prompts.")
+        ends = self.ends if eos_token_id is None else set(read_tokens("eos_token_id", eos_token_id))
+        if prompts.is_chat and eos_token_id is None:
+            ends = ends | self.text.ends_of_turn
+        on_token = _listener(None if prompts.is_text else stream)
+        limits = Limits(config.new_tokens_after(prompts.width), ends, on_token)
+        texts: Sequence[str] = ()
+        if prompts.is_text or stops:
+            show = stream if prompts.is_text and stream is not None else lambda piece: None
+            answers = answer(
+                self.network, self.text, prompts.rows, sampling, limits, stops, lambda _, piece: show(piece)
+            )
+            found, texts = answers.generated, answers.texts
         else:
-            ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
-
-        if isinstance(input_ids, Tensor):
-            if stops or (stream is not None and len(input_ids) > 1):
-                raise ArcmergeError("'stop' and, for more than one prompt, 'stream' need a single prompt or text.")
-            return self._continue(input_ids, attention_mask, sampling, max_new_tokens, ends, stream)
-        tokens, is_text = self._tokens(input_ids)
-        if not is_text and not stops:
-            listen = _listener(stream)
-            found = self.run([tokens], sampling, Limits(max_new_tokens, ends, listen))
-            return [*tokens, *found.tokens[0]]
-        pieces = Stream(self.text, stops)
-
-        def on_token(row: int, token: int) -> bool:
-            piece = "" if token in ends else pieces.push(token)
-            if stream is not None and (piece or not is_text):
-                stream(piece if is_text else token)
-            return pieces.stopped
-
-        found = self.run([tokens], sampling, Limits(max_new_tokens, ends, on_token))
-        rest = pieces.finish()
-        if stream is not None and is_text and rest:
-            stream(rest)
-        return pieces.whole if is_text else [*tokens, *found.tokens[0]]
+            found = self.run(prompts.rows, sampling, limits)
+        if found.cut:
+            warnings.warn(found.cut_sentence(self.config.max_position_embeddings), stacklevel=2)
+        if found.seed is not None:
+            self.last_seed = found.seed
+        pad = self.config.pad_token_id if config.pad_token_id is None else config.pad_token_id
+        return prompts.with_answers(found.tokens, texts, pad)
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Limits) -> Generated:
@@ -186,59 +220,53 @@ class Gemma2:
         return generate(self.network, prompts, sampling, limits)
 
     @torch.inference_mode()
-    def score(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-        """(logprob, is_greedy) of each continuation after its context, both of token numbers.
+    def score(self, pairs: Iterable[tuple[Any, Any]]) -> list[Score]:
+        """(logprob, is_greedy) of each continuation after its context, both text or both token numbers.
 
-        An empty context stands for BOS. logprob: natural logarithm of the probability of the whole continuation.
+        Text is cut into tokens as lm-eval cuts it: see `Text.split`. An empty context stands for BOS. logprob: natural
+        logarithm of the probability of the whole continuation.
         """
-        sequences = [
-            ([*(context or [self.config.bos_token_id]), *continuation], len(continuation))
-            for context, continuation in ((list(context), list(continuation)) for context, continuation in pairs)
-        ]
+        sequences = [self._sequence(number, pair) for number, pair in enumerate(pairs)]
         return score(self.network, sequences) if sequences else []
 
-    def perplexity(self, text: str | Sequence[int], window: int | None = None) -> float:
+    def perplexity(self, text: Any, window: int | None = None) -> float:
         """exp of the mean negative log-probability a token, BOS not counted.
 
         text: a str, or token numbers. window: a long text is cut into pieces of window - 1 tokens, each scored after a
         BOS of its own; by default the model's max_position_embeddings.
         """
-        bos = self.config.bos_token_id
-        tokens = self.text.encode(text) if isinstance(text, str) else list(text)
+        bos, most = self.config.bos_token_id, self.config.max_position_embeddings
+        tokens = self.text.encode(text) if isinstance(text, str) else read_row("text", text)
         tokens = tokens[1:] if tokens[:1] == [bos] else tokens
         if not tokens:
             raise ArcmergeError("perplexity needs at least one token beside BOS.")
-        size = (window or self.config.max_position_embeddings) - 1
-        if size < 1:
-            raise ArcmergeError(f"'window' must be 2 or more, is {window}.")
-        found = self.score([([bos], tokens[start : start + size]) for start in range(0, len(tokens), size)])
+        size = most if window is None else read_whole("window", window)
+        if not 2 <= size <= most:
+            raise ArcmergeError(
+                f"'window' must be from 2 to the {most} of the model's max_position_embeddings, got {size}; leave it "
+                "out for the longest."
+            )
+        starts = range(0, len(tokens), size - 1)
+        found = self.score([([bos], tokens[start : start + size - 1]) for start in starts])
         return math.exp(-sum(one.logprob for one in found) / len(tokens))
 
-    def _tokens(self, prompt: Any) -> tuple[list[int], bool]:
-        if isinstance(prompt, str):
-            return self.text.encode(prompt), True
-        prompt = list(prompt)
-        if prompt and isinstance(prompt[0], dict):
-            return self.text.chat(prompt), True
-        if not all(isinstance(token, int) for token in prompt):
-            raise ArcmergeError("a prompt must be text, messages, or token numbers; give several prompts as a tensor.")
-        return prompt, False
-
-    def _continue(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        sampling: Sampling,
-        max_new_tokens: int,
-        ends: set[int],
-        stream: Callable[[Any], object] | None,
-    ) -> Tensor:
-        rows, _, _ = _rows(input_ids, attention_mask)
-        found = self.run(rows, sampling, Limits(max_new_tokens, ends, _listener(stream)))
-        longest = max(map(len, found.tokens))
-        pad = self.config.pad_token_id
-        answers = [tokens + [pad] * (longest - len(tokens)) for tokens in found.tokens]
-        return torch.cat([input_ids, torch.tensor(answers, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+    def _sequence(self, number: int, pair: Any) -> tuple[list[int], int]:
+        """The tokens of a pair to score, and how many of them are scored."""
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ArcmergeError(f"pair {number} must be a context and a continuation, got {pair!r:.80}.")
+        context, continuation = pair
+        if isinstance(context, str) and isinstance(continuation, str):
+            context, continuation = self.text.split(context, continuation)
+        else:
+            context = read_row(f"pair {number}", context) or [self.config.bos_token_id]
+            continuation = read_row(f"pair {number}", continuation)
+        tokens, most = [*context, *continuation], self.config.max_position_embeddings
+        if len(tokens) - 1 > most:
+            raise ArcmergeError(
+                f"pair {number} has {len(tokens)} tokens, which must be at most {most + 1}: the model's "
+                f"max_position_embeddings are {most}, and nothing follows the last token; shorten the context."
+            )
+        return tokens, len(continuation)
 
 
 def _listener(stream: Callable[[Any], object] | None) -> Callable[[int, int], bool]:
@@ -248,35 +276,3 @@ def _listener(stream: Callable[[Any], object] | None) -> Callable[[int, int], bo
         return False
 
     return listen
-
-
-def _rows(
-    input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None
-) -> tuple[list[list[int]], list[list[int]], int]:
-    """Tokens of each row without padding, the columns in which they stood, and the number of columns."""
-    if not isinstance(input_ids, Tensor):
-        rows = [list(row) for row in input_ids]
-        return rows, [list(range(len(row))) for row in rows], max(map(len, rows), default=0)
-    if input_ids.dim() != 2:
-        raise ArcmergeError(f"'input_ids' must have the shape [batch, tokens], has {list(input_ids.shape)}.")
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if mask.shape != input_ids.shape:
-        raise ArcmergeError(
-            f"'attention_mask' must have the shape of 'input_ids' {list(input_ids.shape)}, has {list(mask.shape)}."
-        )
-    places = [row.nonzero().flatten().tolist() for row in mask]
-    rows = [row[place].tolist() for row, place in zip(input_ids.cpu(), places, strict=True)]
-    return rows, places, input_ids.shape[1]
-
-
-def _ends(config: Config, folder: Path) -> set[int]:
-    """eos_token_id of both files: instruction-tuned models end a turn with a token that config.json does not name."""
-    ends = set(config.eos_token_id)
-    path = folder / "generation_config.json"
-    if path.exists():
-        try:
-            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ArcmergeError(f"{path}: is not a JSON object: copy the base model's or remove it.") from error
-        ends |= {token for token in (listed if isinstance(listed, list) else [listed]) if type(token) is int}
-    return ends

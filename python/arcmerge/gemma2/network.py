@@ -13,6 +13,7 @@ from torch import Tensor
 from arcmerge import ops
 from arcmerge.gemma2.cache import Batch, Cache
 from arcmerge.gemma2.config import Config
+from arcmerge.gemma2.shared import Shared
 from arcmerge.gemma2.weights import Weights
 
 
@@ -23,14 +24,16 @@ class _Attention(TypedDict):
     stepwise: bool
 
 
-class Network:
+class Network(Shared):
     """From tokens to the normed hidden states that the head takes.
 
     stepwise: round after every step as transformers does in eager mode. Otherwise the residual stream, RoPE and
     everything inside an op stay in float32, which is closer to what the weights mean.
+    Whoever runs it or changes its weights holds its turn.
     """
 
     def __init__(self, config: Config, weights: Weights, stepwise: bool) -> None:
+        super().__init__()
         self.config = config
         self.weights = weights
         self.stepwise = stepwise

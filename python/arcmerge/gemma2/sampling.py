@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ class Sampling:
     """Names and meanings as in transformers' generate, where filters apply in the order given here.
 
     do_sample: False takes the most probable token, the lowest number among equals. repetition_penalty: from 1, no
-    penalty, up; applies to every token of prompt and answer. temperature above 0. top_k: 0 for all. top_p: 1 for all.
-    min_p: 0 for all. seed: same seed, same tokens; every row of a batch has a stream of its own, the first that of a
-    prompt alone.
+    penalty, up; applies to every token of prompt and answer. temperature: 0 takes the most probable token too. top_k: 0
+    for all. top_p: 1 for all. min_p: 0 for all. seed: same seed, same tokens; every row of a batch has a stream of its
+    own, the first that of a prompt alone. None: another for every call, from torch's generator.
     """
 
     do_sample: bool = False
@@ -29,16 +29,19 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         rules = {
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-            "temperature": (0 < self.temperature < float("inf"), "above 0; do_sample=False takes the most probable"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+            "temperature": (0 <= self.temperature < float("inf"), "from 0, which takes the most probable token, up"),
             "top_k": (type(self.top_k) is int and self.top_k >= 0, "a whole number from 0, which keeps all, up"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1, which keeps all"),
             "min_p": (0 <= self.min_p <= 1, "from 0, which keeps all, to 1"),
-            "seed": (type(self.seed) is int and 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
+            "seed": (
+                self.seed is None or (type(self.seed) is int and 0 <= self.seed < 2**63),
+                "a whole number from 0 to 2^63 - 1, or None",
+            ),
         }
         problems = [
             f"'{name}' must be {rule}, is {getattr(self, name)}." for name, (met, rule) in rules.items() if not met
@@ -46,15 +49,28 @@ class Sampling:
         if problems:
             raise ArcmergeError(problems)
 
+    @property
+    def draws(self) -> bool:
+        return self.do_sample and self.temperature > 0
+
+    def seeded(self) -> Sampling:
+        """With a seed, if tokens are drawn: torch.manual_seed settles it where it is not given."""
+        if not self.draws or self.seed is not None:
+            return self
+        return replace(self, seed=int(torch.randint(2**48, ())))
+
 
 class Chooser:
     """Chooses the next token of every sequence, and keeps what the choice depends on: tokens seen, tokens drawn."""
 
-    def __init__(self, network: Network, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, network: Network, sampling: Sampling, prompts: Sequence[Sequence[int]], streams: Sequence[int]
+    ) -> None:
         self._network = network
         self._sampling = sampling
         self._device = network.weights.norm.device
         self._steps = 0
+        self._streams = torch.tensor(list(streams), dtype=torch.int64, device=self._device) << 32
         self._seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
             words = -(-network.config.vocab_size // 32)
@@ -66,20 +82,20 @@ class Chooser:
     def choose(self, hidden: Tensor) -> list[int]:
         """A token for each row of hidden states [B, hidden_size]."""
         network, sampling = self._network, self._sampling
-        head, softcap = network.weights.embed_tokens, network.config.final_logit_softcapping
-        if not sampling.do_sample and self._seen is None:
+        head, softcap = network.weights.head, network.config.final_logit_softcapping
+        if not sampling.draws and self._seen is None:
             chosen = ops.head_argmax(hidden, head, softcap, network.stepwise)
         else:
             chosen = ops.head_sample(
                 hidden,
                 head,
                 softcap,
-                sampling.temperature if sampling.do_sample else 0.0,
+                sampling.temperature if sampling.draws else 0.0,
                 sampling.top_k,
                 sampling.top_p,
                 sampling.min_p,
-                sampling.seed,
-                self._steps + (torch.arange(len(hidden), device=self._device) << 32),
+                sampling.seed or 0,
+                self._steps + self._streams,
                 None if self._seen is None else self._seen.to(self._device),
                 sampling.repetition_penalty,
                 network.stepwise,

@@ -18,6 +18,7 @@ from arcmerge.gemma2.cache import Batch
 from arcmerge.gemma2.generation import require_tokens
 from arcmerge.gemma2.network import Network
 from arcmerge.gemma2.sequences import PASS_TOKENS, Sequences
+from arcmerge.gemma2.shared import in_turn
 
 # Slots of a cache of all layers, which branches need: 55 MB of 2.6B. Of as many tokens arithmetic takes 16 s on two
 # cores of an EPYC 7003, reading the weights once more 0.3 s.
@@ -58,6 +59,7 @@ class _Family:
         return len(self.shared.tokens) + max((len(branch.tokens) for branch in self.branches), default=0)
 
 
+@in_turn
 def score(network: Network, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
     """Scores of the last tokens of each sequence: (tokens, how many of them, at most all but the first).
 
@@ -76,6 +78,7 @@ def score(network: Network, sequences: Sequence[tuple[Sequence[int], int]]) -> l
         _add(scores, network, lanes, cached.feed([lane.tokens for lane in lanes]))
     for group in _groups([family for family in families if family.branches], BRANCH_SLOTS):
         _score_branches(scores, network, group)
+    network.weights.require_read()
     return scores
 
 
@@ -142,7 +145,7 @@ def _add(scores: list[Score], network: Network, lanes: Sequence[_Lane], passes: 
             continue
         logprobs, best = ops.head_logprob(
             hidden[torch.tensor(rows, device=device)],
-            network.weights.embed_tokens,
+            network.weights.head,
             torch.tensor([token for _, token in asked], device=device),
             network.config.final_logit_softcapping,
             network.stepwise,

@@ -30,7 +30,7 @@ class Sequences:
         if capacity > config.max_position_embeddings:
             raise ArcmergeError(
                 f"{capacity} tokens are more than the {config.max_position_embeddings} of the model's "
-                "max_position_embeddings: shorten the prompt or ask for fewer new tokens."
+                "max_position_embeddings: give fewer."
             )
         self._network = network
         self._device = network.weights.norm.device

@@ -1,18 +1,21 @@
-"""Between text and tokens: tokenizer.json, exactly one BOS, the chat template, stop strings."""
+"""Between text and tokens: tokenizer.json, exactly one BOS, the chat template."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
+from arcmerge.checkpoint.hub import locate
 from arcmerge.errors import ArcmergeError
+from arcmerge.gemma2.conversation import Messages, render, special_tokens
+from arcmerge.merging.chat_template import read_templates
 
-Messages = Sequence[Mapping[str, str]]
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Text:
@@ -37,6 +40,11 @@ class Text:
         except Exception as error:  # the library raises bare Exceptions
             raise ArcmergeError(f"{path}: is not a tokenizer ({error}): copy the base model's.") from error
 
+    @classmethod
+    def from_pretrained(cls, path: str, bos: int) -> Text:
+        """The tokenizer of a model folder or of a model on the hub."""
+        return cls(locate(path), bos)
+
     @property
     def name(self) -> str:
         """Of the folder that it came from."""
@@ -49,112 +57,99 @@ class Text:
 
     def encode_plain(self, text: str) -> list[int]:
         """Tokens of the text and nothing more; special tokens that it spells out are recognised."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids)
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Tokens with the special ones that the tokenizer itself adds, unless the text begins with BOS: Gemma's adds
-        one BOS, others may add none.
-        """
-        begins = text.startswith(str(self.tokenizer.id_to_token(self.bos)))
-        return list(self.tokenizer.encode(text, add_special_tokens=not begins).ids)
+        """Tokens with the special ones that the tokenizer itself adds: Gemma's adds one BOS, others may add none."""
+        return list(self.tokenizer.encode(well_formed(text), add_special_tokens=True).ids)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+    def split(
+        self, context: str, continuation: str, encode: Callable[[str], list[int]] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of a context and of what goes on from it, cut where the context's own tokens end, as lm-eval cuts.
+
+        Blanks at the end of the context go to the continuation. Where a token spans the end of the context and all of
+        the continuation, so that the cut leaves nothing, the continuation has the tokens of its text alone.
+        encode: from text to tokens, by default with one BOS.
+        """
+        encode = encode or self.encode
+        blanks = len(context) - len(context.rstrip())
+        context, continuation = context[: len(context) - blanks], context[len(context) - blanks :] + continuation
+        before, whole = encode(context), encode(context + continuation)
+        return before or [self.bos], whole[len(before) :] or self.encode_plain(continuation)
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of tokens, without special ones unless asked for."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """The special tokens of the tokenizer."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     def chat(self, messages: Messages) -> list[int]:
         """Tokens of a conversation up to where the model answers, by the model's own template."""
         return self.encode(self.render(messages))
 
-    def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
-        """The text of a conversation by the model's own template, in a sandbox; up to where the model answers."""
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    def render(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation by the model's own template, as `apply_chat_template` of transformers has it.
 
-        settings = self._settings()
-
-        def refuse(reason: str) -> None:
-            raise TemplateError(reason)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        special = {key: _content(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        special["bos_token"] = special["bos_token"] or str(self.tokenizer.id_to_token(self.bos))
-        try:
-            template = environment.from_string(self.template)
-            return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **special)
-        except TemplateError as error:
-            raise ArcmergeError(f"{self._folder}: its chat template refuses this conversation: {error}.") from error
+        add_generation_prompt: up to where the model answers. continue_final_message: up to the end of the last
+        message's content, which the model goes on writing; it takes the place of a generation prompt. template: the
+        name of another of the model's templates. variables: what else the template reads, such as tools and documents.
+        """
+        names = {"bos_token": str(self.tokenizer.id_to_token(self.bos)), **special_tokens(self._folder)}
+        return render(
+            self.template_named(template),
+            messages,
+            source=self.name,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            **{**names, **variables},
+        )
 
     @property
     def template(self) -> str:
         """The chat template; ArcmergeError if the folder has none."""
-        file = self._folder / "chat_template.jinja"
-        if file.exists():
-            return file.read_text(encoding="utf-8")
-        template = self._settings().get("chat_template")
-        if isinstance(template, list):  # several, by name
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
-        if not isinstance(template, str):
+        return self.template_named(None)
+
+    def template_named(self, name: str | None) -> str:
+        """The chat template of that name, by default "default"; ArcmergeError if the folder has none."""
+        templates = read_templates(self._folder)
+        if not templates:
             raise ArcmergeError(
                 f"{self._folder}: has no chat template, as base models have none: give a plain prompt, or copy "
                 "chat_template from the instruction-tuned parent."
             )
-        return template
+        if (found := templates.get(name or "default")) is None:
+            raise ArcmergeError(
+                f"{self._folder}: has no chat template '{name or 'default'}'; its templates are {', '.join(templates)}."
+            )
+        return found
 
-    def _settings(self) -> Mapping[str, Any]:
-        path = self._folder / "tokenizer_config.json"
-        if not path.exists():
-            return {}
+    @cached_property
+    def ends_of_turn(self) -> frozenset[int]:
+        """The special token that the chat template writes after an assistant's message, at most one.
+
+        It ends a turn where generation_config.json was lost, as it often is in merges.
+        """
+        said = "7f3a"
+        messages = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ArcmergeError(f"{path}: is not JSON ({error}): copy the base model's.") from error
-        return settings if isinstance(settings, dict) else {}
+            after = self.render(messages, add_generation_prompt=False).rpartition(said)[2]
+        except ArcmergeError:  # no template, or one of other conversations
+            return frozenset()
+        return frozenset(self.encode_plain(after.lstrip())[:1]) & self.special
 
 
-def _content(token: object) -> str:
-    """A special token of tokenizer_config.json is a string or an object with its content."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else ""
-
-
-class Stream:
-    """Text of an answer as its tokens come, complete characters only, and never past a stop string."""
-
-    def __init__(self, text: Text, stop: Sequence[str]) -> None:
-        self._tokenizer = text.tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._stop = stop
-        self._shown = 0
-        self.whole = ""
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        """What may be shown now that `token` has come."""
-        self.whole += self._decoder.step(self._tokenizer, token) or ""
-        ends = [end for end in (self.whole.find(stop) for stop in self._stop) if end >= 0]
-        if ends:
-            self.stopped = True
-            self.whole = self.whole[: min(ends)]
-            return self._show(len(self.whole))
-        return self._show(len(self.whole) - self._withheld())
-
-    def finish(self) -> str:
-        """What was held back, as it might have become a stop string."""
-        return self._show(len(self.whole))
-
-    def _show(self, end: int) -> str:
-        shown, self._shown = self._shown, max(self._shown, end)
-        return self.whole[shown : self._shown]
-
-    def _withheld(self) -> int:
-        """Characters at the end that may turn into a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
-        for length in range(min(longest, len(self.whole)), 0, -1):
-            if any(stop.startswith(self.whole[-length:]) for stop in self._stop):
-                return length
-        return 0
+def well_formed(text: str) -> str:
+    """`text` with U+FFFD for what UTF-8 cannot spell: bytes of a command line that were no text."""
+    return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)
