@@ -1,97 +1,168 @@
-"""arcmerge's attention and its mask, as transformers calls them by name."""
+"""arcmerge's attention, as transformers calls it by name and as accelerated models do.
+
+Masks are those of transformers' eager attention. Where one says no more than causality, a window and padding at the
+ends, the op computes; all else is computed by the eager attention of the model's own architecture.
+"""
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import eager_mask
-from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
 from arcmerge import ops
+from arcmerge.errors import needed
+from arcmerge.integrations.conditions import serves
 from arcmerge.ops.attention import HEAD_DIMS
+
+with needed("transformers", by="arcmerge.integrations.transformers", extra="transformers"):
+    from transformers.utils.generic import TransformersKwargs
 
 NAME = "arcmerge"
 
+# What eager attention is given too and does not read; of anything else the op might miss the meaning.
+_UNREAD = {*TransformersKwargs.__annotations__, "cache_position", "position_embeddings", "use_cache", "dropout"}
+
 
 def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls by name: takes masks of bool too, True where a query sees a key, as sdpa does."""
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, hidden)
+    return eager_attention(module, query, key, value, attention_mask, **named)
+
+
+def eager_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **named: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """query [B, H, T, Dh], key and value [B, Hkv, S, Dh] -> ([B, T, H, Dh], weights or None).
 
-    attention_mask: from `visible_keys`. Rows of padding come out as zeros. What ops.attention has not goes through
-    transformers' eager attention: gradients, dropout, masks of four dimensions, attention to what follows, other heads.
+    attention_mask: what is added to the scores, [B, 1, T, S].
     """
-    batch, tokens, head_dim = query.shape[0], query.shape[2], query.shape[3]
-    causal = getattr(module, "is_causal", True)
-    recorded = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
-    of_four = attention_mask is not None and attention_mask.dim() == 4
-    if recorded or dropout or of_four or not causal or head_dim not in HEAD_DIMS:
-        mask = _added(attention_mask, query, key, sliding_window) if causal or of_four else None
-        return gemma2.eager_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap
-        )
-    device = query.device
-    how: dict[str, Any] = {
-        "scale": head_dim**-0.5 if scaling is None else scaling,
-        "softcap": softcap or 0.0,
-        "window": sliding_window or 0,
-    }
-    rows = query.transpose(1, 2)
-    if attention_mask is None:
-        visible, asked = None, torch.ones(batch, tokens, dtype=torch.bool, device=device)
-        lengths = torch.full((batch,), key.shape[2], dtype=torch.int32, device=device)
-    else:
-        visible = attention_mask.to(device, torch.bool)
-        end = _end(visible)
-        asked = visible[:, end - tokens : end]
-        lengths = visible.sum(dim=1, dtype=torch.int32)
+    runs = None
+    if _is_common(query, key, value, module, named) and serves(module, query, (key, value), attention_mask):
+        runs = _Runs.of(attention_mask, query, key, sliding_window)
+    if runs is None:
+        given = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, **named}
+        return _eager(module, query, key, value, attention_mask, given)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    attended, asked = _attend(
+        query, key, value, runs, {"scale": scale, "softcap": softcap or 0.0, "window": runs.window}
+    )
+    if not asked.all():
+        # What eager attention gives to a query that sees no key: all scores are equally low.
+        mean = value.mean(dim=2, keepdim=True).transpose(1, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=2)
+        attended = torch.where(asked[:, :, None, None], attended, mean)
+        after = runs.places >= runs.end[:, None]
+        if columns := after.any(dim=0).nonzero().flatten().tolist():
+            assert attention_mask is not None
+            given = {"scaling": scale, "softcap": softcap}
+            rest, _ = _eager(module, query[:, :, columns], key, value, attention_mask[:, :, columns], given)
+            attended[:, columns] = torch.where(after[:, columns, None, None], rest, attended[:, columns])
+    return attended, None
+
+
+def _is_common(query: Tensor, key: Tensor, value: Tensor, module: nn.Module, named: dict[str, Any]) -> bool:
+    """Whether shapes and arguments ask for nothing that the op has not: weights, dropout, sinks, other heads."""
+    of_config = getattr(getattr(module, "config", None), "output_attentions", False)
+    return (
+        not named.get("output_attentions", of_config)
+        and not named.get("dropout")
+        and all(name in _UNREAD or argument is None for name, argument in named.items())
+        and key.shape == value.shape
+        and query.shape[3] == key.shape[3]
+        and query.shape[3] in HEAD_DIMS
+        and query.shape[1] % key.shape[1] == 0
+    )
+
+
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, named: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The eager attention of the architecture that the module is of."""
+    homes = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    eager = next(home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward"))
+    attended: tuple[Tensor, Tensor | None] = eager(module, query, key, value, mask, **named)
+    return attended
+
+
+def sees_all(mask: Tensor | None, keys: int) -> bool:
+    """Whether a mask of eager attention hides none of the keys from a single query."""
+    return mask is None or (mask.shape == (1, 1, 1, keys) and mask.is_floating_point() and not mask.any())
+
+
+class _Runs(NamedTuple):
+    """A mask in short: query t of sequence b, in slot places[t], sees the slots from first[b] to end[b] up to its own.
+
+    first, end: [B], int64. places: [T]. window: of the slots up to its own only so many, 0: all.
+    """
+
+    first: Tensor
+    end: Tensor
+    places: Tensor
+    window: int
+
+    @classmethod
+    def of(cls, mask: Tensor | None, query: Tensor, key: Tensor, window: int | None) -> _Runs | None:
+        """None for a mask that says something else."""
+        (batch, _, tokens, _), slots, device = query.shape, key.shape[2], key.device
+        if mask is None:
+            ends = torch.tensor([[0], [slots]], device=device).expand(2, batch)
+            return cls(ends[0], ends[1], torch.tensor([slots - 1], device=device), 0) if tokens == 1 else None
+        if not mask.is_floating_point() or mask.shape not in ((batch, 1, tokens, slots), (1, 1, tokens, slots)):
+            return None
+        visible = mask[:, 0] == 0
+        if not (visible | (mask[:, 0] == torch.finfo(mask.dtype).min)).all():
+            return None
+        used, numbers = visible.any(dim=1).to(torch.uint8), torch.arange(slots, device=device)
+        first, end = used.argmax(dim=1), slots - used.flip(1).argmax(dim=1)
+        end = end.where(used.any(dim=1).to(torch.bool), first)
+        run = (numbers >= first[:, None]) & (numbers < end[:, None])
+        # The newest key is in the last slot, or in the last that any sequence sees where a cache has room after it.
+        for after in dict.fromkeys((slots, int(end.max()))):
+            places = torch.arange(after - tokens, after, device=device)
+            seen = numbers <= places[:, None]
+            if window:
+                seen &= numbers > places[:, None] - window
+            if after >= tokens and torch.equal(seen & run[:, None], visible):
+                return cls(first.expand(batch), end.expand(batch), places, window or 0)
+        return None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, runs: _Runs, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """[B, T, H, Dh], and [B, T]: which queries are inside the run of their sequence; others are not set."""
+    batch, _, tokens, head_dim = query.shape
+    rows, asked = query.transpose(1, 2), (runs.places >= runs.first[:, None]) & (runs.places < runs.end[:, None])
+    lengths = (runs.end - runs.first).to(torch.int32)
+    if runs.first.any():
         # The op takes the tokens of a sequence from slot 0 on.
-        order = (~visible).to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None].expand(key.shape)
+        slots = torch.arange(key.shape[2], device=key.device)
+        order = ((slots + runs.first[:, None]) % len(slots))[:, None, :, None].expand(key.shape)
         key, value = key.gather(2, order), value.gather(2, order)
     key, value = key.contiguous(), value.contiguous()
     if tokens == 1:
-        return _decode(rows[:, 0], key, value, lengths * asked[:, 0], how), None
-    starts = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+        return _decode(rows[:, 0], key, value, lengths * asked[:, 0], how), asked
+    starts = torch.zeros(batch + 1, dtype=torch.int32, device=key.device)
     starts[1:] = asked.sum(dim=1).cumsum(dim=0)
-    packed = rows.reshape(-1, rows.shape[2], head_dim) if visible is None else rows[asked]
-    found = ops.attention(packed.contiguous(), key, value, starts, lengths, tokens, **how)
-    if visible is None:
-        return found.view(rows.shape), None
+    if asked.all():
+        packed = rows.reshape(-1, rows.shape[2], head_dim)
+        return ops.attention(packed, key, value, starts, lengths, tokens, **how).view(rows.shape), asked
     out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-    out[asked] = found
-    return out, None
-
-
-def _end(visible: Tensor) -> int:
-    """After the last key that any sequence sees; queries stand at the last positions before."""
-    return int(visible.any(dim=0).nonzero().max()) + 1
-
-
-def _added(mask: Tensor | None, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """What eager attention adds to its logits, [B, 1, T, S], of any mask that attention_forward takes."""
-    if mask is not None and mask.dim() == 4 and mask.dtype != torch.bool:
-        return mask
-    if mask is None or mask.dim() == 2:
-        keys, tokens = key.shape[2], query.shape[2]
-        end = keys if mask is None else _end(mask)
-        slots = torch.arange(keys, device=key.device)
-        places = torch.arange(end - tokens, end, device=key.device)[:, None]
-        seen = (slots <= places) & (slots > places - (window or keys))
-        mask = seen[None, None] if mask is None else seen & mask[:, None, None]
-    hidden = torch.finfo(query.dtype).min
-    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, hidden)
+    out[asked] = ops.attention(rows[asked], key, value, starts, lengths, tokens, **how)
+    return out, asked
 
 
 def _decode(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, how: dict[str, Any]) -> Tensor:
@@ -112,45 +183,7 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, how: dic
 @lru_cache(maxsize=1)
 def _no_rotation(keys: int, head_dim: int, device: torch.device) -> Tensor:
     """A rope table whose angles are all zero."""
-    table = torch.zeros(keys, head_dim, device=device)
-    table[:, : head_dim // 2] = 1.0
-    return table
-
-
-def visible_keys(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    device: torch.device | str = "cpu",
-    **named: Any,
-) -> Tensor | None:
-    """[batch, keys] bool: which keys are tokens that some query may see; None: all. Causality and windows are the op's.
-
-    Where that does not say it all, as of several sequences in one row: the mask of transformers' eager attention.
-    """
-    if attention_mask is not None:
-        device = attention_mask.device
-    if allow_is_bidirectional_skip or (not allow_is_causal_skip and q_length > 1):
-        mask: Tensor | None = eager_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            attention_mask=attention_mask,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-            device=device,
-            **named,
-        )
-        return mask
-    written = torch.arange(kv_offset, kv_offset + kv_length, device=device) < q_offset + q_length
-    visible = written.expand(batch_size, -1)
-    if attention_mask is not None:
-        padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-        visible = visible & nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
-    return None if visible.all() else visible
+    with torch.inference_mode(False):  # as calls outside of that mode take it too
+        table = torch.zeros(keys, head_dim, device=device)
+        table[:, : head_dim // 2] = 1.0
+        return table

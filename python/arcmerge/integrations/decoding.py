@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from arcmerge import ops
+from arcmerge.integrations.attention import sees_all
 from arcmerge.ops.recording import recorded
 
 # Tokens for which keys and values get room at once: 0.5 MB a layer of 2.6B.
@@ -28,8 +29,12 @@ class Rotation:
 
     def __init__(self, positions: int) -> None:
         self.positions = positions
+        self.lock = threading.Lock()  # of the row from its writing to the end of the step that reads it
         self._table = torch.empty(0)
         self._written: tuple[Tensor, int] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rotation, (self.positions,)
 
     def table(self, embeddings: tuple[Tensor, Tensor], position: int) -> Tensor:
         """[positions, Dh], of which row `position` is that of embeddings: cos and sin [1, 1, Dh]."""
@@ -86,15 +91,14 @@ class DecodingStep:
         self._layer = layer
         self._rotation = rotation
         self._rooms: WeakKeyDictionary[Any, _Room] = WeakKeyDictionary()
-        self._lock = threading.Lock()
-        self._addresses: list[int] = []
+        self._recorded: list[Any] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles, as parts of a layer's, begin anew."""
         return DecodingStep, (self._layer, self._rotation)
 
-    def serves(self, x: Tensor, cache: Any) -> bool:
-        """x: [B, T, D]. Whether it is one token, whose cache is a DynamicCache that does not drop or move tokens."""
+    def serves(self, x: Tensor, mask: Tensor | None, cache: Any) -> bool:
+        """x: [B, T, D]. Whether it is one token that sees all of a DynamicCache, which does not drop or move tokens."""
         number = self._layer.self_attn.layer_idx
         if x.shape[:2] != (1, 1) or type(cache) is not DynamicCache or cache.offloading or number >= len(cache.layers):
             return False
@@ -105,12 +109,13 @@ class DecodingStep:
         if kept.is_sliding and (kept.record_past or length >= kept.sliding_window):
             return False
         keys = kept.keys
-        return keys.shape[2] + 1 == length <= self._rotation.positions and keys.dtype == x.dtype and len(keys) == 1
+        is_whole = keys.shape[2] + 1 == length <= self._rotation.positions
+        return is_whole and keys.dtype == x.dtype and len(keys) == 1 and sees_all(mask, length)
 
     def __call__(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: DynamicCache) -> Tensor:
         """[1, 1, D] of x [1, 1, D], the residual stream; its key and value go to the cache."""
         kept: Any = cache.layers[self._layer.self_attn.layer_idx]
-        with self._lock:
+        with self._rotation.lock:
             room = self._rooms.get(kept)
             if room is None or not room.serves(kept):
                 room = self._rooms[kept] = _Room.of(kept)
@@ -118,9 +123,10 @@ class DecodingStep:
             table = self._rotation.table(position_embeddings, length - 1)
             reads = [*self._weights(), table, *room.buffers]
             # Parameters that were replaced or moved would leave a recording with addresses of nothing.
-            if (addresses := [tensor.data_ptr() for tensor in reads]) != self._addresses:
+            memory = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in reads]
+            if (now := [x.dtype, self._eps(), *self._numbers().values(), *memory]) != self._recorded:
                 self._record(x, length, table, room)
-                self._addresses = addresses
+                self._recorded = now
             self._x.copy_(x[0])
             self._length.fill_(length)
             if self._recording.whole:
@@ -140,19 +146,21 @@ class DecodingStep:
             self._out = self._through(table, room)
 
     def _weights(self) -> list[Tensor]:
-        layer = self._layer
-        attention, mlp = layer.self_attn, layer.mlp
-        parts = [
-            *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
-            *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
-            *(layer.input_layernorm, layer.post_attention_layernorm),
-            *(layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm),
-        ]
-        return [part.weight for part in parts]
+        weights: list[Tensor] = self._layer.weights()
+        return weights
+
+    def _eps(self) -> float:
+        eps: float = self._layer.input_layernorm.eps
+        return eps
+
+    def _numbers(self) -> dict[str, Any]:
+        """What the recorded calls are given beside tensors. The mask has said that no window hides a key."""
+        attention = self._layer.self_attn
+        return {"scale": attention.scaling, "softcap": attention.attn_logit_softcapping or 0.0}
 
     def _through(self, table: Tensor, room: _Room) -> Tensor:
         query, key, value, output, gate, up, down, *norms = self._weights()
-        attention, eps = self._layer.self_attn, self._layer.input_layernorm.eps
+        eps = self._eps()
         qkv = ops.linear(ops.rmsnorm(self._x, norms[0], eps), [query, key, value])
         attended = ops.attention_decode(
             qkv,
@@ -160,10 +168,8 @@ class DecodingStep:
             self._length,
             *room.buffers,
             self._counters,
-            len(query) // attention.head_dim,
-            scale=attention.scaling,
-            softcap=attention.attn_logit_softcapping or 0.0,
-            window=attention.sliding_window or 0,
+            len(query) // self._layer.self_attn.head_dim,
+            **self._numbers(),
         )
         branch = ops.linear(attended, [output])
         residual, normed = ops.rmsnorm_add_rmsnorm(branch, self._x, norms[1], norms[2], eps)

@@ -12,16 +12,21 @@ import logging
 import sys
 from typing import Any
 
-import mergekit.merge
-import mergekit.scripts.run_yaml
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
-
-from arcmerge.errors import ArcmergeError
+from arcmerge import interrupts
+from arcmerge.errors import ArcmergeError, needed
 from arcmerge.integrations.undo import Undo
 from arcmerge.merging.merge import merge
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import prepare
+
+if __name__ == "__main__":  # what follows takes seconds
+    interrupts.end_at_once("nothing was written")
+
+with needed("mergekit", by="arcmerge.integrations.mergekit", extra="mergekit", module=__name__):
+    import mergekit.merge
+    import mergekit.scripts.run_yaml
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
 
 _theirs = mergekit.merge.run_merge
 _log = logging.getLogger(__name__)
@@ -41,6 +46,7 @@ def run(
     text = config_source or str(merge_config.to_yaml())
     if (reason := objection(text, options)) is not None:
         _log.warning("mergekit does this merge itself: %s", reason)
+        interrupts.say("what mergekit has written is incomplete")
         _theirs(merge_config, out_path, options, config_source)
         return
     report = merge(text, out_path, warn=_log.warning, **_options(options))
@@ -52,7 +58,7 @@ def objection(text: str, options: MergeOptions) -> str | None:
     if not options.safe_serialization:
         return "pickled output is asked for"
     try:
-        prepare(text + "\n", Options.of(_options(options)), lambda sentence: None)
+        prepare(text, Options.of(_options(options)), lambda sentence: None)
     except ArcmergeError as error:
         return error.problems[0]
     return None

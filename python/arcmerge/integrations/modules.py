@@ -1,8 +1,8 @@
 """The modules of transformers' Gemma-2 with forwards by arcmerge's ops.
 
 Each is a kind of the module that it takes the place of, so that what looks for that one finds it, and copies and
-pickles are whole. Where gradients are recorded, or where a part is not that of a plain Gemma-2, as an adapter or one
-with a hook that an op would pass over, the forward is that of transformers.
+pickles are whole. Where `conditions` does not hold, or where a part is not that of a plain Gemma-2, as an adapter or
+one with a hook that an op would pass over, the forward is that of transformers.
 """
 
 from __future__ import annotations
@@ -12,43 +12,55 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.activations import ACT2FN
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
 from arcmerge import ops
-from arcmerge.integrations.attention import NAME
+from arcmerge.integrations.attention import NAME, attention_forward, eager_attention
+from arcmerge.integrations.conditions import is_untouched, serves
 from arcmerge.integrations.decoding import DecodingStep
+from arcmerge.ops.attention import HEAD_DIMS
+
+_GELU = type(ACT2FN["gelu_pytorch_tanh"])
+# Implementations of attention that take the masks of eager attention.
+_ATTENTION = {"eager": eager_attention, NAME: attention_forward}
 
 
 class Norm(gemma2.Gemma2RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        if _recorded(self, x):
+        if not serves(self, x, [self.weight]):
             return super().forward(x)
-        return ops.rmsnorm(x, self.weight, self.eps).to(x.dtype)
+        return ops.rmsnorm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
     """One that has no bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if _recorded(self, x) else _linear(x, self.weight)
+        return _linear(x, self.weight) if serves(self, x, [self.weight]) else super().forward(x)
 
 
 class MLP(gemma2.Gemma2MLP):
     def is_plain(self) -> bool:
-        is_known = self.config.hidden_activation == "gelu_pytorch_tanh"
-        return is_known and _are_linear(self.gate_proj, self.up_proj, self.down_proj)
+        return is_untouched(self.act_fn, _GELU) and _are_linear(self.gate_proj, self.up_proj, self.down_proj)
+
+    def weights(self) -> list[Tensor]:
+        return [self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight]
 
     def forward(self, x: Tensor) -> Tensor:
-        if _recorded(self, x) or not self.is_plain():
+        if not (self.is_plain() and serves(self, x, self.weights())):
             return super().forward(x)
-        inner = ops.linear_geglu(x.flatten(0, -2), self.gate_proj.weight, self.up_proj.weight)
-        return _linear(inner, self.down_proj.weight).view(x.shape)
+        gate, up, down = self.weights()
+        return _linear(ops.linear_geglu(x.flatten(0, -2), gate, up), down).view(x.shape)
 
 
 class Attention(gemma2.Gemma2Attention):
     def is_plain(self) -> bool:
-        return _are_linear(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        is_known = self.config._attn_implementation in _ATTENTION and self.head_dim in HEAD_DIMS
+        return is_known and _are_linear(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+
+    def weights(self) -> list[Tensor]:
+        return [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.o_proj.weight]
 
     def forward(
         self,
@@ -59,21 +71,22 @@ class Attention(gemma2.Gemma2Attention):
         **named: Any,
     ) -> tuple[Tensor, Tensor | None]:
         cache = named.pop("past_key_values", cache)  # as it was called before transformers 5.20
-        if _recorded(self, hidden_states) or not self.is_plain():
+        met = *position_embeddings, attention_mask, *_states(cache, self.layer_idx)
+        served = self.is_plain() and serves(self, hidden_states, self.weights(), *met)
+        if not (served and _fits(hidden_states, *position_embeddings)):
             return super().forward(hidden_states, position_embeddings, attention_mask, cache, **named)
         batch, tokens = hidden_states.shape[:-1]
-        projections = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
+        *projections, output = self.weights()
         heads = [len(weight) // self.head_dim for weight in projections]
         qkv = ops.linear(hidden_states.flatten(0, -2), projections)
         query, key, value = qkv.view(len(qkv), -1, self.head_dim).split(heads, dim=1)
         # Into tensors of their own, as a cache takes them: by one op for fourteen of torch.
         states = key.new_empty(2, batch, heads[1], tokens, self.head_dim)
-        query = ops.rope_cache(query, key, value, *_rotation(*position_embeddings, batch), *states)
+        query = ops.rope_cache(query, key, value, *_rotation(*position_embeddings, batch, tokens), *states)
         query, (key, value) = query.view(batch, tokens, -1, self.head_dim).transpose(1, 2), states
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, gemma2.eager_attention_forward)
-        attended, weights = attend(
+        attended, weights = _ATTENTION[self.config._attn_implementation](
             self,
             query,
             key,
@@ -85,21 +98,27 @@ class Attention(gemma2.Gemma2Attention):
             softcap=self.attn_logit_softcapping,
             **named,
         )
-        return _linear(attended.flatten(2), self.o_proj.weight), weights
+        return _linear(attended.flatten(2), output), weights
 
 
 class DecoderLayer(gemma2.Gemma2DecoderLayer):
     """step: what serves it when there is one token."""
 
     step: DecodingStep
+    self_attn: Attention
+    mlp: MLP
 
     def is_plain(self) -> bool:
         """Whether nothing would be missed if none of the modules inside were called."""
-        parts: list[tuple[Any, type]] = [(self.self_attn, Attention), (self.mlp, MLP)]
-        return self._norms_are_plain() and all(_is_untouched(part, kind) and part.is_plain() for part, kind in parts)
+        attention, mlp, norms = self.self_attn, self.mlp, self._norms()
+        return (
+            all(is_untouched(norm, Norm) and norm.eps == norms[0].eps for norm in norms)
+            and (is_untouched(attention, Attention) and attention.is_plain())
+            and (is_untouched(mlp, MLP) and mlp.is_plain())
+        )
 
-    def _norms_are_plain(self) -> bool:
-        return all(_is_untouched(norm, Norm) for norm in self._norms())
+    def weights(self) -> list[Tensor]:
+        return [*self.self_attn.weights(), *self.mlp.weights(), *(norm.weight for norm in self._norms())]
 
     def _norms(self) -> list[Any]:
         names = "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
@@ -115,10 +134,11 @@ class DecoderLayer(gemma2.Gemma2DecoderLayer):
         **named: Any,
     ) -> Tensor:
         cache = named.pop("past_key_values", cache)
-        if _recorded(self, hidden_states) or not self._norms_are_plain():
+        met = *position_embeddings, attention_mask, *_states(cache, self.self_attn.layer_idx)
+        served = self.is_plain() and serves(self, hidden_states, self.weights(), *met)
+        if not (served and _fits(hidden_states, *position_embeddings)):
             return super().forward(hidden_states, position_embeddings, attention_mask, position_ids, cache, **named)
-        by_us = attention_mask is None and self.config._attn_implementation == NAME
-        if by_us and self.step.serves(hidden_states, cache) and self.is_plain():
+        if self.step.serves(hidden_states, attention_mask, cache):
             return self.step(hidden_states, position_embeddings, cache)
         first, second, third, last = self._norms()
         branch, _ = self.self_attn(
@@ -142,28 +162,32 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _recorded(module: nn.Module, x: Tensor) -> bool:
-    """Whether gradients are wanted of the input or of a weight."""
-    return torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in module.parameters()))
-
-
-def _is_untouched(part: nn.Module, kind: type) -> bool:
-    """Whether a part is of that kind, and would do nothing but its forward if it were called."""
-    return type(part) is kind and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
-
-
 def _are_linear(*parts: Any) -> bool:
-    return all(_is_untouched(part, nn.Linear) and part.bias is None for part in parts)
+    return all(is_untouched(part, nn.Linear) and part.bias is None for part in parts)
+
+
+def _states(cache: Any, layer: int) -> tuple[Any, ...]:
+    """Keys and values that a cache holds, which bring gradients where they are a learned prefix."""
+    layers = getattr(cache, "layers", ()) if torch.is_grad_enabled() else ()
+    return (layers[layer].keys, layers[layer].values) if layer < len(layers) else ()
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return ops.linear(x.flatten(0, -2), [weight]).view(*x.shape[:-1], -1)
 
 
+def _fits(x: Tensor, cosine: Tensor, sine: Tensor) -> bool:
+    """Whether cos and sin [1 or B, 1 or T, Dh] rotate queries and keys of x [B, T, D], and make no more of them."""
+    is_one = cosine.shape == sine.shape and cosine.dtype == sine.dtype == x.dtype
+    return is_one and x.dim() == 3 and all(size in (1, of) for size, of in zip(cosine.shape[:2], x.shape, strict=False))
+
+
 @lru_cache(maxsize=1)  # Every layer of a step asks for the same.
-def _rotation(cosine: Tensor, sine: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Table, positions and sequences for ops.rope_cache, of cos and sin [1 or B, T, Dh] whose halves are the same."""
+def _rotation(cosine: Tensor, sine: Tensor, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Table, positions and sequences for ops.rope_cache, of cos and sin whose halves are the same."""
     half = cosine.shape[2] // 2
-    table = torch.cat([cosine[..., :half], sine[..., :half]], dim=2).expand(batch, -1, -1).flatten(0, 1).contiguous()
+    table = (
+        torch.cat([cosine[..., :half], sine[..., :half]], dim=2).expand(batch, tokens, -1).flatten(0, 1).contiguous()
+    )
     rows = torch.arange(len(table), device=table.device)
-    return table, rows, rows // cosine.shape[1]
+    return table, rows, rows // tokens
