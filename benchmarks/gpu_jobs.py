@@ -165,7 +165,7 @@ def merge() -> dict[str, Measurement]:
     outs = [OnDevice().empty(count) for count in counts]
     matrices = torch.empty(len(counts), 2, 2, dtype=torch.float64, device=device().memory)
     nonfinite = torch.zeros(len(counts), dtype=torch.int64, device=device().memory)
-    method, inputs = METHODS["slerp"], Inputs(count=2, base=0, shared={"t": 0.3, "normalize": False})
+    method, inputs = METHODS["slerp"], Inputs(count=2, base=0, shared={"t": 0.3, "slerp_normalize": False})
 
     def coefficients() -> Tensor:
         values = [method.coefficients(matrix, inputs).values.tolist() for matrix in matrices.numpy(force=True)]

@@ -102,6 +102,7 @@ def rules(recipe: Recipe) -> list[dict[str, Any]]:
     return [
         {**({"filter": rule.filter} if rule.filter is not None else {}), "value": list(rule.values)}
         for rule in recipe.parameters.rules.get("t", ())
+        if rule.values
     ]
 
 

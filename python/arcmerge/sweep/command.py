@@ -20,7 +20,7 @@ _DEFAULT = "0:1:0.1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="mergekit YAML file")
+    parser.add_argument("config", metavar="CONFIG", help="mergekit YAML file, or its text")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the results (default: sweep-CONFIG)")
 
     score = parser.add_argument_group("what candidates are scored by, one of").add_mutually_exclusive_group(
@@ -54,11 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """Carry out the command; returns what to say of it in the end."""
-    from arcmerge.merging.recipe import load_recipe
+    from arcmerge.merging.recipe import is_text, load_recipe
     from arcmerge.sweep.run import BEST, PLOT, sweep
 
     recipe = load_recipe(arguments.config)
-    out = arguments.out or Path(f"sweep-{arguments.config.stem}")
+    out = arguments.out or Path(f"sweep-{'recipe' if is_text(arguments.config) else Path(arguments.config).stem}")
     score = _score(arguments)
     with counted_bar(arguments.quiet, "scoring") as show:
 

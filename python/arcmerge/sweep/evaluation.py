@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from arcmerge.errors import ArcmergeError
+from arcmerge.errors import ArcmergeError, needed
 from arcmerge.sweep.candidates import Candidate
 from arcmerge.sweep.scores import Score
 
@@ -63,10 +63,8 @@ class Cluster:
     """
 
     def __init__(self, bench: Bench) -> None:
-        try:
+        with needed("ray", by="--ray", extra="ray"):
             import ray
-        except ImportError as error:
-            raise ArcmergeError("--ray needs ray, which is not installed; pip install 'arcmerge[ray]'") from error
         self._ray: Any = ray
         if not self._ray.is_initialized():
             self._ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
@@ -136,12 +134,11 @@ class Worker:
     """An actor: a residence of the parents with threads of its own."""
 
     def __init__(self, bench: Bench, threads: int) -> None:
-        import torch
+        import torch  # noqa: F401, so that its threads are set too
 
-        from arcmerge import _C
+        from arcmerge.threads import use_threads
 
-        _C.set_threads(threads)
-        torch.set_num_threads(threads)
+        use_threads(threads)
         bench.options["threads"] = threads
         self._here = Here(bench)
 

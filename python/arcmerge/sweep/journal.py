@@ -25,6 +25,17 @@ class Scored:
     seconds: float = 0.0
     proposed: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for values of other types, which only a file can hold."""
+        numbers = (self.score, self.seconds, *self.varied.values())
+        if not (
+            isinstance(self.name, str)
+            and isinstance(self.parameters, Mapping)
+            and isinstance(self.proposed, bool)
+            and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+        ):
+            raise TypeError("a candidate has a name, parameters, and numbers for what was varied, score and seconds")
+
 
 class Journal:
     """Lines of JSON in a file: first what the sweep is, then its candidates as they were scored.
@@ -65,15 +76,15 @@ class Journal:
 
     def _read(self) -> list[Scored]:
         """What is in the file, which is left with whole lines: one that the end of a run cut short was not scored."""
-        self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]
         try:
+            self._file.seek(0)
+            text = self._file.read()
+            whole = text[: text.rfind("\n") + 1]
             about, *rest = [json.loads(line) for line in whole.splitlines()] or [self._about]
             scored = [Scored(**entry) for entry in rest]
             if about.keys() != self._about.keys():
                 raise ValueError("another's keys")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ArcmergeError(f"{self._name}: is not the journal of a sweep; name another --out") from error
         if scored and (different := [key for key in about if about[key] != self._about[key]]):
             raise ArcmergeError(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from arcmerge.sweep.journal import Scored
 
+TABLES = ("results.csv", "results.json")
+
 
 def best_of(scored: Sequence[Scored], minimize: bool) -> Scored | None:
     """The first with the best score; what has none, as NaN, is never it."""
@@ -26,9 +28,9 @@ def write_tables(scored: Sequence[Scored], folder: Path) -> None:
     writer.writerow(["candidate", *names, "score", "seconds"])
     for one in scored:
         writer.writerow([one.name, *(one.varied.get(name, "") for name in names), one.score, f"{one.seconds:.2f}"])
-    write_whole(folder / "results.csv", table.getvalue())
+    write_whole(folder / TABLES[0], table.getvalue())
     entries = [{**vars(one), "score": one.score if one.score == one.score else None} for one in scored]
-    write_whole(folder / "results.json", json.dumps(entries, indent=2) + "\n")
+    write_whole(folder / TABLES[1], json.dumps(entries, indent=2) + "\n")
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arcmerge.errors import ArcmergeError
+from arcmerge.interrupts import held
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import Config, Warn, prepare
 from arcmerge.merging.recipe import load_recipe
@@ -18,7 +19,7 @@ from arcmerge.sweep.candidates import Candidate, parents
 from arcmerge.sweep.evaluation import Bench, Cluster, Here
 from arcmerge.sweep.journal import Journal, Scored
 from arcmerge.sweep.plots import plot
-from arcmerge.sweep.results import best_of, write_tables, write_whole
+from arcmerge.sweep.results import TABLES, best_of, write_tables, write_whole
 from arcmerge.sweep.scores import Score
 from arcmerge.sweep.search import Optimize, Search
 
@@ -56,27 +57,38 @@ def sweep(
     prepared = prepare(recipe.text, Options.of({**options, "device": device}), warn)
     shards = {str(one.folder.resolve()): one.fingerprint() for one in prepared.checkpoints.values()}
     about = {"recipe": recipe.text, "score": score.identity, "parents": shards, "numerics": numerics}
+    if not (folder / JOURNAL).exists():
+        for name in (BEST, PLOT, *TABLES):
+            if (folder / name).exists():
+                raise ArcmergeError(
+                    f"{folder / name}: would be replaced, and no {JOURNAL} beside it tells that a sweep wrote it; name "
+                    "another --out, or move it away"
+                )
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / JOURNAL, about) as journal:
         search = Search(recipe, score.minimize, optimize, journal.scored) if optimize else None
         wanted, before, total = _wanted(candidates, search, optimize.count if optimize else 0, journal)
         bench = Bench(recipe.text, score, device, numerics, {**options, "warn": _unheard})
-        try:
-            evaluation = Cluster(bench) if ray else Here(bench)
-            for done, (candidate, value, seconds) in enumerate(evaluation.evaluate(wanted), before + 1):
-                scored = Scored(**vars(candidate), score=value, seconds=seconds)
-                journal.add(scored)
-                if search is not None:
-                    search.tell(candidate, value)
-                best = best_of(journal.scored, score.minimize)
-                if best is scored:
-                    write_whole(folder / BEST, changed_recipe(recipe, best.parameters).text)
-                listen(scored, best or scored, done, total)
-        finally:  # also of what was scored before an error or an interrupt
-            if best := best_of(journal.scored, score.minimize):
+
+        def leave() -> Scored | None:
+            """The tables and the best recipe of all that is scored."""
+            best = best_of(journal.scored, score.minimize)
+            if best is not None:
                 write_whole(folder / BEST, changed_recipe(recipe, best.parameters).text)
             if journal.scored:
                 write_tables(journal.scored, folder)
+            return best
+
+        best = leave()
+        evaluation = Cluster(bench) if ray else Here(bench)
+        for done, (candidate, value, seconds) in enumerate(evaluation.evaluate(wanted), before + 1):
+            scored = Scored(**vars(candidate), score=value, seconds=seconds)
+            with held():  # whatever ends the sweep, what it leaves is whole and fits together
+                journal.add(scored)
+                best = leave()
+            if search is not None:
+                search.tell(candidate, value)
+            listen(scored, best or scored, done, total)
         try:
             plot(journal.scored, [one.name for one in parents(recipe)], score.title, score.minimize, folder / PLOT)
         except ArcmergeError as error:  # without matplotlib everything else is still there

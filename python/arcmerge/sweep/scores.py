@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,9 @@ class MultipleChoice:
         self.identity = _digest("choices", *map(repr, questions))
 
     def __call__(self, model: Gemma2) -> float:
-        pairs = [_split(model, question.context, choice) for question in self.questions for choice in question.choices]
+        pairs = [
+            model.text.split(question.context, choice) for question in self.questions for choice in question.choices
+        ]
         scores = iter([one.logprob for one in model.score(pairs)])
         right = 0
         for question in self.questions:
@@ -98,7 +101,20 @@ class Function:
         self.title, self.minimize, self.identity = function, minimize, _digest("function", name)
 
     def __call__(self, model: Gemma2) -> float:
-        return float(self._function(model))
+        """Raises ArcmergeError, with the line in the function's own file, for what it raises or returns amiss."""
+        try:
+            value = self._function(model)
+        except ArcmergeError:
+            raise
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise ArcmergeError(
+                f"the function '{self._name}' raises {type(error).__name__} at {frame.filename}:{frame.lineno}: {error}"
+            ) from error
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise ArcmergeError(f"the function '{self._name}' must return a number, got {value!r:.80}") from error
 
     def __reduce__(self) -> tuple[type[Function], tuple[str, bool]]:
         """By its name, so that another process finds it as this one did."""
@@ -135,14 +151,6 @@ def _question(line: str, place: str) -> Question:
     if not (isinstance(context, str) and texts and type(answer) is int and 0 <= answer < len(choices)):
         raise ArcmergeError(f"{place}: {rule}, got {line:.80}")
     return Question(context, tuple(choices), answer)
-
-
-def _split(model: Gemma2, context: str, choice: str) -> tuple[list[int], list[int]]:
-    """Tokens of both, split where the context's own tokens end. Blanks at its end go to the choice, as in lm-eval."""
-    blanks = len(context) - len(context.rstrip())
-    context, choice = context[: len(context) - blanks], context[len(context) - blanks :] + choice
-    before, whole = model.text.encode(context), model.text.encode(context + choice)
-    return before, whole[len(before) :]
 
 
 def _digest(*parts: str) -> str:

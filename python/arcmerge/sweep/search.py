@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arcmerge.errors import ArcmergeError
+from arcmerge.errors import ArcmergeError, needed
 from arcmerge.merging.recipe import Recipe
 from arcmerge.sweep.candidates import Candidate, rules
 from arcmerge.sweep.journal import Scored
@@ -36,12 +37,8 @@ class Search:
     """
 
     def __init__(self, recipe: Recipe, minimize: bool, optimize: Optimize, told: Sequence[Scored]) -> None:
-        try:
+        with needed("optuna", by="--optimize", extra="sweep"):
             import optuna
-        except ImportError as error:
-            raise ArcmergeError(
-                "--optimize needs optuna, which is not installed; pip install 'arcmerge[sweep]'"
-            ) from error
         self._rules = rules(recipe)
         self._names = [_place(rule, number) for rule in self._rules for number in range(len(rule["value"]))]
         if not self._names:
@@ -54,6 +51,9 @@ class Search:
             raise ArcmergeError(f"--bounds must be low:high with low below high, got {low:g}:{high:g}")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         chosen = optimize.sampler or ("cma" if len(self._names) > 1 else "tpe")
+        if chosen == "cma":
+            with needed("cmaes", by="--sampler cma", extra="sweep"):
+                importlib.import_module("cmaes")  # optuna does so where it first asks
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # A run that goes on must not draw what the one before it drew: the last proposal's number moves the seed.
