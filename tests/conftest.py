@@ -1,6 +1,8 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,11 @@ import tiny
 
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A job that a shell has put into the background ignores them, and so would every command that is tested.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from emulation import interpreter
@@ -23,3 +30,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("gemma-a", "gemma-b"):
         tiny.make(name, folder)
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of torch and of the native code: for tiny models, between whose calls more would wait for each other."""
+    import torch
+
+    from arcmerge import _C
+
+    before = torch.get_num_threads(), _C.threads()
+    torch.set_num_threads(1)
+    _C.set_threads(1)
+    yield
+    torch.set_num_threads(before[0])
+    _C.set_threads(before[1])

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 # The proportions of each size at a fraction of it. Softmax scales and groups of heads are those of the originals; sizes
@@ -56,3 +57,47 @@ def save_byte_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>"])
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+TURNS = """\
+{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}
+{{ m['content'] | trim }}<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""
+# Of a tokenizer of Gemma's kind: special tokens, bytes for what it has no token for, characters.
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+_CHARACTERS = [*map(chr, range(33, 127)), "\u2581", "\n", "\N{REPLACEMENT CHARACTER}", "\u2581the"]
+TOKENS = {name: number for number, name in enumerate([*SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), *_CHARACTERS])}
+
+
+def save_fallback_tokenizer(folder: Path) -> None:
+    """A tokenizer of Gemma's kind with the tokens TOKENS."""
+    tokenizer = Tokenizer(models.BPE(TOKENS, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def build_chain(folder: Path, chain: list[int], **changes: Any) -> None:
+    """A model of the tokens TOKENS whose likeliest answer goes along a chain of different tokens.
+
+    The hidden state of a token has one value other than 0, which the MLP moves on by one.
+    """
+    save_fallback_tokenizer(folder)
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    shape |= {"intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": len(TOKENS), "eos_token_id": 1}
+    build(folder, "2.6B", torch.float32, **{**shape, **changes})
+    (file,) = folder.glob("*.safetensors")
+    weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}
+    mlp = "model.layers.0.mlp."
+    for place, token in enumerate(chain):
+        weights["model.embed_tokens.weight"][token, place] = 1
+        if place:
+            weights[mlp + "gate_proj.weight"][place - 1, place - 1] = 1
+            weights[mlp + "up_proj.weight"][place - 1, place - 1] = 1
+            weights[mlp + "down_proj.weight"][place, place - 1] = 1
+    weights["model.layers.0.post_feedforward_layernorm.weight"][:] = 20
+    file.unlink()
+    save_file(weights, file, metadata={"format": "pt"})
+    (folder / "generation_config.json").unlink(missing_ok=True)

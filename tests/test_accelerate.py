@@ -62,10 +62,9 @@ def test_logits(folder: Path, lengths: tuple[int, ...], left: bool, way: str) ->
         model = load(folder, attention="arcmerge" if way == "attention alone" else "eager")
         if way == "accelerate":
             assert accelerate(model).left == []
+            assert model.config._attn_implementation == "eager"
         found = model(**inputs).logits
-    real = inputs["attention_mask"].bool()
-    assert (found - expected)[real].abs().max() <= 1e-4
-    assert not found[~real].isnan().any()
+    assert (found - expected).abs().max() <= 1e-4  # of padding too
 
 
 @torch.no_grad()
@@ -163,7 +162,6 @@ def test_everything_is_as_before_afterwards(one: Path) -> None:
     expected = model(**inputs).logits
     undo = accelerate(model)
     assert not torch.equal(model(**inputs).logits, expected)
-    assert model.config._attn_implementation == "arcmerge"
     assert torch.get_num_threads() == threads
     undo.undo()
     undo.undo()
@@ -274,8 +272,10 @@ def test_masks_that_the_op_has_not_are_those_of_transformers(one: Path, way: str
             undo.later(accelerated.undo)
         for named in ({"attention_mask": added}, {"position_ids": packed, "use_cache": False}):
             torch.testing.assert_close(model(ids, **named).logits, eager(ids, **named).logits, rtol=1e-4, atol=1e-4)
+        # By name a mask of bool says what is seen; eager attention, which an accelerated model keeps, adds its ones.
+        same = seen[None, None] if way == "accelerate" else added
         of_bool = model(ids, attention_mask=seen[None, None]).logits
-        torch.testing.assert_close(of_bool, eager(ids, attention_mask=added).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(of_bool, eager(ids, attention_mask=same).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
+import arcmerge
 import tiny
 from arcmerge.cli import main
 from bad_recipes import RECIPES, Bad, Recipe, models, of_gemma, recipe
@@ -128,7 +129,7 @@ CHECKPOINTS = {
         lambda: [reshape_embedding(f"llama-{letter}") for letter in "ab"],
     ),
     "quantised": Bad(
-        ("llama-b", "quantised"),
+        ("llama-b", "quantised", "weights in bf16, f16 or f32 are needed"),
         spoil=edit_config(lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"})),
     ),
     "no-weights": Bad(("llama-b", "safetensors"), spoil=WEIGHTS.unlink),
@@ -165,8 +166,10 @@ CHECKPOINTS = {
     "embedding-missing": Bad(("llama-b", tiny.EMBEDDING), spoil=edit_tensors(lambda t: t.pop(tiny.EMBEDDING))),
     "shapes-differ": Bad((WEIGHT, "64", "63"), spoil=edit_tensors(lambda t: t.update({WEIGHT: t[WEIGHT][:63]}))),
     "sizes-differ": Bad(("gemma-wide", "32", "48"), of_gemma("gemma-wide")),
-    "vocabularies-differ": Bad(("320", "336", "tokenizer"), of_gemma("gemma-b-vocabulary")),
-    "depths-differ": Bad(("gemma-shallow", "6", "4"), of_gemma("gemma-shallow")),
+    "vocabularies-differ": Bad(
+        ("320", "336", "'tokenizer_source: union' (or base) in the recipe"), of_gemma("gemma-b-vocabulary")
+    ),
+    "depths-differ": Bad(("models: all", "gemma-shallow", "6", "4", "under slices"), of_gemma("gemma-shallow")),
     "architectures-differ": Bad(
         ("LlamaForCausalLM", "Qwen2ForCausalLM", "--allow-crimes"), recipe(models=models("llama-a", "qwen2-a"))
     ),
@@ -231,7 +234,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in MODELS:
         tiny.make(name, folder / "models")
     shutil.copytree(folder / "models" / "llama-b", folder / "models" / "llama-c")
-    shutil.copytree(folder / "models" / "llama-b", folder / "older")
+    older = {"merge_method": "passthrough", "models": [{"model": str(folder / "models" / "llama-b")}]}
+    arcmerge.merge(older, folder / "older", device="cpu")
     (folder / "notes.txt").write_text("not a folder")
     (folder / "other").mkdir()
     (folder / "other" / "diary.txt").write_text("not to be lost")

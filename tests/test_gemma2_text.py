@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.text import Stream, Text
+from arcmerge.gemma2.stream import Stream
+from arcmerge.gemma2.text import Text
 from gemma2_models import save_byte_tokenizer
 
 BOS = 2
@@ -129,7 +130,7 @@ def test_templates_lie_in_three_places(bytes_folder: Path) -> None:
 )
 def test_a_template_cannot_reach_out_of_its_sandbox(bytes_folder: Path, template: str) -> None:
     (bytes_folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(ArcmergeError, match="its chat template refuses this conversation"):
+    with pytest.raises(ArcmergeError, match="its chat template fails on this conversation"):
         Text(bytes_folder, BOS).chat([{"role": "user", "content": "x"}])
 
 

@@ -192,7 +192,7 @@ def test_the_command_takes_a_merge(folder: Path, local: Path, tmp_path: Path) ->
     [
         ({}, "one of pretrained=DIR and merge=CONFIG"),
         ({"pretrained": "a", "merge": "b"}, "one of pretrained=DIR and merge=CONFIG"),
-        ({"pretrained": "a", "dtype": "int8"}, "dtype must be auto, bfloat16 or float32, got 'int8'"),
+        ({"pretrained": "a", "dtype": "int8"}, "'dtype' must be bfloat16, float32 or 'auto', got 'int8'"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], sentence: str) -> None:

@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import arcmerge
+import decoders
 import tiny
 from arcmerge.gemma2.merged import MergedGemma2
 from arcmerge.merging import residence
@@ -112,7 +114,7 @@ def test_parameters_replace_those_of_every_level(models: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("method", "first", "then"),
     [
-        ("slerp", {"t": 0.2, "normalize": False}, {"t": 0.4, "normalize": True}),
+        ("slerp", {"t": 0.2, "slerp_normalize": False}, {"t": 0.4, "slerp_normalize": True}),
         ("nuslerp", {"weight": 0.5}, {"weight": [{"filter": "mlp", "value": 0.1}, {"value": 0.6}]}),
         ("nuslerp", {"weight": 0.5}, {"weight": 0.25, "nuslerp_flatten": False}),
         ("linear", {"weight": 0.5}, {"weight": 0.25, "normalize": False}),
@@ -285,3 +287,13 @@ def torch_save(weights: dict[str, torch.Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_frequencies_that_an_old_checkpoint_stores_are_no_weights(models: Path) -> None:
+    settings = json.loads((models / "gemma-a" / "config.json").read_text())
+    stored = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float64)}  # as float32
+    old = decoders.write(models / "old", {**tiny.MODELS["gemma-a"].weights(), **stored}, settings)
+    (old / "tokenizer.json").write_bytes((models / "gemma-a" / "tokenizer.json").read_bytes())
+    with pytest.warns(UserWarning, match=r"inv_freq \(1 tensor\) taken whole"):
+        model = open_merge(recipe(models, "old", "gemma-b"))
+    assert len(model.generate(PROMPT, max_new_tokens=2)) > 0

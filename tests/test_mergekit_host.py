@@ -82,7 +82,32 @@ def test_the_command_takes_the_flags_of_mergekit(models: Path, tmp_path: Path) -
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe(models)))
     command = [sys.executable, "-m", "arcmerge.integrations.mergekit", "recipe.yml", "out", "--no-write-model-card"]
     subprocess.run([*command, "--lazy-unpickle"], cwd=tmp_path, check=True, capture_output=True)
-    arcmerge.merge(recipe(models), tmp_path / "expected", device="cpu")
+    arcmerge.merge(recipe(models), tmp_path / "expected", device="cpu", write_model_card=False)
     files = [tmp_path / name / "model.safetensors" for name in ("out", "expected")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_a_key_that_mergekit_does_not_know_changes_nothing_but_the_log(
+    models: Path, tmp_path: Path, theirs: list[tuple[Any, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, extra in (("plain", {}), ("theirs", {"normalize": True}), ("ours", {"slerp_normalize": True})):
+        config = recipe(models, parameters={"t": 0.4, **extra})
+        host.run(MergeConfiguration.model_validate(config), str(tmp_path / name), MergeOptions(device="cpu"))
+    plain, same, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "theirs", "ours"))
+    assert plain == same
+    assert plain != other
+    assert not theirs
+    assert caplog.messages == [
+        "parameters.normalize: `slerp` has no such parameter, in mergekit neither, so it has no effect; "
+        "`slerp_normalize` is the name of an extension of arcmerge"
+    ]
+
+
+def test_a_source_of_one_line(models: Path, tmp_path: Path, theirs: list[tuple[Any, ...]]) -> None:
+    config = recipe(models)
+    text = yaml.safe_dump(config, default_flow_style=True, width=10_000).strip()
+    assert "\n" not in text
+    host.run(MergeConfiguration.model_validate(config), str(tmp_path / "out"), MergeOptions(device="cpu"), text)
+    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == text
+    assert not theirs

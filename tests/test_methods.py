@@ -69,8 +69,8 @@ class TestSlerp:
     @pytest.mark.parametrize("normalize", [False, True])
     def test_starts_at_the_base_wherever_it_is_listed(self, normalize: bool) -> None:
         a, b = at_angle(0.5, 1, 3)
-        first = merge("slerp", [a, b], 0, t=0.2, normalize=normalize)
-        np.testing.assert_array_equal(merge("slerp", [b, a], 1, t=0.2, normalize=normalize), first)
+        first = merge("slerp", [a, b], 0, t=0.2, slerp_normalize=normalize)
+        np.testing.assert_array_equal(merge("slerp", [b, a], 1, t=0.2, slerp_normalize=normalize), first)
         assert np.linalg.norm(first - a) < np.linalg.norm(first - b)
 
     @pytest.mark.parametrize("sign", [1, -1])
@@ -96,8 +96,8 @@ class TestSlerp:
     def test_opposite_tensors_shrink_through_zero(self, normalize: bool) -> None:
         a, _ = at_angle(1.0, 2.0)
         # The weights are float32.
-        np.testing.assert_allclose(merge("slerp", [a, -a], 0, t=0.3, normalize=normalize), 0.4 * a, rtol=2**-23)
-        np.testing.assert_array_equal(merge("slerp", [a, -a], 0, t=0.5, normalize=normalize), 0 * a)
+        np.testing.assert_allclose(merge("slerp", [a, -a], 0, t=0.3, slerp_normalize=normalize), 0.4 * a, rtol=2**-23)
+        np.testing.assert_array_equal(merge("slerp", [a, -a], 0, t=0.5, slerp_normalize=normalize), 0 * a)
 
     @given(angles, lengths, lengths, st.floats(0, 1))
     def test_normalized_goes_evenly_in_direction_and_length(
@@ -105,18 +105,18 @@ class TestSlerp:
     ) -> None:
         a, b = at_angle(angle, length_a, length_b)
         expected = ((1 - t) * length_a + t * length_b) * rotated(a, b, t)
-        result = merge("slerp", [a, b], 0, t=t, normalize=True)
+        result = merge("slerp", [a, b], 0, t=t, slerp_normalize=True)
         assert_close(result, expected, [a, b], RELATIVE / np.sin(angle) ** 2)
 
     def test_normalized_keeps_the_length_near_a_straight_line(self) -> None:
         a, b = at_angle(0.03, 2.0, 5.0)
-        result = merge("slerp", [a, b], 0, t=0.25, normalize=True)
+        result = merge("slerp", [a, b], 0, t=0.25, slerp_normalize=True)
         assert np.linalg.norm(result) == pytest.approx(0.75 * 2 + 0.25 * 5, rel=1e-14)
         # The chord of an angle is passed at the pace of the arc but for the cube of the angle.
         assert_close(unit(result), rotated(a, b, 0.25), [unit(a)], relative=0.03**3)
 
     def test_normalized_of_a_zero_tensor_is_linear(self) -> None:
-        weights = coefficients("slerp", [[0, 0], [0, 9]], 0, t=0.3, normalize=True)
+        weights = coefficients("slerp", [[0, 0], [0, 9]], 0, t=0.3, slerp_normalize=True)
         np.testing.assert_array_equal(weights, np.float32([0.7, 0.3]))
 
 
@@ -264,7 +264,7 @@ class TestModelStock:
 CONSTANT: list[tuple[str, int | None, dict[str, Any], list[float], str]] = [
     ("slerp", 0, {"t": 0}, [1, 0], "copy"),
     ("slerp", 0, {"t": 1}, [0, 1], "copy"),
-    ("slerp", 1, {"t": 0, "normalize": True}, [0, 1], "copy"),
+    ("slerp", 1, {"t": 0, "slerp_normalize": True}, [0, 1], "copy"),
     ("nuslerp", None, {"weight": (2, 0)}, [1, 0], "copy"),
     ("nuslerp", 0, {"weight": (None, 0, 3)}, [0, 0, 1], "copy"),
     ("linear", None, {"weight": (1, 3)}, [0.25, 0.75], "linear"),

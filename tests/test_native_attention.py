@@ -152,6 +152,28 @@ def test_a_new_token_is_answered_alike_in_any_company(variant: str, dtype: torch
 
 
 @every_variant
+@pytest.mark.parametrize("window", [2**31, 2**32, 2**32 + 3, 2**62])
+def test_a_window_of_any_size_shows_all_before_it(variant: str, window: int) -> None:
+    draw = Random(46)
+    query, table = draw.normal(20, 4, 32), draw.normal(300, 32)
+    key, value = draw.normal(2, 1, 2, 300, 32)
+
+    def answers(window: int) -> list[Tensor]:
+        limits = dict(scale=0.2, softcap=50.0, window=window)
+        counters = torch.zeros(1, 2, dtype=torch.int32)
+        prefilled = attention(query, key, value, integers(0, 20), integers(300), 20, **limits)
+        caches = key.clone(), value.clone()
+        return [
+            prefilled,
+            attention_decode(query[:2].view(1, -1), table, integers(300), *caches, counters, 4, **limits),
+        ]
+
+    with using(variant):
+        for limited, all_of_them in zip(answers(window), answers(0), strict=True):
+            assert same_bits(limited, all_of_them)
+
+
+@every_variant
 def test_a_query_that_is_not_a_number_is_answered_so(variant: str) -> None:
     draw = Random(46)
     query, key, value = draw.normal(5, 2, 16), draw.normal(1, 1, 64, 16), draw.normal(1, 1, 64, 16)

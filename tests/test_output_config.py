@@ -44,11 +44,20 @@ def test_the_donor_is_not_changed() -> None:
         pytest.param(
             {"dtype": "float32", "torch_dtype": "float32"}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}, id="both"
         ),
-        pytest.param({}, {"torch_dtype": "bfloat16"}, id="neither"),
+        pytest.param({}, {}, id="neither"),
     ],
 )
 def test_type_of_the_weights(present: dict[str, str], expected: dict[str, str]) -> None:
     assert output_config({"num_hidden_layers": 1, **present}, [0], dtype=BF16) == {"num_hidden_layers": 1, **expected}
+
+
+def test_a_part_that_names_no_type_gets_none() -> None:
+    donor = {"dtype": None, "attn_config": {"dtype": None}, "text_config": {"torch_dtype": "float32", "dtype": None}}
+    assert output_config(donor, [0], dtype=BF16) == {
+        "dtype": "bfloat16",
+        "attn_config": {"dtype": None},
+        "text_config": {"torch_dtype": "bfloat16", "dtype": None},
+    }
 
 
 def test_rows_and_head() -> None:
@@ -84,7 +93,8 @@ def test_other_lists_follow_their_layers() -> None:
     config = output_config(donor, [2, 0, 0, 1], dtype=BF16)
     assert config["layer_types"] == [SLIDING, FULL, FULL, SLIDING]
     assert config["no_rope_layers"] == [1, 0, 0, 1]
-    unchanged = ("architectures", "eos_token_id", "mlp_only_layers")
+    assert config["mlp_only_layers"] == [3]
+    unchanged = ("architectures", "eos_token_id")
     assert {key: config[key] for key in unchanged} == {key: donor[key] for key in unchanged}
 
 

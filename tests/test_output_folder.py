@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save
 
 from arcmerge.checkpoint import output_folder
+from arcmerge.checkpoint.header import encode_header
 from arcmerge.checkpoint.output_folder import OutputFolder
 from arcmerge.errors import ArcmergeError
 
-OLDER = {"config.json": b"{}", "model.safetensors": b"older weights", "README.md": b"# older"}
-NEWER = {"config.json": b'{"new": 1}', "model.safetensors": b"newer weights"}
+WEIGHTS = encode_header([], 64, ["config.json", "README.md"])
+OLDER = {"config.json": b"{}", "model.safetensors": WEIGHTS, "README.md": b"# older"}
+NEWER = {"config.json": b'{"new": 1}', "model.safetensors": WEIGHTS + b"newer"}
 
 
 def fill(folder: Path, files: dict[str, bytes]) -> Path:
@@ -94,13 +97,29 @@ def test_an_interrupt_waits_until_the_older_output_is_cleared(
 
 
 def test_an_interrupted_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(self: Path, other: Path) -> None:
+    def interrupted(file: int, how: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "rename", interrupted)
+    monkeypatch.setattr(output_folder.fcntl, "flock", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_newer(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_another_run_clears_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, cleared = output_folder.fcntl.flock, []
+
+    def raced(file: int, how: int) -> None:
+        if not cleared:
+            cleared.extend(tmp_path.glob(".out.*"))
+            cleared[0].rmdir()
+        flock(file, how)
+
+    monkeypatch.setattr(output_folder.fcntl, "flock", raced)
+    write_newer(tmp_path / "out")
+    assert read(tmp_path / "out") == NEWER
 
 
 def test_without_commit_nothing_appears(tmp_path: Path) -> None:
@@ -182,10 +201,13 @@ def test_a_neighbour_with_a_longer_name_is_not_cleared(tmp_path: Path) -> None:
     [
         ({**OLDER, "thesis.docx": b""}, "it holds 'thesis.docx': move that away"),
         ({**OLDER, "recipe.yml": b""}, "it holds 'recipe.yml'"),
-        ({"data.json": b"", "more.json": b""}, "it holds 2 files but no model"),
-        ({"a.safetensors": b""}, "it holds 1 files but no model"),
+        ({"data.json": b"", "more.json": b""}, "it holds 'data.json' but no model"),
+        ({"a.safetensors": b""}, "no merge wrote its 'a.safetensors'"),
+        ({**OLDER, "model.safetensors": save({}, {"format": "pt"})}, "no merge wrote its 'model.safetensors'"),
+        ({**OLDER, "adapter_model.safetensors": save({}, {"format": "pt"})}, "no merge wrote its 'adapter_model"),
+        ({**OLDER, "trainer_state.json": b"{}"}, "it holds 'trainer_state.json'"),
     ],
-    ids=["unknown file", "a recipe", "json only", "weights only"],
+    ids=["unknown file", "a recipe", "json only", "weights", "fine-tune", "adapter", "trained here"],
 )
 def test_a_folder_that_is_no_output_is_refused(tmp_path: Path, files: dict[str, bytes], sentence: str) -> None:
     target = fill(tmp_path / "out", files)
@@ -208,23 +230,28 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
         OutputFolder(tmp_path / "out")
 
 
-def test_the_parent_must_exist(tmp_path: Path) -> None:
-    with pytest.raises(ArcmergeError, match=r"must exist: create .*/absent first"):
-        OutputFolder(tmp_path / "absent" / "out")
-
-
 def test_the_parent_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ArcmergeError, match="must be writable"):
         OutputFolder(tmp_path / "out")
 
 
-def test_the_current_folder_and_a_mount_point_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArcmergeError, match="is the current folder"):
-        OutputFolder(Path("."))
-    with pytest.raises(ArcmergeError, match="is a mount point"):
-        OutputFolder(Path("/proc"))
+@pytest.mark.parametrize(("later", "extra"), [(False, {}), (True, {}), (False, {"trainer_state.json": b"{}"})])
+def test_an_output_of_mergekit_is_replaced_and_what_was_saved_over_one_is_not(
+    tmp_path: Path, later: bool, extra: dict[str, bytes]
+) -> None:
+    """mergekit writes its weights first and mergekit_config.yml after them."""
+    files = {"config.json": b"{}", "model.safetensors": save({}, {"format": "pt"}), "mergekit_config.yml": b"", **extra}
+    target = fill(tmp_path / "out", files)
+    os.utime(target / "mergekit_config.yml", (10, 10))
+    os.utime(target / "model.safetensors", (11, 11) if later else (9, 9))
+    if later or extra:
+        with pytest.raises(ArcmergeError, match="only an empty folder or an earlier merge is replaced"):
+            write_newer(target)
+        assert read(target) == files
+    else:
+        write_newer(target)
+        assert read(target) == NEWER
 
 
 def test_the_disk_must_have_room(tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from arcmerge.dtypes import BF16, F16, F32
@@ -53,6 +56,15 @@ class TestForms:
         )
         recipe = load_recipe(config)
         assert load_recipe(recipe.text) == recipe
+
+    def test_a_mapping_may_hold_paths_and_what_numpy_and_torch_have_for_numbers(self):
+        for t in (np.linspace(0, 1, 3), [np.float64(0), np.float32(0.5), np.int64(1)], torch.tensor([0, 0.5, 1])):
+            recipe = load_recipe(pair(base_model=Path("A"), parameters={"t": t}))
+            assert recipe.base_model == A
+            assert [recipe.value(T, recipe.slices[0], None, "x", u) for u in (0, 0.25, 1)] == [0, 0.25, 1]
+        assert load_recipe(pair(parameters={"normalize": np.bool_(True)})).parameters.rules["normalize"][0].values == (
+            True,
+        )
 
     def test_models_become_one_slice_of_whole_models(self):
         (piece,) = load_recipe(PAIR).slices
@@ -231,13 +243,13 @@ class TestTokenizer:
 
     def test_tokens(self):
         tokens = {
-            "<donor>": {"source": "B", "force": True},
+            "<donor>": {"source": "B", "force": "yes"},
             "<zero>": {"source": {"kind": "zero"}},
             "<text>": {"source": {"kind": "model_token", "model": "B", "token": " "}},
-            "<id>": {"source": {"kind": "model_token", "model": "C", "token_id": 0}},
+            "<id>": {"source": {"kind": "model_token", "model": "C", "token_id": "0"}},
             "<new>": {},
         }
-        tokenizer = load_recipe(pair(tokenizer={"tokens": tokens, "pad_to_multiple_of": 64})).tokenizer
+        tokenizer = load_recipe(pair(tokenizer={"tokens": tokens, "pad_to_multiple_of": "64"})).tokenizer
         assert tokenizer == TokenizerRecipe(
             "union",
             {

@@ -57,6 +57,7 @@ class TestWarnings:
                 pair(parameters={"t": [{"value": 0.1}, {"filter": "mlp", "value": 0.2}]}),
                 "parameters.t: entries after one without a filter are never reached; put that one last",
             ),
+            (pair(parameters={"t": []}), "parameters.t: an empty list sets nothing; give a number or remove the key"),
             (pair(tokenizer={"sources": "base"}), "tokenizer.sources: unknown key, ignored; did you mean `source`?"),
             (
                 pair(base_model={"model": "A", "override_architecture": "X"}),
@@ -158,10 +159,6 @@ BROKEN = {
         pair(parameters={"t": None}),
         "parameters.t: must be a number, a list of numbers, or a list of `{filter, value}` entries, got nothing (null)",
     ),
-    "t-empty": (
-        pair(parameters={"t": []}),
-        "parameters.t: must have a value, got an empty list; give a number or remove the key",
-    ),
     "t-a-word": (pair(parameters={"t": "abc"}), "parameters.t: must be a finite number, got 'abc'"),
     "t-mixed": (
         pair(parameters={"t": [0.1, {"value": 0.2}]}),
@@ -214,7 +211,7 @@ BROKEN = {
     ),
     "pad-zero": (
         pair(tokenizer={"pad_to_multiple_of": 0}),
-        "tokenizer.pad_to_multiple_of: must be a whole number from 1 up, got 0",
+        "tokenizer.pad_to_multiple_of: must be a whole number from 1 to 16777215, got 0",
     ),
     "force-a-word": (
         pair(tokenizer={"tokens": {"<x>": {"force": "often"}}}),
@@ -234,7 +231,11 @@ BROKEN = {
     ),
     "token-id-negative": (
         pair(tokenizer={"tokens": {"<x>": {"source": {"kind": "model_token", "model": "A", "token_id": -1}}}}),
-        "tokenizer.tokens['<x>'].source.token_id: must be a whole number from 0 up, got -1",
+        "tokenizer.tokens['<x>'].source.token_id: must be a whole number from 0 to 16777215, got -1",
+    ),
+    "token-id-a-list": (
+        pair(tokenizer={"tokens": {"<x>": {"source": {"kind": "model_token", "model": "A", "token_id": [1]}}}}),
+        "tokenizer.tokens['<x>'].source.token_id: must be a whole number from 0 to 16777215, got [1]",
     ),
     "token-a-number": (
         pair(tokenizer={"tokens": {7: {}}}),
@@ -259,7 +260,7 @@ class TestProblems:
         assert "\n" not in problem
 
     def test_all_at_once(self):
-        config = {"models": [{"model": "A+B"}], "dtype": "half", "parameters": {"t": []}, "tokenizer": 3}
+        config = {"models": [{"model": "A+B"}], "dtype": "half", "parameters": {"t": None}, "tokenizer": 3}
         places = {problem.split(":")[0] for problem in refusal(config)}
         assert places == {"merge_method", "models[0].model", "parameters.t", "dtype", "tokenizer"}
 

@@ -145,6 +145,19 @@ def test_a_function_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
             Function(name, False)
 
 
+def test_what_is_wrong_with_a_function_is_said_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_slips.py").write_text(
+        "def raises(model):\n    raise ValueError('my own slip')\n\n\ndef forgets(model):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        arcmerge.ArcmergeError, match=r"'my_slips:raises' raises ValueError at .*my_slips\.py:2: my own slip"
+    ):
+        Function("my_slips:raises", False)([])
+    with pytest.raises(arcmerge.ArcmergeError, match="'my_slips:forgets' must return a number, got None"):
+        Function("my_slips:forgets", False)([])
+
+
 # ---- the run
 
 
@@ -171,7 +184,7 @@ def test_without_matplotlib_all_but_the_plot_is_there(
     said: list[str] = []
     best = sweep(recipe(models), of_numbers([0.5]), LeastT(), tmp_path / "out", device="cpu", warn=said.append)
     assert best is not None
-    assert "plots need matplotlib" in said[-1]
+    assert "a plot needs matplotlib" in said[-1]
     assert (tmp_path / "out" / BEST).exists()
     assert not (tmp_path / "out" / "scores.png").exists()
 
@@ -226,7 +239,7 @@ def test_a_run_that_was_killed_before_it_wrote_its_best_writes_it(models: Path, 
 
 def test_a_candidate_does_not_depend_on_the_one_before(models: Path, tmp_path: Path) -> None:
     """What one sets and the next does not is as in the recipe, so that the best recipe is what was scored."""
-    candidates = [Candidate("normalized", {"t": 0.5, "normalize": True}), Candidate("plain", {"t": 0.5})]
+    candidates = [Candidate("normalized", {"t": 0.5, "slerp_normalize": True}), Candidate("plain", {"t": 0.5})]
     scores = []
     for number, listed in enumerate((candidates, candidates[::-1])):
         sweep(recipe(models), listed, Perplexity([TEXT]), tmp_path / str(number), device="cpu")
@@ -326,7 +339,7 @@ def test_the_command(files: Path, capsys: pytest.CaptureFixture[str], arguments:
         (["--text", "text.txt", "--sampler", "tpe"], 1, "--bounds and --sampler are for --optimize"),
         (["--text", "text.txt", "--optimize", "2", "--bounds", "1"], 1, "--bounds must be low:high"),
         (["--tasks", "tasks.jsonl", "--window", "4"], 1, "--window is for --text"),
-        (["--text", "text.txt", "--window", "1"], 1, "'window' must be 2 or more"),
+        (["--text", "text.txt", "--window", "1"], 1, "'window' must be from 2 to the"),
     ],
 )
 def test_wrong_calls(

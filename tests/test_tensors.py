@@ -48,7 +48,7 @@ def test_turning_round_is_the_same_merge() -> None:
 def test_normalize_keeps_a_common_length() -> None:
     a, b = pair()
     b = b * (a.norm() / b.norm())
-    assert float(arcmerge.slerp(a, b, 0.5, normalize=True).norm() / a.norm()) == pytest.approx(1, abs=1e-6)
+    assert float(arcmerge.slerp(a, b, 0.5, slerp_normalize=True).norm() / a.norm()) == pytest.approx(1, abs=1e-6)
 
 
 def test_types_are_promoted() -> None:

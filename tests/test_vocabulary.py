@@ -194,7 +194,7 @@ def load(vocabulary: Vocabulary, folder: Path) -> Any:
 class TestErrors(ThreeModels):
     def test_base_without_a_tokenizer(self, base: Model) -> None:
         (base.folder / "tokenizer.json").unlink()
-        with pytest.raises(ArcmergeError, match=r"the base model needs a tokenizer\.json"):
+        with pytest.raises(ArcmergeError, match=r"a tokenizer\.json is needed"):
             build(TokenizerRecipe(), base)
 
     def test_sentencepiece_only(self, base: Model, chat: Model) -> None:
@@ -202,10 +202,29 @@ class TestErrors(ThreeModels):
         with pytest.raises(ArcmergeError, match=r"found only tokenizer\.model; convert it once"):
             build(TokenizerRecipe(), base, chat)
 
-    @pytest.mark.parametrize("content", ["{", "[]", '{"model": {}}', '{"model": {"vocab": 1}}'])
-    def test_broken_file(self, base: Model, content: str) -> None:
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ("{", r"tokenizer\.json: is not valid JSON"),
+            ("[]", r"tokenizer\.json: must hold a JSON object"),
+            ('{"model": {}}', "a tokenizer of the `tokenizers` library is needed"),
+            ('{"model": {"vocab": 1}}', "a tokenizer of the `tokenizers` library is needed"),
+            ('{"model": {"vocab": {}}}', "its vocabulary must have a token"),
+            *(
+                (f'{{"model": {{"vocab": {{"a": {number}}}}}}}', "the id of a token must be a whole number from 0 to")
+                for number in ("1.5", "-1", "true", '"0"', "null", "[1]", "16777216", "1" + 400 * "0")
+            ),
+            ('{"model": {"vocab": {"a\\ud800": 0}}}', "holds half a character"),
+        ],
+    )
+    def test_broken_file(self, base: Model, content: str, words: str) -> None:
         (base.folder / "tokenizer.json").write_text(content)
-        with pytest.raises(ArcmergeError, match="a tokenizer of the `tokenizers` library is needed"):
+        with pytest.raises(ArcmergeError, match=words):
+            build(TokenizerRecipe(), base)
+
+    def test_half_a_character_in_the_settings(self, base: Model) -> None:
+        (base.folder / "tokenizer_config.json").write_text('{"extra_special_tokens": ["a\\ud800"]}')
+        with pytest.raises(ArcmergeError, match=r"tokenizer_config\.json: holds half a character"):
             build(TokenizerRecipe(), base)
 
     def test_only_bpe_can_lose_words(self, tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""Which merges of tiny architectures are refused, and why: what the sentence must say. All others are made."""
+
+from __future__ import annotations
+
+# Whole models.
+REFUSED = {
+    "causal/hrm_text": "one stack of layers is needed",
+    "causal/xlm": "one stack of layers is needed",
+    "base/t5": "an encoder and a decoder",
+    "sequence/bart": "an encoder and a decoder",
+    "sequence/t5": "an encoder and a decoder",
+}
+
+_BY_NUMBER = "gives a layer its kind by its number"
+_SEVERAL = "serves several of the 4 layers"
+
+# Slices of another depth: the layers 0 to 3 and 1 to 3 once more.
+REFUSED_DEPTH = {
+    "causal/dory": "singles out layers by their number",
+    "causal/ernie4_5_moe": _BY_NUMBER,
+    "causal/gemma3n_text": _SEVERAL,
+    "causal/gemma4": _SEVERAL,
+    "causal/gemma4_text": _SEVERAL,
+    "causal/gpt_neox_japanese": "no layer between the ends",
+    "causal/inkling2_loop_text": _SEVERAL,
+    "causal/inkling2_text": _SEVERAL,
+    "causal/jamba": _BY_NUMBER,
+    "causal/zamba": _SEVERAL,
+    "causal/zamba2": _SEVERAL,
+    "image/gemma4": _SEVERAL,
+    "masked/albert": "has layers 0 to 0",  # one layer that all share
+    "reward/jamba": _BY_NUMBER,
+}
+
+# What transformers cannot build here, or cannot run on text alone.
+UNBUILDABLE = {
+    "causal/blt": "transformers 5.24 cannot run it from its own configuration",
+    "causal/gemma3n": "its tower needs timm",
+    "causal/gemma4_assistant": "its default configuration is not valid",
+    "causal/gemma4_unified_assistant": "runs only beside its main model",
+    "causal/xlstm": "its recurrent step does not run at this size",
+}

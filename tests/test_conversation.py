@@ -1,0 +1,159 @@
+"""Chat templates render here what they render in transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from arcmerge.errors import ArcmergeError
+from arcmerge.gemma2.text import Text
+from arcmerge.merging.chat_template import NAMED, read_template, read_templates
+from gemma2_models import SPECIAL, TOKENS, TURNS, save_fallback_tokenizer
+
+BOS = 2
+TALK = [
+    {"role": "user", "content": " What is <1>?", "name": None},
+    {"role": "assistant", "content": "It is 1 & \N{SNOWMAN}. ", "reasoning": "count"},
+    {"role": "user", "content": "More"},
+    {"role": "assistant", "content": "Then 2"},
+]
+EACH = "{% for m in messages %}"
+TEMPLATES = {
+    **NAMED,
+    "gemma as published": TURNS,
+    "break": EACH + "{% if loop.index0 > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "continue": EACH + "{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
+    "the year": "{{ strftime_now('%Y') }}{{ messages[0].content }}",
+    "generation": EACH + "{%- generation -%} {% set x = m.content %}{{ x }}{% endgeneration %}{{ x }}{% endfor %}",
+    "no tools": "{{ tools is none }}{{ documents is none }}{{ tools is defined }}{{ add_generation_prompt }}",
+    "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}",
+    "json apart": "{{ messages | tojson(separators=(',', ':'), ensure_ascii=True) }}",
+    "special tokens": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}"
+    "{{ image_token }}{{ sep_token }}",
+    "None is absent": "{{ messages[0].name is defined }}{{ messages[1].reasoning_content }}{{ messages[1].thinking }}",
+    "blocks": "{% for m in messages %}\n    {% if m.role == 'user' %}\n  {{ m.content }}\n    {% endif %}\n"
+    "{% endfor %}\n",
+    "namespace and dict": "{% set n = namespace(a=1) %}{% set n.a = dict(b=2) %}{{ n.a.b }}{{ range(3) | list }}",
+}
+
+
+def save(folder: Path, template: Any, **settings: Any) -> Text:
+    save_fallback_tokenizer(folder)
+    names = {
+        "bos_token": "<bos>",
+        "eos_token": {"__type": "AddedToken", "content": "<eos>", "special": True},
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": template, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Text(folder, BOS)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_render_as_in_transformers(tmp_path: Path, name: str) -> None:
+    text = save(tmp_path, TEMPLATES[name], image_token="<start_of_turn>", extra_special_tokens={"sep_token": "<unk>"})
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for prompt in (True, False):
+        expected = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=prompt)
+        assert text.render(TALK, add_generation_prompt=prompt) == expected
+    if "content" in TEMPLATES[name]:
+        try:
+            expected = theirs.apply_chat_template(TALK, tokenize=False, continue_final_message=True)
+        except ValueError:
+            with pytest.raises(ArcmergeError, match="does not write the last message as it is"):
+                text.render(TALK, continue_final_message=True)
+        else:
+            assert text.render(TALK, continue_final_message=True) == expected
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    expected = theirs.apply_chat_template(TALK, tools=tools, tokenize=False, bos_token="B")
+    assert text.render(TALK, add_generation_prompt=False, tools=tools, bos_token="B") == expected
+
+
+@pytest.mark.parametrize("content", ["It is ", "", [{"type": "text", "text": "It"}, {"type": "image"}]])
+def test_a_last_message_stays_open(tmp_path: Path, content: Any) -> None:
+    template = "{{ bos_token }}" + EACH + "<{{ m.role }}>"
+    template += "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}</>{% endfor %}"
+    text = save(tmp_path, template)
+    talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": content}]
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        talk, tokenize=False, continue_final_message=True
+    )
+    assert text.render(talk, continue_final_message=True) == expected
+    assert not expected.endswith("</>")
+    with pytest.raises(ArcmergeError, match="the last message must have text to be continued, got None"):
+        text.render([{"role": "assistant"}], continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ raise_exception('No system role') }}", "refuses this conversation: No system role"),
+        ("{{ messages | unknown }}", r"cannot be read, line 1: No filter named 'unknown'; copy chat_template"),
+        ("a\n{% unknown %}", r"cannot be read, line 2: Encountered unknown tag 'unknown'"),
+        ("{{ other.content }}", "fails on this conversation: 'other' is undefined"),
+        ("{{ messages[0].content + 1 }}", "fails on this conversation: can only concatenate str"),
+        ("{{ 1 / 0 }}", "fails on this conversation: division by zero"),
+        ("{{ namespace(__class__=1) }}", "fails on this conversation: a namespace must have no name"),
+    ],
+)
+def test_an_error_of_a_template_tells_whose_it_is(tmp_path: Path, template: str, problem: str) -> None:
+    text = save(tmp_path, template)
+    with pytest.raises(ArcmergeError, match=f"its chat template {problem}"):
+        text.render(TALK)
+
+
+def test_wrong_conversations_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    text = save(tmp_path, TURNS)
+    with pytest.raises(ArcmergeError, match="a conversation must have at least one message"):
+        text.render([])
+    with pytest.raises(ArcmergeError, match="a message must have role and content, got 'hi'"):
+        text.render(["hi"])  # type: ignore[list-item]
+
+
+def test_templates_have_names(tmp_path: Path) -> None:
+    text = save(tmp_path, [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}])
+    assert (text.render(TALK), text.render(TALK, template="tool_use")) == ("a", "b")
+    with pytest.raises(ArcmergeError, match=r"has no chat template 'rag'; its templates are default, tool_use\."):
+        text.render(TALK, template="rag")
+    save(tmp_path, {"default": "c"})
+    assert text.template == "c"
+    save(tmp_path, {"rag": "d"})
+    with pytest.raises(ArcmergeError, match=r"has no chat template 'default'; its templates are rag\."):
+        text.render(TALK)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("e")
+    (tmp_path / "chat_template.jinja").write_text("f")
+    assert read_templates(tmp_path) == {"default": "f", "tool_use": "e"}
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.chat_template == read_templates(tmp_path)
+
+
+def test_a_processors_template_is_read_where_there_is_no_other(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "g"}))
+    assert read_template(tmp_path) == "g"
+    save(tmp_path, "h")
+    assert read_template(tmp_path) == "h"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TURNS, {"<end_of_turn>"}),
+        (EACH + "{{ m.role }}: {{ m.content }}\n<eos>\n{% endfor %}", {"<eos>"}),
+        (EACH + "{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}", {"<eos>"}),
+        (EACH + "{{ m.role }}: {{ m.content }}\n{% endfor %}", set()),
+        (EACH + "{{ m.role }}: {{ m.content }} over <eos>{% endfor %}", set()),
+        (EACH + "{{ m.role }}: {{ m.content }}{% endfor %}", set()),
+        ("{{ raise_exception('never') }}", set()),
+        ("{% unknown %}", set()),
+        (None, set()),
+    ],
+)
+def test_the_template_tells_what_ends_a_turn(tmp_path: Path, template: str | None, end: set[str]) -> None:
+    assert save(tmp_path, template).ends_of_turn == {TOKENS[name] for name in end}
+    assert end <= set(SPECIAL)
