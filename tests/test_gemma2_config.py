@@ -92,6 +92,7 @@ def test_caps_and_windows_may_be_off() -> None:
     ("changes", "sentence"),
     [
         ({"model_type": "gemma3"}, "model_type must be 'gemma2' to run here, is 'gemma3'"),
+        ({"max_position_embeddings": 2**21}, "max_position_embeddings must be a whole number from 1 to 1048576, is"),
         ({"hidden_size": ...}, "hidden_size must be a whole number from 1 to"),
         ({"head_dim": 24}, "head_dim must be a power of two from 16 up, is 24"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) must be a multiple of num_key_value_heads \(3\)"),

@@ -10,6 +10,8 @@ from typing import Any
 
 from arcmerge.errors import ArcmergeError
 
+# A rope table of so many rows takes 1 GB; Gemma-2 was made for 8,192.
+_MOST_POSITIONS = 1 << 20
 _ACTIVATION = "gelu_pytorch_tanh"
 
 
@@ -73,7 +75,7 @@ class _Reader:
             head_dim=self._count("head_dim", 256),
             intermediate_size=self._count("intermediate_size"),
             vocab_size=self._count("vocab_size"),
-            max_position_embeddings=self._count("max_position_embeddings", 8192),
+            max_position_embeddings=self._count("max_position_embeddings", 8192, _MOST_POSITIONS),
             query_pre_attn_scalar=self._positive("query_pre_attn_scalar", 256),
             attn_logit_softcapping=self._softcap("attn_logit_softcapping", 50.0),
             final_logit_softcapping=self._softcap("final_logit_softcapping", 30.0),
@@ -114,10 +116,10 @@ class _Reader:
         if config.head_dim < 16 or config.head_dim & (config.head_dim - 1):
             self._problems.append(f"head_dim must be a power of two from 16 up, is {config.head_dim}.")
 
-    def _count(self, key: str, default: int | None = None) -> int:
+    def _count(self, key: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
         value = self._settings.get(key, default)
-        if type(value) is not int or not 0 < value < 1 << 31:
-            self._problems.append(f"{key} must be a whole number from 1 to 2^31 - 1, is {value!r:.80}.")
+        if type(value) is not int or not 0 < value <= most:
+            self._problems.append(f"{key} must be a whole number from 1 to {most}, is {value!r:.80}.")
             return 1
         return value
 
