@@ -14,14 +14,14 @@ import torch
 from transformers import GenerationConfig
 
 import arcmerge
-from chains import chain
-from gemma2_models import build, save_byte_tokenizer
+from gemma2_models import TOKENS, build, build_chain, save_byte_tokenizer
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from arcmerge.integrations import lm_eval_arguments, lm_eval_generation
+from arcmerge.gemma2.generation_config import has_effect
+from arcmerge.integrations import lm_eval_arguments
 from arcmerge.integrations.lm_eval import ArcmergeLM
 
 TURNS = (
@@ -53,6 +53,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": named, **special})
     )
+    return folder
+
+
+def answering(folder: Path, *tokens: str) -> Path:
+    """A model that answers the first of these tokens with the others."""
+    build_chain(folder, [TOKENS[token] for token in tokens])
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -146,8 +155,8 @@ def test_the_prefix_token_and_another_tokenizer(folder: Path, tmp_path: Path) ->
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_thinking_is_left_out_of_answers(folder: Path, tmp_path: Path) -> None:
-    folder = chain(shutil.copytree(folder, tmp_path / "model"), "qabTcd")
+def test_thinking_is_left_out_of_answers(tmp_path: Path) -> None:
+    folder = answering(tmp_path, *"qabTcd")
     for end in ("T", "b", None):
         one, other = (make(folder, think_end_token=end) for make in (ours, theirs))
         assert answers(one, ["q"], max_gen_toks=5) == answers(other, ["q"], max_gen_toks=5), end
@@ -212,9 +221,8 @@ def test_generation_arguments_take_effect(folder: Path, name: str) -> None:
 
 
 def test_every_other_generation_argument_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    known = lm_eval_generation._OWN | lm_eval_generation._NEUTRAL | {"transformers_version", "max_new_tokens"}
-    names = [name for name in vars(GenerationConfig()) if not name.startswith(("_", "output_")) and name not in known]
-    assert "num_beams" in names
+    names = [name for name in vars(GenerationConfig()) if has_effect(name, 3)]
+    assert {"num_beams", "no_repeat_ngram_size", "typical_p", "min_new_tokens"} <= set(names)
     lm = ours(folder)
     for name in names:
         caplog.clear()
@@ -247,8 +255,8 @@ def test_defaults_of_the_models_own_file_hold(folder: Path, tmp_path: Path) -> N
     assert answers(ours(folder), contexts, max_gen_toks=20) == wanted
 
 
-def test_an_answer_ends_at_a_special_token(folder: Path, tmp_path: Path) -> None:
-    folder = chain(shutil.copytree(folder, tmp_path / "model"), "qab", END_OF_TURN, "cd")
+def test_an_answer_ends_at_a_special_token(tmp_path: Path) -> None:
+    folder = answering(tmp_path, *"qab", "<end_of_turn>", *"cd")
     options = {"until": ["<end_of_turn>"], "max_gen_toks": 5}
     assert answers(ours(folder), ["q"], **options) == answers(theirs(folder), ["q"], **options) == ["ab"]
 
@@ -259,7 +267,7 @@ def test_contexts_are_cut_on_the_left_with_a_word(folder: Path, caplog: pytest.L
     wanted = [answers(other, [text], max_gen_toks=20)[0] for text in texts]
     caplog.clear()
     assert answers(one, texts, max_gen_toks=20) == wanted
-    assert "cut on the left to 180" in caplog.text
+    assert "1 of 2 contexts are cut on the left to 180" in caplog.text
     with pytest.raises(arcmerge.ArcmergeError, match="max_gen_toks must be below the 200 tokens"):
         answers(one, ["a"], max_gen_toks=200)
 

@@ -17,7 +17,7 @@ FILE = "generation_config.json"
 # Where neither the call nor the file says.
 _MAX_NEW_TOKENS = 256
 
-_READERS: dict[str, Callable[[str, Any], Any]] = {
+READERS: dict[str, Callable[[str, Any], Any]] = {
     "do_sample": read_truth,
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), read_number),
     **dict.fromkeys(("top_k", "max_new_tokens", "max_length", "pad_token_id"), read_whole),
@@ -70,19 +70,19 @@ class GenerationConfig:
             return cls()
         listed = parse_object(path.read_bytes(), path)
         try:
-            config = cls().changed({name: value for name, value in listed.items() if name in _READERS})
+            config = cls().changed({name: value for name, value in listed.items() if name in READERS})
             config.sampling()
             config.require_lengths()
         except ArcmergeError as error:
             raise ArcmergeError([f"{path}: {problem}" for problem in error.problems]) from error
-        if strange := [name for name, value in listed.items() if _has_effect(name, value)]:
+        if strange := [name for name, value in listed.items() if has_effect(name, value)]:
             named = ", ".join(f"'{name}'" for name in strange)
             warnings.warn(f"{path}: {named} cannot be followed here; generation goes on without.", stacklevel=4)
         return config
 
     def changed(self, arguments: Mapping[str, Any]) -> GenerationConfig:
         """With the arguments of a call, which win; None leaves an option as it is. A length takes the other's place."""
-        given = {name: _READERS[name](name, value) for name, value in arguments.items() if value is not None}
+        given = {name: READERS[name](name, value) for name, value in arguments.items() if value is not None}
         config = self
         if "max_length" in given and "max_new_tokens" not in given:
             config = replace(config, max_new_tokens=None)
@@ -121,8 +121,8 @@ class GenerationConfig:
         return self.max_length - prompt
 
 
-def _has_effect(name: str, value: Any) -> bool:
-    """Whether an option that is not read here asks transformers for other tokens."""
-    if name in _READERS or name in _WITHOUT_EFFECT or name.startswith(("_", "output_")):
+def has_effect(name: str, value: Any) -> bool:
+    """Whether an option that is none of READERS asks transformers for other tokens."""
+    if name in READERS or name in _WITHOUT_EFFECT or name.startswith(("_", "output_")):
         return False
     return bool(value) and value != _NOTHING.get(name)

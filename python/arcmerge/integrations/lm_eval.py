@@ -12,7 +12,6 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 from arcmerge import interrupts
@@ -27,7 +26,6 @@ from arcmerge.gemma2.answers import answer
 from arcmerge.gemma2.generation import Limits
 from arcmerge.gemma2.model import Gemma2
 from arcmerge.gemma2.text import Text
-from arcmerge.gemma2.weights import names
 from arcmerge.integrations.lm_eval_arguments import check_others
 from arcmerge.threads import use_threads
 
@@ -121,7 +119,6 @@ class ArcmergeLM(TemplateLM):
         self.max_gen_toks = int(max_gen_toks)
         self.add_bos_token = add_bos_token
         self._prefix_token_id = prefix_token_id
-        self._generation_defaults = model.generation_config.settings
         digits = isinstance(think_end_token, str) and think_end_token.isdigit()
         self.think_end_token = int(str(think_end_token)) if digits else think_end_token
         self.enable_thinking = enable_thinking
@@ -148,7 +145,7 @@ class ArcmergeLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval's results say of the model."""
-        count = sum(prod(shape) for shape in names(self.model.config).values())
+        count = sum(tensor.numel() for tensor in self.model.network.weights.tensors)
         return {"model_num_parameters": count, "model_dtype": self.model.dtype}
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -273,8 +270,6 @@ class ArcmergeLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, each drawn from a stream of its own: that of its place in `requests`."""
-        # From torch's generator, so that lm-eval's --seed holds and a second call draws anew.
-        seed = int(torch.randint(2**62, ()))
         found = [""] * len(requests)
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -282,36 +277,35 @@ class ArcmergeLM(TemplateLM):
         with tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm) as bar:
             for numbers in alike.values():
                 end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-                asked = GenerationArguments.read(
-                    requests[numbers[0]].args[1], self._generation_defaults, self.max_gen_toks, end, seed
-                )
+                options = requests[numbers[0]].args[1]
+                asked = GenerationArguments.read(options, self.model.generation_config, self.max_gen_toks, end)
                 for sentence in asked.ignored:
                     _log.warning(sentence)
-                prompts = {number: self._prompt(requests[number].args[0], asked) for number in numbers}
+                prompts = self._prompts({number: requests[number].args[0] for number in numbers}, asked.max_new_tokens)
                 ordered = sorted(numbers, key=lambda number: len(prompts[number]))
                 for start in range(0, len(ordered), GENERATED_TOGETHER):
                     some = ordered[start : start + GENERATED_TOGETHER]
-                    answers = self._generate([prompts[number] for number in some], asked, some)
-                    for number, answer in zip(some, answers, strict=True):
-                        found[number] = answer
-                        self.cache_hook.add_partial("generate_until", requests[number].args, answer)
+                    texts = self._generate([prompts[number] for number in some], asked, some)
+                    for number, text in zip(some, texts, strict=True):
+                        found[number] = text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     bar.update(len(some))
         return found
 
-    def _prompt(self, context: str, asked: GenerationArguments) -> Tokens:
-        """The last tokens of a context that leave room for an answer."""
-        room = self.max_length - asked.max_new_tokens
+    def _prompts(self, contexts: dict[int, str], max_new_tokens: int) -> dict[int, Tokens]:
+        """The last tokens of each context that leave room for an answer."""
+        room = self.max_length - max_new_tokens
         if room < 1:
             raise ArcmergeError(
-                f"max_gen_toks must be below the {self.max_length} tokens of the model, got {asked.max_new_tokens}"
+                f"max_gen_toks must be below the {self.max_length} tokens of the model, got {max_new_tokens}"
             )
-        tokens = self.tok_encode(context) or [self.prefix_token_id]
-        if len(tokens) > room:
+        tokens = {number: self.tok_encode(text) or [self.prefix_token_id] for number, text in contexts.items()}
+        if cut := sum(len(prompt) > room for prompt in tokens.values()):
             _log.warning(
-                f"a context of {len(tokens)} tokens is cut on the left to {room}, to leave room for "
-                f"{asked.max_new_tokens} new ones"
+                f"{cut} of {len(tokens)} contexts are cut on the left to {room} tokens, to leave room for "
+                f"{max_new_tokens} new ones"
             )
-        return tokens[-room:]
+        return {number: prompt[-room:] for number, prompt in tokens.items()}
 
     def _generate(self, prompts: list[Tokens], asked: GenerationArguments, draws: list[int]) -> list[str]:
         ends = self.model.ends if asked.ends is None else asked.ends
