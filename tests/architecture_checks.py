@@ -30,7 +30,7 @@ _BY_NUMBER = re.compile(r"layer|_idx$|^(?:lambda_init|seed|store_full_length_kv|
 # Families whose attention alternates by the number of the layer, by design.
 _ALTERNATING = ("gemma2", "gemma3", "gemma3_text")
 _OTHER_LISTS = re.compile(r"architectures$|_ids$|languages$|vision|audio")
-_PATHS = re.compile(r"/\S*/(?=[ab]\b)")
+_PATHS = re.compile(r"/\S*/[ab](?:: )?\b")
 _HEADER = """# Architectures
 
 Tiny models of every architecture that transformers {version} can build, two of a kind with random weights, merged by

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # Whole models.
 REFUSED = {
-    "causal/hrm_text": "one stack of layers is needed",
-    "causal/xlm": "one stack of layers is needed",
+    "causal/hrm_text": "must hold one stack of layers",
+    "causal/xlm": "must hold one stack of layers",
     "base/t5": "an encoder and a decoder",
     "sequence/bart": "an encoder and a decoder",
     "sequence/t5": "an encoder and a decoder",

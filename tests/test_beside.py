@@ -330,8 +330,8 @@ def test_parents_that_compute_otherwise_are_named_with_both_values(tmp_path: Pat
     decoders.write(b, decoders.decoder(2), decoders.config(**{**common, "rms_norm_eps": 1e-5}, **theirs))
     _, report = merge(decoders.slerp(a, b), tmp_path / "out")
     assert set(report.warnings) == {
-        f"the models disagree on `num_attention_heads`: {a} has 4, which the result has, {b} has 2",
-        f"the models disagree on `rms_norm_eps`: {a} has 1e-06, which the result has, {b} has 1e-05",
+        f"`num_attention_heads` differs between the models: 4 in {a}, which is kept, 2 in {b}",
+        f"`rms_norm_eps` differs between the models: 1e-06 in {a}, which is kept, 1e-05 in {b}",
     }
 
 

@@ -101,7 +101,7 @@ def test_caps_and_windows_may_be_off() -> None:
         ({"attention_bias": True}, "attention_bias must be false"),
         ({"layer_types": ["full_attention"]}, "layer_types must name 'sliding_attention' or 'full_attention'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope_parameters must be of type 'default'"),
-        ({"eos_token_id": ["</s>"]}, "eos_token_id must be a token number or a list of them"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id must be a token id or a list of them"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be false"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

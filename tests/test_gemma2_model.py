@@ -261,8 +261,8 @@ def test_wrong_tensors_are_named(one: Path, tmp_path: Path) -> None:
             "'temperature' must be from 0, which takes the most",
         ),
         (lambda model: model.generate([5], top_p=1.5, min_p=-1), r"'top_p' must be above 0 and at most 1"),
-        (lambda model: model.generate("hello"), r"has no tokenizer\.json: copy the base model's, or give token"),
-        (lambda model: model.generate(["a", [5]]), "'input_ids' must be text, messages, token numbers, or a list"),
+        (lambda model: model.generate("hello"), r"has no tokenizer\.json: copy the base model's, or pass token ids"),
+        (lambda model: model.generate(["a", [5]]), "'input_ids' must be text, messages, token ids, or a list"),
         (lambda model: model.logits(torch.zeros(1, 3, 2, dtype=torch.int64)), "'input_ids' must be text, messages"),
         (lambda model: model.perplexity([2]), "at least one token beside BOS"),
         (

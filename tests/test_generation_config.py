@@ -92,7 +92,7 @@ def test_the_commands_take_them_too(folder: Path, capsys: pytest.CaptureFixture[
         ({"top_k": 2.5}, "'top_k' must be a whole number, got 2.5"),
         ({"do_sample": "yes"}, "'do_sample' must be True or False, got 'yes'"),
         ({"max_new_tokens": 0}, "'max_new_tokens' must be 1 or more, is 0"),
-        ({"eos_token_id": ["</s>"]}, "'eos_token_id' must be a token number or a list of them"),
+        ({"eos_token_id": ["</s>"]}, "'eos_token_id' must be a token id or a list of them"),
         ({"stop_strings": [""]}, "'stop_strings' must be strings of one character or more"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

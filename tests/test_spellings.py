@@ -99,7 +99,7 @@ def test_cards_and_sentences_say_what_was_written(here: Path, tmp_path: Path) ->
 def test_inspection_of_one_folder_by_two_names(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "A", "A/"]) == 1
     assert capsys.readouterr().err == (
-        "arcmerge: two models are needed to see how they lie to each other, got 'A' and 'A/', which are one folder\n"
+        "arcmerge: A and B must be two models, got 'A' and 'A/', which are one folder; name another one to compare\n"
     )
 
 

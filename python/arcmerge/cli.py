@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--plot", metavar="FILE", type=_picture, help="draw the curve over the layers, as curve.png")
     _add_model_options(plan)
 
-    inspect = commands.add_parser("inspect", help="show how two checkpoints lie to each other")
+    inspect = commands.add_parser("inspect", help="compare two checkpoints: angles and lengths of their tensors")
     inspect.set_defaults(call=_inspect)
     inspect.add_argument("a", metavar="A", help="folder or hub name")
     inspect.add_argument("b", metavar="B", help="folder or hub name")
@@ -159,7 +159,9 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         default="5B",
         help="bytes a file, as 5B, 500M (default 5B)",
     )
-    parser.add_argument("--allow-nonfinite", action=switch, default=False, help="merge NaN and infinity all the same")
+    parser.add_argument(
+        "--allow-nonfinite", action=switch, default=False, help="merge tensors that hold NaN or infinity"
+    )
     parser.add_argument("--copy-tokenizer", action=switch, default=True, help="copy the base's tokenizer files")
     parser.add_argument("--write-model-card", action=switch, default=True, help="write README.md and the recipe")
     parser.add_argument("--safe-serialization", action=switch, default=True, help="must stay on: only safetensors")

@@ -79,9 +79,10 @@ def header_digest(path: Path) -> str:
 
 
 def files_beside(path: Path) -> set[str] | None:
-    """The names of the small files that the merge which wrote this shard wrote beside it; None if no merge wrote it.
+    """The file names that a merge recorded in the metadata of this shard: the other files that it wrote to the folder.
 
-    Whoever saves weights anew, after training them for one, does not carry this along.
+    Returns None if no merge wrote the shard. Programs that save a model again, for example after training it, do not
+    keep the metadata.
     """
     try:
         with path.open("rb") as file:

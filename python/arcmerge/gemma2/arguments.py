@@ -40,13 +40,13 @@ def read_truth(name: str, value: Any) -> bool:
 
 
 def read_tokens(name: str, value: Any) -> tuple[int, ...]:
-    """Token numbers: one, or a list, set, array or tensor of them."""
+    """Token ids: one, or a list, set, array or tensor of them."""
     found = plain(value)
     if isinstance(found, str | Mapping) or not isinstance(found, Iterable):
         found = [found]
     tokens = tuple(plain(token) for token in found)
     if not all(type(token) is int for token in tokens):
-        raise ArcmergeError(f"'{name}' must be a token number or a list of them, got {value!r:.80}.")
+        raise ArcmergeError(f"'{name}' must be a token id or a list of them, got {value!r:.80}.")
     return tokens
 
 

@@ -172,6 +172,6 @@ class _Reader:
         value = default if value is None else value
         tokens = tuple(value) if isinstance(value, list) else (value,)
         if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
-            self._problems.append(f"{key} must be a token number or a list of them, is {value!r:.80}.")
+            self._problems.append(f"{key} must be a token id or a list of them, is {value!r:.80}.")
             return (default,)
         return tokens

@@ -160,9 +160,9 @@ class Gemma2:
     ) -> Any:
         """Continue a prompt, or several. Options are as in `Sampling`; None is what generation_config.json says.
 
-        input_ids: text (a str), a conversation (messages with role and content), token numbers (a list, or an array or
-        tensor [T]), or several: a list of one kind, or [B, T] with an attention_mask that tells padding. What a
-        tokenizer of transformers returns is taken whole or by its parts. Text gets exactly one BOS.
+        input_ids: text (a str), a conversation (messages with role and content), token ids (a list, or an array or
+        tensor [T]), or several prompts: a list of one kind, or [B, T] with an attention_mask that is 0 for padding.
+        What a tokenizer of transformers returns is taken whole or by its parts. Text gets exactly one BOS.
         max_new_tokens: 256 where generation_config.json does not say either; fewer where the context is full before,
         which is a warning. max_length: of prompt and answer together, where max_new_tokens is not given.
         seed: None draws anew every time; `last_seed` tells with which seed, and torch.manual_seed settles it.
@@ -221,7 +221,7 @@ class Gemma2:
 
     @torch.inference_mode()
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> list[Score]:
-        """(logprob, is_greedy) of each continuation after its context, both text or both token numbers.
+        """(logprob, is_greedy) of each continuation after its context, both text or both token ids.
 
         Text is cut into tokens as lm-eval cuts it: see `Text.split`. An empty context stands for BOS. logprob: natural
         logarithm of the probability of the whole continuation.
@@ -232,7 +232,7 @@ class Gemma2:
     def perplexity(self, text: Any, window: int | None = None) -> float:
         """exp of the mean negative log-probability a token, BOS not counted.
 
-        text: a str, or token numbers. window: a long text is cut into pieces of window - 1 tokens, each scored after a
+        text: a str, or token ids. window: a long text is cut into pieces of window - 1 tokens, each scored after a
         BOS of its own; by default the model's max_position_embeddings.
         """
         bos, most = self.config.bos_token_id, self.config.max_position_embeddings

@@ -83,11 +83,14 @@ class Prompts:
 
 
 def read_row(name: str, value: Any) -> list[int]:
-    """Token numbers of one sequence: a list, an array or a tensor of one dimension."""
+    """Token ids of one sequence, as a list, an array or a tensor of one dimension.
+
+    Raises ArcmergeError, with `name` in its sentence, for anything else.
+    """
     found = plain(value)
     found = [plain(token) for token in found] if isinstance(found, Sequence) and not isinstance(found, str) else None
     if found is None or not all(type(token) is int for token in found):
-        raise ArcmergeError(f"'{name}' must be token numbers, whole ones, got {value!r:.80}.")
+        raise ArcmergeError(f"'{name}' must be token ids, which are integers, got {value!r:.80}.")
     return found
 
 
@@ -104,7 +107,7 @@ def _kind(found: Any) -> str:
 
 
 def _wrong(given: Any) -> str:
-    kinds = "text, messages, token numbers, or a list of prompts of one of these kinds"
+    kinds = "text, messages, token ids, or a list of prompts of one of these kinds"
     return f"'input_ids' must be {kinds}, got {given!r:.80}."
 
 

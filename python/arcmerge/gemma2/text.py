@@ -34,7 +34,7 @@ class Text:
                     f"{folder}: has a SentencePiece tokenizer.model and no tokenizer.json: make one with "
                     f"transformers.AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')."
                 )
-            raise ArcmergeError(f"{folder}: has no tokenizer.json: copy the base model's, or give token numbers.")
+            raise ArcmergeError(f"{folder}: has no tokenizer.json: copy the base model's, or pass token ids.")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions

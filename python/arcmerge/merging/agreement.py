@@ -43,8 +43,8 @@ def disagreements(configs: Mapping[ModelReference, Mapping[str, Any]], donor: Mo
     for key, value in settings[donor].items():
         others = {model: theirs[key] for model, theirs in settings.items() if key in theirs and theirs[key] != value}
         if others:
-            values = ", ".join(f"{model} has {other!r:.120}" for model, other in others.items())
-            found.append(f"the models disagree on `{key}`: {donor} has {value!r:.120}, which the result has, {values}")
+            values = ", ".join(f"{other!r:.120} in {model}" for model, other in others.items())
+            found.append(f"`{key}` differs between the models: {value!r:.120} in {donor}, which is kept, {values}")
     return found
 
 

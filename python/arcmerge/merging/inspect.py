@@ -1,4 +1,4 @@
-"""How two checkpoints lie to each other: the angle, the ratio of lengths and the near-collinear share, by layer.
+"""Two checkpoints compared: the angle, the ratio of lengths and the near-collinear share, by layer.
 
 All of it is read off the Gram matrices of the pairs of tensors; a group of tensors counts as one long vector, whose
 Gram matrix is the sum of theirs.

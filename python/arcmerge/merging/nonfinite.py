@@ -22,7 +22,7 @@ def not_finite(job: Job) -> ArcmergeError:
     if found := ", ".join(f"{count} in {item.model}" for count, item in zip(counts, job.inputs, strict=True) if count):
         return ArcmergeError(
             f"{name}: weights must be finite, found NaN or infinity ({found}); "
-            "repair the checkpoint; `arcmerge merge --allow-nonfinite` takes it all the same"
+            "repair the checkpoint, or pass --allow-nonfinite to merge it as it is"
         )
     peaks = [(_largest(job, item), str(item.model), item) for item in job.inputs]
     for value, parent, item in peaks:

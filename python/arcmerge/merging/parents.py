@@ -27,8 +27,8 @@ def fault(checkpoint: Checkpoint, names: Names) -> str | None:
     if len(names.stacks) != 1 or groups:
         found = ", ".join(f"'{prefix}N{'.M' * groups}'" for prefix in names.stacks) or "none"
         return (
-            "a decoder with one stack of layers is needed, tensors 'model.layers.N....' or 'transformer.h.N....' say, "
-            f"found {found}; " + ("only networks with one can be merged" if names.stacks else "check the folder")
+            "must hold one stack of layers, such as tensors 'model.layers.N....' or 'transformer.h.N....', "
+            f"found {found}; " + ("other networks cannot be merged" if names.stacks else "check the folder")
         )
     claimed, present = claimed_depths(config), sorted(names.layers)
     if present != list(range(len(present))) or not _counts(config, len(present)):

@@ -22,7 +22,7 @@ def pair_recipe(a: str, b: str) -> Mapping[str, Any]:
     """The recipe whose Gram pass measures how `b` lies to `a`. Raises ArcmergeError if they are one model."""
     if ModelReference.parse(a) == ModelReference.parse(b):
         got = f"'{a}' twice" if a == b else f"'{a}' and '{b}', which are one folder"
-        raise ArcmergeError(f"two models are needed to see how they lie to each other, got {got}")
+        raise ArcmergeError(f"A and B must be two models, got {got}; name another one to compare")
     return {
         "merge_method": "slerp",
         "base_model": a,

@@ -61,8 +61,8 @@ def sweep(
         for name in (BEST, PLOT, *TABLES):
             if (folder / name).exists():
                 raise ArcmergeError(
-                    f"{folder / name}: would be replaced, and no {JOURNAL} beside it tells that a sweep wrote it; name "
-                    "another --out, or move it away"
+                    f"{folder / name}: must not exist, because no {JOURNAL} in the folder shows that a sweep wrote it; "
+                    "name another --out, or move the file away"
                 )
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / JOURNAL, about) as journal:
