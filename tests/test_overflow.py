@@ -121,7 +121,9 @@ def test_a_parent_that_holds_what_is_not_finite(
 ) -> None:
     make(value)
     sentence = refusal({**SLERP, "dtype": "float16", **changes})
-    assert sentence.startswith("weights must be finite, found NaN or infinity (1 in A); repair the checkpoint, or pass --allow-nonfinite")
+    assert sentence.startswith(
+        "weights must be finite, found NaN or infinity (1 in A); repair the checkpoint, or pass --allow-nonfinite"
+    )
 
 
 def test_what_rounds_down_to_the_largest_fits(make: Callable[..., None]) -> None:

