@@ -99,8 +99,8 @@ def test_a_key_that_mergekit_does_not_know_changes_nothing_but_the_log(
     assert plain != other
     assert not theirs
     assert caplog.messages == [
-        "parameters.normalize: `slerp` has no such parameter, in mergekit neither, so it has no effect; "
-        "`slerp_normalize` is the name of an extension of arcmerge"
+        "parameters.normalize: `slerp` has no such parameter, ignored as in mergekit; "
+        "arcmerge has an extension called `slerp_normalize`"
     ]
 
 

@@ -138,8 +138,8 @@ class Recipe:
         ours = [other for other, parameter in known.items() if parameter.extension and other.endswith(f"_{name}")]
         if ours:
             return (
-                f"`{self.method}` has no such parameter, in mergekit neither, so it has no effect; "
-                f"`{ours[0]}` is the name of an extension of arcmerge"
+                f"`{self.method}` has no such parameter, ignored as in mergekit; "
+                f"arcmerge has an extension called `{ours[0]}`"
             )
         return f"`{self.method}` has no such parameter, ignored{did_you_mean(name, known)}"
 
