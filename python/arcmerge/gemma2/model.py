@@ -158,22 +158,40 @@ class Gemma2:
         stop: str | Sequence[str] | None = None,
         stream: Callable[[Any], object] | None = None,
     ) -> Any:
-        """Continue a prompt, or several. Options are as in `Sampling`; None is what generation_config.json says.
+        """Generate the continuation of one prompt or of several.
 
-        input_ids: text (a str), a conversation (messages with role and content), token ids (a list, or an array or
-        tensor [T]), or several prompts: a list of one kind, or [B, T] with an attention_mask that is 0 for padding.
-        What a tokenizer of transformers returns is taken whole or by its parts. Text gets exactly one BOS.
-        max_new_tokens: 256 where generation_config.json does not say either; fewer where the context is full before,
-        which is a warning. max_length: of prompt and answer together, where max_new_tokens is not given.
-        seed: None draws anew every time; `last_seed` tells with which seed, and torch.manual_seed settles it.
-        eos_token_id: what ends an answer, by default `ends`; an empty list for nothing; a conversation's answer also
-        ends where its template ends a turn. stop: strings that end it and are not part of it, looked for in the text
-        with its special tokens. stream: for one prompt, called with each piece of new text, or with each new token
-        where tokens were given.
+        An option that is None has the value of generation_config.json, or else the default of `Sampling`.
 
-        Returns the answer's text for text and messages; for tokens, the prompt and its answer in the same form: a list
-        for a list, for [B, T] an array or tensor in which pad_token_id follows what ended earlier; a list of these for
-        several.
+        Args:
+            input_ids: text (a str), a conversation (a list of messages with role and content), or token ids (a list, an
+                array or a tensor [T]); or several prompts: a list of one of these kinds, or token ids [B, T]. The
+                result of a tokenizer of transformers is accepted. Text gets exactly one BOS.
+            attention_mask: [B, T], 0 for padding, on either side. For token ids only.
+            max_new_tokens: the most tokens of an answer, 256 by default. An answer that reaches the model's
+                max_position_embeddings ends there, with a warning.
+            max_length: the most tokens of prompt and answer together; used where max_new_tokens is not given.
+            do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `Sampling`.
+            seed: of the random numbers. None takes another for every call from torch's generator; `last_seed` holds it.
+            eos_token_id: the token ids that end an answer, `ends` by default; an empty list for none. The answer to a
+                conversation also ends where the chat template ends a turn.
+            pad_token_id: follows the shorter answers of a batch [B, T].
+            stop: strings that end an answer and are not part of it. Special tokens count, as "<end_of_turn>".
+            stream: called with each piece of new text, or with each new token id where token ids were given. For one
+                prompt only.
+
+        Returns:
+            The text of the answer for text and conversations. For token ids, prompt and answer together in the form of
+            `input_ids`: a list, an array or a tensor. A list of these for a list of prompts.
+
+        Raises:
+            ArcmergeError: if an argument has another form or value, or if a prompt has more tokens than the model's
+                max_position_embeddings.
+
+        Example::
+
+            model.generate("The capital of France is", max_new_tokens=8)
+            model.generate([{"role": "user", "content": "Hello"}], do_sample=True, seed=1)
+            model.generate(**tokenizer(["One", "Two"], return_tensors="pt", padding=True))
         """
         config = self.generation_config.changed(
             {
@@ -221,10 +239,23 @@ class Gemma2:
 
     @torch.inference_mode()
     def score(self, pairs: Iterable[tuple[Any, Any]]) -> list[Score]:
-        """(logprob, is_greedy) of each continuation after its context, both text or both token ids.
+        """Compute the log-probability of each continuation given its context.
 
-        Text is cut into tokens as lm-eval cuts it: see `Text.split`. An empty context stands for BOS. logprob: natural
-        logarithm of the probability of the whole continuation.
+        Args:
+            pairs: (context, continuation), both text or both lists of token ids. Text is split into tokens as lm-eval
+                does, see `Text.split`. An empty context stands for BOS.
+
+        Returns:
+            For each pair (logprob, greedy): the natural logarithm of the probability of the whole continuation, and
+            whether each of its tokens is the most probable one.
+
+        Raises:
+            ArcmergeError: if a pair has another form, or more tokens than the model's max_position_embeddings.
+
+        Example::
+
+            [score] = model.score([("The capital of France is", " Paris")])
+            score.logprob
         """
         sequences = [self._sequence(number, pair) for number, pair in enumerate(pairs)]
         return score(self.network, sequences) if sequences else []
