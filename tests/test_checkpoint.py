@@ -146,6 +146,8 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "not JSON": (b"{not json", b"", "is not valid JSON"),
     "not UTF-8": (b'{"\xff": 1}', b"", "is not valid JSON"),
     "nested too deep": (b'{"a":' * 100_000, b"", "is not valid JSON"),
+    # What json reads, and functions of Python's that recurse cannot copy or write again.
+    "nested deep": (b'{"a":' * 500 + b"1" + b"}" * 500, b"", "is nested more than 100 levels deep"),
     "a list": ([], b"", "must hold a JSON object, holds []"),
     "key twice": (b'{"a": {}, "a": {}}', b"", "JSON key 'a' occurs twice"),
     "entry is a number": ({"w": 1}, b"", "tensor 'w' needs dtype, shape and data_offsets"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.config import Config
+from fuzz.mutations import ODD
 
 # google/gemma-2-2b, as published.
 PUBLISHED: dict[str, Any] = {
@@ -110,6 +112,28 @@ def test_what_cannot_run_is_refused_in_a_sentence(changes: dict[str, Any], sente
     with pytest.raises(ArcmergeError, match=sentence) as refusal:
         read(**changes)
     assert str(PATH) in str(refusal.value)
+
+
+ROPE = ("rope_parameters", "rope_scaling")
+ODD_ROPE = [{key: value} for key in ("rope_type", "type", "rope_theta", "full_attention") for value in ODD]
+
+
+@pytest.mark.parametrize("key", [*(key for key in PUBLISHED if key != "model_type"), "layer_types", *ROPE])
+def test_any_value_is_read_or_refused_in_a_sentence(key: str) -> None:
+    for value in (*ODD, *(ODD_ROPE if key in ROPE else ())):
+        with suppress(ArcmergeError):
+            read(**{key: value})
+
+
+def test_a_long_value_is_not_printed_whole() -> None:
+    for key in PUBLISHED:
+        for value in ("x" * 5000, 10**400, ["x"] * 5000):
+            refusal = ""
+            try:
+                read(**{key: value})
+            except ArcmergeError as error:
+                refusal = str(error)
+            assert len(refusal) < 300, key
 
 
 def test_the_mistake_of_the_first_9b_checkpoints_is_pointed_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 Mutate = Callable[[bytes, random.Random], bytes]
 
-_DEEP = 900
+_DEPTHS = (30, 300, 900)  # allowed; what Python's json reads and its copy cannot; more than either
 # Values at which readers slip: of the wrong type, out of every range, not of this world.
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 7, 255, 2**31, 2**63, 2**64, -(2**63) - 1, 10**400),
@@ -106,19 +107,20 @@ def _changed(document: Any, chance: random.Random) -> Any:
         case 5:
             del holder[key]
         case 6 if isinstance(holder, list):
-            holder.insert(key, chance.choice(ODD))
+            holder.insert(key, _odd(chance))
         case 6:
-            holder[chance.choice(("a", "", "__metadata__", "text_config", key + "x"))] = chance.choice(ODD)
+            holder[chance.choice(("a", "", "__metadata__", "text_config", key + "x"))] = _odd(chance)
         case 7 if isinstance(holder, dict):
             holder[chance.choice((key.upper(), key + "s", " " + key))] = holder.pop(key)
         case 8:
             other, name = chance.choice(places)
             if name in other if isinstance(other, dict) else name < len(other):
-                holder[key] = json.loads(json.dumps(other[name]))
+                holder[key] = copy.deepcopy(other[name])
         case _:
             other, name = chance.choice(places)
             if name in other if isinstance(other, dict) else name < len(other):
-                holder[key], other[name] = other[name], holder[key]
+                # Copies: one may hold the other, which would then hold itself.
+                holder[key], other[name] = copy.deepcopy(other[name]), copy.deepcopy(holder[key])
     return document
 
 
@@ -140,9 +142,13 @@ def _replaced(value: Any, document: Any, chance: random.Random) -> Any:
         return chance.choice((value[:-1], value + "x", value.upper(), [value], {"content": value}, value + "\ud800"))
     if change < 0.03:
         nested: Any = value
-        for _ in range(_DEEP):
+        for _ in range(chance.choice(_DEPTHS)):
             nested = [nested] if chance.random() < 0.5 else {"a": nested}
         return nested
     if change < 0.1:
         return chance.choice(([value], {"a": value}, [value, value]))
-    return chance.choice(ODD)
+    return _odd(chance)
+
+
+def _odd(chance: random.Random) -> Any:
+    return copy.deepcopy(chance.choice(ODD))  # a copy: later changes must not reach the table

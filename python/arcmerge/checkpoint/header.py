@@ -23,6 +23,7 @@ from arcmerge.errors import ArcmergeError
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 _MOST_DIMENSIONS = 64  # the limit of torch
+_MAX_NESTING = 100  # of JSON; published files have up to 10, and Python's own functions recurse up to about 300
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # what JSON may spell and no UTF-8 file can hold on its own
 _MARK = "arcmerge"  # the key of the metadata that tells a file of ours
 _LFS_POINTER = b"version https://git-lfs"
@@ -112,7 +113,11 @@ def encode_header(
 
 
 def parse_object(text: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in `text`, the content of `path`; a key that occurs twice is an error, not a choice."""
+    """The JSON object in `text`, the content of `path`.
+
+    Raises ArcmergeError for what is not valid JSON or no object, a key that occurs twice, an unpaired surrogate, and
+    more than 100 levels of nesting.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
@@ -130,6 +135,8 @@ def parse_object(text: bytes, path: Path) -> dict[str, Any]:
         raise ArcmergeError(f"{path}: is not valid JSON ({error}): {_COPY_AGAIN}.") from error
     if not isinstance(value, dict):
         raise ArcmergeError(f"{path}: must hold a JSON object, holds {value!r:.40}: {_COPY_AGAIN}.")
+    if _nested_deeper(value, _MAX_NESTING):
+        raise ArcmergeError(f"{path}: is nested more than {_MAX_NESTING} levels deep: {_COPY_AGAIN}.")
     if _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -138,6 +145,14 @@ def parse_object(text: bytes, path: Path) -> dict[str, Any]:
                 f"{path}: holds half a character, {error.object[error.start]!r}: {_COPY_AGAIN}."
             ) from error
     return value
+
+
+def _nested_deeper(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        values = (holder.values() if isinstance(holder, dict) else holder for holder in level)
+        level = [value for held in values for value in held if isinstance(value, dict | list)]
+    return bool(level)
 
 
 def _lfs_problem(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class _Reader:
     def config(self) -> Config:
         if self._settings.get("model_type") != "gemma2":
             found = self._settings.get("model_type")
-            raise ArcmergeError(f"{self._path}: model_type must be 'gemma2' to run here, is {found!r}.")
+            raise ArcmergeError(f"{self._path}: model_type must be 'gemma2' to run here, is {found!r:.80}.")
         layers = self._count("num_hidden_layers")
         config = Config(
             hidden_size=self._count("hidden_size"),
@@ -103,7 +104,7 @@ class _Reader:
         # Not hidden_act: the first releases said "gelu" there and meant the tanh approximation.
         activation = self._settings.get("hidden_activation", _ACTIVATION)
         if activation != _ACTIVATION:
-            self._problems.append(f"hidden_activation must be {_ACTIVATION!r}, is {activation!r}.")
+            self._problems.append(f"hidden_activation must be {_ACTIVATION!r}, is {activation!r:.80}.")
         if self._settings.get("attention_bias"):
             self._problems.append("attention_bias must be false: no Gemma-2 has biases.")
         if self._settings.get("use_bidirectional_attention"):
@@ -125,8 +126,9 @@ class _Reader:
 
     def _positive(self, key: str, default: float, value: object = None) -> float:
         value = self._settings.get(key, default) if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            self._problems.append(f"{key} must be a number above 0, is {value!r}.")
+        # Of a whole number of any length: 10**400 is below infinity and no float.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            self._problems.append(f"{key} must be a number above 0, is {value!r:.80}.")
             return 1.0
         return float(value)
 
@@ -141,14 +143,15 @@ class _Reader:
 
     def _theta(self) -> float:
         parameters = self._settings.get("rope_parameters") or self._settings.get("rope_scaling") or {}
-        # transformers may keep one set for each kind of layer.
-        per_kind = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-        kinds = {value.get("rope_type", value.get("type", "default")) for value in per_kind}
-        thetas = {value.get("rope_theta", self._settings.get("rope_theta", 10000.0)) for value in per_kind}
-        if kinds != {"default"} or len(thetas) != 1:
-            self._problems.append(f"rope_parameters must be of type 'default' with one rope_theta, are {parameters!r}.")
-            return 10000.0
-        return self._positive("rope_theta", 10000.0, thetas.pop())
+        if isinstance(parameters, dict):
+            # transformers may keep one set for each kind of layer.
+            per_kind = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+            types = [value.get("rope_type", value.get("type", "default")) for value in per_kind]
+            first, *others = [value.get("rope_theta", self._settings.get("rope_theta", 10000.0)) for value in per_kind]
+            if all(kind == "default" for kind in types) and all(theta == first for theta in others):
+                return self._positive("rope_theta", 10000.0, first)
+        self._problems.append(f"rope_parameters must be of type 'default' with one rope_theta, are {parameters!r:.80}.")
+        return 10000.0
 
     def _windows(self, layers: int) -> tuple[int, ...]:
         """Layers 0, 2, 4, ... see a window unless layer_types says otherwise; no config.json of Google's has it."""
