@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import read_device
+from arcmerge.gemma2.generation_config import READERS
 from arcmerge.gemma2.model import Gemma2
+from fuzz.mutations import ODD
 from gemma2_models import build, save_byte_tokenizer
 
 F32 = torch.float32
@@ -265,3 +267,21 @@ def test_as_many_tokens_as_fit_are_scored(model: Gemma2) -> None:
     (score,) = model.score([([2] * 60, [5] * 5)])
     assert score.logprob < 0
     assert model.perplexity([5] * 200) == model.perplexity([5] * 200, window=64)
+
+
+@pytest.mark.parametrize("name", sorted({*READERS, "stop", "seed"} - {"stop_strings"}))
+def test_any_value_of_an_option_is_taken_or_refused_in_a_sentence(model: Gemma2, name: str) -> None:
+    for value in (*ODD, 2**40, [[1]], object(), b"ab"):
+        try:
+            model.generate(PROMPT, **{"do_sample": True, "max_new_tokens": 1, name: value})
+        except ArcmergeError as refusal:
+            assert len(str(refusal)) < 300, value  # noqa: PT017
+
+
+@pytest.mark.parametrize("call", ["generate", "score", "logits", "perplexity"])
+def test_any_input_is_taken_or_refused_in_a_sentence(model: Gemma2, call: str) -> None:
+    for value in (*ODD, 2**31, [2**31], [10**400], b"ab", [b"ab"], [[2**40]], [None, 5], [{"role": "user"}], object()):
+        try:
+            getattr(model, call)(value)
+        except ArcmergeError as refusal:
+            assert len(str(refusal)) < 300, value  # noqa: PT017

@@ -104,3 +104,15 @@ def test_what_does_not_match_is_named(a: object, b: object, sentence: str) -> No
     with pytest.raises(arcmerge.ArcmergeError) as caught:
         arcmerge.slerp(a, b, 0.5)  # type: ignore[call-overload]
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("t", [10**400, float("nan"), "half", None, [0.5]])
+def test_a_t_that_is_no_number_is_refused(t: object) -> None:
+    with pytest.raises(arcmerge.ArcmergeError, match="'t' must be a finite number, got "):
+        arcmerge.slerp(torch.ones(3), torch.ones(3), t)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("b", [None, [1.0], 5])
+def test_what_is_no_tensor_is_refused(b: object) -> None:
+    with pytest.raises(arcmerge.ArcmergeError, match="must both be tensors"):
+        arcmerge.slerp(torch.ones(3), b, 0.5)  # type: ignore[call-overload]

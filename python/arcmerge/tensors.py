@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, overload
 
@@ -10,6 +11,7 @@ from arcmerge.errors import ArcmergeError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MISMATCH = "'a' and 'b' must both be tensors, with a number for t, or both be mappings of tensors"
 Curve = float | Callable[[str], float]
 
 
@@ -36,24 +38,32 @@ def slerp(
             raise ArcmergeError(f"'b' must have the names of 'a', '{unmatched[0]}' is in one of them only")
         return {name: _slerp(a[name], b[name], t(name) if callable(t) else t, slerp_normalize, name) for name in a}
     if isinstance(a, Mapping) or isinstance(b, Mapping) or callable(t):
-        raise ArcmergeError("'a' and 'b' must both be tensors, with a number for t, or both be mappings of tensors")
+        raise ArcmergeError(_MISMATCH)
     return _slerp(a, b, t, slerp_normalize, "b")
 
 
-def _slerp(a: Tensor, b: Tensor, t: float, slerp_normalize: bool, name: str) -> Tensor:
+def _slerp(a: Tensor, b: Tensor, given: float, slerp_normalize: bool, name: str) -> Tensor:
     import torch
 
     from arcmerge.merging.method import Inputs
     from arcmerge.merging.methods import METHODS
     from arcmerge.ops import combine, gram
 
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        raise ArcmergeError(_MISMATCH)
+    try:
+        t = float(given)
+    except (TypeError, ValueError, OverflowError):
+        t = math.nan
+    if not math.isfinite(t):
+        raise ArcmergeError(f"'t' must be a finite number, got {given!r:.80}")
     if a.shape != b.shape:
         raise ArcmergeError(f"'{name}' must have the shape of 'a' {tuple(a.shape)}, got {tuple(b.shape)}")
     if a.device != b.device:
         raise ArcmergeError(f"'{name}' must be on the device of 'a' {a.device}, got {b.device}")
     if not a.is_floating_point() and not b.is_floating_point():
         return a.clone()  # a buffer of numbers that cannot be mixed: the base's is kept, as in a merge of checkpoints
-    inputs = Inputs(count=2, base=0, shared={"t": float(t), "slerp_normalize": slerp_normalize})
+    inputs = Inputs(count=2, base=0, shared={"t": t, "slerp_normalize": slerp_normalize})
     method, dtype = METHODS["slerp"], torch.promote_types(a.dtype, b.dtype)
     if (end := method.constant(inputs)) is not None:
         return (a, b)[int(end.values.argmax())].to(dtype, copy=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ def read_whole(name: str, value: Any) -> int:
 
 def read_number(name: str, value: Any) -> float:
     number = plain(value)
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise ArcmergeError(f"'{name}' must be a number, got {value!r:.80}.")
-    return number
+    if not isinstance(number, bool) and isinstance(number, int | float):
+        with suppress(OverflowError):  # of a whole number of 309 digits or more
+            return float(number)
+    raise ArcmergeError(f"'{name}' must be a number, got {value!r:.80}.")
 
 
 def read_truth(name: str, value: Any) -> bool:

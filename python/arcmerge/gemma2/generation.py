@@ -119,6 +119,6 @@ def require_tokens(network: Network, prompts: Sequence[Sequence[int]]) -> None:
         for token in prompt:
             if not 0 <= token < network.config.vocab_size:
                 raise ArcmergeError(
-                    f"prompt {number} has the token {token}; the vocabulary goes from 0 to "
+                    f"prompt {number} has the token {token!r:.80}; the vocabulary goes from 0 to "
                     f"{network.config.vocab_size - 1}."
                 )

@@ -101,7 +101,7 @@ class GenerationConfig:
         """Raises ArcmergeError for an answer of no token."""
         for name in ("max_new_tokens", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ArcmergeError(f"'{name}' must be 1 or more, is {value}.")
+                raise ArcmergeError(f"'{name}' must be 1 or more, is {value!r:.80}.")
 
     @property
     def most_new_tokens(self) -> int:

@@ -16,7 +16,7 @@ from arcmerge.checkpoint.hub import locate
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.answers import answer
-from arcmerge.gemma2.arguments import read_device, read_dtype, read_strings, read_tokens, read_whole
+from arcmerge.gemma2.arguments import plain, read_device, read_dtype, read_strings, read_tokens, read_whole
 from arcmerge.gemma2.config import Config
 from arcmerge.gemma2.generation import Generated, Limits, generate, require_tokens
 from arcmerge.gemma2.generation_config import GenerationConfig
@@ -257,6 +257,8 @@ class Gemma2:
             [score] = model.score([("The capital of France is", " Paris")])
             score.logprob
         """
+        if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
+            raise ArcmergeError(f"'pairs' must be a list of contexts with continuations, got {pairs!r:.80}.")
         sequences = [self._sequence(number, pair) for number, pair in enumerate(pairs)]
         return score(self.network, sequences) if sequences else []
 
@@ -283,7 +285,8 @@ class Gemma2:
 
     def _sequence(self, number: int, pair: Any) -> tuple[list[int], int]:
         """The tokens of a pair to score, and how many of them are scored."""
-        if isinstance(pair, str) or len(pair) != 2:
+        pair = plain(pair)
+        if isinstance(pair, str | bytes) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise ArcmergeError(f"pair {number} must be a context and a continuation, got {pair!r:.80}.")
         context, continuation = pair
         if isinstance(context, str) and isinstance(continuation, str):

@@ -35,7 +35,10 @@ class Sampling:
         rules = {
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
             "temperature": (0 <= self.temperature < float("inf"), "from 0, which takes the most probable token, up"),
-            "top_k": (type(self.top_k) is int and self.top_k >= 0, "a whole number from 0, which keeps all, up"),
+            "top_k": (
+                type(self.top_k) is int and 0 <= self.top_k < 2**63,
+                "a whole number from 0, which keeps all, to 2^63 - 1",
+            ),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1, which keeps all"),
             "min_p": (0 <= self.min_p <= 1, "from 0, which keeps all, to 1"),
             "seed": (
@@ -44,7 +47,9 @@ class Sampling:
             ),
         }
         problems = [
-            f"'{name}' must be {rule}, is {getattr(self, name)}." for name, (met, rule) in rules.items() if not met
+            f"'{name}' must be {rule}, is {getattr(self, name)!r:.80}."
+            for name, (met, rule) in rules.items()
+            if not met
         ]
         if problems:
             raise ArcmergeError(problems)
