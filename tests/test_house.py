@@ -31,7 +31,7 @@ BELOW = {
     "merging": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.kernels", "arcmerge._C"},
     "gemma2": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.merging", "arcmerge._C"},
     "integrations": {"arcmerge.gemma2", "arcmerge.merging", "arcmerge.ops"},
-    "sweep": {"arcmerge.gemma2", "arcmerge.merging", "arcmerge.terminal", "arcmerge._C"},
+    "sweep": {"arcmerge.checkpoint", "arcmerge.gemma2", "arcmerge.merging", "arcmerge.terminal", "arcmerge._C"},
 }
 LONGEST_FILE = 400
 LARGEST_PRODUCT = 23000  # 10,000 for merging, 9,500 for running what was merged, 3,500 for sweeps and hosts

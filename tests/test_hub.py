@@ -56,6 +56,13 @@ def test_a_path_without_folder_is_not_looked_for_on_the_hub(monkeypatch: pytest.
     assert not calls
 
 
+@pytest.mark.parametrize("path", ["x" * 5000, "./" + "x" * 300, "~nobody-of-this-name/model"])
+def test_a_path_that_cannot_be_looked_at_is_a_sentence(path: str) -> None:
+    with pytest.raises(ArcmergeError, match="cannot be opened: ") as caught:
+        locate(path)
+    assert len(str(caught.value)) < 250
+
+
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ArcmergeError, match="must be a folder, it is a file"):

@@ -125,6 +125,8 @@ def test_accuracy_is_the_share_of_questions_whose_answer_is_most_probable(models
         '{"context": "a", "choices": ["b", "c"], "answer": true}',
         '{"context": "a", "choices": ["b", ""], "answer": 0}',
         '{"context": 1, "choices": ["b", "c"], "answer": 0}',
+        '{"context": "\\ud800", "choices": ["b", "c"], "answer": 0}',
+        "[" * 10000,
     ],
 )
 def test_questions_that_are_none(tmp_path: Path, line: str) -> None:
@@ -262,7 +264,8 @@ def test_two_sweeps_do_not_write_to_one_journal(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
-    for number, content in enumerate(("{\n", "[]\n{}\n", '{"recipe": 1}\n{"colour": 1}\n')):
+    half = '{"recipe": 1}\n{"name": "\\ud800", "settings": {}}\n'
+    for number, content in enumerate(("{\n", "[]\n{}\n", '{"recipe": 1}\n{"colour": 1}\n', half, "[" * 10000 + "\n")):
         file = tmp_path / str(number)
         file.write_text(content)
         with pytest.raises(arcmerge.ArcmergeError, match=r"is not the journal of a sweep|of another sweep"):

@@ -21,10 +21,15 @@ def locate(path: str, revision: str | None = None, cache_dir: Path | None = None
 
     Raises ArcmergeError: no such folder, no such repository or revision, no permission, no network.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(path).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be read; no such user
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ArcmergeError(f"model '{path:.80}' cannot be opened: {cause}: check its path.") from error
+    if is_folder:
         return folder
-    if folder.exists():
+    if exists:
         raise ArcmergeError(f"model '{path}' must be a folder, it is a file: give the folder that holds it.")
     if path.startswith((".", "~")) or not _HUB_NAME.fullmatch(path):
         raise ArcmergeError(f"model '{path}' is a path, and there is no such folder: check it for a slip.")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arcmerge.checkpoint.header import parse_object
 from arcmerge.errors import ArcmergeError
 
 
@@ -80,11 +81,12 @@ class Journal:
             self._file.seek(0)
             text = self._file.read()
             whole = text[: text.rfind("\n") + 1]
-            about, *rest = [json.loads(line) for line in whole.splitlines()] or [self._about]
+            lines = [parse_object(line.encode(), self._name) for line in whole.splitlines()]
+            about, *rest = lines or [dict(self._about)]
             scored = [Scored(**entry) for entry in rest]
             if about.keys() != self._about.keys():
                 raise ValueError("another's keys")
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, ArcmergeError) as error:
             raise ArcmergeError(f"{self._name}: is not the journal of a sweep; name another --out") from error
         if scored and (different := [key for key in about if about[key] != self._about[key]]):
             raise ArcmergeError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import math
 import sys
 import traceback
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from arcmerge.checkpoint.header import parse_object
 from arcmerge.errors import ArcmergeError
 
 if TYPE_CHECKING:
@@ -143,9 +143,9 @@ def read_questions(file: Path) -> list[Question]:
 def _question(line: str, place: str) -> Question:
     rule = 'must be {"context": text, "choices": [two texts or more], "answer": the number of the right one, from 0}'
     try:
-        entry = json.loads(line)
+        entry = parse_object(line.encode(), Path(place))
         context, choices, answer = (entry[key] for key in ("context", "choices", "answer"))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ArcmergeError, KeyError) as error:
         raise ArcmergeError(f"{place}: {rule}, got {line:.80}") from error
     texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(text, str) and text for text in choices)
     if not (isinstance(context, str) and texts and type(answer) is int and 0 <= answer < len(choices)):
