@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from collections import UserDict
 from pathlib import Path
 from typing import Any
@@ -230,7 +232,16 @@ def test_dtypes_and_devices_that_are_not_given(folder: Path, tmp_path: Path) -> 
         (lambda model: model.generate(PROMPT, stop=5), "'stop' must be a string or a list of strings, got 5"),
         (lambda model: model.generate(PROMPT, stop=["a", ""]), "'stop' must be strings of one character or more"),
         (lambda model: model.score(["ab"]), "pair 0 must be a context and a continuation, got 'ab'"),
-        (lambda model: model.score([(PROMPT, "b")]), "'pair 0' must be token ids, which are integers, got 'b'"),
+        (lambda model: model.score([(PROMPT, "b")]), "pair 0 must be two texts or two lists of token ids, got [2, 70"),
+        (lambda model: model.score([("a", None)]), "pair 0 must be two texts or two lists of token ids, got text and"),
+        (lambda model: model.score([([2], [9999])]), "pair 0 has the token 9999"),
+        (lambda model: model.score([("a", "")]), "pair 0 must have a continuation of one token or more"),
+        (lambda model: model.score([("a", "b"), ([2], [])]), "pair 1 must have a continuation of one token or more"),
+        (lambda model: model.generate(b"Hello"), "'input_ids' must be text, messages, token ids"),
+        (lambda model: model.generate([b"Hello"]), "'input_ids' must be"),
+        (lambda model: model.perplexity(b"Hello"), "'text' must be token ids"),
+        (copy.deepcopy, "a Gemma2 cannot be copied or pickled"),
+        (pickle.dumps, "a Gemma2 cannot be copied or pickled"),
         (
             lambda model: model.score([(PROMPT, PROMPT), ([2] * 60, [5] * 9)]),
             "pair 1 has 69 tokens, which must be at most 65: the model's max_position_embeddings are 64",

@@ -169,7 +169,7 @@ def test_an_answer_ends_where_the_context_is_full(folder: Path, capsys: pytest.C
     prompt = [2, *[70] * 499]
     with pytest.warns(UserWarning, match=r"the answer ends after 12 tokens, where the 512 of the model's max_position"):
         assert len(model.generate(prompt, eos_token_id=[])) == 512
-    with pytest.warns(UserWarning, match="ends after 1 tokens"):
+    with pytest.warns(UserWarning, match="ends after 1 token"):
         assert len(model.generate([*prompt, *[70] * 12], eos_token_id=[], max_new_tokens=2)) == 513
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # as many as asked for

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import gemma2_models
@@ -193,6 +194,25 @@ sys.exit(3)
 def test_a_process_may_end_while_a_daemon_thread_computes() -> None:
     for _ in range(3):
         assert run(EXIT) == (3, "")
+
+
+GENERATING = """
+import sys, threading, time, arcmerge
+model = arcmerge.Gemma2.from_pretrained(sys.argv[1])
+def work():
+    while True:
+        model.generate([2, 7], max_new_tokens=50)
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.5)
+"""
+
+
+def test_a_process_may_end_while_a_daemon_thread_generates(tmp_path: Path) -> None:
+    gemma2_models.build(
+        tmp_path, "2.6B", torch.float32, num_hidden_layers=1, vocab_size=259, max_position_embeddings=64
+    )
+    for _ in range(3):
+        assert run(GENERATING, str(tmp_path)) == (0, "")
 
 
 HOSTS = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import arcmerge
 from gemma2_models import TOKENS, build, build_chain, save_byte_tokenizer
@@ -153,6 +153,26 @@ def test_the_prefix_token_and_another_tokenizer(folder: Path, tmp_path: Path) ->
     assert one.tokenizer_name == other.tokenizer_name
     (found,), (wanted,) = scores(one, ("", "abc")), scores(other, ("", "abc"))
     assert found == pytest.approx(wanted, rel=1e-5)
+    loaded = ours(folder, tokenizer=AutoTokenizer.from_pretrained(elsewhere))
+    assert loaded.tok_encode("ab <bos>") == one.tok_encode("ab <bos>")
+
+
+def test_a_model_of_transformers_is_refused_in_a_sentence(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(
+        arcmerge.ArcmergeError, match="'pretrained' must be a folder, a hub name or a Gemma2, got a"
+    ):
+        ArcmergeLM(pretrained=model)
+
+
+def test_threads_of_torch_are_the_users(folder: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(7)
+        ours(folder)
+        assert torch.get_num_threads() == 7
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_thinking_is_left_out_of_answers(tmp_path: Path) -> None:
@@ -208,6 +228,8 @@ GENERATION_ARGUMENTS: dict[str, dict[str, Any]] = {
     "temperature 0": {"temperature": 0.0, "max_gen_toks": 8},
     "nearly greedy": {"do_sample": True, "temperature": 1.0, "top_k": 1, "max_gen_toks": 8},
     "top_p": {"do_sample": True, "temperature": 1.0, "top_p": 1e-6, "max_gen_toks": 8},
+    "top_p 0": {"do_sample": True, "temperature": 1.0, "top_p": 0.0, "max_gen_toks": 8},
+    "temperature as text": {"temperature": "0", "max_gen_toks": 8},
     "min_p": {"do_sample": True, "temperature": 1.0, "min_p": 1.0, "max_gen_toks": 8},
 }
 
@@ -231,6 +253,25 @@ def test_every_other_generation_argument_is_named(folder: Path, caplog: pytest.L
     caplog.clear()
     answers(lm, ["a"], max_gen_toks=1, num_beams=1, use_cache=True, typical_p=1.0, early_stopping=False)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_length": 3, "max_gen_toks": 9}, "'max_length' must be above the [0-9]+ tokens of a context"),
+        ({"max_gen_toks": 0}, "'max_gen_toks' must be 1 or more, got 0"),
+        ({"until": 3}, "'until' must be a string or a list of strings"),
+        (["x"], "the generation arguments must be a mapping of names to values, got"),
+    ],
+)
+def test_generation_arguments_that_cannot_be_are_refused(folder: Path, options: Any, sentence: str) -> None:
+    with pytest.raises(arcmerge.ArcmergeError, match=sentence):
+        ours(folder).generate_until([Instance("generate_until", {}, ("Question", options), 0)])
+
+
+def test_an_empty_stop_string_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    answers(ours(folder), ["a"], max_gen_toks=2, until=[""])
+    assert "the stop string '' has no effect" in caplog.text
 
 
 def test_each_sample_of_a_repeated_question_is_drawn_anew(folder: Path) -> None:

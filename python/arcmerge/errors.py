@@ -37,3 +37,8 @@ def needed(package: str, by: str, extra: str, module: str = "") -> Iterator[None
         if module == "__main__":
             raise SystemExit(f"arcmerge: {sentence}") from None
         raise MissingPackage(sentence) from error
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 token", "2 tokens"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

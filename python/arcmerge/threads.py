@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 
 from arcmerge import _C
@@ -20,9 +21,14 @@ def set_num_threads(threads: int) -> None:
     """Sets the number of threads that merges and the operations of a model on the CPU use, from 1 to 1024.
 
     Results do not depend on it. PyTorch's own operations have :func:`torch.set_num_threads`.
-    Raises ValueError for any other number.
+    Raises ValueError for anything else.
     """
-    _C.set_threads(threads)
+    try:
+        if isinstance(threads, bool):
+            raise TypeError
+        _C.set_threads(operator.index(threads))
+    except TypeError:
+        raise ValueError(f"'threads' must be a whole number from 1 to 1024, got {threads!r:.80}") from None
 
 
 def use_threads(threads: int | None) -> None:

@@ -21,6 +21,8 @@ def plain(value: Any) -> Any:
 
 def read_whole(name: str, value: Any) -> int:
     number = plain(value)
+    if isinstance(number, float) and number.is_integer():  # as programs without whole numbers write them
+        return int(number)
     if isinstance(number, bool) or not isinstance(number, int):
         raise ArcmergeError(f"'{name}' must be a whole number, got {value!r:.80}.")
     return number

@@ -46,7 +46,8 @@ def render(
     try:
         text = _compile(template).render(messages=said, **{"tools": None, "documents": None, **variables})
     except _refusal() as error:
-        raise ArcmergeError(f"{source}: its chat template refuses this conversation: {error}.") from error
+        reason = str(error).rstrip(".")
+        raise ArcmergeError(f"{source}: its chat template refuses this conversation: {reason}.") from error
     except TemplateSyntaxError as error:
         reason = str(error.message).rstrip(".")
         raise ArcmergeError(

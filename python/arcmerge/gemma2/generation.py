@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from arcmerge.errors import ArcmergeError
+from arcmerge.errors import ArcmergeError, counted
 from arcmerge.gemma2.network import Network
 from arcmerge.gemma2.sampling import Chooser, Sampling
 from arcmerge.gemma2.sequences import Sequences
@@ -31,10 +31,8 @@ class Generated:
 
     def cut_sentence(self, context: int) -> str:
         """What to say about answers that were cut. context: tokens that the model was made for."""
-        return (
-            f"the answer ends after {len(self.tokens[self.cut[0]])} tokens, where the {context} of the model's "
-            "max_position_embeddings are full"
-        )
+        tokens = counted(len(self.tokens[self.cut[0]]), "token")
+        return f"the answer ends after {tokens}, where the {context} of the model's max_position_embeddings are full"
 
 
 @dataclass
@@ -109,16 +107,19 @@ def generate(
     return result
 
 
-def require_tokens(network: Network, prompts: Sequence[Sequence[int]]) -> None:
-    """Raises ArcmergeError unless there are prompts, each of one token or more, all of them in the vocabulary."""
+def require_tokens(network: Network, prompts: Sequence[Sequence[int]], called: str = "prompt") -> None:
+    """Raises ArcmergeError unless there are prompts, each of one token or more, all of them in the vocabulary.
+
+    called: what the sentence calls one of them.
+    """
     if not prompts:
-        raise ArcmergeError("there must be at least one prompt.")
+        raise ArcmergeError(f"there must be at least one {called}.")
     for number, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ArcmergeError(f"prompt {number} must have at least one token: begin with BOS.")
+            raise ArcmergeError(f"{called} {number} must have at least one token: begin with BOS.")
         for token in prompt:
             if not 0 <= token < network.config.vocab_size:
                 raise ArcmergeError(
-                    f"prompt {number} has the token {token!r:.80}; the vocabulary goes from 0 to "
+                    f"{called} {number} has the token {token!r:.80}; the vocabulary goes from 0 to "
                     f"{network.config.vocab_size - 1}."
                 )

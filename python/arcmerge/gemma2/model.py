@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -55,6 +55,12 @@ class Gemma2:
         self.last_seed: int | None = None
         self._folder = folder
         self._text: Text | None = None
+
+    def __reduce__(self) -> NoReturn:
+        raise ArcmergeError(
+            "a Gemma2 cannot be copied or pickled, as its weights are mapped from files: open the model with "
+            "Gemma2.from_pretrained in every process that needs it."
+        )
 
     @classmethod
     def from_pretrained(
@@ -289,11 +295,16 @@ class Gemma2:
         if isinstance(pair, str | bytes) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise ArcmergeError(f"pair {number} must be a context and a continuation, got {pair!r:.80}.")
         context, continuation = pair
+        if isinstance(context, str) != isinstance(continuation, str):
+            kinds = " and ".join("text" if isinstance(one, str) else f"{one!r:.40}" for one in pair)
+            raise ArcmergeError(f"pair {number} must be two texts or two lists of token ids, got {kinds}.")
         if isinstance(context, str) and isinstance(continuation, str):
             context, continuation = self.text.split(context, continuation)
         else:
             context = read_row(f"pair {number}", context) or [self.config.bos_token_id]
             continuation = read_row(f"pair {number}", continuation)
+        if not continuation:
+            raise ArcmergeError(f"pair {number} must have a continuation of one token or more.")
         tokens, most = [*context, *continuation], self.config.max_position_embeddings
         if len(tokens) - 1 > most:
             raise ArcmergeError(

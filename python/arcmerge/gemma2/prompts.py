@@ -14,6 +14,8 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import plain
 from arcmerge.gemma2.text import Text
 
+_TEXT = (str, bytes, bytearray)  # sequences, but of no token ids
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -88,7 +90,7 @@ def read_row(name: str, value: Any) -> list[int]:
     Raises ArcmergeError, with `name` in its sentence, for anything else.
     """
     found = plain(value)
-    found = [plain(token) for token in found] if isinstance(found, Sequence) and not isinstance(found, str) else None
+    found = [plain(token) for token in found] if isinstance(found, Sequence) and not isinstance(found, _TEXT) else None
     if found is None or not all(type(token) is int for token in found):
         raise ArcmergeError(f"'{name}' must be token ids, which are integers, got {value!r:.80}.")
     return found
@@ -98,7 +100,7 @@ def _kind(found: Any) -> str:
     """text, messages, tokens, or several of these."""
     if isinstance(found, str):
         return "text"
-    if not isinstance(found, Sequence):
+    if not isinstance(found, Sequence) or isinstance(found, _TEXT):
         raise ArcmergeError(_wrong(found))
     first = plain(found[0]) if len(found) else 0
     if isinstance(first, Mapping):

@@ -18,9 +18,10 @@ class Sampling:
     """Names and meanings as in transformers' generate, where filters apply in the order given here.
 
     do_sample: False takes the most probable token, the lowest number among equals. repetition_penalty: from 1, no
-    penalty, up; applies to every token of prompt and answer. temperature: 0 takes the most probable token too. top_k: 0
-    for all. top_p: 1 for all. min_p: 0 for all. seed: same seed, same tokens; every row of a batch has a stream of its
-    own, the first that of a prompt alone. None: another for every call, from torch's generator.
+    penalty, up; applies to every token of prompt and answer. temperature: 0 takes the most probable token too. top_k:
+    0 for all. top_p: 1 for all, 0 for the most probable token. min_p: 0 for all. seed: same seed, same tokens; every
+    row of a batch has a stream of its own, the first that of a prompt alone. None: another for every call, from
+    torch's generator.
     """
 
     do_sample: bool = False
@@ -39,7 +40,7 @@ class Sampling:
                 type(self.top_k) is int and 0 <= self.top_k < 2**63,
                 "a whole number from 0, which keeps all, to 2^63 - 1",
             ),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1, which keeps all"),
+            "top_p": (0 <= self.top_p <= 1, "from 0, which takes the most probable token, to 1, which keeps all"),
             "min_p": (0 <= self.min_p <= 1, "from 0, which keeps all, to 1"),
             "seed": (
                 self.seed is None or (type(self.seed) is int and 0 <= self.seed < 2**63),
@@ -56,7 +57,7 @@ class Sampling:
 
     @property
     def draws(self) -> bool:
-        return self.do_sample and self.temperature > 0
+        return self.do_sample and self.temperature > 0 and self.top_p > 0
 
     def seeded(self) -> Sampling:
         """With a seed, if tokens are drawn: torch.manual_seed settles it where it is not given."""

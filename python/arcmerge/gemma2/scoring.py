@@ -66,7 +66,7 @@ def score(network: Network, sequences: Sequence[tuple[Sequence[int], int]]) -> l
     Sequences of like length go through the network together, and none is padded: company changes a score by rounding
     alone.
     """
-    require_tokens(network, [tokens for tokens, _ in sequences])
+    require_tokens(network, [tokens for tokens, _ in sequences], "pair")
     scores = [Score(0.0, True)] * len(sequences)
     families = _families(sequences)
     alone = [family for family in families if not family.branches]

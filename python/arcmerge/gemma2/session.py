@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from arcmerge.errors import counted
 from arcmerge.gemma2.answers import answer
 from arcmerge.gemma2.arguments import read_strings
 from arcmerge.gemma2.generation import Generated, Limits
@@ -32,9 +33,9 @@ class Answer:
     def summary(self) -> str:
         """One line: tokens, tokens a second, the seed of draws, the share of memory bandwidth that decoding reached."""
         done = self.generated
-        tokens = len(done.tokens[0])
+        prompt, tokens = counted(done.prompt_tokens, "prompt token"), len(done.tokens[0])
         parts = [
-            f"{done.prompt_tokens} prompt tokens at {done.prompt_tokens / done.prefill_seconds:.1f} a second",
+            f"{prompt} at {done.prompt_tokens / done.prefill_seconds:.1f} a second",
             f"{tokens} new at {done.steps / done.decode_seconds:.1f}" if done.steps else f"{tokens} new",
         ]
         if done.seed is not None:

@@ -135,19 +135,30 @@ class Text:
             )
         return found
 
+    @property
+    def has_named_templates(self) -> bool:
+        """Whether there are chat templates to choose from by name."""
+        return bool(read_templates(self._folder).keys() - {"default"})
+
     @cached_property
     def ends_of_turn(self) -> frozenset[int]:
         """The special token that the chat template writes after an assistant's message, at most one.
 
-        It ends a turn where generation_config.json was lost, as it often is in merges.
+        It ends a turn where generation_config.json was lost, as it often is in merges. Templates differ in whether they
+        close the last turn, and in whether a message's content is text or a list of parts.
         """
-        said = "7f3a"
-        messages = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
-        try:
-            after = self.render(messages, add_generation_prompt=False).rpartition(said)[2]
-        except ArcmergeError:  # no template, or one of other conversations
-            return frozenset()
-        return frozenset(self.encode_plain(after.lstrip())[:1]) & self.special
+        answer = "739146"  # digits, which no filter of a template changes
+        for content in (str, lambda text: [{"type": "text", "text": text}]):
+            turns = [("user", "12"), ("assistant", answer), ("user", "34")]
+            messages = [{"role": role, "content": content(text)} for role, text in turns]
+            for said in (messages, messages[:2]):
+                try:
+                    before, _, after = self.render(said, add_generation_prompt=False).rpartition(answer)
+                except ArcmergeError:  # no template, or one of other conversations
+                    continue
+                if before and (ends := frozenset(self.encode_plain(after.lstrip())[:1]) & self.special):
+                    return ends
+        return frozenset()
 
 
 def well_formed(text: str) -> str:

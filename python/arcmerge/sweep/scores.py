@@ -73,9 +73,17 @@ class MultipleChoice:
         self.identity = _digest("choices", *map(repr, questions))
 
     def __call__(self, model: Gemma2) -> float:
-        pairs = [
-            model.text.split(question.context, choice) for question in self.questions for choice in question.choices
-        ]
+        most = model.config.max_position_embeddings + 1  # nothing follows the last token
+        pairs = []
+        for question in self.questions:
+            for choice in question.choices:
+                context, answer = pair = model.text.split(question.context, choice)
+                if len(context) + len(answer) > most:
+                    raise ArcmergeError(
+                        f"a context with its choice must have at most {most} tokens, as the model takes no more, got "
+                        f"{len(context) + len(answer)}: {question.context!r:.80}"
+                    )
+                pairs.append(pair)
         scores = iter([one.logprob for one in model.score(pairs)])
         right = 0
         for question in self.questions:
@@ -141,7 +149,7 @@ def read_questions(file: Path) -> list[Question]:
 
 
 def _question(line: str, place: str) -> Question:
-    rule = 'must be {"context": text, "choices": [two texts or more], "answer": the number of the right one, from 0}'
+    rule = 'must be {"context": text, "choices": [two texts or more, none empty], "answer": the index of the right one}'
     try:
         entry = parse_object(line.encode(), Path(place))
         context, choices, answer = (entry[key] for key in ("context", "choices", "answer"))
