@@ -215,6 +215,27 @@ def test_a_process_may_end_while_a_daemon_thread_generates(tmp_path: Path) -> No
         assert run(GENERATING, str(tmp_path)) == (0, "")
 
 
+TOLD = """
+import arcmerge.cli, os, signal, time
+from arcmerge import interrupts
+def call(arguments):
+    {start}
+def remove(*_, **named):
+    os.kill(os.getpid(), signal.SIGINT)
+interrupts.shutil.rmtree = remove
+interrupts.remove_at_end("folder")
+arcmerge.cli._doctor = call
+arcmerge.cli._WHAT_AN_INTERRUPT_LEAVES[call] = "x"
+tell = interrupts.tell
+interrupts.tell = lambda complain: [tell(complain), os.kill(os.getpid(), signal.SIGINT), time.sleep(1)]
+"""
+
+
+@pytest.mark.parametrize("start", ["raise KeyboardInterrupt", "os.kill(os.getpid(), signal.SIGINT); time.sleep(1)"])
+def test_a_second_interrupt_has_no_second_sentence(start: str) -> None:
+    assert run(TOLD.format(start=start) + ENTRY, "doctor") == (130, "arcmerge: interrupted; x\n")
+
+
 HOSTS = {
     "lm_eval": "the evaluation is incomplete",
     "mergekit": "nothing was written",

@@ -159,9 +159,7 @@ def test_the_prefix_token_and_another_tokenizer(folder: Path, tmp_path: Path) ->
 
 def test_a_model_of_transformers_is_refused_in_a_sentence(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(
-        arcmerge.ArcmergeError, match="'pretrained' must be a folder, a hub name or a Gemma2, got a"
-    ):
+    with pytest.raises(arcmerge.ArcmergeError, match="'pretrained' must be a folder, a hub name or a Gemma2, got a"):
         ArcmergeLM(pretrained=model)
 
 

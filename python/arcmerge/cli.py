@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             complain(problem)
         return 1
     except KeyboardInterrupt:
-        complain(interrupts.sentence())
+        interrupts.tell(complain)
         return 130
     except BrokenPipeError:  # the reader of a table has seen enough
         sys.stderr.close()

@@ -23,6 +23,7 @@ _before: dict[int, Any] = {}
 _waiting: list[int] = []
 
 _consequence = ""
+_told = False
 _folders: set[tuple[str, int]] = set()  # each with the process that made it
 
 
@@ -42,21 +43,30 @@ def end_at_once(consequence: str) -> None:
 
 
 def ignore() -> None:
-    """From now on the process, which has done its work, ends without being interrupted."""
+    """From now on the process, which has done its work or is being ended, ends without being interrupted."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def say(consequence: str) -> None:
     """What an interrupt from now on means to the one who called the command."""
-    global _consequence
-    _consequence = consequence
+    global _consequence, _told
+    _consequence, _told = consequence, False
 
 
 def sentence(number: int = signal.SIGINT) -> str:
     """What is said of an interrupt."""
     what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     return f"{what}; {_consequence}" if _consequence else what
+
+
+def tell(complain: Callable[[str], object]) -> None:
+    """Passes the sentence to `complain`; an interrupt that comes after it ends the process without another."""
+    global _told
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    complain(sentence())
+    _told = True
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def remove_at_end(folder: str) -> Callable[[], None]:
@@ -111,9 +121,11 @@ def _note(number: int, _: Any) -> None:
 
 
 def _end(number: int, _: Any) -> NoReturn:
+    ignore()  # a second one would say the same again
     # Not by print, which may be what was interrupted. A progress bar may have hidden the cursor.
     with suppress(OSError):
-        os.write(2, (b"\n\x1b[?25h" if os.isatty(2) else b"") + f"arcmerge: {sentence(number)}\n".encode())
+        if not _told:
+            os.write(2, (b"\n\x1b[?25h" if os.isatty(2) else b"") + f"arcmerge: {sentence(number)}\n".encode())
     for folder, process in _folders:
         if process == os.getpid():
             shutil.rmtree(folder, ignore_errors=True)
