@@ -20,7 +20,8 @@ export PYTHONSAFEPATH := 1
 .DELETE_ON_ERROR:
 
 test: $(DEV)
-	$(BIN)/pytest
+	$(BIN)/pytest -q -n 2 --dist loadfile -m 'not alone'
+	$(BIN)/pytest -q -m alone
 
 # Kills, full and failing disks, parents that shrink: as root, all of it.
 torture: $(DEV)
@@ -28,7 +29,7 @@ torture: $(DEV)
 
 # The kernels again, interpreted and emulated with the oldest Triton that they support, laid over the one in .venv.
 test-oldest-triton: $(DEV) .venv/triton-$(OLDEST_TRITON)
-	PYTHONPATH=.venv/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest -q \
+	PYTHONPATH=.venv/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest -q -n 2 --dist loadfile \
 		tests/test_interpreter*.py tests/test_traffic.py tests/test_kernels.py tests/test_ptx.py tests/test_rmsnorm*.py \
 		tests/test_geglu.py tests/test_rope_cache.py tests/test_linear*.py tests/test_head.py tests/test_attention*.py
 

@@ -12,6 +12,10 @@ import tiny
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# One of several processes of tests: threads of more than one would wait for each other. Before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A job that a shell has put into the background ignores them, and so would every command that is tested.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
@@ -21,6 +25,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from emulation import interpreter
 
     interpreter.install()
+
+
+# Files are handed out in this order: minutes of compiling go first, or one process would be left with them.
+_LONGEST = ("test_proof.py", "test_sweep_search.py", "test_gpu_benchmark.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
 
+import arcmerge
 import tiny
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -84,3 +87,21 @@ def slices(*ranges: tuple[Path, int, int], **changes: Any) -> dict[str, Any]:
 def settings(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return found
+
+
+def pair(folder: Path, *, more: Any = (), only_a: Any = (), only_b: Any = (), **names: Any) -> tuple[Path, Path]:
+    settings = names.pop("config", {})
+    found = []
+    for letter, seed, extra in (("a", 1, only_a), ("b", 2, only_b)):
+        tensors = decoder(seed, more=[*more, *extra], **names)
+        found.append(write(folder / letter, tensors, config(**settings)))
+    return found[0], found[1]
+
+
+def merge(recipe: Any, out: Path) -> tuple[dict[str, torch.Tensor], arcmerge.MergeReport]:
+    report = arcmerge.merge(recipe, out, warn=lambda sentence: None)
+    return load_file(out / "model.safetensors"), report
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")

@@ -131,6 +131,7 @@ def test_close_spares_a_view_that_is_still_held(tmp_path: Path) -> None:
     assert bytes(view) == TENSORS["model.scalar"].tobytes()
 
 
+@pytest.mark.alone
 def test_a_header_of_300_tensors_opens_in_milliseconds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({f"model.layers.{i}.weight": np.zeros(4, np.float16) for i in range(300)}, tmp_path / "model.safetensors")
@@ -232,7 +233,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shard missing from index": (lambda f: remove(f, SECOND), f"shard '{SECOND}' of 2 is missing"),
     "shard missing, no index": (lambda f: remove(f, SECOND, INDEX_NAME), f"shard '{SECOND}' of 2 is missing"),
-    "shard a folder": (lambda f: make_folder(f, SECOND), f"shard '{SECOND}' of 2 is missing"),
+    "shard a folder": (lambda f: make_folder(f, SECOND), "is no file, or a link to none"),
     "shard a pointer": (lambda f: replace(f, SECOND, LFS), f"{SECOND}: is a Git LFS pointer"),
     "shard empty": (lambda f: replace(f, SECOND, b""), "starts with 8 bytes of length, it has 0"),
     "shard a zip": (lambda f: replace(f, SECOND, b"PK\3\4" + b" " * 99), "is not a safetensors file: a header may"),

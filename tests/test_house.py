@@ -147,6 +147,7 @@ def test_a_merge_on_the_cpu_loads_nothing_heavy(tmp_path):
     assert not HEAVY & set(loaded)
 
 
+@pytest.mark.alone
 def test_the_command_starts_in_less_than_three_tenths_of_a_second():
     def start(code: str) -> float:
         started = time.perf_counter()

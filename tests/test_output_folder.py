@@ -255,7 +255,7 @@ def test_an_output_of_mergekit_is_replaced_and_what_was_saved_over_one_is_not(
 
 
 def test_the_disk_must_have_room(tmp_path: Path) -> None:
-    with pytest.raises(ArcmergeError, match=r"needs 1000000000\.000 GB, .* GB is free"):
+    with pytest.raises(ArcmergeError, match=r"needs 1,000,000,000,000\.0 MB, .* MB are free"):
         OutputFolder(tmp_path / "out", nbytes=10**18)
     assert not list(tmp_path.iterdir())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,29 @@ def test_what_is_wrong_with_a_function_is_said_of_it(tmp_path: Path, monkeypatch
         Function("my_slips:raises", False)([])
     with pytest.raises(arcmerge.ArcmergeError, match="'my_slips:forgets' must return a number, got None"):
         Function("my_slips:forgets", False)([])
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("nothing_of_this_name", r"the module of the function '{0}:f' raises NameError at .*{0}\.py:1: name 'nothing"),
+        ("import os\nos.nothere", r"raises AttributeError at .*{0}\.py:2: module 'os' has no"),
+        ("def f(:", r"raises SyntaxError at .*{0}\.py:1: invalid syntax"),
+        ("import sys; sys.exit(3)", r"raises SystemExit at .*{0}\.py:1: 3"),
+        ("f = 5", r"'{0}:f' must be a function of a model, got 5"),
+        ("g = 5", r"the function '{0}:f' cannot be found: {0} has no 'f'"),
+        ("def f(model): raise MemoryError", r"'{0}:f' raises MemoryError at .*{0}\.py:1$"),
+        ("def f(model): raise SystemExit(0)", r"'{0}:f' raises SystemExit at .*{0}\.py:1: 0$"),
+    ],
+)
+def test_a_module_that_fails_is_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, sentence: str
+) -> None:
+    name = f"module_{zlib.crc32(code.encode())}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(arcmerge.ArcmergeError, match=sentence.format(name)):
+        Function(f"{name}:f", False)([])
 
 
 # ---- the run

@@ -265,6 +265,7 @@ class TestErrors(ThreeModels):
             align(vocabulary, "embed", {base.reference: base.table, chat.reference: wide})
 
 
+@pytest.mark.alone
 def test_256000_rows_take_less_than_a_second(tmp_path: Path) -> None:
     """Two vocabularies of Gemma's size that differ in part; mergekit takes about 3 s for the rows alone."""
     shared = [f"{number:x}" for number in range(250_000)]

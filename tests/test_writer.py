@@ -164,7 +164,7 @@ def test_an_unfinished_file_is_not_finished(tmp_path: Path) -> None:
 
 
 def test_too_small_a_disk_is_known_before_a_byte_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ArcmergeError, match=r"the output needs 1000000000\.000 GB, .* GB is free"):
+    with pytest.raises(ArcmergeError, match=r"the output needs 1,000,000,000,000\.0 MB, .* MB are free"):
         ShardFile(tmp_path / "shard", 10**18)
     assert not list(tmp_path.iterdir())
 

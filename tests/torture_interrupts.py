@@ -54,8 +54,13 @@ def outcome(arguments: list[str], seconds: float, twice: bool) -> str:
 
 
 def is_early(code: int, said: str) -> bool:
-    """Whether Python was interrupted before it came to our `run`: killed, or with a traceback that does not show it."""
-    return code in (-signal.SIGINT, 1) and ", in run\n" not in said and not said.startswith("arcmerge: ")
+    """Whether Python was interrupted before it came to our `run`.
+
+    It is then killed, or shows a traceback that does not lead through `run`, in which signals are blocked until they
+    have handlers that raise nothing. One in the destructor of a lock of an import is lost, and the run goes on.
+    """
+    ours = ", in run\n" in said or said.startswith("arcmerge: ")
+    return not ours and (code in (-signal.SIGINT, 1) or (code == 0 and said.startswith("Exception ignored in: ")))
 
 
 def prepare(work: Path) -> dict[str, list[str]]:

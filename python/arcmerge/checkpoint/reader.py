@@ -6,6 +6,7 @@ Tensors that an index does not list are left alone, as mergekit does.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -172,6 +173,8 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
     listed = _read_index(folder)
     files = sorted(set(listed.values())) if listed is not None else _find_shards(folder)
     missing = [name for name in files if not (folder / name).is_file()]
+    if unusable := [name for name in missing if os.path.lexists(folder / name)]:
+        raise ArcmergeError(f"{folder / unusable[0]}: is no file, or a link to none: download or copy it again.")
     if missing:
         raise ArcmergeError(
             f"{folder}: {_first(missing, 'shard')} of {len(files)} is missing: download the model again."

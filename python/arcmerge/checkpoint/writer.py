@@ -54,7 +54,7 @@ def require_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise ArcmergeError(
-            f"{folder}: the output needs {nbytes / 1e9:.3f} GB, {free / 1e9:.3f} GB is free: make room there."
+            f"{folder}: the output needs {nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free: make room there."
         )
 
 

@@ -99,6 +99,7 @@ def generate(
                     result.cut.append(row)
         if not any(awake):
             break
+        network.stand_still_at_end()
         fed = [token if alive else None for token, alive in zip(chosen, awake, strict=True)]
         chosen = chooser.choose(sequences.step(fed))
         result.steps += 1

@@ -43,7 +43,8 @@ class MergedGemma2(Gemma2):
         finalize(self, _remove, folder, remove_at_end(str(folder)), os.getpid())
         for name, content in small_files(resident.prepared, folder.name).items():
             (folder / name).write_bytes(content)
-        config = Config.read(json.loads((folder / "config.json").read_bytes()), folder / "config.json")
+        donor = Path(resident.prepared.plan.donor.path)  # a folder that the user knows
+        config = Config.read(json.loads((folder / "config.json").read_bytes()), donor / "config.json")
         stored = find_tensors("the merge", resident.outputs, config)
         dtypes = {STORED[resident.outputs[name].dtype.name] for name in stored.values()}
         if len(dtypes) > 1 or not dtypes <= set(RUNS_IN.values()):

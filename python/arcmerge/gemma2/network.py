@@ -47,6 +47,7 @@ class Network(Shared):
 
     def __call__(self, batch: Batch, cache: Cache) -> Tensor:
         """Hidden states [T, hidden_size] after the final norm; writes the batch's keys and values to the cache."""
+        self.stand_still_at_end()
         return self.layers(self.embed(batch.tokens), batch, cache)
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -25,12 +25,21 @@ _SCALES = (
     r"\w+_multiplier|\w+_scaling_factor|logits?_scal\w+|query_pre_attn_scalar|scale_(emb|depth)|dim_model_base|mup_\w+"
 )
 _ATTENTION = r"\w+_softcapping|(use_)?sliding_window(_size)?|attention_window_size|window_size|clip_qkv|is_causal"
+_KINDS = r"(layer|attention)_types"
 _BLOCKS = (
     r"parallel_attn|use_parallel_residual|num_experts_per_tok|moe_top_?k|topk_group|n_group|norm_topk_prob|scoring_func"
 )
-_COMPUTES = re.compile("|".join((_HEADS, _ROTATION, _NORMS, _ACTIVATIONS, _SCALES, _ATTENTION, _BLOCKS)))
+_COMPUTES = re.compile("|".join((_HEADS, _ROTATION, _NORMS, _ACTIVATIONS, _SCALES, _ATTENTION, _KINDS, _BLOCKS)))
 # Of them, those whose null stands for what follows from other keys.
 _DERIVED = re.compile(r"head_dim|num_(key_value|kv)_heads")
+
+# What configurations that leave a key out may mean by it.
+_DEFAULTS = {
+    re.compile(r"rope_theta|rotary_emb_base"): (None, 10000),
+    re.compile(r"rms_norm_eps"): (None, 1e-6),
+    re.compile(r"layer_norm_eps|layer_norm_epsilon|norm_epsilon"): (None, 1e-5, 1e-12),
+}
+_UNSET: Any = object()
 
 # Under `rope_parameters` in newer configurations, keys of their own in older ones.
 _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
@@ -40,12 +49,34 @@ def disagreements(configs: Mapping[ModelReference, Mapping[str, Any]], donor: Mo
     """A sentence for each key by which models compute otherwise than the donor, whose value the result has."""
     settings = {model: _computing(config) for model, config in configs.items()}
     found = []
-    for key, value in settings[donor].items():
-        others = {model: theirs[key] for model, theirs in settings.items() if key in theirs and theirs[key] != value}
+    for key in dict.fromkeys(key for theirs in settings.values() for key in theirs):
+        ours = settings[donor].get(key, _UNSET)
+        others = {
+            model: value
+            for model, theirs in settings.items()
+            if (value := theirs.get(key, _UNSET)) is not ours and _differ(key, ours, value)
+        }
         if others:
-            values = ", ".join(f"{other!r:.120} in {model}" for model, other in others.items())
-            found.append(f"`{key}` differs between the models: {value!r:.120} in {donor}, which is kept, {values}")
+            values = ", ".join(f"{_shown(other)} in {model}" for model, other in others.items())
+            found.append(f"`{key}` differs between the models: {_shown(ours)} in {donor}, which is kept, {values}")
     return found
+
+
+def _differ(key: str, one: Any, other: Any) -> bool:
+    """Whether a key's values in two configurations give two results.
+
+    A key that one of them lacks has the default of its class there; only of some keys is it known what that is.
+    """
+    if one is _UNSET or other is _UNSET:
+        given = other if one is _UNSET else one
+        return any(name.fullmatch(key) and given not in usual for name, usual in _DEFAULTS.items())
+    if isinstance(one, list) and isinstance(other, list):  # an entry for each layer: the depths may differ
+        return any(mine != theirs for mine, theirs in zip(one, other, strict=False))
+    return bool(one != other)
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is _UNSET else f"{value!r:.120}"
 
 
 def _computing(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class JobMaker:
                 )
                 self._problems.add(
                     f"{output_name}: every model must have this tensor, {source.model} has no '{name}' while "
-                    f"{owner} has; the two are not of one architecture",
+                    f"{owner} has; a file of {source.model} is missing, or the two are not of one architecture",
                     kind=f"missing in {source.model}",
                 )
                 return None

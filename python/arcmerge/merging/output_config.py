@@ -16,7 +16,7 @@ from typing import Any
 from arcmerge.dtypes import DType
 from arcmerge.merging.layer_settings import KINDS, at, change_layers, claimed_depths, levels
 
-_DEPTH = re.compile("layers?$|blocks?$|depth")
+_DEPTH = re.compile("layers?(_num|_count)?$|blocks?$|depth")
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 

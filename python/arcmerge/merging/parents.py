@@ -10,7 +10,12 @@ from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.merging.layer_settings import KINDS, claimed_depths, decoder_settings
 from arcmerge.merging.names import Names, is_before, split
 
-_HAS_HEAD = re.compile("ForCausalLM|ForConditionalGeneration|LMHead")
+_HAS_HEAD = re.compile("ForCausalLM|ForConditionalGeneration|LMHead|ForMaskedLM|ForPreTraining")
+# Classes of transformers with a head of another kind, which no key of config.json ties to anything, and its names.
+_HAS_TASK_HEAD = re.compile("For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)")
+_TASK_HEAD = re.compile(
+    r"(?:^|\.)(?:\w*classifier\w*|\w*score|\w*head|\w*outputs?|\w*logits\w*|sequence_summary|cls|answer_class)\."
+)
 # A head of another kind in its place.
 _SCORES = re.compile(r"(?:^|\.)(?:score|classifier|reward_head|v_head|value_head|regression_head)\.")
 
@@ -28,7 +33,7 @@ def fault(checkpoint: Checkpoint, names: Names) -> str | None:
         found = ", ".join(f"'{prefix}N{'.M' * groups}'" for prefix in names.stacks) or "none"
         return (
             "must hold one stack of layers, such as tensors 'model.layers.N....' or 'transformer.h.N....', "
-            f"found {found}; " + ("other networks cannot be merged" if names.stacks else "check the folder")
+            f"found {found}; " + ("other networks cannot be merged" if names.stacks else _unknown(checkpoint))
         )
     claimed, present = claimed_depths(config), sorted(names.layers)
     if present != list(range(len(present))) or not _counts(config, len(present)):
@@ -43,6 +48,12 @@ def fault(checkpoint: Checkpoint, names: Names) -> str | None:
             )
         )
     return _lost_head(checkpoint, names)
+
+
+def _unknown(checkpoint: Checkpoint) -> str:
+    numbered = next((name for name in checkpoint.tensors if any(part.isdecimal() for part in name.split("."))), None)
+    seen = numbered or next(iter(checkpoint.tensors), None)
+    return f"its architecture is not known here: '{seen}' is no layer's" if seen else "check the folder"
 
 
 def _counts(config: Mapping[str, Any], depth: int) -> bool:
@@ -65,7 +76,13 @@ def says_tied(config: Mapping[str, Any]) -> bool | None:
 
 
 def _lost_head(checkpoint: Checkpoint, names: Names) -> str | None:
-    architecture = next(iter(checkpoint.config.get("architectures") or ()), "")
+    architecture = str(next(iter(checkpoint.config.get("architectures") or ()), ""))
+    if _HAS_TASK_HEAD.search(architecture) and not any(_TASK_HEAD.search(role) for role in names.outer):
+        return (
+            f"config.json says {architecture}, which has a head of its own, such as 'score.weight' or "
+            "'classifier.weight', but no file holds one; fetch the checkpoint again, or name the architecture without "
+            "a head in config.json"
+        )
     if says_tied(checkpoint.config) is not False or names.head or names.embedding is None:
         return None
     if not _HAS_HEAD.search(architecture) or any(_SCORES.search(role) for role in names.outer):

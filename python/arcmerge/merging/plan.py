@@ -256,10 +256,12 @@ class _Planner:
         says = says_tied(self.checkpoints[self.donor].config)
         models = [source.model for source in piece.sources]
         own = [self._has_own_head(model) for model in models]
-        if not any(own):
+        # Where the embedding of the result comes from. A model with a head of its own has none that is a head.
+        first = [source.model for source in self.recipe.slices[0].sources]
+        if not any(own) and not any(map(self._has_own_head, first)):
             left_out = donor.head is not None and donor.embedding is not None
             return None, True if left_out and says is not True else None
-        heads = [self.names[model].head for model in dict.fromkeys([self.donor, *models])]
+        heads = [self.names[model].head for model in dict.fromkeys([self.donor, *models, *first])]
         output = next(head for head in heads if head)
         names = [
             (self.names[model].head if of_its_own else self.names[model].embedding) or output

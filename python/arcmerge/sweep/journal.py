@@ -86,7 +86,7 @@ class Journal:
             scored = [Scored(**entry) for entry in rest]
             if about.keys() != self._about.keys():
                 raise ValueError("another's keys")
-        except (ValueError, TypeError, ArcmergeError) as error:
+        except (ValueError, TypeError, AttributeError, ArcmergeError) as error:
             raise ArcmergeError(f"{self._name}: is not the journal of a sweep; name another --out") from error
         if scored and (different := [key for key in about if about[key] != self._about[key]]):
             raise ArcmergeError(

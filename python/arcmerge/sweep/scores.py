@@ -103,9 +103,16 @@ class Function:
         if "" not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         try:
-            self._function: Callable[[Any], float] = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
             raise ArcmergeError(f"the function '{name}' cannot be found: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise ArcmergeError(f"the module of the function '{name}' {_raises(error)}") from error
+        if not hasattr(found, function):
+            raise ArcmergeError(f"the function '{name}' cannot be found: {module} has no '{function}'")
+        self._function: Callable[[Any], float] = getattr(found, function)
+        if not callable(self._function):
+            raise ArcmergeError(f"'{name}' must be a function of a model, got {self._function!r:.80}")
         self.title, self.minimize, self.identity = function, minimize, _digest("function", name)
 
     def __call__(self, model: Gemma2) -> float:
@@ -114,11 +121,8 @@ class Function:
             value = self._function(model)
         except ArcmergeError:
             raise
-        except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise ArcmergeError(
-                f"the function '{self._name}' raises {type(error).__name__} at {frame.filename}:{frame.lineno}: {error}"
-            ) from error
+        except (Exception, SystemExit) as error:
+            raise ArcmergeError(f"the function '{self._name}' {_raises(error)}") from error
         try:
             return float(value)
         except (TypeError, ValueError) as error:
@@ -127,6 +131,16 @@ class Function:
     def __reduce__(self) -> tuple[type[Function], tuple[str, bool]]:
         """By its name, so that another process finds it as this one did."""
         return Function, (self._name, self.minimize)
+
+
+def _raises(error: BaseException) -> str:
+    """What a user's code raised, and in which line of it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{frame.filename}:{frame.lineno}"
+    if isinstance(error, SyntaxError):  # raised by the import, in no line of the file
+        where = f"{error.filename}:{error.lineno}"
+    reason = f": {error}" if str(error) else ""
+    return f"raises {type(error).__name__} at {where}{reason}"
 
 
 def read_texts(files: Sequence[Path]) -> list[str]:
