@@ -289,7 +289,10 @@ def test_two_sweeps_do_not_write_to_one_journal(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     half = '{"recipe": 1}\n{"name": "\\ud800", "settings": {}}\n'
-    for number, content in enumerate(("{\n", "[]\n{}\n", '{"recipe": 1}\n{"colour": 1}\n', half, "[" * 10000 + "\n")):
+    long = '{"recipe": 1}\n{"name": "a", "parameters": {}, "seconds": 1' + "0" * 400 + "}\n"
+    for number, content in enumerate(
+        (long, "{\n", "[]\n{}\n", '{"recipe": 1}\n{"colour": 1}\n', half, "[" * 10000 + "\n")
+    ):
         file = tmp_path / str(number)
         file.write_text(content)
         with pytest.raises(arcmerge.ArcmergeError, match=r"is not the journal of a sweep|of another sweep"):

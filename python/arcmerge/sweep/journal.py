@@ -27,7 +27,7 @@ class Scored:
     proposed: bool = False
 
     def __post_init__(self) -> None:
-        """Raises TypeError for values of other types, which only a file can hold."""
+        """Raises TypeError and OverflowError for values of other types and sizes, which only a file can hold."""
         numbers = (self.score, self.seconds, *self.varied.values())
         if not (
             isinstance(self.name, str)
@@ -36,6 +36,8 @@ class Scored:
             and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
         ):
             raise TypeError("a candidate has a name, parameters, and numbers for what was varied, score and seconds")
+        for number in numbers:
+            float(number)
 
 
 class Journal:
@@ -86,7 +88,7 @@ class Journal:
             scored = [Scored(**entry) for entry in rest]
             if about.keys() != self._about.keys():
                 raise ValueError("another's keys")
-        except (ValueError, TypeError, AttributeError, ArcmergeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, ArcmergeError) as error:
             raise ArcmergeError(f"{self._name}: is not the journal of a sweep; name another --out") from error
         if scored and (different := [key for key in about if about[key] != self._about[key]]):
             raise ArcmergeError(
