@@ -37,7 +37,8 @@ Tiny models of every architecture that transformers {version} can build, two of 
 `make architectures`: `slerp` at t = 0, 0.5 and 1, and a `passthrough` of the layers 0 to 3 and 1 to 3 again. Merged
 means: at the ends every tensor is the parent's and so are the logits; config.json says what the weights are;
 transformers loads the result without a missing, unexpected or mismatched key, and runs it; every layer of the deeper
-model is set as the layer that it descends from; every tensor of the parents is in the result or named.
+model is set as the layer that it descends from, where Gemma-2 and Gemma-3 do not alternate by position; every tensor of
+the parents is in the result or named.
 
 {counts}
 
