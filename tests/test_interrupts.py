@@ -207,6 +207,22 @@ time.sleep(0.5)
 """
 
 
+CALLING = """
+import threading, time, torch
+from arcmerge import ops
+def work():
+    while True:
+        ops.rmsnorm(torch.ones(4, 64), torch.zeros(64), 1e-6)
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.2)
+"""
+
+
+def test_a_process_may_end_while_a_daemon_thread_calls_an_op() -> None:
+    for _ in range(3):
+        assert run(CALLING) == (0, "")
+
+
 def test_a_process_may_end_while_a_daemon_thread_generates(tmp_path: Path) -> None:
     gemma2_models.build(
         tmp_path, "2.6B", torch.float32, num_hidden_layers=1, vocab_size=259, max_position_embeddings=64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, overload
 
@@ -47,15 +46,12 @@ def _slerp(a: Tensor, b: Tensor, given: float, slerp_normalize: bool, name: str)
 
     from arcmerge.merging.method import Inputs
     from arcmerge.merging.methods import METHODS
+    from arcmerge.merging.settings import finite
     from arcmerge.ops import combine, gram
 
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         raise ArcmergeError(_MISMATCH)
-    try:
-        t = float(given)
-    except (TypeError, ValueError, OverflowError):
-        t = math.nan
-    if not math.isfinite(t):
+    if (t := finite(given)) is None:
         raise ArcmergeError(f"'t' must be a finite number, got {given!r:.80}")
     if a.shape != b.shape:
         raise ArcmergeError(f"'{name}' must have the shape of 'a' {tuple(a.shape)}, got {tuple(b.shape)}")

@@ -115,6 +115,15 @@ def evaluate(values: Sequence[Scalar], u: float, kind: Kind, place: str) -> floa
     return convert((1 - fraction) * here + fraction * after, kind, place)
 
 
+def finite(value: Any) -> float | None:
+    """The finite number that `value` is or spells; None if there is none, as of a whole number beyond any float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def convert(value: Scalar, kind: Kind, place: str) -> float:
     """`value` as a `kind`. Text that spells one is taken: YAML reads `1e-3` as text. Raises ArcmergeError."""
     if kind is bool:
@@ -122,11 +131,8 @@ def convert(value: Scalar, kind: Kind, place: str) -> float:
         if switch is None:
             raise ArcmergeError(f"{place}: must be true or false, got {shown(value)}")
         return switch
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+    number = finite(value)
+    if number is None:
         raise ArcmergeError(f"{place}: must be a finite number, got {shown(value)}")
     if kind is int:
         if not number.is_integer():
