@@ -88,6 +88,12 @@ def test_the_command_takes_the_flags_of_mergekit(models: Path, tmp_path: Path) -
     assert not (tmp_path / "out" / "README.md").exists()
 
 
+def test_a_recipe_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "arcmerge.integrations.mergekit", "recipe.yml", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "arcmerge: recipe.yml: No such file or directory\n")
+
+
 def test_a_key_that_mergekit_does_not_know_changes_nothing_but_the_log(
     models: Path, tmp_path: Path, theirs: list[tuple[Any, ...]], caplog: pytest.LogCaptureFixture
 ) -> None:

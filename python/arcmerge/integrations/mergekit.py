@@ -95,3 +95,5 @@ if __name__ == "__main__":
             mergekit.scripts.run_yaml.main()
         except ArcmergeError as error:
             sys.exit(f"arcmerge: {error}")
+        except OSError as error:  # of mergekit's own, such as a recipe that is not there
+            sys.exit(f"arcmerge: {error.filename or 'the system'}: {error.strerror or error}")
