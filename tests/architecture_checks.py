@@ -30,7 +30,7 @@ _BY_NUMBER = re.compile(r"layer|_idx$|^(?:lambda_init|seed|store_full_length_kv|
 # Families whose attention alternates by the number of the layer, by design.
 _ALTERNATING = ("gemma2", "gemma3", "gemma3_text")
 _OTHER_LISTS = re.compile(r"architectures$|_ids$|languages$|vision|audio")
-_PATHS = re.compile(r"/\S*/[ab](?:: )?\b")
+_PATHS = re.compile(r"/\S*(/[ab]\b)")
 _HEADER = """# Architectures
 
 Tiny models of every architecture that transformers {version} can build, two of a kind with random weights, merged by
@@ -371,4 +371,6 @@ def table(outcomes: dict[str, Outcome | str]) -> str:
 
 
 def _cell(refusal: str | None) -> str:
-    return "refused: " + _PATHS.sub("", refusal.splitlines()[0]).replace("|", "\\|") if refusal else "merged"
+    if not refusal:
+        return "merged"
+    return "refused: " + _PATHS.sub(r"\1", refusal.splitlines()[0]).removeprefix("/a: ").replace("|", "\\|")
