@@ -28,8 +28,8 @@ from arcmerge.gemma2.step import Step
 from arcmerge.gemma2.weights import names
 from arcmerge.kernels.combine import combine
 from arcmerge.kernels.gram import gram
-from arcmerge.merging.method import Inputs
-from arcmerge.merging.methods import METHODS
+from arcmerge.merging.methods.method import Inputs
+from arcmerge.merging.methods.methods import METHODS
 from cases import MODELS, SMALL, Blank, Case
 from cases.gemma import GEMMA_2
 from gpu_device import DRY, Device, Gpu

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arcmerge.merging.card import is_hub_name, model_card
-from arcmerge.merging.companions import donor_files
-from arcmerge.merging.model_reference import ModelReference
+from arcmerge.merging.output.donor_files import donor_files
+from arcmerge.merging.output.model_card import is_hub_name, model_card
+from arcmerge.merging.recipe.model_reference import ModelReference
 
 HUB = ModelReference("google/gemma-2-2b", "main")
 LOCAL = ModelReference("/models/mine")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.chat_template import NAMED, find_template, read_template, with_template
+from arcmerge.merging.output.chat_template import NAMED, find_template, read_template, with_template
 
 USER = {"role": "user", "content": " What is an arc? "}
 ANSWER = {"role": "assistant", "content": "Part of a circle."}

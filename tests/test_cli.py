@@ -16,7 +16,7 @@ import pytest
 
 import tiny
 from arcmerge.cli import main
-from arcmerge.merging.names import place
+from arcmerge.merging.plan.tensor_names import place
 
 RECIPE = """\
 merge_method: slerp
@@ -172,8 +172,8 @@ def test_every_flag_of_mergekit_is_taken(workplace: Path, capsys: pytest.Capture
 def test_a_terminated_run_clears_up(workplace: Path) -> None:
     script = (
         "import sys, time\n"
-        "from arcmerge.merging import run\n"
-        "run.Merge._forget = lambda self, piece: time.sleep(0.03)\n"
+        "from arcmerge.merging.execution import to_disk\n"
+        "to_disk.Merge._forget = lambda self, piece: time.sleep(0.03)\n"
         "from arcmerge.__main__ import run\n"
         "run()\n"
     )

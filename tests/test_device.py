@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import arcmerge
 import tiny
-from arcmerge.merging import prepared, residence, resident
-from arcmerge.merging.residence import DeviceResidence
+from arcmerge.merging import prepared
+from arcmerge.merging.execution import in_memory, memory
+from arcmerge.merging.execution.memory import DeviceResidence
 
 MODELS = ("gemma-a", "gemma-b", "gemma-c", "gemma-b-f32", "gemma-b-vocabulary")
 # What each case takes beside kernels and plain copies of weights to the device.
@@ -63,7 +64,7 @@ def test_the_device_pipeline_makes_what_the_cpu_makes(
     config = configuration(models, case)
     arcmerge.merge(config, tmp_path / "host", device="cpu")
 
-    from arcmerge.merging.device import DeviceProcessor
+    from arcmerge.merging.execution.gpu import DeviceProcessor
 
     def on_device(self: prepared.Prepared) -> DeviceProcessor:
         rows = prepared.aligned_rows(self.plan, self.vocabulary)
@@ -97,7 +98,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 
 def live_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        resident, "residence_of", lambda plans, nbytes, tick: DeviceResidence(plans, nbytes, "cpu", tick)
+        in_memory, "residence_of", lambda plans, nbytes, tick: DeviceResidence(plans, nbytes, "cpu", tick)
     )
 
 
@@ -108,7 +109,7 @@ def test_a_residence_on_the_device_holds_what_one_on_the_cpu_holds(
 ) -> None:
     config = configuration(models, case)
     host = arcmerge.Gemma2.from_merge(config, "cpu")
-    monkeypatch.setattr(residence, "must_stream", lambda *_: streamed)
+    monkeypatch.setattr(memory, "must_stream", lambda *_: streamed)
     live_on_the_device(monkeypatch)
     device = arcmerge.Gemma2.from_merge(config, "cpu", threads=1)
     before = [tensor.data_ptr() for tensor in device.network.weights.tensors]
@@ -138,19 +139,19 @@ def test_copies_on_the_device_that_are_not_finite_are_refused(tmp_path: Path, mo
 
 def test_memory_that_a_device_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, free = torch.device("cpu"), {"device": 20 * GB, "machine": 30 * GB}
-    monkeypatch.setattr(residence, "free_memory", lambda device: free["device"])
-    monkeypatch.setattr(residence, "available_memory", lambda: free["machine"])
-    assert not residence.must_stream(int(6 * GB), int(10 * GB), cpu)
-    assert residence.must_stream(int(6 * GB), int(15 * GB), cpu)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free["device"])
+    monkeypatch.setattr(memory, "available_memory", lambda: free["machine"])
+    assert not memory.must_stream(int(6 * GB), int(10 * GB), cpu)
+    assert memory.must_stream(int(6 * GB), int(15 * GB), cpu)
     with pytest.raises(arcmerge.ArcmergeError) as caught:
-        residence.must_stream(int(21 * GB), int(1 * GB), cpu)
+        memory.must_stream(int(21 * GB), int(1 * GB), cpu)
     assert str(caught.value) == (
         "the merged weights and what runs them take 22.1 GB of the memory of cpu and 20.0 GB are free: "
         "2.1 GB are missing; end other programs, or use --device cpu"
     )
     free["machine"] = 10 * GB
     with pytest.raises(arcmerge.ArcmergeError) as caught:
-        residence.must_stream(int(6 * GB), int(15 * GB), cpu)
+        memory.must_stream(int(6 * GB), int(15 * GB), cpu)
     assert str(caught.value) == (
         "the models, which do not fit on cpu, take 15.0 GB of pinned memory and 10.0 GB are free: 5.0 GB are missing; "
         "end other programs, or use --device cpu, or a GPU of 22 GB"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from arcmerge.dtypes import BF16
-from arcmerge.merging.layer_settings import change_layers, claimed_depths, levels
-from arcmerge.merging.output_config import output_config
+from arcmerge.merging.output.config_json import output_config
+from arcmerge.merging.plan.config_layers import change_layers, claimed_depths, levels
 
 # Six layers of four: the last two once more.
 AGAIN = [0, 1, 2, 3, 2, 3]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import arcmerge
 import tiny
-from arcmerge.merging import pieces, run
+from arcmerge.merging.execution import to_disk, work_units
 
 SLERP: dict[str, Any] = {"merge_method": "slerp", "dtype": "bfloat16", "parameters": {"t": [0, 0.3, 1]}}
 
@@ -58,7 +58,7 @@ def test_bits_do_not_depend_on_chunks(
     """Tiny files are one chunk as a rule: here nearly every tensor straddles chunks."""
     config = recipe(models, "gemma-a", "gemma-b-f32")
     arcmerge.merge(config, tmp_path / "whole")
-    for module in (pieces, run):
+    for module in (work_units, to_disk):
         monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     arcmerge.merge(config, tmp_path / "cut")
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
@@ -68,7 +68,7 @@ def test_sums_of_many_shares(models: Path, tmp_path: Path, monkeypatch: pytest.M
     """Blocks that lie elsewhere move a Gram matrix by 1e-7 at these lengths: single values, by one unit of bf16."""
     config = recipe(models, "gemma-a", "gemma-b")
     arcmerge.merge(config, tmp_path / "whole")
-    monkeypatch.setattr(pieces, "GRAM_ELEMENTS", 100)
+    monkeypatch.setattr(work_units, "GRAM_ELEMENTS", 100)
     arcmerge.merge(config, tmp_path / "cut")
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     differ = sum(int((whole[name] != cut[name]).sum()) for name in whole)
@@ -118,7 +118,7 @@ def test_rows_of_a_float32_model_stand_in_for_those_of_a_bfloat16_model(
     scale = float(found[320, 0] / rows[0, 0])
     assert scale == pytest.approx(1.0, abs=0.01)
     torch.testing.assert_close(found[320:336], scale * rows, rtol=2**-20, atol=0)
-    for module in (pieces, run):
+    for module in (work_units, to_disk):
         monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
     arcmerge.merge(config, tmp_path / "cut")
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
@@ -236,8 +236,8 @@ def test_a_killed_run_leaves_the_older_output_and_the_next_clears_up(models: Pat
     before = digest(out)
     script = (
         "import json, sys, time, arcmerge\n"
-        "from arcmerge.merging import run\n"
-        "run.Merge._forget = lambda self, piece: time.sleep(60)\n"
+        "from arcmerge.merging.execution import to_disk\n"
+        "to_disk.Merge._forget = lambda self, piece: time.sleep(60)\n"
         "arcmerge.merge(json.loads(sys.argv[1]), sys.argv[2])\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script, json.dumps(config), str(out)])
@@ -298,7 +298,7 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script, config, str(tmp_path / "out")], capture_output=True, text=True, check=True
     )
-    buffers = run.BUFFERS * pieces.CHUNK_BYTES / 1024
+    buffers = to_disk.BUFFERS * work_units.CHUNK_BYTES / 1024
     assert int(done.stdout) < buffers + 32 * 1024
 
 

@@ -16,8 +16,8 @@ import arcmerge
 import decoders
 import tiny
 from arcmerge.gemma2.merged import MergedGemma2
-from arcmerge.merging import residence
-from arcmerge.merging.host import HostProcessor
+from arcmerge.merging.execution import memory
+from arcmerge.merging.execution.cpu import HostProcessor
 
 V_CURVE = [0, 0.5, 1, 0.5, 0]
 FILTERS = [{"filter": "mlp", "value": [0.2, 0.8]}, {"filter": "self_attn", "value": 1}, {"value": 0.4}]
@@ -140,7 +140,7 @@ def test_other_methods_take_a_mapping_of_parameters(
 def test_addresses_stay_and_generation_follows(models: Path, tmp_path: Path) -> None:
     model = open_merge(recipe(models))
     before = {name: tensor.data_ptr() for name, tensor in tensors(model).items()}
-    assert all(address % residence.ALIGNMENT == 0 for address in before.values())
+    assert all(address % memory.ALIGNMENT == 0 for address in before.values())
     model.generate(PROMPT, max_new_tokens=4)
     model.set_t(V_CURVE)
     assert {name: tensor.data_ptr() for name, tensor in tensors(model).items()} == before
@@ -259,7 +259,7 @@ def test_wrong_parameters_change_nothing(models: Path) -> None:
 
 
 def test_memory_that_is_missing_is_named(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residence, "available_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(arcmerge.ArcmergeError, match=r"take 0\.0 GB of memory and 0\.0 GB are free: .* are missing"):
         open_merge(recipe(models))
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.methods import METHODS, Inputs, get
+from arcmerge.merging.methods.methods import METHODS, Inputs, get
 from vectors import (
     RELATIVE,
     Array,

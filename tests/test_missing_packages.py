@@ -51,7 +51,7 @@ def test_a_host_that_is_imported_raises_one(module: str, package: str, extra: st
     ("code", "package", "sentence"),
     [
         (
-            "from arcmerge.merging.plots import load_pyplot; load_pyplot()",
+            "from arcmerge.merging.inspect.plots import load_pyplot; load_pyplot()",
             "matplotlib",
             "a plot needs matplotlib, which is not installed; pip install 'arcmerge[plot]'",
         ),

@@ -11,7 +11,7 @@ import pytest
 import arcmerge
 import decoders
 from arcmerge.checkpoint.reader import Checkpoint
-from arcmerge.merging.names import Names, is_before, kind_of, place, tower_of
+from arcmerge.merging.plan.tensor_names import Names, is_before, kind_of, place, tower_of
 from decoders import TOKENS, WIDTH
 
 # Prefix of the layers, embedding, head, norm; as transformers, or the authors' own code, saves them.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from arcmerge.dtypes import BF16, F32
-from arcmerge.merging.output_config import output_config
+from arcmerge.merging.output.config_json import output_config
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 

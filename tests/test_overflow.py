@@ -11,8 +11,8 @@ import pytest
 
 import arcmerge
 import tiny
-from arcmerge.merging import prepared as preparing
-from arcmerge.merging.device import DeviceProcessor
+from arcmerge.merging import prepared
+from arcmerge.merging.execution.gpu import DeviceProcessor
 from arcmerge.merging.options import Options
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -94,7 +94,7 @@ def test_rows_that_are_matched_by_token(make: Callable[..., None], monkeypatch: 
 def test_through_the_buffers_of_a_device(make: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     make(-1e5)
     monkeypatch.setattr(
-        preparing,
+        prepared,
         "HostProcessor",
         lambda jobs, rows: DeviceProcessor(jobs, rows, "cpu", 1),
     )
@@ -137,9 +137,9 @@ def test_what_rounds_up_from_it_does_not(make: Callable[..., None]) -> None:
 
 
 def test_a_merge_in_memory_says_the_same(make: Callable[..., None]) -> None:
-    from arcmerge.merging.resident import ResidentMerge
+    from arcmerge.merging.execution.in_memory import ResidentMerge
 
     make(-1e5)
-    made = preparing.prepare({**SLERP, "dtype": "float16"}, Options(device="cpu"), lambda sentence: None)
+    made = prepared.prepare({**SLERP, "dtype": "float16"}, Options(device="cpu"), lambda sentence: None)
     with pytest.raises(arcmerge.ArcmergeError, match=TO_FLOAT16):
         ResidentMerge(made)

@@ -13,8 +13,8 @@ import yaml
 
 from arcmerge.dtypes import BF16, F16, F32
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.recipe import ModelReference, ModelToken, TokenizerRecipe, TokenRule, load_recipe
-from arcmerge.merging.settings import Parameter
+from arcmerge.merging.recipe.parameters import Parameter
+from arcmerge.merging.recipe.recipe import ModelReference, ModelToken, TokenizerRecipe, TokenRule, load_recipe
 
 A, B = ModelReference("A"), ModelReference("B")
 T = Parameter("t")

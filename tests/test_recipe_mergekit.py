@@ -24,10 +24,10 @@ from mergekit.plan import MergePlanner
 
 import tiny
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.methods import METHODS
+from arcmerge.merging.methods.methods import METHODS
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import prepare
-from arcmerge.merging.settings import REQUIRED
+from arcmerge.merging.recipe.parameters import REQUIRED
 from vectors import assert_close, merge, random_tensors
 
 THEIRS = {method.spec.name: method.spec for method in registered_methods()}

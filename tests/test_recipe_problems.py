@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.recipe import ModelReference, load_recipe
-from arcmerge.merging.settings import Parameter
+from arcmerge.merging.recipe.parameters import Parameter
+from arcmerge.merging.recipe.recipe import ModelReference, load_recipe
 
 T = Parameter("t")
 WEIGHT = Parameter("weight", scope="input")

@@ -15,7 +15,7 @@ import arcmerge
 import tiny
 from arcmerge.checkpoint.writer import ShardFile
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.run import Merge
+from arcmerge.merging.execution.to_disk import Merge
 
 Recipe = dict[str, Any]
 
@@ -101,7 +101,7 @@ def test_wrong_options_are_named(recipe: Recipe, tmp_path: Path, options: dict[s
 
 SHRINKING = """
 import os, sys
-from arcmerge.merging.run import Merge
+from arcmerge.merging.execution.to_disk import Merge
 run = Merge.run
 def shrink_and_run(self, tick):
     os.truncate(sys.argv[1], 4096)

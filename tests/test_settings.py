@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.settings import Parameter, Rule, Settings, convert, evaluate, resolve
+from arcmerge.merging.recipe.parameters import Parameter, Rule, Settings, convert, evaluate, resolve
 
 T = Parameter("t")
 numbers = st.floats(-1e6, 1e6, allow_nan=False)

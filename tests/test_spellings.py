@@ -12,8 +12,8 @@ import yaml
 import arcmerge
 import tiny
 from arcmerge.cli import main
-from arcmerge.merging.model_reference import ModelReference
-from arcmerge.merging.recipe import load_recipe
+from arcmerge.merging.recipe.model_reference import ModelReference
+from arcmerge.merging.recipe.recipe import load_recipe
 from arcmerge.sweep.journal import Scored
 
 SLERP: dict[str, Any] = {
@@ -180,6 +180,6 @@ def test_a_sweep_of_a_line_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("arcmerge.sweep.run.sweep", sweep)
     for config, folder in ((ONE_LINE, "sweep-recipe"), ("mine.yml", "sweep-mine")):
-        monkeypatch.setattr("arcmerge.merging.recipe.load_recipe", lambda text: load_recipe(ONE_LINE))
+        monkeypatch.setattr("arcmerge.merging.recipe.recipe.load_recipe", lambda text: load_recipe(ONE_LINE))
         assert main(["sweep", config, "--function", "math:fsum", "--t", "0.5"]) == 0
         assert called == {"config": config, "out": Path(folder)}

@@ -16,7 +16,7 @@ import yaml
 import arcmerge
 from arcmerge.cli import main
 from arcmerge.gemma2.model import Gemma2
-from arcmerge.merging.recipe import load_recipe
+from arcmerge.merging.recipe.recipe import load_recipe
 from arcmerge.sweep.candidates import Candidate, of_curve, of_grid, of_numbers, parents, read_values
 from arcmerge.sweep.journal import Journal, Scored
 from arcmerge.sweep.results import best_of

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import arcmerge
-from arcmerge.merging.recipe import load_recipe
+from arcmerge.merging.recipe.recipe import load_recipe
 from arcmerge.sweep.candidates import of_numbers
 from arcmerge.sweep.journal import Scored
 from arcmerge.sweep.run import BEST, sweep

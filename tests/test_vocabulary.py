@@ -12,10 +12,10 @@ import pytest
 
 from arcmerge.dtypes import BF16, F16, F32, DType
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.alignment import Table, align, decode, encode
-from arcmerge.merging.model_reference import ModelReference
-from arcmerge.merging.tokenizer_recipe import ModelToken, TokenizerRecipe, TokenRule
-from arcmerge.merging.vocabulary import Vocabulary
+from arcmerge.merging.recipe.model_reference import ModelReference
+from arcmerge.merging.recipe.tokenizer_block import ModelToken, TokenizerRecipe, TokenRule
+from arcmerge.merging.vocabulary.embedding_rows import Table, align, decode, encode
+from arcmerge.merging.vocabulary.vocabulary import Vocabulary
 from vocabularies import COLUMNS, LETTERS, SPECIAL, Model, ThreeModels, aligned, build, gather
 
 

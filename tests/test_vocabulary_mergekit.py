@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from arcmerge.merging.model_reference import ModelReference
-from arcmerge.merging.tokenizer_recipe import ModelToken, TokenizerRecipe, TokenRule
+from arcmerge.merging.recipe.model_reference import ModelReference
+from arcmerge.merging.recipe.tokenizer_block import ModelToken, TokenizerRecipe, TokenRule
 from vocabularies import Model, ThreeModels, aligned
 
 RULES = {

@@ -27,7 +27,7 @@ import tiny
 from arcmerge.checkpoint import output_folder, writer
 from arcmerge.checkpoint.layout import SINGLE_NAME
 from arcmerge.cli import main
-from arcmerge.merging.run import Merge
+from arcmerge.merging.execution.to_disk import Merge
 from arcmerge.sweep.candidates import of_numbers
 from arcmerge.sweep.run import sweep
 

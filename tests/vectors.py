@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arcmerge.merging.methods import Inputs, get
-from arcmerge.merging.settings import REQUIRED
+from arcmerge.merging.methods.methods import Inputs, get
+from arcmerge.merging.recipe.parameters import REQUIRED
 
 Array = NDArray[np.float64]
 

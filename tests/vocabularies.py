@@ -13,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from arcmerge.dtypes import BF16, F16, F32, DType
-from arcmerge.merging.alignment import RowAddresses, Table, align, decode, encode
-from arcmerge.merging.model_reference import ModelReference
-from arcmerge.merging.tokenizer_recipe import TokenizerRecipe
-from arcmerge.merging.vocabulary import Vocabulary, build_vocabulary
+from arcmerge.merging.recipe.model_reference import ModelReference
+from arcmerge.merging.recipe.tokenizer_block import TokenizerRecipe
+from arcmerge.merging.vocabulary.embedding_rows import RowAddresses, Table, align, decode, encode
+from arcmerge.merging.vocabulary.vocabulary import Vocabulary, build_vocabulary
 
 COLUMNS = 24
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")

@@ -197,7 +197,7 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    from arcmerge.merging.team import MOST_THREADS
+    from arcmerge.merging.execution.workers import MOST_THREADS
 
     if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MOST_THREADS:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MOST_THREADS}, got '{text}'")
@@ -253,37 +253,37 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from arcmerge.merging import show
+    from arcmerge.merging.inspect import tables
     from arcmerge.merging.merge import preview
     from arcmerge.merging.options import Options
 
     options = Options.of({**_options(arguments), "allow_nonfinite": True})
     with progress_bar(arguments.quiet, "measuring") as progress:
         prepared, grams = preview(arguments.config, options, progress=progress, warn=warn)
-    rows = show.plan_rows(prepared.plan, grams)
-    print_json(rows) if arguments.json else show.plan_table(prepared.plan, rows)
+    rows = tables.plan_rows(prepared.plan, grams)
+    print_json(rows) if arguments.json else tables.plan_table(prepared.plan, rows)
     if arguments.plot:
-        from arcmerge.merging.plots import plot_curve
+        from arcmerge.merging.inspect.plots import plot_curve
 
         plot_curve(rows, arguments.plot)
         note(f"drew {arguments.plot}")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from arcmerge.merging import show
-    from arcmerge.merging.inspect import as_json, pairs_of
+    from arcmerge.merging.inspect import tables
+    from arcmerge.merging.inspect.relations import as_json, pairs_of
     from arcmerge.merging.merge import preview
     from arcmerge.merging.options import Options
 
     options = Options.of({**_options(arguments), "allow_nonfinite": True})
     with progress_bar(arguments.quiet, "measuring") as progress:
-        recipe = show.pair_recipe(arguments.a, arguments.b)
+        recipe = tables.pair_recipe(arguments.a, arguments.b)
         # Nothing comes of this recipe, so what its result would lack is no news.
         prepared, grams = preview(recipe, options, progress=progress, warn=lambda sentence: None)
     pairs = pairs_of(prepared.plan, grams)
-    print_json(as_json(pairs)) if arguments.json else show.inspect_table(arguments.a, arguments.b, pairs)
+    print_json(as_json(pairs)) if arguments.json else tables.inspect_table(arguments.a, arguments.b, pairs)
     if arguments.plot:
-        from arcmerge.merging.plots import plot_angles
+        from arcmerge.merging.inspect.plots import plot_angles
 
         plot_angles(pairs, arguments.plot)
         note(f"drew {arguments.plot}")

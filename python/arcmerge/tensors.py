@@ -44,9 +44,9 @@ def slerp(
 def _slerp(a: Tensor, b: Tensor, given: float, slerp_normalize: bool, name: str) -> Tensor:
     import torch
 
-    from arcmerge.merging.method import Inputs
-    from arcmerge.merging.methods import METHODS
-    from arcmerge.merging.settings import finite
+    from arcmerge.merging.methods.method import Inputs
+    from arcmerge.merging.methods.methods import METHODS
+    from arcmerge.merging.recipe.parameters import finite
     from arcmerge.ops import combine, gram
 
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):

@@ -21,12 +21,12 @@ from arcmerge.gemma2.model import Gemma2
 from arcmerge.gemma2.weights import DTYPES as STORED
 from arcmerge.gemma2.weights import HEAD, assemble, find_tensors
 from arcmerge.interrupts import remove_at_end
+from arcmerge.merging.execution.in_memory import ResidentMerge
 from arcmerge.merging.merge import Progress, merge
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import Config as MergeConfig
 from arcmerge.merging.prepared import Warn, prepare, small_files
 from arcmerge.merging.report import MergeReport
-from arcmerge.merging.resident import ResidentMerge
 
 
 class MergedGemma2(Gemma2):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from arcmerge.checkpoint.hub import locate
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.conversation import Messages, render, special_tokens
-from arcmerge.merging.chat_template import read_templates
+from arcmerge.merging.output.chat_template import read_templates
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 

@@ -13,12 +13,12 @@ from arcmerge.checkpoint.layout import INDEX_NAME, index_json, parse_size, shard
 from arcmerge.checkpoint.output_folder import OutputFolder
 from arcmerge.checkpoint.writer import ShardFile
 from arcmerge.interrupts import check, held, say
-from arcmerge.merging.grams import GramPass, sum_grams
-from arcmerge.merging.job import Job
+from arcmerge.merging.execution.gram_pass import GramPass, sum_grams
+from arcmerge.merging.execution.to_disk import Merge
 from arcmerge.merging.options import Options
+from arcmerge.merging.plan.tensor_job import Job
 from arcmerge.merging.prepared import Config, Prepared, Warn, prepare, small_files
 from arcmerge.merging.report import MergeReport
-from arcmerge.merging.run import Merge
 
 
 class Progress(Protocol):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.document import shown
-from arcmerge.merging.team import MOST_THREADS
+from arcmerge.merging.execution.workers import MOST_THREADS
+from arcmerge.merging.recipe.yaml_document import shown
 from arcmerge.threads import get_num_threads
 
 # What CUDA's driver shows on Linux and in Windows' subsystem for it.

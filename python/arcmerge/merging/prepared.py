@@ -15,19 +15,19 @@ from arcmerge.checkpoint.hub import locate
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.dtypes import F32, DType
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging import methods
-from arcmerge.merging.agreement import disagreements
-from arcmerge.merging.alignment import RowAddresses, Table, align
-from arcmerge.merging.card import model_card
-from arcmerge.merging.chat_template import find_template, with_template
-from arcmerge.merging.companions import code_files, donor_files
-from arcmerge.merging.grams import Processor
-from arcmerge.merging.host import HostProcessor
+from arcmerge.merging.execution.cpu import HostProcessor
+from arcmerge.merging.execution.gram_pass import Processor
+from arcmerge.merging.methods import methods
 from arcmerge.merging.options import Options
-from arcmerge.merging.output_config import output_config
-from arcmerge.merging.plan import Plan, make_plan
-from arcmerge.merging.recipe import ModelReference, Recipe, load_recipe
-from arcmerge.merging.vocabulary import Vocabulary, build_vocabulary
+from arcmerge.merging.output.chat_template import find_template, with_template
+from arcmerge.merging.output.config_json import output_config
+from arcmerge.merging.output.donor_files import code_files, donor_files
+from arcmerge.merging.output.model_card import model_card
+from arcmerge.merging.plan.agreement import disagreements
+from arcmerge.merging.plan.plan import Plan, make_plan
+from arcmerge.merging.recipe.recipe import ModelReference, Recipe, load_recipe
+from arcmerge.merging.vocabulary.embedding_rows import RowAddresses, Table, align
+from arcmerge.merging.vocabulary.vocabulary import Vocabulary, build_vocabulary
 
 Config = str | Path | Mapping[str, Any]
 Warn = Callable[[str], None]
@@ -73,7 +73,7 @@ class Prepared:
         options, rows = self.options, aligned_rows(self.plan, self.vocabulary)
         if (device := options.resolved_device) == "cpu":
             return HostProcessor(self.plan.jobs, rows)
-        from arcmerge.merging.device import DeviceProcessor
+        from arcmerge.merging.execution.gpu import DeviceProcessor
 
         # Four slots keep the bus busy both ways; each holds 64 MB of pinned memory and more.
         return DeviceProcessor(self.plan.jobs, rows, device, min(options.thread_count, 4))

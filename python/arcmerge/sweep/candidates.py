@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.recipe import Recipe
+from arcmerge.merging.recipe.recipe import Recipe
 
 MOST_CANDIDATES = 100_000
 

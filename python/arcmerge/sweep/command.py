@@ -10,7 +10,7 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.terminal import counted_bar, warn
 
 if TYPE_CHECKING:
-    from arcmerge.merging.recipe import Recipe
+    from arcmerge.merging.recipe.recipe import Recipe
     from arcmerge.sweep.candidates import Candidate
     from arcmerge.sweep.journal import Scored
     from arcmerge.sweep.scores import Score
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """Carry out the command; returns what to say of it in the end."""
-    from arcmerge.merging.recipe import is_text, load_recipe
+    from arcmerge.merging.recipe.recipe import is_text, load_recipe
     from arcmerge.sweep.run import BEST, PLOT, sweep
 
     recipe = load_recipe(arguments.config)

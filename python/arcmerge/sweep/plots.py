@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from arcmerge.merging.plots import load_pyplot
+from arcmerge.merging.inspect.plots import load_pyplot
 from arcmerge.sweep.journal import Scored
 from arcmerge.sweep.results import best_of
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.interrupts import held
+from arcmerge.merging.execution.in_memory import changed_recipe
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import Config, Warn, prepare
-from arcmerge.merging.recipe import load_recipe
-from arcmerge.merging.resident import changed_recipe
+from arcmerge.merging.recipe.recipe import load_recipe
 from arcmerge.sweep.candidates import Candidate, parents
 from arcmerge.sweep.evaluation import Bench, Cluster, Here
 from arcmerge.sweep.journal import Journal, Scored

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arcmerge.errors import ArcmergeError, needed
-from arcmerge.merging.recipe import Recipe
+from arcmerge.merging.recipe.recipe import Recipe
 from arcmerge.sweep.candidates import Candidate, rules
 from arcmerge.sweep.journal import Scored
 
