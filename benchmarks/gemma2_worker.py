@@ -41,8 +41,8 @@ class Arcmerge:
 
     def generate(self, tokens: list[int], steps: int) -> tuple[float, float]:
         """Seconds of the prompt, and of `steps` tokens after it."""
-        from arcmerge.gemma2.generation import Limits
-        from arcmerge.gemma2.sampling import Sampling
+        from arcmerge.gemma2.generation.generate import Limits
+        from arcmerge.gemma2.generation.sampler import Sampling
 
         done = self.model.run([tokens], Sampling(), Limits(steps + 1, ()))
         return done.prefill_seconds, done.decode_seconds
@@ -140,7 +140,7 @@ def products_of_torch() -> float:
 
 
 def read_of_memory(provider: Arcmerge) -> float:
-    from arcmerge.gemma2.roof import read_bandwidth
+    from arcmerge.gemma2.runtime.bandwidth import read_bandwidth
 
     return read_bandwidth(provider.model.network.weights) / 1e9
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from _bench import provenance, spread
 from arcmerge import ops
-from arcmerge.gemma2.cache import Batch, Cache
 from arcmerge.gemma2.config import Config
-from arcmerge.gemma2.generation import Limits, generate
-from arcmerge.gemma2.network import Network
-from arcmerge.gemma2.sampling import Sampling
-from arcmerge.gemma2.step import Step
+from arcmerge.gemma2.generation.generate import Limits, generate
+from arcmerge.gemma2.generation.sampler import Sampling
+from arcmerge.gemma2.runtime.decode_graph import Step
+from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.weights import names
 from arcmerge.kernels.combine import combine
 from arcmerge.kernels.gram import gram

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arcmerge.gemma2.config import Config
-from arcmerge.gemma2.network import Network
+from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.weights import EMBEDDING, assemble, names
 from cases.gemma import Shape
 

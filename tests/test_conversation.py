@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.text import Text
+from arcmerge.gemma2.text.tokenizer import Text
 from arcmerge.merging.output.chat_template import NAMED, read_template, read_templates
 from gemma2_models import SPECIAL, TOKENS, TURNS, save_fallback_tokenizer
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import read_device
-from arcmerge.gemma2.generation_config import READERS
+from arcmerge.gemma2.generation.generation_config import READERS
 from arcmerge.gemma2.model import Gemma2
 from fuzz.mutations import ODD
 from gemma2_models import build, save_byte_tokenizer

@@ -14,7 +14,7 @@ from transformers import Gemma2ForCausalLM
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.model import Gemma2
-from arcmerge.gemma2.network import Network
+from arcmerge.gemma2.runtime.network import Network
 from gemma2_models import SHAPES, build
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -104,7 +104,7 @@ def test_a_prompt_in_passes_gives_the_logits_of_one_pass(one: Path, monkeypatch:
     model = Gemma2.from_pretrained(one, dtype=F32)
     ids = tokens(2, 150)
     whole = model.logits(ids)
-    monkeypatch.setattr("arcmerge.gemma2.sequences.PASS_TOKENS", 64)
+    monkeypatch.setattr("arcmerge.gemma2.runtime.runner.PASS_TOKENS", 64)
     assert (model.logits(ids) - whole).abs().max() <= 1e-4
 
 
@@ -294,8 +294,8 @@ def test_what_sequences_share_goes_through_once(tmp_path: Path, window: int, mon
     original = Network.embed
     monkeypatch.setattr(Network, "embed", lambda self, ids: fed.append(len(ids)) or original(self, ids))
     for most in (2048, 60, 1):
-        monkeypatch.setattr("arcmerge.gemma2.scoring.PASS_TOKENS", most)
-        monkeypatch.setattr("arcmerge.gemma2.scoring.BRANCH_SLOTS", most)
+        monkeypatch.setattr("arcmerge.gemma2.generation.scoring.PASS_TOKENS", most)
+        monkeypatch.setattr("arcmerge.gemma2.generation.scoring.BRANCH_SLOTS", most)
         fed.clear()
         for one, expected in zip(model.score(pairs), alone, strict=True):
             assert one.logprob == pytest.approx(expected.logprob, abs=1e-4)

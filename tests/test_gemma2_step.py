@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from arcmerge import ops
-from arcmerge.gemma2.cache import Batch, Cache
-from arcmerge.gemma2.network import Network
-from arcmerge.gemma2.step import Step
+from arcmerge.gemma2.runtime.decode_graph import Step
+from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.network import Network
 from operands import BF16, F32, normal, same_bits
 from random_network import TINY, config_of, random_network
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.stream import Stream
-from arcmerge.gemma2.text import Text
+from arcmerge.gemma2.text.stream import Stream
+from arcmerge.gemma2.text.tokenizer import Text
 from gemma2_models import save_byte_tokenizer
 
 BOS = 2

@@ -47,7 +47,7 @@ def test_a_prompt_is_continued_and_timed(
     large: bool, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:
-        monkeypatch.setattr("arcmerge.gemma2.session.BEYOND_CACHES", 0)
+        monkeypatch.setattr("arcmerge.gemma2.generation.chat.BEYOND_CACHES", 0)
     assert main(["generate", str(folder), "abc", "--max-new-tokens", "9", "--dtype", "float32"]) == 0
     said = capsys.readouterr()
     model = Gemma2.from_pretrained(folder, dtype=torch.float32)

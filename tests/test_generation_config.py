@@ -15,7 +15,7 @@ from transformers import Gemma2ForCausalLM
 import arcmerge
 from arcmerge.cli import main
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.generation_config import GenerationConfig
+from arcmerge.gemma2.generation.generation_config import GenerationConfig
 from arcmerge.gemma2.model import Gemma2
 from gemma2_models import build, save_byte_tokenizer
 

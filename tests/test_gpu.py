@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from arcmerge import ops, slerp
-from arcmerge.gemma2.cache import Batch, Cache
-from arcmerge.gemma2.generation import Limits, generate
-from arcmerge.gemma2.network import Network
-from arcmerge.gemma2.sampling import Sampling
-from arcmerge.ops.registry import OPS
+from arcmerge.dispatch.registry import OPS
+from arcmerge.gemma2.generation.generate import Limits, generate
+from arcmerge.gemma2.generation.sampler import Sampling
+from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.network import Network
 from cases import SMALL, Case, Random, disagreement
 from cases.gemma import GEMMA_2
 from random_network import TINY, config_of, random_network

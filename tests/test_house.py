@@ -27,11 +27,12 @@ SHARED = {"arcmerge.dtypes", "arcmerge.errors", "arcmerge.interrupts", "arcmerge
 BELOW = {
     "checkpoint": {"arcmerge._C"},
     "kernels": set(),
-    "ops": {"arcmerge.kernels", "arcmerge._C"},
+    "dispatch": {"arcmerge._C"},
+    "ops": {"arcmerge.dispatch", "arcmerge.kernels", "arcmerge._C"},
     "merging": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.kernels", "arcmerge._C"},
-    "gemma2": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.merging", "arcmerge._C"},
-    "integrations": {"arcmerge.gemma2", "arcmerge.merging", "arcmerge.ops"},
-    "sweep": {"arcmerge.checkpoint", "arcmerge.gemma2", "arcmerge.merging", "arcmerge.terminal", "arcmerge._C"},
+    "gemma2": {"arcmerge.checkpoint", "arcmerge.ops", "arcmerge.dispatch", "arcmerge.merging", "arcmerge._C"},
+    "integrations": {"arcmerge.gemma2", "arcmerge.merging", "arcmerge.ops", "arcmerge.dispatch"},
+    "sweeping": {"arcmerge.checkpoint", "arcmerge.gemma2", "arcmerge.merging", "arcmerge.terminal", "arcmerge._C"},
 }
 LONGEST_FILE = 400
 LARGEST_PRODUCT = 23000  # 10,000 for merging, 9,500 for running what was merged, 3,500 for sweeps and hosts

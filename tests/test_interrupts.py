@@ -312,7 +312,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_answer_is_said_to_be_incomplete(folder: Path) -> None:
-    moment = interrupt_in("arcmerge.gemma2.sampling:Chooser.choose")
+    moment = interrupt_in("arcmerge.gemma2.generation.sampler:Chooser.choose")
     assert run(moment, "generate", str(folder / "a"), "Words") == (
         130,
         "arcmerge: interrupted; the answer is incomplete\n",
@@ -323,7 +323,7 @@ def test_a_sweep_goes_on_from_where_it_was_interrupted(folder: Path) -> None:
     out = folder / "sweep"
     call = ["sweep", str(folder / "recipe.yml"), "--text", str(folder / "text"), "--out", str(out), "-q"]
     consequence = "what was scored is kept, and the same command goes on from there"
-    assert run(interrupt_in("arcmerge.sweep.journal:Journal.add"), *call) == (
+    assert run(interrupt_in("arcmerge.sweeping.journal:Journal.add"), *call) == (
         130,
         f"arcmerge: interrupted; {consequence}\n",
     )

@@ -20,9 +20,9 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from arcmerge.gemma2.generation_config import has_effect
-from arcmerge.integrations import lm_eval_arguments
+from arcmerge.gemma2.generation.generation_config import has_effect
 from arcmerge.integrations.lm_eval import ArcmergeLM
+from arcmerge.integrations import lm_eval_arguments
 
 TURNS = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"

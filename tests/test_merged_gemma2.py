@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import arcmerge
 import decoders
 import tiny
-from arcmerge.gemma2.merged import MergedGemma2
+from arcmerge.gemma2.merged_model import MergedGemma2
 from arcmerge.merging.execution import memory
 from arcmerge.merging.execution.cpu import HostProcessor
 

@@ -56,12 +56,12 @@ def test_a_host_that_is_imported_raises_one(module: str, package: str, extra: st
             "a plot needs matplotlib, which is not installed; pip install 'arcmerge[plot]'",
         ),
         (
-            "from arcmerge.sweep.evaluation import Cluster; Cluster(None)",
+            "from arcmerge.sweeping.evaluators import Cluster; Cluster(None)",
             "ray",
             "--ray needs ray, which is not installed; pip install 'arcmerge[ray]'",
         ),
         (
-            "from arcmerge.sweep.search import Search; Search(None, True, None, [])",
+            "from arcmerge.sweeping.optimizer import Search; Search(None, True, None, [])",
             "optuna",
             "--optimize needs optuna, which is not installed; pip install 'arcmerge[sweep]'",
         ),

@@ -14,7 +14,7 @@ import tiny
 from arcmerge.cli import main
 from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.recipe import load_recipe
-from arcmerge.sweep.journal import Scored
+from arcmerge.sweeping.journal import Scored
 
 SLERP: dict[str, Any] = {
     "merge_method": "slerp",
@@ -178,7 +178,7 @@ def test_a_sweep_of_a_line_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPat
         called.update(config=config, out=out)
         return Scored("best", {"t": 0.5}, {}, score=1.0, seconds=1.0)
 
-    monkeypatch.setattr("arcmerge.sweep.run.sweep", sweep)
+    monkeypatch.setattr("arcmerge.sweeping.sweep.sweep", sweep)
     for config, folder in ((ONE_LINE, "sweep-recipe"), ("mine.yml", "sweep-mine")):
         monkeypatch.setattr("arcmerge.merging.recipe.recipe.load_recipe", lambda text: load_recipe(ONE_LINE))
         assert main(["sweep", config, "--function", "math:fsum", "--t", "0.5"]) == 0

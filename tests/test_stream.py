@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from arcmerge.gemma2.stream import Stream
-from arcmerge.gemma2.text import Text
+from arcmerge.gemma2.text.stream import Stream
+from arcmerge.gemma2.text.tokenizer import Text
 from gemma2_models import SPECIAL, TOKENS, save_byte_tokenizer, save_fallback_tokenizer
 
 BOS = 2

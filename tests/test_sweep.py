@@ -17,11 +17,11 @@ import arcmerge
 from arcmerge.cli import main
 from arcmerge.gemma2.model import Gemma2
 from arcmerge.merging.recipe.recipe import load_recipe
-from arcmerge.sweep.candidates import Candidate, of_curve, of_grid, of_numbers, parents, read_values
-from arcmerge.sweep.journal import Journal, Scored
-from arcmerge.sweep.results import best_of
-from arcmerge.sweep.run import BEST, JOURNAL, sweep
-from arcmerge.sweep.scores import Function, MultipleChoice, Perplexity, Question, read_questions
+from arcmerge.sweeping.candidates import Candidate, of_curve, of_grid, of_numbers, parents, read_values
+from arcmerge.sweeping.journal import Journal, Scored
+from arcmerge.sweeping.results import best_of
+from arcmerge.sweeping.scores import Function, MultipleChoice, Perplexity, Question, read_questions
+from arcmerge.sweeping.sweep import BEST, JOURNAL, sweep
 from sweeps import LeastT, recipe, rows
 
 TEXT = "tok5 tok6 tok7 tok8 tok9 tok10 tok11 tok12"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from arcmerge.sweep.journal import Scored
-from arcmerge.sweep.plots import MOST_NAMES, plot
+from arcmerge.sweeping.journal import Scored
+from arcmerge.sweeping.plots import MOST_NAMES, plot
 
 PARENTS = [Scored(f"t={t}", {"t": t}, {"t": t}, 9.0 + t) for t in (0, 1)]
 LINE = [Scored(f"t={t}", {"t": t}, {"t": t}, 8 + (t - 0.5) ** 2) for t in (0.25, 0.5, 0.75)]

@@ -15,10 +15,10 @@ import yaml
 
 import arcmerge
 from arcmerge.merging.recipe.recipe import load_recipe
-from arcmerge.sweep.candidates import of_numbers
-from arcmerge.sweep.journal import Scored
-from arcmerge.sweep.run import BEST, sweep
-from arcmerge.sweep.search import Optimize, Search
+from arcmerge.sweeping.candidates import of_numbers
+from arcmerge.sweeping.journal import Scored
+from arcmerge.sweeping.optimizer import Optimize, Search
+from arcmerge.sweeping.sweep import BEST, sweep
 from sweeps import LeastT, recipe, rows
 
 

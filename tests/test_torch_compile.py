@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from arcmerge import ops
-from arcmerge.gemma2.cache import Batch, Cache
+from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
 from operands import BF16, F32, normal, same_bits
 from random_network import TINY, config_of, random_network
 

@@ -28,8 +28,8 @@ from arcmerge.checkpoint import output_folder, writer
 from arcmerge.checkpoint.layout import SINGLE_NAME
 from arcmerge.cli import main
 from arcmerge.merging.execution.to_disk import Merge
-from arcmerge.sweep.candidates import of_numbers
-from arcmerge.sweep.run import sweep
+from arcmerge.sweeping.candidates import of_numbers
+from arcmerge.sweeping.sweep import sweep
 
 KILLS = int(os.environ.get("ARCMERGE_KILLS", "200"))
 STEPS = 60  # sizes of the room on a full disk

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from arcmerge import __version__, interrupts
 from arcmerge.errors import ArcmergeError
-from arcmerge.sweep.command import add_arguments as add_sweep_arguments
+from arcmerge.sweeping.command import add_arguments as add_sweep_arguments
 from arcmerge.terminal import accept_any_text, complain, note, print_json, progress_bar, read_text, warn
 
 # Flags of mergekit-yaml that ask for what arcmerge does anyway or has no use for: accepted with a note.
@@ -319,13 +319,13 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _session(arguments: argparse.Namespace) -> Any:
-    from arcmerge.gemma2.session import Session
+    from arcmerge.gemma2.generation.chat import Session
 
     return Session(_model(arguments), _running_options(arguments))
 
 
 def _well_formed(said: str) -> str:
-    from arcmerge.gemma2.text import well_formed
+    from arcmerge.gemma2.text.tokenizer import well_formed
 
     if (text := well_formed(said)) != said:
         warn("the prompt has bytes that are not UTF-8; each is read as U+FFFD")
@@ -342,7 +342,7 @@ def _close(arguments: argparse.Namespace, answer: Any) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from arcmerge.sweep.command import run
+    from arcmerge.sweeping.command import run
     from arcmerge.threads import use_threads
 
     use_threads(arguments.threads)

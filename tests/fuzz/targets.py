@@ -18,9 +18,9 @@ from arcmerge.gemma2.model import Gemma2
 from arcmerge.merging.merge import merge
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import prepare, small_files
-from arcmerge.sweep.journal import Journal, Scored
-from arcmerge.sweep.results import best_of, write_tables
-from arcmerge.sweep.scores import read_questions
+from arcmerge.sweeping.journal import Journal, Scored
+from arcmerge.sweeping.results import best_of, write_tables
+from arcmerge.sweeping.scores import read_questions
 from fuzz.mutations import Mutate, mutate_json, mutate_lines, mutate_safetensors, mutate_text
 
 SMALL = replace(tiny.GEOMETRY, num_hidden_layers=2, hidden_size=16, intermediate_size=16, vocab_size=280)

@@ -15,21 +15,21 @@ from arcmerge import ops
 from arcmerge.checkpoint.hub import locate
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.answers import answer
 from arcmerge.gemma2.arguments import plain, read_device, read_dtype, read_strings, read_tokens, read_whole
 from arcmerge.gemma2.config import Config
-from arcmerge.gemma2.generation import Generated, Limits, generate, require_tokens
-from arcmerge.gemma2.generation_config import GenerationConfig
-from arcmerge.gemma2.network import Network
-from arcmerge.gemma2.prompts import Prompts, read_row
-from arcmerge.gemma2.sampling import Sampling
-from arcmerge.gemma2.scoring import Score, score
-from arcmerge.gemma2.sequences import Sequences
-from arcmerge.gemma2.text import Text
+from arcmerge.gemma2.generation.answers import answer
+from arcmerge.gemma2.generation.generate import Generated, Limits, generate, require_tokens
+from arcmerge.gemma2.generation.generation_config import GenerationConfig
+from arcmerge.gemma2.generation.sampler import Sampling
+from arcmerge.gemma2.generation.scoring import Score, score
+from arcmerge.gemma2.runtime.network import Network
+from arcmerge.gemma2.runtime.runner import Sequences
+from arcmerge.gemma2.text.prompts import Prompts, read_row
+from arcmerge.gemma2.text.tokenizer import Text
 from arcmerge.gemma2.weights import Weights, load, stored_dtype
 
 if TYPE_CHECKING:
-    from arcmerge.gemma2.merged import MergedGemma2
+    from arcmerge.gemma2.merged_model import MergedGemma2
 
 NUMERICS = ("default", "hf")
 
@@ -102,7 +102,7 @@ class Gemma2:
         `arcmerge.merge`.
         Raises ArcmergeError, in a sentence each, for everything that is wrong with the configuration or its models.
         """
-        from arcmerge.gemma2.merged import merged
+        from arcmerge.gemma2.merged_model import merged
 
         return merged(config, read_device(device), numerics or "default", **options)
 

@@ -24,10 +24,10 @@ if __name__ == "__main__":  # what follows takes seconds
 import torch
 
 from arcmerge.errors import ArcmergeError, needed
-from arcmerge.gemma2.answers import answer
-from arcmerge.gemma2.generation import Limits
+from arcmerge.gemma2.generation.answers import answer
+from arcmerge.gemma2.generation.generate import Limits
 from arcmerge.gemma2.model import Gemma2
-from arcmerge.gemma2.text import Text
+from arcmerge.gemma2.text.tokenizer import Text
 from arcmerge.integrations.lm_eval_arguments import check_others
 from arcmerge.threads import use_threads
 

@@ -10,8 +10,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import read_strings
-from arcmerge.gemma2.generation_config import READERS, GenerationConfig, has_effect
-from arcmerge.gemma2.sampling import Sampling
+from arcmerge.gemma2.generation.generation_config import READERS, GenerationConfig, has_effect
+from arcmerge.gemma2.generation.sampler import Sampling
 
 # Of transformers' generate, where neither the request nor generation_config.json says otherwise.
 _TOP_K = 50

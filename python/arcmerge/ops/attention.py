@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
+from arcmerge.dispatch.backend import native_cache
+from arcmerge.dispatch.checks import require_activations, require_dtype_of, require_shape
+from arcmerge.dispatch.registry import op
 from arcmerge.errors import ArcmergeError
-from arcmerge.ops.backend import native_cache
-from arcmerge.ops.registry import op
-from arcmerge.ops.require import require_activations, require_dtype_of, require_shape
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 # Queries that the reference takes at a time: its scores then take (H, 256, visible keys).

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
+from arcmerge.dispatch.backend import native_cache, native_dtype
+from arcmerge.dispatch.checks import require_activations, require_dtype_of, require_shape
+from arcmerge.dispatch.registry import op
 from arcmerge.errors import ArcmergeError
 from arcmerge.ops.attention import (
     attend,
@@ -16,9 +19,6 @@ from arcmerge.ops.attention import (
     require_limits,
     require_room,
 )
-from arcmerge.ops.backend import native_cache, native_dtype
-from arcmerge.ops.registry import op
-from arcmerge.ops.require import require_activations, require_dtype_of, require_shape
 from arcmerge.ops.rope_cache import rotated
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
+from arcmerge.dispatch.backend import native_dtype, operand, require_alike, require_dtype, require_matrix_dim
+from arcmerge.dispatch.registry import op
 from arcmerge.errors import ArcmergeError
-from arcmerge.ops.backend import native_dtype, operand, require_alike, require_dtype, require_matrix_dim
-from arcmerge.ops.registry import op
 
 
 def combine(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
-from arcmerge.ops.backend import operand, require_alike, require_matrix_dim
-from arcmerge.ops.registry import op
+from arcmerge.dispatch.backend import operand, require_alike, require_matrix_dim
+from arcmerge.dispatch.registry import op
 
 
 def gram(tensors: Sequence[Tensor], *, base: Tensor | None = None, dim: int | None = None) -> Tensor:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
+from arcmerge.dispatch.backend import native_dtype
+from arcmerge.dispatch.checks import require_activations, require_dtype_of, require_shape
+from arcmerge.dispatch.registry import op
 from arcmerge.errors import ArcmergeError
-from arcmerge.ops.backend import native_dtype
-from arcmerge.ops.registry import op
-from arcmerge.ops.require import require_activations, require_dtype_of, require_shape
 
 # The reference converts this many rows of the weight to float32 at a time: 150 MB of Gemma-2 2.6B, not 2.4 GB.
 PART = 2**14

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
+from arcmerge.dispatch.backend import native_dtype
+from arcmerge.dispatch.checks import require_activations, require_dtype_of
+from arcmerge.dispatch.registry import op
 from arcmerge.errors import ArcmergeError
-from arcmerge.ops.backend import native_dtype
-from arcmerge.ops.registry import op
-from arcmerge.ops.require import require_activations, require_dtype_of
 
 # Past these rows of x, weights are no longer what takes the time, and a tiled product is the better program.
 MOST_TOKENS = 16

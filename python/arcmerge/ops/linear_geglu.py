@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
-from arcmerge.ops.backend import native_dtype
+from arcmerge.dispatch.backend import native_dtype
+from arcmerge.dispatch.checks import require_shape
+from arcmerge.dispatch.registry import op
 from arcmerge.ops.geglu import geglu
 from arcmerge.ops.linear import MOST_TOKENS, require_linear, torch_multiplies
-from arcmerge.ops.registry import op
-from arcmerge.ops.require import require_shape
 
 
 def linear_geglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, *, stepwise: bool = False) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
-from arcmerge.ops.backend import native_dtype
-from arcmerge.ops.registry import op
-from arcmerge.ops.require import require_activations, require_shape
+from arcmerge.dispatch.backend import native_dtype
+from arcmerge.dispatch.checks import require_activations, require_shape
+from arcmerge.dispatch.registry import op
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

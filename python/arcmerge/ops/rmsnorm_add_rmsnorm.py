@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from arcmerge import _C
-from arcmerge.ops.backend import native_dtype
-from arcmerge.ops.registry import op
-from arcmerge.ops.require import require_activations, require_dtype_of, require_shape
+from arcmerge.dispatch.backend import native_dtype
+from arcmerge.dispatch.checks import require_activations, require_dtype_of, require_shape
+from arcmerge.dispatch.registry import op
 from arcmerge.ops.rmsnorm import normalized
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
+from arcmerge.dispatch.backend import native_cache, native_dtype
+from arcmerge.dispatch.checks import require_activations, require_dtype_of, require_shape
+from arcmerge.dispatch.registry import op
 from arcmerge.errors import ArcmergeError
-from arcmerge.ops.backend import native_cache, native_dtype
-from arcmerge.ops.registry import op
-from arcmerge.ops.require import require_activations, require_dtype_of, require_shape
 
 
 def rope_cache(

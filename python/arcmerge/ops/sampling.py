@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
+from arcmerge.dispatch.registry import op
 from arcmerge.errors import ArcmergeError
 from arcmerge.ops.gumbel import gumbel
 from arcmerge.ops.head import logits, native_head, require_head, require_integers
-from arcmerge.ops.registry import op
 
 # Rows whose scores the CPU keeps at a time: 16 MB of a Gemma-2.
 SCORED = 16

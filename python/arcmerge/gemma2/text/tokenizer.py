@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from arcmerge.checkpoint.hub import locate
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.conversation import Messages, render, special_tokens
+from arcmerge.gemma2.text.conversation import Messages, render, special_tokens
 from arcmerge.merging.output.chat_template import read_templates
 
 _SURROGATES = re.compile("[\ud800-\udfff]")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
-from arcmerge.gemma2.text import Text
+from arcmerge.gemma2.text.tokenizer import Text
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from arcmerge import ops
-from arcmerge.gemma2.cache import Batch
-from arcmerge.gemma2.generation import require_tokens
-from arcmerge.gemma2.network import Network
-from arcmerge.gemma2.sequences import PASS_TOKENS, Sequences
-from arcmerge.gemma2.shared import in_turn
+from arcmerge.gemma2.generation.generate import require_tokens
+from arcmerge.gemma2.runtime.kv_cache import Batch
+from arcmerge.gemma2.runtime.network import Network
+from arcmerge.gemma2.runtime.runner import PASS_TOKENS, Sequences
+from arcmerge.gemma2.runtime.shared import in_turn
 
 # Slots of a cache of all layers, which branches need: 55 MB of 2.6B. Of as many tokens arithmetic takes 16 s on two
 # cores of an EPYC 7003, reading the weights once more 0.3 s.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from arcmerge import ops
-from arcmerge.gemma2.cache import Batch, Cache
-from arcmerge.gemma2.network import Network
+from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.network import Network
 
 
 class Step:

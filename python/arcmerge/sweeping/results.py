@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from arcmerge.sweep.journal import Scored
+from arcmerge.sweeping.journal import Scored
 
 TABLES = ("results.csv", "results.json")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import plain
-from arcmerge.gemma2.text import Text
+from arcmerge.gemma2.text.tokenizer import Text
 
 _TEXT = (str, bytes, bytearray)  # sequences, but of no token ids
 

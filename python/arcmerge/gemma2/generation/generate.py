@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from arcmerge.errors import ArcmergeError, counted
-from arcmerge.gemma2.network import Network
-from arcmerge.gemma2.sampling import Chooser, Sampling
-from arcmerge.gemma2.sequences import Sequences
-from arcmerge.gemma2.shared import in_turn
+from arcmerge.gemma2.generation.sampler import Chooser, Sampling
+from arcmerge.gemma2.runtime.network import Network
+from arcmerge.gemma2.runtime.runner import Sequences
+from arcmerge.gemma2.runtime.shared import in_turn
 
 
 @dataclass

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from arcmerge import ops
-from arcmerge.gemma2.cache import Batch, Cache
 from arcmerge.gemma2.config import Config
-from arcmerge.gemma2.shared import Shared
+from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.shared import Shared
 from arcmerge.gemma2.weights import Weights
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from arcmerge.gemma2.generation import Generated, Limits, generate
-from arcmerge.gemma2.network import Network
-from arcmerge.gemma2.sampling import Sampling
-from arcmerge.gemma2.stream import Stream
-from arcmerge.gemma2.text import Text
+from arcmerge.gemma2.generation.generate import Generated, Limits, generate
+from arcmerge.gemma2.generation.sampler import Sampling
+from arcmerge.gemma2.runtime.network import Network
+from arcmerge.gemma2.text.stream import Stream
+from arcmerge.gemma2.text.tokenizer import Text
 
 
 @dataclass(frozen=True)

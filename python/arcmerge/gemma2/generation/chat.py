@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from arcmerge.errors import counted
-from arcmerge.gemma2.answers import answer
 from arcmerge.gemma2.arguments import read_strings
-from arcmerge.gemma2.generation import Generated, Limits
+from arcmerge.gemma2.generation.answers import answer
+from arcmerge.gemma2.generation.generate import Generated, Limits
 from arcmerge.gemma2.model import Gemma2
-from arcmerge.gemma2.roof import read_bandwidth
+from arcmerge.gemma2.runtime.bandwidth import read_bandwidth
 from arcmerge.gemma2.weights import Weights
 
 # Bytes of weights from which decoding waits for memory; a smaller model's stay in the caches, and a share of its

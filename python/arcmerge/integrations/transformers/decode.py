@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from arcmerge import ops
-from arcmerge.integrations.attention import sees_all
-from arcmerge.ops.recording import recorded
+from arcmerge.dispatch.recording import recorded
+from arcmerge.integrations.transformers.attention import sees_all
 
 # Tokens for which keys and values get room at once: 0.5 MB a layer of 2.6B.
 _ROOM = 128

@@ -11,10 +11,10 @@ from arcmerge.terminal import counted_bar, warn
 
 if TYPE_CHECKING:
     from arcmerge.merging.recipe.recipe import Recipe
-    from arcmerge.sweep.candidates import Candidate
-    from arcmerge.sweep.journal import Scored
-    from arcmerge.sweep.scores import Score
-    from arcmerge.sweep.search import Optimize
+    from arcmerge.sweeping.candidates import Candidate
+    from arcmerge.sweeping.journal import Scored
+    from arcmerge.sweeping.optimizer import Optimize
+    from arcmerge.sweeping.scores import Score
 
 _DEFAULT = "0:1:0.1"
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> str:
     """Carry out the command; returns what to say of it in the end."""
     from arcmerge.merging.recipe.recipe import is_text, load_recipe
-    from arcmerge.sweep.run import BEST, PLOT, sweep
+    from arcmerge.sweeping.sweep import BEST, PLOT, sweep
 
     recipe = load_recipe(arguments.config)
     out = arguments.out or Path(f"sweep-{'recipe' if is_text(arguments.config) else Path(arguments.config).stem}")
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def _score(arguments: argparse.Namespace) -> Score:
-    from arcmerge.sweep import scores
+    from arcmerge.sweeping import scores
 
     if arguments.text:
         return scores.Perplexity(scores.read_texts(arguments.text), arguments.window)
@@ -104,7 +104,7 @@ def _score(arguments: argparse.Namespace) -> Score:
 
 
 def _candidates(arguments: argparse.Namespace, recipe: Recipe) -> list[Candidate]:
-    from arcmerge.sweep import candidates
+    from arcmerge.sweeping import candidates
 
     named = arguments.curve or arguments.grid or arguments.optimize
     numbers = arguments.t or (None if named else _DEFAULT)
@@ -117,7 +117,7 @@ def _candidates(arguments: argparse.Namespace, recipe: Recipe) -> list[Candidate
 
 
 def _optimize(arguments: argparse.Namespace) -> Optimize | None:
-    from arcmerge.sweep.search import Optimize
+    from arcmerge.sweeping.optimizer import Optimize
 
     if arguments.optimize is None:
         if arguments.bounds or arguments.sampler:

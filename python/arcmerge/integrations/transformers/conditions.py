@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from arcmerge.ops.require import ACTIVATIONS
+from arcmerge.dispatch.checks import ACTIVATIONS
 
 _TENSORS = (Tensor, nn.Parameter)
 _DEVICES = ("cpu", "cuda")

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from arcmerge.dispatch.checks import ACTIVATIONS
 from arcmerge.errors import ArcmergeError, needed
-from arcmerge.integrations.attention import NAME, attention_forward
-from arcmerge.integrations.decoding import DecodingStep, Rotation
-from arcmerge.integrations.modules import OURS, DecoderLayer, Linear, Norm
+from arcmerge.integrations.transformers.attention import NAME, attention_forward
+from arcmerge.integrations.transformers.decode import DecodingStep, Rotation
+from arcmerge.integrations.transformers.layers import OURS, DecoderLayer, Linear, Norm
 from arcmerge.integrations.undo import Undo
 from arcmerge.ops.linear import MOST_TOKENS
-from arcmerge.ops.require import ACTIVATIONS
 
 with needed("transformers", by="arcmerge.integrations.transformers", extra="transformers"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask

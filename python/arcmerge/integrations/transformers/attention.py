@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from arcmerge import ops
 from arcmerge.errors import needed
-from arcmerge.integrations.conditions import serves
+from arcmerge.integrations.transformers.conditions import serves
 from arcmerge.ops.attention import HEAD_DIMS
 
 with needed("transformers", by="arcmerge.integrations.transformers", extra="transformers"):

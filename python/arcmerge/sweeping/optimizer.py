@@ -10,8 +10,8 @@ from typing import Any
 
 from arcmerge.errors import ArcmergeError, needed
 from arcmerge.merging.recipe.recipe import Recipe
-from arcmerge.sweep.candidates import Candidate, rules
-from arcmerge.sweep.journal import Scored
+from arcmerge.sweeping.candidates import Candidate, rules
+from arcmerge.sweeping.journal import Scored
 
 SEED = 0
 _NAME = "trial "

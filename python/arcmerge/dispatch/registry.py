@@ -12,8 +12,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
-from arcmerge.ops.backend import choose, explain
-from arcmerge.ops.recording import current
+from arcmerge.dispatch.backend import choose, explain
+from arcmerge.dispatch.recording import current
 
 Implementation = Callable[..., Any]
 Parameters = ParamSpec("Parameters")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arcmerge import ops
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.network import Network
+from arcmerge.gemma2.runtime.network import Network
 
 
 @dataclass(frozen=True)

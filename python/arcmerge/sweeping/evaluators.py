@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from arcmerge.errors import ArcmergeError, needed
-from arcmerge.sweep.candidates import Candidate
-from arcmerge.sweep.scores import Score
+from arcmerge.sweeping.candidates import Candidate
+from arcmerge.sweeping.scores import Score
 
 # A candidate whose actor dies as often is what kills them.
 MOST_DEATHS = 3

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.cache import Batch, Cache
-from arcmerge.gemma2.network import Network
-from arcmerge.gemma2.step import Step
+from arcmerge.gemma2.runtime.decode_graph import Step
+from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.network import Network
 
 # Tokens of one pass: enough to keep matrix products busy, few enough that what lies between two ops stays small (2.6B:
 # 2,048 tokens of 2 * 9,216 values in bf16 are 75 MB).

@@ -15,13 +15,13 @@ from arcmerge.merging.execution.in_memory import changed_recipe
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import Config, Warn, prepare
 from arcmerge.merging.recipe.recipe import load_recipe
-from arcmerge.sweep.candidates import Candidate, parents
-from arcmerge.sweep.evaluation import Bench, Cluster, Here
-from arcmerge.sweep.journal import Journal, Scored
-from arcmerge.sweep.plots import plot
-from arcmerge.sweep.results import TABLES, best_of, write_tables, write_whole
-from arcmerge.sweep.scores import Score
-from arcmerge.sweep.search import Optimize, Search
+from arcmerge.sweeping.candidates import Candidate, parents
+from arcmerge.sweeping.evaluators import Bench, Cluster, Here
+from arcmerge.sweeping.journal import Journal, Scored
+from arcmerge.sweeping.optimizer import Optimize, Search
+from arcmerge.sweeping.plots import plot
+from arcmerge.sweeping.results import TABLES, best_of, write_tables, write_whole
+from arcmerge.sweeping.scores import Score
 
 JOURNAL, BEST, PLOT = "journal.jsonl", "best.yml", "scores.png"
 

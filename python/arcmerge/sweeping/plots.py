@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from arcmerge.merging.inspect.plots import load_pyplot
-from arcmerge.sweep.journal import Scored
-from arcmerge.sweep.results import best_of
+from arcmerge.sweeping.journal import Scored
+from arcmerge.sweeping.results import best_of
 
 MOST_NAMES = 16  # candidates with a row and a curve each
 MOST_NUMBERS = 100  # cells of a heat map with their score written in them

@@ -16,9 +16,9 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
 from arcmerge import ops
-from arcmerge.integrations.attention import NAME, attention_forward, eager_attention
-from arcmerge.integrations.conditions import is_untouched, serves
-from arcmerge.integrations.decoding import DecodingStep
+from arcmerge.integrations.transformers.attention import NAME, attention_forward, eager_attention
+from arcmerge.integrations.transformers.conditions import is_untouched, serves
+from arcmerge.integrations.transformers.decode import DecodingStep
 from arcmerge.ops.attention import HEAD_DIMS
 
 _GELU = type(ACT2FN["gelu_pytorch_tanh"])

@@ -11,7 +11,7 @@ from typing import Any
 from arcmerge.checkpoint.header import parse_object
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import read_number, read_strings, read_tokens, read_truth, read_whole
-from arcmerge.gemma2.sampling import Sampling
+from arcmerge.gemma2.generation.sampler import Sampling
 
 FILE = "generation_config.json"
 # Where neither the call nor the file says.
