@@ -66,7 +66,7 @@ FUZZ_FLAGS := -std=c++17 -O2 -g -march=native -ffp-contract=off -fno-math-errno 
 	-Icsrc -Itests/fuzz -fsanitize=address,undefined -fno-sanitize-recover=all
 # Of the code alone: that of the plain loops beside it leads nowhere.
 COVERAGE := -fsanitize-coverage=inline-8bit-counters,pc-table
-FUZZ_OBJECTS := $(patsubst %.cpp,$(FUZZED)/%.o,$(wildcard csrc/cpu/*.cpp tests/fuzz/*.cpp))
+FUZZ_OBJECTS := $(patsubst %.cpp,$(FUZZED)/%.o,$(wildcard csrc/cpu/*/*.cpp tests/fuzz/*.cpp))
 
 ifeq ($(CLANG),)
 fuzz-native:
@@ -83,7 +83,7 @@ endif
 $(FUZZED)/native: $(FUZZ_OBJECTS)
 	$(CLANG) $(FUZZ_FLAGS) -fsanitize=fuzzer $^ -o $@
 
-$(FUZZED)/%.o: %.cpp $(wildcard csrc/*.h csrc/cpu/*.h tests/fuzz/*.h)
+$(FUZZED)/%.o: %.cpp $(wildcard csrc/*.h csrc/cpu/*/*.h tests/fuzz/*.h)
 	@mkdir -p $(dir $@)
 	$(CLANG) $(FUZZ_FLAGS) $(if $(filter csrc/%,$<),$(COVERAGE)) -c $< -o $@
 
@@ -146,9 +146,9 @@ THREADS_FLAGS := -std=c++17 -O1 -g1 -fsanitize=thread -ffp-contract=off -fno-mat
 sanitize-threads: $(THREADS)/main
 	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 timeout 300 $<
 
-$(THREADS)/main: $(patsubst %.cpp,$(THREADS)/%.o,$(wildcard csrc/cpu/*.cpp) tests/sanitize/threads.cpp)
+$(THREADS)/main: $(patsubst %.cpp,$(THREADS)/%.o,$(wildcard csrc/cpu/*/*.cpp) tests/sanitize/threads.cpp)
 	$(CXX) $(THREADS_FLAGS) $^ -o $@ -pthread
 
-$(THREADS)/%.o: %.cpp $(wildcard csrc/*.h csrc/cpu/*.h)
+$(THREADS)/%.o: %.cpp $(wildcard csrc/*.h csrc/cpu/*/*.h)
 	@mkdir -p $(dir $@)
 	$(CXX) $(THREADS_FLAGS) -c $< -o $@

@@ -1,4 +1,4 @@
-// arcmerge._C: the operations of arcmerge.h and gemma2.h for Python, with addresses as integers. The only file that
+// arcmerge._C: the operations of merge.h and gemma2.h for Python, with addresses as integers. The only file that
 // knows Python. python/arcmerge/_C.pyi has the signatures. Every operation runs without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,9 +16,9 @@
 #include <system_error>
 #include <utility>
 
-#include "arcmerge.h"
 #include "gemma2.h"
-#include "mapped.h"
+#include "mapped_file.h"
+#include "merge.h"
 
 namespace py = pybind11;
 using arcmerge::DType;

@@ -1,4 +1,4 @@
-// The native operations that run a Gemma-2, beside those that merge (arcmerge.h): raw addresses and 64-bit counts in,
+// The native operations that run a Gemma-2, beside those that merge (merge.h): raw addresses and 64-bit counts in,
 // numbers out. No Python, no torch. python/arcmerge/ops says what each computes and where it rounds.
 //
 // Every operation spreads over the threads of one pool, and its results do not depend on their number. Tensors are
@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "arcmerge.h"
+#include "merge.h"
 
 namespace arcmerge {
 
@@ -35,7 +35,7 @@ struct Matrix {
 
 // out[t] = x[t] times every row of every weight, side by side; x: [count, length], all of one dtype. Sums in f32 and
 // one rounding. The bits of a row depend on the others only in whether there are more than 16. Of all operations only
-// these sums may differ between variants, in their last bits (dot.cpp, panels.cpp).
+// these sums may differ between variants, in their last bits (gemv.cpp, packed_rows.cpp).
 void linear(void* out, const void* x, std::int64_t count, std::int64_t length, const std::vector<Matrix>& weights,
             DType dtype);
 

@@ -17,7 +17,7 @@ dtypes = st.sampled_from([BF16, F16, F32])
 
 
 def sum_in_lanes(x, y):
-    """sum(x * y) in the order of csrc/cpu/gram.cpp: 16 lanes of float64, in which the products are exact."""
+    """sum(x * y) in the order of csrc/cpu/merge/gram.cpp: 16 lanes of float64, in which the products are exact."""
     x, y = (np.pad(v.double().numpy(), (0, -len(v) % 16)).reshape(-1, 16) for v in (x, y))
     lanes = np.zeros(16)
     for products in x * y:

@@ -47,7 +47,7 @@ def native_geglu(x, gate, up):
 
 
 def sums_in_lanes(x, weight):
-    """x times weight in the order of csrc/cpu/dot.cpp, for products that float32 holds: what FMA does then changes
+    """x times weight in the order of csrc/cpu/matmul/gemv.cpp, for products that float32 holds: what FMA does then changes
     nothing. Steps of 128 bytes, two lines of 16 lanes; of two bf16 in a lane, the odd one first."""
     per_lane = 4 // x.element_size()
     step = 32 * per_lane

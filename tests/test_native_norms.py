@@ -23,7 +23,7 @@ def native_by_default(monkeypatch):
 
 
 def norm(x, weight):
-    """In f32, with the squares summed as csrc/cpu/rmsnorm.cpp does: in 16 lanes of f64."""
+    """In f32, with the squares summed as csrc/cpu/gemma2/rmsnorm.cpp does: in 16 lanes of f64."""
     x, gain = x.float().numpy(), weight.float().numpy() + np.float32(1)
     squares = np.pad(np.square(x.astype(np.float64)), ((0, 0), (0, -x.shape[1] % 16))).reshape(len(x), -1, 16)
     lanes = np.zeros((len(x), 16))

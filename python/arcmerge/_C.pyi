@@ -1,4 +1,4 @@
-"""The native operations, on raw addresses; csrc/arcmerge.h and csrc/gemma2.h say what each computes, where it rounds.
+"""The native operations, on raw addresses; csrc/merge.h and csrc/gemma2.h say what each computes, where it rounds.
 
 Addresses are of memory that the caller keeps alive; they need no alignment, and outputs must not overlap inputs.
 The GIL is released while an operation runs. Wrong arguments raise ValueError.

@@ -1,4 +1,4 @@
-"""How many threads compute. The default is decided in one place, csrc/cpu/processors.cpp."""
+"""How many threads compute. The default is decided in one place, csrc/cpu/system/default_threads.cpp."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "arcmerge.h"
 #include "gemma2.h"
+#include "merge.h"
 
 namespace fuzz {
 

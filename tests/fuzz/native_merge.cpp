@@ -1,9 +1,9 @@
-// The operations of arcmerge.h, each twice: in place, and by the addresses of rows elsewhere, with another variant and
+// The operations of merge.h, each twice: in place, and by the addresses of rows elsewhere, with another variant and
 // in other pieces. Both must give the bits of plain loops.
 #include <optional>
 #include <stdexcept>
 
-#include "cpu/product.h"
+#include "cpu/matmul/gemm.h"
 #include "native.h"
 
 namespace fuzz {

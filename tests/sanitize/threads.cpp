@@ -12,9 +12,9 @@
 #include <thread>
 #include <vector>
 
-#include "arcmerge.h"
-#include "cpu/pool.h"
+#include "cpu/system/thread_pool.h"
 #include "gemma2.h"
+#include "merge.h"
 
 namespace {
 

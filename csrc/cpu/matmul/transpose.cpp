@@ -1,0 +1,74 @@
+// transpose: squares as wide as a register, turned within the registers; single words at the edges.
+#include <cstring>
+
+#include "cpu/matmul/gemm.h"
+#include "cpu/simd/variant.h"
+
+namespace arcmerge {
+namespace {
+
+// Lane i of the result is lane lanes[i] of x, or of y from kWidth on. Clang has no such builtin for lanes in a
+// register.
+template <class U32, int kWidth>
+inline U32 shuffle(const U32& x, const U32& y, const U32& lanes) {
+#if defined(__clang__)
+  U32 mixed;
+  for (int i = 0; i < kWidth; ++i) mixed[i] = lanes[i] < kWidth ? x[lanes[i]] : y[lanes[i] - kWidth];
+  return mixed;
+#else
+  return __builtin_shuffle(x, y, lanes);
+#endif
+}
+
+// Exchanges the off-diagonal squares of `size` words of x and y, two of the rows that lie `size` apart.
+template <class U32, int kWidth>
+inline void exchange(U32& x, U32& y, int size) {
+  U32 low, high;
+  for (int j = 0; j < kWidth; ++j) {
+    low[j] = j & size ? kWidth + j - size : j;
+    high[j] = j & size ? kWidth + j : j + size;
+  }
+  const U32 first = shuffle<U32, kWidth>(x, y, low);
+  y = shuffle<U32, kWidth>(x, y, high);
+  x = first;
+}
+
+template <class Isa>
+inline void square(std::uint32_t* out, std::int64_t columns, const char* source, std::int64_t stride) {
+  using U32 = typename Vector<Isa>::U32;
+  constexpr int kWidth = Isa::kBytes / 4;
+  U32 row[kWidth];
+  for (int i = 0; i < kWidth; ++i) std::memcpy(&row[i], source + i * stride, sizeof row[i]);
+#pragma GCC unroll 4
+  for (int size = kWidth / 2; size > 0; size /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i)
+      if (!(i & size)) exchange<U32, kWidth>(row[i], row[i + size], size);
+  for (int i = 0; i < kWidth; ++i) std::memcpy(out + i * columns, &row[i], sizeof row[i]);
+}
+
+template <class Isa>
+inline void transpose_body(std::uint32_t* out, std::int64_t columns, const void* source, std::int64_t stride,
+                           std::int64_t rows, std::int64_t words) {
+  constexpr std::int64_t kWidth = Isa::kBytes / 4;
+  const char* from = static_cast<const char*>(source);
+  std::int64_t row = 0;
+  for (; row + kWidth <= rows; row += kWidth, from += kWidth * stride) {
+    std::int64_t word = 0;
+    for (; word + kWidth <= words; word += kWidth)
+      square<Isa>(out + word * columns + row, columns, from + word * 4, stride);
+    for (; word < words; ++word)
+      for (int i = 0; i < kWidth; ++i) std::memcpy(out + word * columns + row + i, from + i * stride + word * 4, 4);
+  }
+  for (; row < rows; ++row, from += stride)
+    for (std::int64_t word = 0; word < words; ++word) std::memcpy(out + word * columns + row, from + word * 4, 4);
+}
+
+}  // namespace
+
+ARCMERGE_VARIANTS(void, transpose,
+                  (std::uint32_t* out, std::int64_t columns, const void* source, std::int64_t stride, std::int64_t rows,
+                   std::int64_t words),
+                  (out, columns, source, stride, rows, words))
+
+}  // namespace arcmerge

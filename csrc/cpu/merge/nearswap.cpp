@@ -1,0 +1,42 @@
+// nearswap: a, moved to b where the two are close. Elementwise, so it needs no Gram matrix.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/simd/tile.h"
+#include "cpu/simd/variant.h"
+#include "merge.h"
+
+namespace arcmerge {
+namespace {
+
+template <class>
+ARCMERGE_INLINE void swap_near_body(float* a, const float* b, float t, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float distance = std::fabs(b[i] - a[i]);
+    const float ratio = t / (distance > 1e-6f ? distance : 1e-6f);
+    const float above = ratio > 0.0f ? ratio : 0.0f;
+    const float weight = above < 1.0f ? above : 1.0f;
+    a[i] = weight * b[i] + (1.0f - weight) * a[i];
+  }
+}
+
+ARCMERGE_VARIANTS(void, swap_near, (float* a, const float* b, float t, std::int64_t count), (a, b, t, count))
+
+}  // namespace
+
+std::int64_t nearswap(void* out, DType out_dtype, const Operand& a, const Operand& b, float t, std::int64_t first,
+                      std::int64_t count) {
+  require_range(first, count);
+  alignas(64) float from[kTile], to[kTile];
+  std::int64_t nonfinite = 0;
+  for (std::int64_t done = 0; done < count; done += kTile) {
+    const std::int64_t size = std::min(kTile, count - done);
+    widen(a, first + done, size, from);
+    widen(b, first + done, size, to);
+    swap_near(from, to, t, size);
+    nonfinite += narrow(from, size, out_dtype, static_cast<char*>(out) + done * item_size(out_dtype));
+  }
+  return nonfinite;
+}
+
+}  // namespace arcmerge
