@@ -25,20 +25,20 @@ test: $(DEV)
 
 # Kills, full and failing disks, parents that shrink: as root, all of it.
 torture: $(DEV)
-	$(BIN)/python -m pytest tests/torture.py -q -s
+	$(BIN)/python -m pytest tests/command/torture.py -q -s
 
 # The kernels again, interpreted and emulated with the oldest Triton that they support, laid over the one in .venv.
 test-oldest-triton: $(DEV) .venv/triton-$(OLDEST_TRITON)
 	PYTHONPATH=.venv/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest -q -n 2 --dist loadfile \
-		tests/test_interpreter*.py tests/test_traffic.py tests/test_kernels.py tests/test_ptx.py tests/test_rmsnorm*.py \
-		tests/test_geglu.py tests/test_rope_cache.py tests/test_linear*.py tests/test_head.py tests/test_attention*.py
+		$(addprefix tests/gpu/,test_interpreter*.py test_traffic.py test_kernels.py test_ptx.py) $(addprefix tests/ops/, \
+		test_rmsnorm*.py test_geglu.py test_rope_cache.py test_linear*.py test_head.py test_attention*.py)
 
 .venv/triton-%: $(DEV)
 	$(PIP) install --no-deps --target $@ triton==$*
 
 # Merges of every architecture of transformers, tiny: docs/architectures.md.
 architectures: $(DEV)
-	ARCMERGE_ARCHITECTURES=all $(BIN)/python -m pytest -q tests/test_architectures.py
+	ARCMERGE_ARCHITECTURES=all $(BIN)/python -m pytest -q tests/merging/test_architectures.py
 
 demo: $(DEV)
 	$(BIN)/python examples/tiny_pair.py train .demo
@@ -56,7 +56,7 @@ fuzz: $(DEV) fuzz-files fuzz-native
 
 fuzz-files: $(DEV)
 	-$(PIP) install --quiet 'atheris>=2.3'
-	PYTHONPATH=tests $(BIN)/python -m fuzz --inputs $(or $(INPUTS),100000)
+	PYTHONPATH=tests:tests/helpers $(BIN)/python -m fuzz --inputs $(or $(INPUTS),100000)
 
 # What C++ reads, writes and indexes, with sanitizers and libFuzzer: FUZZ_SECONDS of it. An input that fails is kept, and
 # `build/fuzz/native FILE` runs it again. Clang builds the variants that the processor of this machine has (variant.h).
@@ -96,7 +96,7 @@ lint: $(DEV)
 # The benchmarks import each other from their own folder, which a safe path would leave out.
 bench prove gpu: export PYTHONSAFEPATH :=
 bench: $(DEV)
-	for op in $(OPS); do $(BIN)/python benchmarks/$$op.py || exit; done
+	for op in $(OPS); do $(BIN)/python benchmarks/ops/$$op.py || exit; done
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/gemma2.py
 	$(BIN)/python benchmarks/sweep.py
@@ -104,7 +104,7 @@ bench: $(DEV)
 
 # What can be proved about the kernels without a GPU: docs/proof.md.
 prove: $(DEV)
-	$(BIN)/python benchmarks/prove.py
+	$(BIN)/python benchmarks/proof/prove.py
 
 # On a machine with a GPU: tests and times everything. DRY=--dry tries that out on one without.
 gpu: $(DEV)
@@ -126,10 +126,10 @@ $(DEV): pyproject.toml setup.py constraints.txt $(shell find csrc -type f) | $(B
 # 500 interrupts at random moments of merges, plans, answers and sweeps: some twenty minutes.
 .PHONY: torture-interrupts
 torture-interrupts: $(DEV)
-	PYTHONPATH=tests $(BIN)/python tests/torture_interrupts.py 500
+	PYTHONPATH=tests:tests/helpers $(BIN)/python tests/command/torture_interrupts.py 500
 
 # The native code under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer; gcc, Linux.
-NATIVE_TESTS := tests/test_native*.py tests/test_gram.py tests/test_combine.py
+NATIVE_TESTS := tests/native/test_native*.py tests/ops/test_gram.py tests/ops/test_combine.py
 SANITIZED = $(BIN)/python setup.py -q build --build-base build/$(1)
 sanitize: export ASAN_OPTIONS := detect_leaks=0
 sanitize: export UBSAN_OPTIONS := print_stacktrace=1:halt_on_error=1

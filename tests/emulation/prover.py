@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from cases import MODELS, SMALL, Blank, Case
+from paths import PYTHONPATH, ROOT
 
 from .compilation import GROUP_INSTRUCTIONS, TARGETS, Facts, as_json, compiling_for, describe, narrowed
 from .emulator import Execution, emulating
@@ -34,7 +35,6 @@ from .ptx.program import Fault, Unsupported
 from .resources import MACHINES, Machine
 from .roofline import MOST_INSTRUCTIONS, SAMPLES, predict_call, roof, sampled, work
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK_TARGETS = ("sm_80", "sm_90")
 # Operations a byte above which the float32 units could not keep up with the DRAM of an A100, nor of a B200: 9.6, 9.7.
 SCALAR_INTENSITY = 16.0
@@ -44,7 +44,7 @@ Record = dict[str, Any]
 def start(mode: str, folder: Path) -> subprocess.Popen[str]:
     """Begin in the background; `finished` waits for it, `stop` ends it with its own processes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}  # there is a process a core
+    environment |= {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}  # there is a process a core
     environment.setdefault("TRITON_CACHE_DIR", str(ROOT / ".triton-cache"))
     command = [sys.executable, "-m", "emulation.prover", mode, str(folder)]
     return subprocess.Popen(

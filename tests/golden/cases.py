@@ -26,7 +26,7 @@ SAMPLED_VALUES = 12
 
 @dataclass(frozen=True)
 class Source:
-    """An input tensor: a model of tests/tiny.py and a tensor's name in it."""
+    """An input tensor: a model of tests/helpers/tiny.py and a tensor's name in it."""
 
     model: str
     tensor: str

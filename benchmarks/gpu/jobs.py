@@ -1,0 +1,262 @@
+"""What is measured on a GPU, a function each: a worker carries them out, and keeps what is cached here between them.
+
+A measurement has the median "seconds" with its 20th and 80th percentile and the number of repetitions; "bytes" is what
+must move, "operations" what matrix products must compute.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from benchmarks._bench import provenance, spread
+from benchmarks.gpu.device import DRY, Device, Gpu
+from torch import Tensor
+
+from arcmerge import ops
+from arcmerge.gemma2.config import Config
+from arcmerge.gemma2.generation.generate import Limits, generate
+from arcmerge.gemma2.generation.sampler import Sampling
+from arcmerge.gemma2.runtime.decode_graph import Step
+from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.network import Network
+from arcmerge.gemma2.weights import names
+from arcmerge.kernels.combine import combine
+from arcmerge.kernels.gram import gram
+from arcmerge.merging.methods.method import Inputs
+from arcmerge.merging.methods.methods import METHODS
+from cases import MODELS, SMALL, Blank, Case
+from cases.gemma import GEMMA_2
+from random_network import TINY, config_of, random_network
+
+Measurement = dict[str, Any]
+
+BF16 = torch.bfloat16
+SHAPE = TINY if DRY else GEMMA_2[0]
+PREFILLS = (3, 18) if DRY else (512, 2048, 8192)
+CONTEXT, STEPS = (3, 2) if DRY else (512, 64)
+
+if DRY:
+    from emulation import interpreter
+
+    interpreter.install()
+
+
+def measured_cases() -> list[Case]:
+    """Every launch that a Gemma-2 makes, the smallest model first; in dry mode the smallest case of each op."""
+    if DRY:
+        by_size = sorted(SMALL, key=lambda case: -case.build(Blank()).minimum_bytes)
+        return list({case.op: case for case in by_size}.values())
+    sizes = [shape.name for shape in GEMMA_2]
+    return sorted(MODELS, key=lambda case: next(n for n, size in enumerate(sizes) if case.name.startswith(size)))
+
+
+@cache
+def device() -> Device:
+    """Of this process. On a GPU, products of float32 that torch is asked for are exact, so TF32 stays off."""
+    return Device() if DRY else Gpu()
+
+
+def statistics(seconds: Sequence[float]) -> Measurement:
+    spreads = spread(seconds)
+    return {
+        "seconds": spreads["median"],
+        "p20": spreads["p20"],
+        "p80": spreads["p80"],
+        "repetitions": len(seconds),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Names, versions and sizes by which the figures can be understood."""
+    found: dict[str, Any] = {
+        **provenance("arcmerge", "torch", "triton", "numpy"),
+        "device": "none: a dry run in the interpreter",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "cuda": torch.version.cuda,
+        "driver": None,
+    }
+    if isinstance(device(), Gpu):
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver": _driver(),
+        }
+    return found
+
+
+def _driver() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().partition("\n")[0] or None
+
+
+# Roofs: what plain torch reaches with nothing but one kind of work.
+
+
+def roof_copy() -> Measurement:
+    """Copies 2 GiB: bytes are those read and those written."""
+    source = torch.zeros(1 << (16 if DRY else 31), dtype=torch.uint8, device=device().memory)
+    out = torch.empty_like(source)
+    return {**statistics(device().seconds(lambda: out.copy_(source))), "bytes": 2 * source.numel(), "operations": 0}
+
+
+def roof_read() -> Measurement:
+    """Sums 4 GiB of float32."""
+    source = torch.zeros(1 << (14 if DRY else 30), device=device().memory)
+    return {**statistics(device().seconds(source.sum)), "bytes": 4 * source.numel(), "operations": 0}
+
+
+def roof_matmul() -> Measurement:
+    """Multiplies two square matrices of bfloat16; their values are random, for zeros would save power and time."""
+    size = 64 if DRY else 8192
+    one, other = (torch.randn(size, size, device=device().memory).to(BF16) for _ in range(2))
+    out = torch.empty_like(one)
+    seconds = device().seconds(lambda: torch.mm(one, other, out=out))
+    return {**statistics(seconds), "bytes": 6 * size**2, "operations": 2 * size**3}
+
+
+class OnDevice:
+    """Draws the tensors of a case where they are used: the largest have more than two gigabytes."""
+
+    def normal(self, *shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device().memory).normal_(0.0, scale)
+
+    def empty(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device().memory)
+
+    def exact(self, values: Tensor) -> Tensor:
+        return values.clone().to(device().memory)
+
+
+def kernel(op: str, name: str) -> Measurement:
+    """The launches of a case, one repetition after another, each with what it reads out of the L2 cache."""
+    (case,) = (case for case in measured_cases() if (case.op, case.name) == (op, name))
+    call = case.build(OnDevice())
+    timed = statistics(device().seconds(call.launch))
+    return {**timed, "bytes": call.minimum_bytes, "operations": call.operations}
+
+
+# The journeys, with random weights of the shapes of 2.6B.
+
+
+@cache
+def _config() -> Config:
+    return config_of(SHAPE)
+
+
+def merge() -> dict[str, Measurement]:
+    """A slerp of two models that lie in memory into a third, by the clock of the host; and its two launches alone."""
+    counts = [torch.Size(shape).numel() for shape in names(_config()).values()]
+    groups = [[OnDevice().normal(count) for _ in range(2)] for count in counts]
+    outs = [OnDevice().empty(count) for count in counts]
+    matrices = torch.empty(len(counts), 2, 2, dtype=torch.float64, device=device().memory)
+    nonfinite = torch.zeros(len(counts), dtype=torch.int64, device=device().memory)
+    method, inputs = METHODS["slerp"], Inputs(count=2, base=0, shared={"t": 0.3, "slerp_normalize": False})
+
+    def coefficients() -> Tensor:
+        values = [method.coefficients(matrix, inputs).values.tolist() for matrix in matrices.numpy(force=True)]
+        return torch.tensor(values, dtype=torch.float32).to(device().memory)
+
+    def whole() -> None:
+        gram(groups, matrices)
+        combine(outs, groups, coefficients(), nonfinite)
+
+    merged = device().wall_seconds(whole, 1.0)
+    factors = coefficients()
+    timed = {
+        "of 2, whole": (merged, 6),
+        "of 2, gram": (device().seconds(lambda: gram(groups, matrices), 1.0), 4),
+        "of 2, combine": (device().seconds(lambda: combine(outs, groups, factors, nonfinite), 1.0), 6),
+    }
+    if int(nonfinite.sum()):
+        raise ValueError("the merge of finite weights is not finite")
+    return {
+        name: {**statistics(seconds), "bytes": width * sum(counts), "operations": 0}
+        for name, (seconds, width) in timed.items()
+    }
+
+
+@cache
+def _network() -> Network:
+    return random_network(_config(), device().memory)
+
+
+def _prompt(tokens: int) -> list[int]:
+    return [(7919 * place) % SHAPE.vocabulary for place in range(tokens)]
+
+
+@torch.inference_mode()
+def prefill(tokens: int) -> Measurement:
+    """A prompt, to the choice of its first token. Operations are those of the projections, a little less than all."""
+    network, limits = _network(), Limits(1, ends=())
+    seconds = device().wall_seconds(lambda: generate(network, [_prompt(tokens)], Sampling(), limits), 2.0)
+    layers = [tensor for layer in network.weights.layers for tensor in vars(layer).values()]
+    return {
+        **statistics(seconds),
+        "bytes": network.weights.nbytes,
+        "operations": 2 * tokens * sum(tensor.numel() for tensor in layers if tensor.dim() == 2),
+        "tokens": tokens,
+    }
+
+
+@torch.inference_mode()
+def decode() -> dict[str, Measurement]:
+    """Greedy steps for one sequence: as generate makes them, and without a host that waits for each token.
+
+    Bytes are those of the weights, and of keys and values at the start, none of which a window hides.
+    """
+    network, config, memory = _network(), _config(), device().memory
+    prompt = _prompt(CONTEXT)
+    generate(network, [prompt], Sampling(), Limits(2, ends=()))  # compiles
+    generated = generate(network, [prompt], Sampling(), Limits(STEPS + 1, ends=()))
+    (answer,) = generated.tokens
+
+    filled = Cache(config, 1, CONTEXT + STEPS, CONTEXT, BF16, memory)
+    network(Batch.of([prompt], [0], memory), filled)
+    step, head = Step(network, filled, 1), network.weights.embed_tokens
+    tokens = torch.tensor(answer[:1]).to(memory).repeat(STEPS + 1)
+    lengths = torch.arange(CONTEXT + 1, CONTEXT + STEPS + 1, dtype=torch.int32).to(memory)
+
+    def replay() -> None:
+        for number in range(STEPS):
+            hidden = step(tokens[number : number + 1], lengths[number : number + 1])
+            chosen = ops.head_argmax(hidden, head, config.final_logit_softcapping, network.stepwise)
+            tokens[number + 1 : number + 2] = chosen
+
+    seconds = device().once(replay)
+    if tokens.tolist() != answer:
+        raise ValueError(f"replayed steps choose {tokens[1:9].tolist()}..., generate {answer[1:9]}...")
+    kept = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT
+    common = {"bytes": network.weights.nbytes + kept, "operations": 0, "tokens": 1, "repetitions": STEPS}
+    return {
+        "step by step": {"seconds": generated.decode_seconds / STEPS, **common},
+        "without waiting": {"seconds": seconds / STEPS, **common},
+    }
+
+
+@torch.inference_mode()
+def launches() -> float | None:
+    """Kernels of a decoding step but for the head, for each layer. None on the CPU."""
+    if not isinstance(device(), Gpu):
+        return None
+    empty = Cache(_config(), 1, CONTEXT, 1, BF16, device().memory)
+    batch = Batch.of([[2]], [0], device().memory)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        _network()(batch, empty)
+        device().finish()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events) / _config().num_hidden_layers

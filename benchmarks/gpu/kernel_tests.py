@@ -1,0 +1,66 @@
+"""The GPU-marked tests, in processes of their own: a fresh one for what is left when a test took the GPU's context."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = "tests/gpu/test_gpu.py"
+OK, FAILED, INTERRUPTED, NONE_LEFT = 0, 1, 2, 5  # exit codes of pytest
+
+
+def run_tests(chosen: Sequence[str], seconds: float) -> dict[str, Any]:
+    """How many tests passed, and what failed: names and the first line of each reason.
+
+    chosen: names of tests, none for all. "unfinished": why some did not run, or None.
+    """
+    deadline = time.monotonic() + seconds
+    verdicts: dict[str, str | None] = {}
+    unfinished = None
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        while unfinished is None:
+            before = len(verdicts)
+            code, output = _pytest(chosen, list(verdicts), report, deadline - time.monotonic())
+            if report.exists():
+                verdicts |= _verdicts(report)
+                report.unlink()
+            if code in (OK, FAILED) or (code == NONE_LEFT and verdicts):
+                break
+            if code != INTERRUPTED or len(verdicts) == before:
+                unfinished = f"pytest ended with {code}: {' '.join(output.split())[-300:]}"
+    failed = [{"test": name, "error": reason} for name, reason in verdicts.items() if reason is not None]
+    return {"passed": len(verdicts) - len(failed), "failed": failed, "unfinished": unfinished}
+
+
+def _pytest(chosen: Sequence[str], done: Sequence[str], report: Path, seconds: float) -> tuple[int | str, str]:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", f"--junitxml={report}"]
+    command += [f"{FILE}::{name}" for name in chosen] or [FILE]
+    command += [f"--deselect={FILE}::{name}" for name in done]
+    # Unbuffered, the last line names the test that was under way if time ran out.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    try:
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment, timeout=max(seconds, 1), capture_output=True, text=True, check=False
+        )
+    except subprocess.TimeoutExpired as late:
+        return f"no verdict in {seconds:.0f} s", (late.stdout or b"").decode()
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def _verdicts(report: Path) -> dict[str, str | None]:
+    """The reason for which each test failed, or None. One that was skipped has failed: all are to run here."""
+    verdicts = {}
+    for test in ElementTree.parse(report).iter("testcase"):
+        problem = next((each for kind in ("failure", "error", "skipped") for each in test.iter(kind)), None)
+        reason = None if problem is None else " ".join((problem.get("message") or problem.tag).split())[:300]
+        verdicts[str(test.get("name"))] = reason
+    return verdicts

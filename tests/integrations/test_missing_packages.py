@@ -1,0 +1,99 @@
+"""Parts of arcmerge whose package is not installed: one sentence that says what to install."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arcmerge.errors import ArcmergeError, MissingPackage, needed
+
+HOUSE = Path(__file__).resolve().parents[2]
+# None in the place of a module is how Python is told that there is none.
+HIDE = "import runpy, sys; sys.modules[sys.argv.pop(1)] = None; "
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", HIDE + code, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"), [("mergekit", "mergekit", "mergekit"), ("lm_eval", "lm_eval", "lm-eval")]
+)
+def test_a_host_that_is_called_as_a_command_ends_with_a_sentence(module: str, package: str, extra: str) -> None:
+    name = f"arcmerge.integrations.{module}"
+    ended = run(f"runpy.run_module('{name}', run_name='__main__', alter_sys=True)", package, "recipe.yml", "out")
+    sentence = f"arcmerge: {name} needs {package}, which is not installed; pip install 'arcmerge[{extra}]'\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", sentence)
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("mergekit", "mergekit", "mergekit"),
+        ("transformers", "transformers", "transformers"),
+    ],
+)
+def test_a_host_that_is_imported_raises_one(module: str, package: str, extra: str) -> None:
+    name = f"arcmerge.integrations.{module}"
+    code = f"\ntry:\n import {name}\nexcept ImportError as error:\n print(type(error).__name__, error)"
+    ended = run(code, package)
+    assert ended.stdout == (
+        f"MissingPackage {name} needs {package}, which is not installed; pip install 'arcmerge[{extra}]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "package", "sentence"),
+    [
+        (
+            "from arcmerge.merging.inspect.plots import load_pyplot; load_pyplot()",
+            "matplotlib",
+            "a plot needs matplotlib, which is not installed; pip install 'arcmerge[plot]'",
+        ),
+        (
+            "from arcmerge.sweeping.evaluators import Cluster; Cluster(None)",
+            "ray",
+            "--ray needs ray, which is not installed; pip install 'arcmerge[ray]'",
+        ),
+        (
+            "from arcmerge.sweeping.optimizer import Search; Search(None, True, None, [])",
+            "optuna",
+            "--optimize needs optuna, which is not installed; pip install 'arcmerge[sweep]'",
+        ),
+    ],
+)
+def test_what_a_sweep_draws_and_searches_with(
+    code: str, package: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ArcmergeError) as caught:
+        exec(code)
+    assert caught.value.problems == (sentence,)
+
+
+def test_a_package_that_is_there_and_lacks_something_is_told_from_one_that_is_not() -> None:
+    with pytest.raises(MissingPackage) as caught, needed("mergekit", by="this", extra="mergekit"):
+        raise ModuleNotFoundError("No module named 'peft'", name="peft")
+    assert str(caught.value) == (
+        "this needs mergekit, which cannot be imported (No module named 'peft'); "
+        "pip install --upgrade 'arcmerge[mergekit]'"
+    )
+
+
+def test_every_extra_that_a_sentence_names_is_one() -> None:
+    extras = re.findall(r"^([\w-]+) = \[", (HOUSE / "pyproject.toml").read_text(), re.MULTILINE)
+    named = {
+        keyword.value.value
+        for path in (HOUSE / "python").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "needed"
+        for keyword in node.keywords
+        if keyword.arg == "extra" and isinstance(keyword.value, ast.Constant)
+    }
+    assert named
+    assert named <= set(extras)

@@ -1,0 +1,209 @@
+"""Sweeps whose candidates an optimiser proposes, or a cluster scores."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import arcmerge
+from arcmerge.merging.recipe.recipe import load_recipe
+from arcmerge.sweeping.candidates import of_numbers
+from arcmerge.sweeping.journal import Scored
+from arcmerge.sweeping.optimizer import Optimize, Search
+from arcmerge.sweeping.sweep import BEST, sweep
+from paths import PYTHONPATH
+from sweeps import LeastT, recipe, rows
+
+
+@pytest.mark.parametrize("sampler", ["cma", "tpe"])
+def test_a_search_comes_near_and_goes_on_from_its_journal(models: Path, tmp_path: Path, sampler: str) -> None:
+    config, out = recipe(models, [{"filter": "mlp", "value": [0, 1]}, {"value": 0}]), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, [], LeastT(fails_at=15), out, optimize=Optimize(40, sampler=sampler), device="cpu")
+    score = LeastT()
+    best = sweep(config, [], score, out, optimize=Optimize(40, sampler=sampler), device="cpu")
+    assert score.calls == 25
+    found = rows(out)
+    assert list(found[0]) == ["candidate", "mlp[0]", "mlp[1]", "t", "score", "seconds"]
+    assert len({(row["mlp[0]"], row["mlp[1]"], row["t"]) for row in found}) == 40
+    assert all(0 <= float(row[name]) <= 1 for row in found for name in ("mlp[0]", "mlp[1]", "t"))
+    first = sorted(float(row["score"]) for row in found[:10])
+    assert best is not None
+    assert best.score < 0.5 * first[5]
+    assert yaml.safe_load((out / BEST).read_text())["parameters"]["t"] == best.parameters["t"]
+
+
+def test_a_search_is_the_same_each_time_and_keeps_to_its_bounds(models: Path) -> None:
+    one, other = (Search(load_recipe(recipe(models, [0, 1])), True, Optimize(5, -1, 0.2), []) for _ in range(2))
+    for number in range(5):
+        asked = one.ask()
+        assert asked == other.ask()
+        assert all(-1 <= value <= 0.2 for value in asked.varied.values())
+        assert asked.parameters["t"] == list(asked.varied.values())
+        score = math.nan if number == 1 else float(number)
+        one.tell(asked, score)
+        other.tell(asked, score)
+    scalar = Search(load_recipe(recipe(models)), True, Optimize(1), []).ask()
+    assert scalar.parameters == {"t": scalar.varied["t"]}
+
+
+def test_only_proposals_count_as_such(models: Path, tmp_path: Path) -> None:
+    """What was listed comes first, and an optimiser over the same numbers learns from it."""
+    options: dict[str, Any] = {"device": "cpu", "listen": lambda one, best, done, total: told.append((done, total))}
+    told: list[tuple[int, int]] = []
+    out, listed = tmp_path / "out", of_numbers([0.1, 0.9])
+    sweep(recipe(models), listed, LeastT(), out, **options)
+    sweep(recipe(models), listed[:1], LeastT(), out, optimize=Optimize(2), **options)
+    sweep(recipe(models), listed[:1], LeastT(), out, optimize=Optimize(4), **options)
+    assert told == [(1, 2), (2, 2), (2, 3), (3, 3), (4, 5), (5, 5)]
+    assert [row["candidate"] for row in rows(out)] == [
+        "t=0.1",
+        "t=0.9",
+        *(f"trial {number}" for number in (1, 2, 3, 4)),
+    ]
+
+
+def test_a_proposal_that_was_lost_leaves_no_name_twice(models: Path) -> None:
+    """As where a cluster was killed with the third scored and the second not."""
+    told = [Scored(f"trial {number}", {"t": 0.5}, {"t": 0.5}, 1.0, proposed=True) for number in (1, 3)]
+    asked = Search(load_recipe(recipe(models)), True, Optimize(5), told).ask()
+    assert asked.name == "trial 4"
+
+
+def test_a_search_needs_numbers_and_bounds(models: Path, tmp_path: Path) -> None:
+    linear = {"merge_method": "linear", "models": recipe(models)["models"], "parameters": {"weight": 0.5}}
+    with pytest.raises(arcmerge.ArcmergeError, match="`linear` has no parameter `t`"):
+        sweep(linear, [], LeastT(), tmp_path / "out", optimize=Optimize(2), device="cpu")
+    silent = recipe(models)
+    del silent["parameters"]
+    with pytest.raises(arcmerge.ArcmergeError, match="the recipe has none there"):
+        Search(load_recipe(silent), True, Optimize(1), [])
+    with pytest.raises(arcmerge.ArcmergeError, match="low:high with low below high, got 1:1"):
+        Search(load_recipe(recipe(models)), True, Optimize(1, 1, 1), [])
+
+
+# ---- a cluster
+
+
+class Mortal:
+    """Kills the process that scores by it, the first time that it is called at t = 0.5."""
+
+    title, minimize = "mortal", True
+
+    def __init__(self, mark: Path, always: bool = False) -> None:
+        self.mark, self.always, self.identity = mark, always, "mortal"
+
+    def __call__(self, model: Any) -> float:
+        t = float(yaml.safe_load(model.recipe)["parameters"]["t"])
+        if t == 0.5 and (self.always or not self.mark.exists()):
+            self.mark.touch()
+            os._exit(1)
+        if t == 0.75:
+            raise arcmerge.ArcmergeError("0.75 cannot be scored")
+        return abs(t - 0.6)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A cluster of this machine, with room for two actors of one thread, and two GPUs by name."""
+    ray = pytest.importorskip("ray")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), PYTHONPATH])
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+    del os.environ["PYTHONPATH"]
+
+
+def test_a_cluster_scores_as_one_process_does_though_actors_die(models: Path, tmp_path: Path, cluster: Any) -> None:
+    candidates = of_numbers([0.0, 0.25, 0.5, 1.0])
+    options: dict[str, Any] = {"device": "cpu", "threads": 1}
+    best = sweep(recipe(models), candidates, Mortal(tmp_path / "mark"), tmp_path / "many", ray=True, **options)
+    assert (tmp_path / "mark").exists()
+    alone = sweep(recipe(models), candidates, Mortal(tmp_path / "mark"), tmp_path / "one", **options)
+    assert best is not None
+    assert alone is not None
+    assert (best.name, best.score) == (alone.name, alone.score) == ("t=0.5", pytest.approx(0.1))
+    scores = [{row["candidate"]: row["score"] for row in rows(tmp_path / name)} for name in ("many", "one")]
+    assert scores[0] == scores[1]
+    search = sweep(
+        recipe(models), [], Mortal(tmp_path / "mark"), tmp_path / "search", optimize=Optimize(5), ray=True, **options
+    )
+    assert search is not None
+    assert len(rows(tmp_path / "search")) == 5
+
+
+def test_a_cluster_passes_on_what_is_wrong(models: Path, tmp_path: Path, cluster: Any) -> None:
+    options: dict[str, Any] = {"device": "cpu", "threads": 2, "ray": True}
+    with pytest.raises(arcmerge.ArcmergeError, match=r"0\.75 cannot be scored"):
+        sweep(recipe(models), of_numbers([0.75]), Mortal(tmp_path / "mark"), tmp_path / "one", **options)
+    with pytest.raises(arcmerge.ArcmergeError, match=r"t=0\.5: the worker that scored it died 3 times"):
+        sweep(recipe(models), of_numbers([0.5]), Mortal(tmp_path / "mark", always=True), tmp_path / "two", **options)
+
+
+def _refuse() -> None:
+    raise arcmerge.ArcmergeError("the models are not on this machine")
+
+
+class Stationary:
+    """Cannot be had in another process."""
+
+    title, minimize, identity = "stationary", True, "stationary"
+
+    def __reduce__(self) -> Any:
+        return _refuse, ()
+
+    def __call__(self, model: Any) -> float:
+        return 0.0
+
+
+def test_a_worker_that_cannot_start_says_why(models: Path, tmp_path: Path, cluster: Any) -> None:
+    sentence = r"^a worker of the cluster cannot start: the models are not on this machine$"
+    with pytest.raises(arcmerge.ArcmergeError, match=sentence):
+        sweep(recipe(models), of_numbers([0.5]), Stationary(), tmp_path / "out", device="cpu", ray=True)
+
+
+class OwnGpu:
+    """The number of the GPU that Ray gave the process."""
+
+    title, minimize, identity = "GPU", True, "GPU"
+
+    def __call__(self, model: Any) -> float:
+        import ray
+
+        (gpu,) = ray.get_gpu_ids()
+        time.sleep(0.5)  # so that the other has its turn
+        return float(gpu)
+
+
+def test_every_gpu_of_a_cluster_has_an_actor(models: Path, tmp_path: Path, cluster: Any) -> None:
+    """GPUs that Ray is told of; the models are merged on the CPU, as there is none."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device, which is not asked to be two")
+    options: dict[str, Any] = {"device": "auto", "ray": True}
+    sweep(recipe(models), of_numbers([0.0, 0.25, 0.5, 1.0]), OwnGpu(), tmp_path / "out", **options)
+    assert {float(row["score"]) for row in rows(tmp_path / "out")} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("processors", "device", "sentence"),
+    [
+        (8.0, "cuda:1", "--device cuda:1: the cluster has no GPU; use --device cpu"),
+        (0.0, "cpu", "neither a processor nor"),
+    ],
+)
+def test_a_cluster_that_has_nothing_to_give(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processors: float, device: str, sentence: str
+) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": processors}}])
+    with pytest.raises(arcmerge.ArcmergeError, match=sentence):
+        sweep(recipe(models), of_numbers([0.5]), OwnGpu(), tmp_path / "out", device=device, ray=True)
