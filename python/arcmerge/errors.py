@@ -39,6 +39,44 @@ def needed(package: str, by: str, extra: str, module: str = "") -> Iterator[None
         raise MissingPackage(sentence) from error
 
 
+class Problems:
+    """Collects problems, so that one ArcmergeError names them all."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[str, int]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, sentence: str, kind: str | None = None) -> None:
+        """Add a problem.
+
+        Args:
+            sentence: as ArcmergeError takes it.
+            kind: what equal problems of several tensors share; only the first sentence of a kind is kept, the others
+                are counted.
+        """
+        first, times = self._found.get(kind or sentence, (sentence, 0))
+        self._found[kind or sentence] = (first, times + 1)
+
+    def sentences(self) -> list[str]:
+        """One sentence a kind, in the order in which they were added."""
+        return [
+            sentence + (f" ({counted(times - 1, 'more tensor')} alike)" if times > 1 else "")
+            for sentence, times in self._found.values()
+        ]
+
+    def raise_if_any(self) -> None:
+        """Raises ArcmergeError if a problem was added."""
+        if self:
+            raise ArcmergeError(self.sentences())
+
+
 def counted(number: int, noun: str) -> str:
     """ "1 token", "2 tokens"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first name in quotes and how many follow: "'a'", "'a' and 2 more"."""
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

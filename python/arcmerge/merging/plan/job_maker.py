@@ -11,10 +11,9 @@ import numpy as np
 from arcmerge.checkpoint.layout import OutputTensor
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.dtypes import promote
-from arcmerge.errors import ArcmergeError
+from arcmerge.errors import ArcmergeError, Problems
 from arcmerge.merging.methods.method import Coefficients, Inputs, Method
 from arcmerge.merging.plan.tensor_job import Input, Job
-from arcmerge.merging.problems import Problems
 from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.recipe import Recipe, Slice
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from arcmerge.checkpoint.reader import Checkpoint
+from arcmerge.errors import Problems
 from arcmerge.merging.methods.method import Method
 from arcmerge.merging.plan.config_layers import at, change_layers, levels
 from arcmerge.merging.plan.job_maker import JobMaker
@@ -21,7 +22,6 @@ from arcmerge.merging.plan.parents import fault, says_tied
 from arcmerge.merging.plan.slices import are_in_place, layers, length, with_layers
 from arcmerge.merging.plan.tensor_job import Job
 from arcmerge.merging.plan.tensor_names import Names, is_before
-from arcmerge.merging.problems import Problems
 from arcmerge.merging.recipe.recipe import ModelReference, Recipe, Slice
 
 

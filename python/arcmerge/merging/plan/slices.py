@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from arcmerge._C import MAX_OPERANDS
+from arcmerge.errors import Problems
 from arcmerge.merging.methods.method import Method
-from arcmerge.merging.problems import Problems
 from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.recipe import Recipe, Slice, Source
 
