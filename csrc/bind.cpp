@@ -204,8 +204,8 @@ arcmerge::Head make_head(Address x, Address weight, Count count, Count ids, Coun
   return {at<const char>(x), at<const char>(weight), count, ids, length, activation_of(dtype, "dtype"), float(softcap)};
 }
 
-void head_logprob(Address out, Address best, const arcmerge::Head& head, Address ids) {
-  arcmerge::head_logprob(at<float>(out), at<Count>(best), head, at<const Count>(ids));
+void lm_head_logprob(Address out, Address best, const arcmerge::Head& head, Address ids) {
+  arcmerge::lm_head_logprob(at<float>(out), at<Count>(best), head, at<const Count>(ids));
 }
 
 void head_scores(Address out, Address maxima, const arcmerge::Head& head, Address seen, double penalty,
@@ -307,7 +307,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("HEAD_TILE") = arcmerge::kHeadTile;
   py::class_<arcmerge::Head>(module, "Head")
       .def(py::init(&make_head), "x"_a, "weight"_a, "count"_a, "ids"_a, "length"_a, "dtype"_a, "softcap"_a);
-  module.def("head_logprob", &head_logprob, "out"_a, "best"_a, "head"_a, "ids"_a, no_gil);
+  module.def("lm_head_logprob", &lm_head_logprob, "out"_a, "best"_a, "head"_a, "ids"_a, no_gil);
   module.def("head_scores", &head_scores, "out"_a, "maxima"_a, "head"_a, "seen"_a, "penalty"_a, "temperature"_a,
              no_gil);
   module.def("head_draw", &head_draw, "out"_a, "scores"_a, "count"_a, "ids"_a, "seed"_a, "steps"_a, no_gil);

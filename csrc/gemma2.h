@@ -112,7 +112,7 @@ struct Head {
 
 // best[t]: the id of the greatest logit, the lowest of equals. With `ids`, also out[t] = the logarithm of the softmax
 // of the logits at ids[t].
-void head_logprob(float* out, std::int64_t* best, const Head& head, const std::int64_t* ids);
+void lm_head_logprob(float* out, std::int64_t* best, const Head& head, const std::int64_t* ids);
 
 // What becomes of logits before one is drawn: if bit i of word j of `seen`, [count, (ids + 31) / 32], is set, that of
 // id 32 j + i is divided by the penalty if above 0, else multiplied; then all are divided by the temperature.

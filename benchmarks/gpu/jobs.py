@@ -21,10 +21,10 @@ from torch import Tensor
 
 from arcmerge import ops
 from arcmerge.gemma2.config import Config
-from arcmerge.gemma2.generation.generate import Limits, generate
-from arcmerge.gemma2.generation.sampler import Sampling
-from arcmerge.gemma2.runtime.decode_graph import Step
-from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.generation.generate import StoppingCriteria, generate
+from arcmerge.gemma2.generation.sampler import SamplingParams
+from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
+from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.weights import names
 from arcmerge.kernels.combine import combine
@@ -202,8 +202,8 @@ def _prompt(tokens: int) -> list[int]:
 @torch.inference_mode()
 def prefill(tokens: int) -> Measurement:
     """A prompt, to the choice of its first token. Operations are those of the projections, a little less than all."""
-    network, limits = _network(), Limits(1, ends=())
-    seconds = device().wall_seconds(lambda: generate(network, [_prompt(tokens)], Sampling(), limits), 2.0)
+    network, limits = _network(), StoppingCriteria(1, ends=())
+    seconds = device().wall_seconds(lambda: generate(network, [_prompt(tokens)], SamplingParams(), limits), 2.0)
     layers = [tensor for layer in network.weights.layers for tensor in vars(layer).values()]
     return {
         **statistics(seconds),
@@ -221,20 +221,20 @@ def decode() -> dict[str, Measurement]:
     """
     network, config, memory = _network(), _config(), device().memory
     prompt = _prompt(CONTEXT)
-    generate(network, [prompt], Sampling(), Limits(2, ends=()))  # compiles
-    generated = generate(network, [prompt], Sampling(), Limits(STEPS + 1, ends=()))
+    generate(network, [prompt], SamplingParams(), StoppingCriteria(2, ends=()))  # compiles
+    generated = generate(network, [prompt], SamplingParams(), StoppingCriteria(STEPS + 1, ends=()))
     (answer,) = generated.tokens
 
-    filled = Cache(config, 1, CONTEXT + STEPS, CONTEXT, BF16, memory)
+    filled = KVCache(config, 1, CONTEXT + STEPS, CONTEXT, BF16, memory)
     network(Batch.of([prompt], [0], memory), filled)
-    step, head = Step(network, filled, 1), network.weights.embed_tokens
+    step, head = DecodeGraph(network, filled, 1), network.weights.embed_tokens
     tokens = torch.tensor(answer[:1]).to(memory).repeat(STEPS + 1)
     lengths = torch.arange(CONTEXT + 1, CONTEXT + STEPS + 1, dtype=torch.int32).to(memory)
 
     def replay() -> None:
         for number in range(STEPS):
             hidden = step(tokens[number : number + 1], lengths[number : number + 1])
-            chosen = ops.head_argmax(hidden, head, config.final_logit_softcapping, network.stepwise)
+            chosen = ops.lm_head_argmax(hidden, head, config.final_logit_softcapping, network.stepwise)
             tokens[number + 1 : number + 2] = chosen
 
     seconds = device().once(replay)
@@ -253,7 +253,7 @@ def launches() -> float | None:
     """Kernels of a decoding step but for the head, for each layer. None on the CPU."""
     if not isinstance(device(), Gpu):
         return None
-    empty = Cache(_config(), 1, CONTEXT, 1, BF16, device().memory)
+    empty = KVCache(_config(), 1, CONTEXT, 1, BF16, device().memory)
     batch = Batch.of([[2]], [0], device().memory)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         _network()(batch, empty)

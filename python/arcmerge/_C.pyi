@@ -216,7 +216,7 @@ class Head:
         softcap: float,
     ) -> None: ...
 
-def head_logprob(out: int, best: int, head: Head, ids: int) -> None:
+def lm_head_logprob(out: int, best: int, head: Head, ids: int) -> None:
     """best, int64: the id of the greatest logit. Unless `ids` is 0 also out, float32: the log of the softmax there."""
 
 def head_scores(out: int, maxima: int, head: Head, seen: int, penalty: float, temperature: float) -> None:

@@ -8,9 +8,9 @@ from cases import (
     combine,
     geglu,
     gram,
-    head,
     linear,
     linear_geglu,
+    lm_head,
     rmsnorm,
     rmsnorm_add_rmsnorm,
     rope_cache,
@@ -28,7 +28,7 @@ OPS = (
     linear,
     linear_geglu,
     geglu,
-    head,
+    lm_head,
 )
 
 SMALL: list[Case] = [case for op in OPS for case in op.SMALL]

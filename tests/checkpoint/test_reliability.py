@@ -15,7 +15,7 @@ import arcmerge
 import tiny
 from arcmerge.checkpoint.writer import ShardFile
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.execution.to_disk import Merge
+from arcmerge.merging.execution.to_disk import DiskMerge
 
 Recipe = dict[str, Any]
 
@@ -42,9 +42,9 @@ def test_an_input_that_changes_while_it_is_read_spoils_no_output(
     arcmerge.merge(recipe, tmp_path / "out")
     before = weights(tmp_path / "out")
     source = tmp_path / "gemma-b" / "model.safetensors"
-    run = Merge.run
+    run = DiskMerge.run
 
-    def run_and_change(self: Merge, tick: Any) -> None:
+    def run_and_change(self: DiskMerge, tick: Any) -> None:
         run(self, tick)
         content = source.read_bytes()
         if change != "written":
@@ -52,7 +52,7 @@ def test_an_input_that_changes_while_it_is_read_spoils_no_output(
         if change != "removed":
             source.write_bytes(content)
 
-    monkeypatch.setattr(Merge, "run", run_and_change)
+    monkeypatch.setattr(DiskMerge, "run", run_and_change)
     with pytest.raises(ArcmergeError, match=r"gemma-b/model\.safetensors: has changed while it was read"):
         arcmerge.merge({**recipe, "parameters": {"t": 0.9}}, tmp_path / "out")
     assert weights(tmp_path / "out") == before
@@ -101,12 +101,12 @@ def test_wrong_options_are_named(recipe: Recipe, tmp_path: Path, options: dict[s
 
 SHRINKING = """
 import os, sys
-from arcmerge.merging.execution.to_disk import Merge
-run = Merge.run
+from arcmerge.merging.execution.to_disk import DiskMerge
+run = DiskMerge.run
 def shrink_and_run(self, tick):
     os.truncate(sys.argv[1], 4096)
     run(self, tick)
-Merge.run = shrink_and_run
+DiskMerge.run = shrink_and_run
 from arcmerge.cli import main
 sys.exit(main(["merge", *sys.argv[2:]]))
 """

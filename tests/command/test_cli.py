@@ -173,7 +173,7 @@ def test_a_terminated_run_clears_up(workplace: Path) -> None:
     script = (
         "import sys, time\n"
         "from arcmerge.merging.execution import to_disk\n"
-        "to_disk.Merge._forget = lambda self, piece: time.sleep(0.03)\n"
+        "to_disk.DiskMerge._forget = lambda self, piece: time.sleep(0.03)\n"
         "from arcmerge.__main__ import run\n"
         "run()\n"
     )

@@ -19,7 +19,7 @@ import yaml
 import gemma2_models
 import tiny
 from arcmerge.interrupts import Interrupted, check, held
-from arcmerge.merging.execution.workers import Team
+from arcmerge.merging.execution.workers import Workers
 
 ENTRY = "from arcmerge.__main__ import run; run()"
 
@@ -59,7 +59,7 @@ MOMENTS = {
     "reading the recipe": ("arcmerge.merging.merge:prepare", "an older output is as it was"),
     "making the folder": ("pathlib:Path.mkdir", "an older output is as it was"),
     "allocation": ("os:posix_fallocate", "an older output is as it was"),
-    "native code": ("arcmerge.merging.execution.cpu:HostProcessor.gram", "an older output is as it was"),
+    "native code": ("arcmerge.merging.execution.cpu:CpuProcessor.gram", "an older output is as it was"),
     "finishing files": ("arcmerge.checkpoint.writer:ShardFile.finish", "an older output is as it was"),
     "the rename": ("pathlib:Path.rename", "the output is complete"),
     "the last step": ("arcmerge.checkpoint.output_folder:OutputFolder.commit", "the output is complete"),
@@ -90,13 +90,13 @@ def test_an_interrupt_while_the_command_is_loaded_waits_for_its_handler() -> Non
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
 def test_other_ends_tidy_up_too(call: list[str], tmp_path: Path, name: str, code: int) -> None:
-    found, said = run(interrupt_in("arcmerge.merging.execution.cpu:HostProcessor.gram", name), *call)
+    found, said = run(interrupt_in("arcmerge.merging.execution.cpu:CpuProcessor.gram", name), *call)
     assert (found, said) == (code, f"arcmerge: ended by {name}; an older output is as it was\n")
     assert not list(tmp_path.glob("*out*"))
 
 
 def test_an_ignored_signal_stays_ignored(call: list[str], tmp_path: Path) -> None:
-    code = interrupt_in("arcmerge.merging.execution.cpu:HostProcessor.gram", "SIGHUP")
+    code = interrupt_in("arcmerge.merging.execution.cpu:CpuProcessor.gram", "SIGHUP")
     assert run(f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{code}", *call)[0] == 0
     assert (tmp_path / "out").exists()
 
@@ -131,11 +131,11 @@ def test_a_program_gets_its_interrupt_when_the_threads_have_ended(handler: str) 
 
     try:
         if handler == "own":
-            Team().run(lambda: None, (work, 1))
+            Workers().run(lambda: None, (work, 1))
             assert came == [signal.SIGINT]
         else:
             with pytest.raises(KeyboardInterrupt):
-                Team().run(lambda: None, (work, 1))
+                Workers().run(lambda: None, (work, 1))
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.is_set()
@@ -164,7 +164,7 @@ def test_threads_that_the_system_does_not_give_end_the_team(monkeypatch: pytest.
         started.append(self)
         start(self)
 
-    team = Team()
+    team = Workers()
 
     def work() -> None:
         while team.failure is None:
@@ -312,7 +312,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_answer_is_said_to_be_incomplete(folder: Path) -> None:
-    moment = interrupt_in("arcmerge.gemma2.generation.sampler:Chooser.choose")
+    moment = interrupt_in("arcmerge.gemma2.generation.sampler:Sampler.choose")
     assert run(moment, "generate", str(folder / "a"), "Words") == (
         130,
         "arcmerge: interrupted; the answer is incomplete\n",

@@ -27,7 +27,7 @@ import tiny
 from arcmerge.checkpoint import output_folder, writer
 from arcmerge.checkpoint.layout import SINGLE_NAME
 from arcmerge.cli import main
-from arcmerge.merging.execution.to_disk import Merge
+from arcmerge.merging.execution.to_disk import DiskMerge
 from arcmerge.sweeping.candidates import of_numbers
 from arcmerge.sweeping.sweep import sweep
 
@@ -249,7 +249,7 @@ def test_parents_that_shrink_at_any_moment(bench: Bench) -> None:
     draw, failed = random.Random(2), 0
     source = bench.parents / "gemma-b" / "model.safetensors"
     content = source.read_bytes()
-    original: Any = Merge.run
+    original: Any = DiskMerge.run
 
     def shrinking(self: Any, tick: Any) -> None:
         child = os.fork()
@@ -260,7 +260,7 @@ def test_parents_that_shrink_at_any_moment(bench: Bench) -> None:
         original(self, tick)
         os.waitpid(child, 0)
 
-    Merge.run = shrinking  # type: ignore[method-assign]
+    DiskMerge.run = shrinking  # type: ignore[method-assign]
     try:
         assert run(bench.merge(0, bench.out), bench.said) == 1
         for _ in range(max(KILLS // 5, 4)):
@@ -272,5 +272,5 @@ def test_parents_that_shrink_at_any_moment(bench: Bench) -> None:
             assert not list(bench.place.glob(".*"))
             failed += 1
     finally:
-        Merge.run = original  # type: ignore[method-assign]
+        DiskMerge.run = original  # type: ignore[method-assign]
     print(f"{failed} merges saw a parent shrink")

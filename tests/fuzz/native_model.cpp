@@ -181,13 +181,13 @@ void head(Input& in) {
   use_threads(in, true);
   arcmerge::head_scores(scores.as<float>(), with_maxima ? maxima.as<float>() : nullptr, head,
                         {some_seen ? seen.as<std::uint32_t>() : nullptr, penalty, temperature});
-  arcmerge::head_logprob(logprob.as<float>(), best.as<Count>(), head, choose ? chosen.as<Count>() : nullptr);
+  arcmerge::lm_head_logprob(logprob.as<float>(), best.as<Count>(), head, choose ? chosen.as<Count>() : nullptr);
   for (Count t = 0; t < count; ++t) {
     const float *logits = plain.as<float>() + t * ids, *score = scores.as<float>() + t * ids;
     const Count found = best.as<Count>()[t];
-    require(found >= 0 && found < ids, "head_logprob: an id");
+    require(found >= 0 && found < ids, "lm_head_logprob: an id");
     if (wild) continue;
-    require(found == std::max_element(logits, logits + ids) - logits, "head_logprob: the best id");
+    require(found == std::max_element(logits, logits + ids) - logits, "lm_head_logprob: the best id");
     double sum = 0;
     for (Count id = 0; id < ids; ++id) {
       float expected = logits[id];
@@ -208,7 +208,7 @@ void head(Input& in) {
     if (choose)
       require(
           close(logprob.as<float>()[t], double(logits[chosen.as<Count>()[t]]) - logits[found] - std::log(sum), 1e-3),
-          "head_logprob");
+          "lm_head_logprob");
   }
 }
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.text.tokenizer import Text
+from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 from arcmerge.merging.output.chat_template import NAMED, read_template, read_templates
 from gemma2_models import SPECIAL, TOKENS, TURNS, save_fallback_tokenizer
 
@@ -41,7 +41,7 @@ TEMPLATES = {
 }
 
 
-def save(folder: Path, template: Any, **settings: Any) -> Text:
+def save(folder: Path, template: Any, **settings: Any) -> Gemma2Tokenizer:
     save_fallback_tokenizer(folder)
     names = {
         "bos_token": "<bos>",
@@ -51,7 +51,7 @@ def save(folder: Path, template: Any, **settings: Any) -> Text:
     }
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": template, **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return Text(folder, BOS)
+    return Gemma2Tokenizer(folder, BOS)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

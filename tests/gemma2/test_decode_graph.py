@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from arcmerge import ops
-from arcmerge.gemma2.runtime.decode_graph import Step
-from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
+from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.network import Network
 from operands import BF16, F32, normal, same_bits
 from random_network import TINY, config_of, random_network
@@ -23,18 +23,20 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     return random_network(config_of(TINY, max_position_embeddings=64), CPU)
 
 
-def filled(network: Network, repeats: int = 1) -> Cache:
+def filled(network: Network, repeats: int = 1) -> KVCache:
     prompts = PROMPTS * repeats
-    cache = Cache(network.config, len(prompts), 32, 8, BF16, CPU)
+    cache = KVCache(network.config, len(prompts), 32, 8, BF16, CPU)
     network(Batch.of(prompts, [0] * len(prompts), CPU), cache)
     return cache
 
 
-def plain_and_replayed(network: Network, repeats: int = 1) -> tuple[list[torch.Tensor], list[torch.Tensor], Step]:
-    """Hidden states of the steps, each by a call of the network, and by a Step."""
+def plain_and_replayed(
+    network: Network, repeats: int = 1
+) -> tuple[list[torch.Tensor], list[torch.Tensor], DecodeGraph]:
+    """Hidden states of the steps, each by a call of the network, and by a DecodeGraph."""
     caches = filled(network, repeats), filled(network, repeats)
     lengths = [len(prompt) for prompt in PROMPTS * repeats]
-    step, plain, replayed = Step(network, caches[1], len(lengths)), [], []
+    step, plain, replayed = DecodeGraph(network, caches[1], len(lengths)), [], []
     for number, tokens in enumerate(STEPS):
         batch = Batch.of([[token] for token in tokens * repeats], [length + number for length in lengths], CPU)
         plain.append(network(batch, caches[0]))
@@ -69,7 +71,7 @@ def test_what_calls_torch_is_not_replayed(why: str, network: Network, monkeypatc
 
 def test_a_row_may_rest(network: Network) -> None:
     cache = filled(network)
-    step = Step(network, cache, 2)
+    step = DecodeGraph(network, cache, 2)
     alone = step(torch.tensor([7, 0]), torch.tensor([6, 0]))[0].clone()
     both = step(torch.tensor([7, 9]), torch.tensor([6, 5]))[0]
     assert same_bits(alone[None], both[None])

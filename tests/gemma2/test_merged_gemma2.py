@@ -17,7 +17,7 @@ import decoders
 import tiny
 from arcmerge.gemma2.merged_model import MergedGemma2
 from arcmerge.merging.execution import memory
-from arcmerge.merging.execution.cpu import HostProcessor
+from arcmerge.merging.execution.cpu import CpuProcessor
 
 V_CURVE = [0, 0.5, 1, 0.5, 0]
 FILTERS = [{"filter": "mlp", "value": [0.2, 0.8]}, {"filter": "self_attn", "value": 1}, {"value": 0.4}]
@@ -65,13 +65,13 @@ def assert_as_on_disk(model: MergedGemma2, config: dict[str, Any], out: Path) ->
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tensors whose Gram matrices are summed."""
     found: list[str] = []
-    original = HostProcessor.gram
+    original = CpuProcessor.gram
 
-    def gram(self: HostProcessor, pieces: Any) -> Any:
+    def gram(self: CpuProcessor, pieces: Any) -> Any:
         found.extend(self._jobs[piece.job].output.name for piece in pieces)
         return original(self, pieces)
 
-    monkeypatch.setattr(HostProcessor, "gram", gram)
+    monkeypatch.setattr(CpuProcessor, "gram", gram)
     return found
 
 

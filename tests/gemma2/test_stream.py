@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from arcmerge.gemma2.text.stream import Stream
-from arcmerge.gemma2.text.tokenizer import Text
+from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 from gemma2_models import SPECIAL, TOKENS, save_byte_tokenizer, save_fallback_tokenizer
 
 BOS = 2
@@ -37,12 +37,12 @@ KINDS = {
 
 
 @pytest.fixture(params=KINDS)
-def text(request: pytest.FixtureRequest, tmp_path: Path) -> Text:
+def text(request: pytest.FixtureRequest, tmp_path: Path) -> Gemma2Tokenizer:
     KINDS[request.param](tmp_path)
-    return Text(tmp_path, BOS)
+    return Gemma2Tokenizer(tmp_path, BOS)
 
 
-def answers(text: Text, count: int) -> list[list[int]]:
+def answers(text: Gemma2Tokenizer, count: int) -> list[list[int]]:
     """Random tokens, in half of the answers mostly bytes and special ones."""
     random.seed(5)
     size = text.tokenizer.get_vocab_size()
@@ -51,14 +51,14 @@ def answers(text: Text, count: int) -> list[list[int]]:
     return [random.choices(choices[number % 2], k=random.randint(0, 24)) for number in range(count)]
 
 
-def test_the_pieces_are_what_the_tokenizer_decodes(text: Text) -> None:
+def test_the_pieces_are_what_the_tokenizer_decodes(text: Gemma2Tokenizer) -> None:
     for tokens in answers(text, 400):
         stream = Stream(text, [])
         pieces = [stream.push(token) for token in tokens]
         assert "".join(pieces) + stream.finish() == stream.whole == text.decode(tokens), tokens
 
 
-def test_the_first_stop_string_ends_the_text(text: Text) -> None:
+def test_the_first_stop_string_ends_the_text(text: Gemma2Tokenizer) -> None:
     random.seed(6)
     for tokens in answers(text, 400):
         spelt = text.decode(tokens, skip_special_tokens=False)
@@ -81,9 +81,9 @@ def test_the_first_stop_string_ends_the_text(text: Text) -> None:
             assert shown == needed[: min(needed.find(stop) for stop in stops if stop in needed)]
 
 
-def fallback(folder: Path) -> Text:
+def fallback(folder: Path) -> Gemma2Tokenizer:
     save_fallback_tokenizer(folder)
-    return Text(folder, BOS)
+    return Gemma2Tokenizer(folder, BOS)
 
 
 def heard(stream: Stream, tokens: list[int]) -> tuple[list[str], str, bool]:

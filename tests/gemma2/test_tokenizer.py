@@ -10,7 +10,7 @@ import pytest
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.text.stream import Stream
-from arcmerge.gemma2.text.tokenizer import Text
+from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 from gemma2_models import save_byte_tokenizer
 
 BOS = 2
@@ -28,7 +28,7 @@ def bytes_folder(tmp_path: Path) -> Path:
 
 @real
 def test_the_real_tokenizer_puts_one_bos() -> None:
-    text = Text(REAL, BOS)
+    text = Gemma2Tokenizer(REAL, BOS)
     tokens = text.encode("Hello, world!")
     assert tokens == [2, 4521, 235269, 2134, 235341]
     assert text.encode("<bos>Hello, world!") == tokens
@@ -52,7 +52,7 @@ TEMPLATE = """\
 def test_a_chat_with_the_real_tokenizer(tmp_path: Path) -> None:
     shutil.copy(REAL / "tokenizer.json", tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    text = Text(tmp_path, BOS)
+    text = Gemma2Tokenizer(tmp_path, BOS)
     tokens = text.chat([{"role": "user", "content": " Why is the sky blue? "}])
     rendered = "<start_of_turn>user\nWhy is the sky blue?<end_of_turn>\n<start_of_turn>model\n"
     assert tokens == [BOS, *text.encode_plain(rendered)]
@@ -67,7 +67,7 @@ def test_a_chat_with_the_real_tokenizer(tmp_path: Path) -> None:
 
 @real
 def test_the_real_tokenizer_streams_characters_whole() -> None:
-    text = Text(REAL, BOS)
+    text = Gemma2Tokenizer(REAL, BOS)
     written = "naïve 東京 \N{SNOWMAN} \U0001f9d1\u200d\U0001f680 end"
     stream = Stream(text, [])
     pieces = [stream.push(token) for token in text.encode_plain(written)]
@@ -76,13 +76,13 @@ def test_the_real_tokenizer_streams_characters_whole() -> None:
 
 
 def test_a_character_of_several_tokens_waits_for_the_last(bytes_folder: Path) -> None:
-    text = Text(bytes_folder, BOS)
+    text = Gemma2Tokenizer(bytes_folder, BOS)
     stream = Stream(text, [])
     assert [stream.push(token) for token in text.encode_plain("a\N{SNOWMAN}b")] == ["a", "", "", "\N{SNOWMAN}", "b"]
 
 
 def test_a_stop_string_ends_the_text_before_it(bytes_folder: Path) -> None:
-    text = Text(bytes_folder, BOS)
+    text = Gemma2Tokenizer(bytes_folder, BOS)
     stream = Stream(text, ["END", "\n\n"])
     pieces = []
     for token in text.encode_plain("bEN, a\nEEND more"):
@@ -96,7 +96,7 @@ def test_a_stop_string_ends_the_text_before_it(bytes_folder: Path) -> None:
 
 
 def test_what_was_held_back_is_shown_at_the_end(bytes_folder: Path) -> None:
-    text = Text(bytes_folder, BOS)
+    text = Gemma2Tokenizer(bytes_folder, BOS)
     stream = Stream(text, ["END"])
     assert [stream.push(token) for token in text.encode_plain("aEN")] == ["a", "", ""]
     assert stream.finish() == "EN"
@@ -105,7 +105,7 @@ def test_what_was_held_back_is_shown_at_the_end(bytes_folder: Path) -> None:
 
 def test_templates_lie_in_three_places(bytes_folder: Path) -> None:
     messages = [{"role": "user", "content": "x"}]
-    text = Text(bytes_folder, BOS)
+    text = Gemma2Tokenizer(bytes_folder, BOS)
     with pytest.raises(ArcmergeError, match="has no chat template, as base models have none"):
         text.chat(messages)
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}!"
@@ -131,19 +131,19 @@ def test_templates_lie_in_three_places(bytes_folder: Path) -> None:
 def test_a_template_cannot_reach_out_of_its_sandbox(bytes_folder: Path, template: str) -> None:
     (bytes_folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ArcmergeError, match="its chat template fails on this conversation"):
-        Text(bytes_folder, BOS).chat([{"role": "user", "content": "x"}])
+        Gemma2Tokenizer(bytes_folder, BOS).chat([{"role": "user", "content": "x"}])
 
 
 def test_folders_without_a_tokenizer_say_what_to_do(tmp_path: Path, bytes_folder: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ArcmergeError, match=r"has no tokenizer\.json: copy the base model's"):
-        Text(empty, BOS)
+        Gemma2Tokenizer(empty, BOS)
     (empty / "tokenizer.model").write_bytes(b"")
     with pytest.raises(ArcmergeError, match=r"SentencePiece tokenizer\.model .* make one with transformers"):
-        Text(empty, BOS)
+        Gemma2Tokenizer(empty, BOS)
     shutil.copy(bytes_folder / "tokenizer.json", empty / "tokenizer.json")
-    assert Text(empty, BOS).encode("a")[0] == BOS
+    assert Gemma2Tokenizer(empty, BOS).encode("a")[0] == BOS
     (empty / "tokenizer.json").write_text("{}")
     with pytest.raises(ArcmergeError, match="is not a tokenizer"):
-        Text(empty, BOS)
+        Gemma2Tokenizer(empty, BOS)

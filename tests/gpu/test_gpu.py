@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from arcmerge import ops, slerp
 from arcmerge.dispatch.registry import OPS
-from arcmerge.gemma2.generation.generate import Limits, generate
-from arcmerge.gemma2.generation.sampler import Sampling
-from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.generation.generate import StoppingCriteria, generate
+from arcmerge.gemma2.generation.sampler import SamplingParams
+from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.network import Network
 from cases import SMALL, Case, Random, disagreement
 from cases.gemma import GEMMA_2
@@ -105,9 +105,9 @@ def difference(ours: Tensor, reference: Tensor) -> tuple[float, float]:
     return float(error), ALLOWED.get(ours.dtype, 0.0) * float(reference.double().abs().max())
 
 
-def prefilled(network: Network, prompt: list[int], capacity: int) -> tuple[Cache, Tensor]:
+def prefilled(network: Network, prompt: list[int], capacity: int) -> tuple[KVCache, Tensor]:
     """A cache that holds a prompt, zero elsewhere, and the hidden state of its last token, [1, hidden_size]."""
-    cache = Cache(network.config, 1, capacity, len(prompt), torch.bfloat16, DEVICE)
+    cache = KVCache(network.config, 1, capacity, len(prompt), torch.bfloat16, DEVICE)
     for tensor in tensors(cache.layers):
         tensor.zero_()
     return cache, network(Batch.of([prompt], [0], DEVICE), cache)[-1:]
@@ -121,10 +121,10 @@ def test_ops_agree_with_their_references(network: Network) -> None:
     with BothWays() as both:
         cache, hidden = prefilled(network, prompt, len(prompt) + STEPS)
         for step in range(STEPS):
-            token = ops.head_argmax(hidden, head, softcap, False)
+            token = ops.lm_head_argmax(hidden, head, softcap, False)
             hidden = network(Batch.of([token.tolist()], [len(prompt) + step], DEVICE), cache)
-        ops.head_logprob(hidden, head, token, softcap, False)
-        ops.head_sample(hidden, head, softcap, 0.8, 50, 0.9, 0.0, 1, torch.zeros_like(token), None, 1.0, False)
+        ops.lm_head_logprob(hidden, head, token, softcap, False)
+        ops.lm_head_sample(hidden, head, softcap, 0.8, 50, 0.9, 0.0, 1, torch.zeros_like(token), None, 1.0, False)
         ops.geglu(layer.gate_proj, layer.up_proj)
         slerp(layer.gate_proj, layer.up_proj, 0.3)
     assert both.compared >= {name for name, offered in OPS.items() if "triton" in offered}
@@ -133,11 +133,11 @@ def test_ops_agree_with_their_references(network: Network) -> None:
 @torch.inference_mode()
 def test_replayed_steps_give_the_tokens_of_plain_calls(network: Network) -> None:
     prompt = [(5 * place) % network.config.vocab_size for place in range(PROMPT_TOKENS)]
-    (answer,) = generate(network, [prompt], Sampling(), Limits(STEPS + 1, ends=())).tokens
+    (answer,) = generate(network, [prompt], SamplingParams(), StoppingCriteria(STEPS + 1, ends=())).tokens
     head, softcap = network.weights.embed_tokens, network.config.final_logit_softcapping
     cache, hidden = prefilled(network, prompt, len(prompt) + STEPS)
-    plain = [ops.head_argmax(hidden, head, softcap, False).item()]
+    plain = [ops.lm_head_argmax(hidden, head, softcap, False).item()]
     for step in range(STEPS):
         hidden = network(Batch.of([plain[-1:]], [len(prompt) + step], DEVICE), cache)
-        plain.append(ops.head_argmax(hidden, head, softcap, False).item())
+        plain.append(ops.lm_head_argmax(hidden, head, softcap, False).item())
     assert answer == plain

@@ -56,7 +56,7 @@ def test_a_host_that_is_imported_raises_one(module: str, package: str, extra: st
             "a plot needs matplotlib, which is not installed; pip install 'arcmerge[plot]'",
         ),
         (
-            "from arcmerge.sweeping.evaluators import Cluster; Cluster(None)",
+            "from arcmerge.sweeping.evaluators import RayEvaluator; RayEvaluator(None)",
             "ray",
             "--ray needs ray, which is not installed; pip install 'arcmerge[ray]'",
         ),

@@ -13,7 +13,7 @@ import arcmerge
 import tiny
 from arcmerge.merging import prepared
 from arcmerge.merging.execution import in_memory, memory
-from arcmerge.merging.execution.memory import DeviceResidence
+from arcmerge.merging.execution.memory import GpuMemory
 
 MODELS = ("gemma-a", "gemma-b", "gemma-c", "gemma-b-f32", "gemma-b-vocabulary")
 # What each case takes beside kernels and plain copies of weights to the device.
@@ -64,11 +64,11 @@ def test_the_device_pipeline_makes_what_the_cpu_makes(
     config = configuration(models, case)
     arcmerge.merge(config, tmp_path / "host", device="cpu")
 
-    from arcmerge.merging.execution.gpu import DeviceProcessor
+    from arcmerge.merging.execution.gpu import GpuProcessor
 
-    def on_device(self: prepared.Prepared) -> DeviceProcessor:
+    def on_device(self: prepared.Prepared) -> GpuProcessor:
         rows = prepared.aligned_rows(self.plan, self.vocabulary)
-        return DeviceProcessor(self.plan.jobs, rows, "cpu", self.options.thread_count)
+        return GpuProcessor(self.plan.jobs, rows, "cpu", self.options.thread_count)
 
     monkeypatch.setattr(prepared.Prepared, "processor", on_device)
     # The interpreter replaces parts of triton while a kernel runs: one thread only.
@@ -97,9 +97,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 
 
 def live_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        in_memory, "residence_of", lambda plans, nbytes, tick: DeviceResidence(plans, nbytes, "cpu", tick)
-    )
+    monkeypatch.setattr(in_memory, "residence_of", lambda plans, nbytes, tick: GpuMemory(plans, nbytes, "cpu", tick))
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["parents on the device", "parents pinned"])

@@ -237,7 +237,7 @@ def test_a_killed_run_leaves_the_older_output_and_the_next_clears_up(models: Pat
     script = (
         "import json, sys, time, arcmerge\n"
         "from arcmerge.merging.execution import to_disk\n"
-        "to_disk.Merge._forget = lambda self, piece: time.sleep(60)\n"
+        "to_disk.DiskMerge._forget = lambda self, piece: time.sleep(60)\n"
         "arcmerge.merge(json.loads(sys.argv[1]), sys.argv[2])\n"
     )
     child = subprocess.Popen([sys.executable, "-c", script, json.dumps(config), str(out)])

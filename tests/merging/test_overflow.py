@@ -12,7 +12,7 @@ import pytest
 import arcmerge
 import tiny
 from arcmerge.merging import prepared
-from arcmerge.merging.execution.gpu import DeviceProcessor
+from arcmerge.merging.execution.gpu import GpuProcessor
 from arcmerge.merging.options import Options
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -95,8 +95,8 @@ def test_through_the_buffers_of_a_device(make: Callable[..., None], monkeypatch:
     make(-1e5)
     monkeypatch.setattr(
         prepared,
-        "HostProcessor",
-        lambda jobs, rows: DeviceProcessor(jobs, rows, "cpu", 1),
+        "CpuProcessor",
+        lambda jobs, rows: GpuProcessor(jobs, rows, "cpu", 1),
     )
     sentence = refusal({**SLERP, "dtype": "float16"})
     assert sentence == f"{TO_FLOAT16} where `dtype` casts the inputs; set dtype: bfloat16"
@@ -137,9 +137,9 @@ def test_what_rounds_up_from_it_does_not(make: Callable[..., None]) -> None:
 
 
 def test_a_merge_in_memory_says_the_same(make: Callable[..., None]) -> None:
-    from arcmerge.merging.execution.in_memory import ResidentMerge
+    from arcmerge.merging.execution.in_memory import InMemoryMerge
 
     make(-1e5)
     made = prepared.prepare({**SLERP, "dtype": "float16"}, Options(device="cpu"), lambda sentence: None)
     with pytest.raises(arcmerge.ArcmergeError, match=TO_FLOAT16):
-        ResidentMerge(made)
+        InMemoryMerge(made)

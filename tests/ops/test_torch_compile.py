@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from arcmerge import ops
-from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from operands import BF16, F32, normal, same_bits
 from random_network import TINY, config_of, random_network
 
@@ -30,7 +30,7 @@ def test_a_branch_of_a_layer_compiles_whole():
 @torch.inference_mode()
 def test_a_network_compiles_with_the_cache_that_it_writes():
     network = random_network(config_of(TINY, max_position_embeddings=64), CPU)
-    caches = [Cache(network.config, 1, 32, 8, BF16, CPU) for _ in range(2)]
+    caches = [KVCache(network.config, 1, 32, 8, BF16, CPU) for _ in range(2)]
     batch = Batch.of([[2, 17, 5, 250, 99]], [0], CPU)
     compiled = torch.compile(network.layers, backend="aot_eager")
     found = compiled(network.embed(batch.tokens), batch, caches[0])

@@ -93,7 +93,7 @@ Result scored() {
   const std::vector<std::int64_t> ids(kTokens, 7);
   std::vector<std::int64_t> best(kTokens);
   Result out(kTokens);
-  head_logprob(out.data(), best.data(), head, ids.data());
+  lm_head_logprob(out.data(), best.data(), head, ids.data());
   out.insert(out.end(), best.begin(), best.end());
   return out;
 }

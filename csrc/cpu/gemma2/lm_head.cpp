@@ -126,7 +126,7 @@ Partial all_blocks(const Partial* partials, std::int64_t stride, std::int64_t nu
 
 }  // namespace
 
-void head_logprob(float* out, std::int64_t* best, const Head& head, const std::int64_t* ids) {
+void lm_head_logprob(float* out, std::int64_t* best, const Head& head, const std::int64_t* ids) {
   require_head(head);
   for (std::int64_t first = 0; first < head.count; first += kMost) {
     const std::int64_t count = std::min(kMost, head.count - first);

@@ -21,7 +21,7 @@ from arcmerge.gemma2.model import Gemma2
 from arcmerge.gemma2.weights import DTYPES as STORED
 from arcmerge.gemma2.weights import HEAD, assemble, find_tensors
 from arcmerge.interrupts import remove_at_end
-from arcmerge.merging.execution.in_memory import ResidentMerge
+from arcmerge.merging.execution.in_memory import InMemoryMerge
 from arcmerge.merging.merge import Progress, merge
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import Config as MergeConfig
@@ -36,7 +36,7 @@ class MergedGemma2(Gemma2):
     which they pass it at every merge. Their Gram matrices are computed once and kept in a small file beside the first.
     """
 
-    def __init__(self, resident: ResidentMerge, numerics: str) -> None:
+    def __init__(self, resident: InMemoryMerge, numerics: str) -> None:
         self._resident = resident
         # A vocabulary may be one that only this merge has, so the files that describe it are made as for a folder.
         folder = Path(mkdtemp(prefix="arcmerge-"))
@@ -103,4 +103,4 @@ def merged(
 ) -> MergedGemma2:
     """As Gemma2.from_merge says."""
     chosen = Options.of({**options, "device": device})
-    return MergedGemma2(ResidentMerge(prepare(config, chosen, warn), progress or (lambda done, total: None)), numerics)
+    return MergedGemma2(InMemoryMerge(prepare(config, chosen, warn), progress or (lambda done, total: None)), numerics)

@@ -18,14 +18,14 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import plain, read_device, read_dtype, read_strings, read_tokens, read_whole
 from arcmerge.gemma2.config import Config
 from arcmerge.gemma2.generation.answers import answer
-from arcmerge.gemma2.generation.generate import Generated, Limits, generate, require_tokens
+from arcmerge.gemma2.generation.generate import Generated, StoppingCriteria, generate, require_tokens
 from arcmerge.gemma2.generation.generation_config import GenerationConfig
-from arcmerge.gemma2.generation.sampler import Sampling
+from arcmerge.gemma2.generation.sampler import SamplingParams
 from arcmerge.gemma2.generation.scoring import Score, score
 from arcmerge.gemma2.runtime.network import Network
-from arcmerge.gemma2.runtime.runner import Sequences
+from arcmerge.gemma2.runtime.runner import Runner
 from arcmerge.gemma2.text.prompts import Prompts, read_row
-from arcmerge.gemma2.text.tokenizer import Text
+from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 from arcmerge.gemma2.weights import Weights, load, stored_dtype
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Gemma2:
         self.ends = set(config.eos_token_id if ends is None else ends)
         self.last_seed: int | None = None
         self._folder = folder
-        self._text: Text | None = None
+        self._text: Gemma2Tokenizer | None = None
 
     def __reduce__(self) -> NoReturn:
         raise ArcmergeError(
@@ -115,10 +115,10 @@ class Gemma2:
         return self.network.weights.norm.dtype
 
     @property
-    def text(self) -> Text:
+    def text(self) -> Gemma2Tokenizer:
         """The tokenizer, opened when first asked for; raises ArcmergeError if the folder has none."""
         if self._text is None:
-            self._text = Text(self._folder, self.config.bos_token_id)
+            self._text = Gemma2Tokenizer(self._folder, self.config.bos_token_id)
         return self._text
 
     @torch.inference_mode()
@@ -132,11 +132,11 @@ class Gemma2:
         rows = prompts.rows
         require_tokens(self.network, [row for row in rows if row])
         out = torch.zeros(len(rows), prompts.width, self.config.vocab_size, device=self.device)
-        sequences = Sequences(self.network, len(rows), max(map(len, rows)))
+        sequences = Runner(self.network, len(rows), max(map(len, rows)))
         head = self.network.weights.head
         with self.network.turn:
             for batch, hidden in sequences.feed(rows):
-                found = ops.head_logits(hidden, head, self.config.final_logit_softcapping, self.network.stepwise)
+                found = ops.lm_head_logits(hidden, head, self.config.final_logit_softcapping, self.network.stepwise)
                 columns = [
                     prompts.places[row][position]
                     for row, position in zip(batch.sequences.tolist(), batch.positions.tolist(), strict=True)
@@ -166,7 +166,7 @@ class Gemma2:
     ) -> Any:
         """Generate the continuation of one prompt or of several.
 
-        An option that is None has the value of generation_config.json, or else the default of `Sampling`.
+        An option that is None has the value of generation_config.json, or else the default of `SamplingParams`.
 
         Args:
             input_ids: text (a str), a conversation (a list of messages with role and content), or token ids (a list, an
@@ -176,7 +176,7 @@ class Gemma2:
             max_new_tokens: the most tokens of an answer, 256 by default. An answer that reaches the model's
                 max_position_embeddings ends there, with a warning.
             max_length: the most tokens of prompt and answer together; used where max_new_tokens is not given.
-            do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `Sampling`.
+            do_sample, temperature, top_k, top_p, min_p, repetition_penalty: as in `SamplingParams`.
             seed: of the random numbers. None takes another for every call from torch's generator; `last_seed` holds it.
             eos_token_id: the token ids that end an answer, `ends` by default; an empty list for none. The answer to a
                 conversation also ends where the chat template ends a turn.
@@ -221,7 +221,7 @@ class Gemma2:
         if prompts.is_chat and eos_token_id is None:
             ends = ends | self.text.ends_of_turn
         on_token = _listener(None if prompts.is_text else stream)
-        limits = Limits(config.new_tokens_after(prompts.width), ends, on_token)
+        limits = StoppingCriteria(config.new_tokens_after(prompts.width), ends, on_token)
         texts: Sequence[str] = ()
         if prompts.is_text or stops:
             show = stream if prompts.is_text and stream is not None else lambda piece: None
@@ -239,7 +239,7 @@ class Gemma2:
         return prompts.with_answers(found.tokens, texts, pad)
 
     @torch.inference_mode()
-    def run(self, prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Limits) -> Generated:
+    def run(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, limits: StoppingCriteria) -> Generated:
         """Continue several prompts of any lengths; with timings."""
         return generate(self.network, prompts, sampling, limits)
 
@@ -249,7 +249,7 @@ class Gemma2:
 
         Args:
             pairs: (context, continuation), both text or both lists of token ids. Text is split into tokens as lm-eval
-                does, see `Text.split`. An empty context stands for BOS.
+                does, see `Gemma2Tokenizer.split`. An empty context stands for BOS.
 
         Returns:
             For each pair (logprob, greedy): the natural logarithm of the probability of the whole continuation, and

@@ -25,9 +25,9 @@ import torch
 
 from arcmerge.errors import ArcmergeError, needed
 from arcmerge.gemma2.generation.answers import answer
-from arcmerge.gemma2.generation.generate import Limits
+from arcmerge.gemma2.generation.generate import StoppingCriteria
 from arcmerge.gemma2.model import Gemma2
-from arcmerge.gemma2.text.tokenizer import Text
+from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 from arcmerge.integrations.lm_eval_arguments import check_others
 from arcmerge.threads import use_threads
 
@@ -134,14 +134,14 @@ class ArcmergeLM(TemplateLM):
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self.chat_template_args = {**(chat_template_args or {}), **thinking}
 
-    def _tokenizer(self, given: Any) -> Text:
+    def _tokenizer(self, given: Any) -> Gemma2Tokenizer:
         if given is None:
             return self.model.text
         if not isinstance(given, str | PathLike):
             self._saved = TemporaryDirectory(prefix="arcmerge-")  # until this object goes
             given.save_pretrained(self._saved.name)
             given = self._saved.name
-        return Text.from_pretrained(str(given), self.model.config.bos_token_id)
+        return Gemma2Tokenizer.from_pretrained(str(given), self.model.config.bos_token_id)
 
     @property
     def eot_token_id(self) -> int:
@@ -344,7 +344,7 @@ class ArcmergeLM(TemplateLM):
             lengths[row] += 1
             return lengths[row] == asked.max_length
 
-        limits = Limits(asked.max_new_tokens, ends, on_token)
+        limits = StoppingCriteria(asked.max_new_tokens, ends, on_token)
         found = answer(self.model.network, self.text, prompts, asked.sampling, limits, asked.stops, draws=draws)
         return [self._answer(tokens, asked.stops) for tokens in found.generated.tokens]
 

@@ -11,7 +11,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import read_strings
 from arcmerge.gemma2.generation.generation_config import READERS, GenerationConfig, has_effect
-from arcmerge.gemma2.generation.sampler import Sampling
+from arcmerge.gemma2.generation.sampler import SamplingParams
 
 # Of transformers' generate, where neither the request nor generation_config.json says otherwise.
 _TOP_K = 50
@@ -26,7 +26,7 @@ class GenerationArguments:
     that end an answer, None for the model's. ignored: sentences about arguments without effect.
     """
 
-    sampling: Sampling
+    sampling: SamplingParams
     stops: list[str]
     max_new_tokens: int
     max_length: int | None

@@ -14,7 +14,7 @@ from arcmerge.checkpoint.output_folder import OutputFolder
 from arcmerge.checkpoint.writer import ShardFile
 from arcmerge.interrupts import check, held, say
 from arcmerge.merging.execution.gram_pass import GramPass, sum_grams
-from arcmerge.merging.execution.to_disk import Merge
+from arcmerge.merging.execution.to_disk import DiskMerge
 from arcmerge.merging.options import Options
 from arcmerge.merging.plan.tensor_job import Job
 from arcmerge.merging.prepared import Config, Prepared, Warn, prepare, small_files
@@ -68,7 +68,7 @@ def merge(
         for name, content in small.items():
             (folder.path / name).write_bytes(content)
         files = [stack.enter_context(ShardFile(folder.path / one.file_name, one.nbytes)) for one in shards]
-        work = Merge(
+        work = DiskMerge(
             plan.jobs, shards, files, processor, threads=chosen.thread_count, allow_nonfinite=chosen.allow_nonfinite
         )
         with prepared.unchanged():

@@ -15,7 +15,7 @@ from arcmerge.checkpoint.hub import locate
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.dtypes import F32, DType
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.execution.cpu import HostProcessor
+from arcmerge.merging.execution.cpu import CpuProcessor
 from arcmerge.merging.execution.gram_pass import Processor
 from arcmerge.merging.methods import methods
 from arcmerge.merging.options import Options
@@ -72,11 +72,11 @@ class Prepared:
         """Where the arithmetic of the plan happens."""
         options, rows = self.options, aligned_rows(self.plan, self.vocabulary)
         if (device := options.resolved_device) == "cpu":
-            return HostProcessor(self.plan.jobs, rows)
-        from arcmerge.merging.execution.gpu import DeviceProcessor
+            return CpuProcessor(self.plan.jobs, rows)
+        from arcmerge.merging.execution.gpu import GpuProcessor
 
         # Four slots keep the bus busy both ways; each holds 64 MB of pinned memory and more.
-        return DeviceProcessor(self.plan.jobs, rows, device, min(options.thread_count, 4))
+        return GpuProcessor(self.plan.jobs, rows, device, min(options.thread_count, 4))
 
 
 def prepare(config: Config, options: Options, warn: Warn) -> Prepared:

@@ -10,13 +10,13 @@ from arcmerge.ops.attention_decode import attention_decode
 from arcmerge.ops.combine import combine
 from arcmerge.ops.geglu import geglu
 from arcmerge.ops.gram import gram
-from arcmerge.ops.head import head_argmax, head_logits, head_logprob
 from arcmerge.ops.linear import linear
 from arcmerge.ops.linear_geglu import linear_geglu
+from arcmerge.ops.lm_head import lm_head_argmax, lm_head_logits, lm_head_logprob
+from arcmerge.ops.lm_head_sample import lm_head_sample
 from arcmerge.ops.rmsnorm import rmsnorm
 from arcmerge.ops.rmsnorm_add_rmsnorm import rmsnorm_add_rmsnorm
 from arcmerge.ops.rope_cache import rope_cache, rope_table
-from arcmerge.ops.sampling import head_sample
 
 __all__ = [
     "attention",
@@ -25,12 +25,12 @@ __all__ = [
     "combine",
     "geglu",
     "gram",
-    "head_argmax",
-    "head_logits",
-    "head_logprob",
-    "head_sample",
     "linear",
     "linear_geglu",
+    "lm_head_argmax",
+    "lm_head_logits",
+    "lm_head_logprob",
+    "lm_head_sample",
     "recorded",
     "rmsnorm",
     "rmsnorm_add_rmsnorm",

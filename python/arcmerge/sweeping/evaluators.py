@@ -25,7 +25,7 @@ class Evaluated(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Bench:
+class EvaluationSpec:
     """What it takes to score a candidate. options: as of Gemma2.from_merge."""
 
     recipe: str
@@ -35,10 +35,10 @@ class Bench:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-class Here:
+class LocalEvaluator:
     """In this process, one after another."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: EvaluationSpec) -> None:
         from arcmerge.gemma2.model import Gemma2
 
         self._score = bench.score
@@ -55,14 +55,14 @@ class Here:
         return self._score(self._model), time.monotonic() - started
 
 
-class Cluster:
+class RayEvaluator:
     """By an actor for each GPU of a Ray cluster; where it has none, for each `threads` processors of a machine.
 
     The cluster is the one that RAY_ADDRESS names, or else this machine. Models must be found under the same paths on
     all machines. Actors may die: their candidates are scored again by others.
     """
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: EvaluationSpec) -> None:
         with needed("ray", by="--ray", extra="ray"):
             import ray
         self._ray: Any = ray
@@ -85,7 +85,7 @@ class Cluster:
         options = {name: value for name, value in bench.options.items() if name != "warn"}
         # An actor sees the one GPU that is its own, whatever its number.
         device = bench.device.partition(":")[0]
-        self._bench = Bench(bench.recipe, bench.score, device, bench.numerics, options)
+        self._bench = EvaluationSpec(bench.recipe, bench.score, device, bench.numerics, options)
 
     def evaluate(self, candidates: Iterable[Candidate]) -> Iterator[Evaluated]:
         """Scores in the order in which they are done; takes a candidate whenever an actor has nothing to do."""
@@ -133,14 +133,14 @@ class Cluster:
 class Worker:
     """An actor: a residence of the parents with threads of its own."""
 
-    def __init__(self, bench: Bench, threads: int) -> None:
+    def __init__(self, bench: EvaluationSpec, threads: int) -> None:
         import torch  # noqa: F401, so that its threads are set too
 
         from arcmerge.threads import use_threads
 
         use_threads(threads)
         bench.options["threads"] = threads
-        self._here = Here(bench)
+        self._here = LocalEvaluator(bench)
 
     def score(self, candidate: Candidate) -> tuple[float, float]:
         return self._here.score(candidate)

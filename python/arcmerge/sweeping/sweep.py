@@ -16,7 +16,7 @@ from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import Config, Warn, prepare
 from arcmerge.merging.recipe.recipe import load_recipe
 from arcmerge.sweeping.candidates import Candidate, parents
-from arcmerge.sweeping.evaluators import Bench, Cluster, Here
+from arcmerge.sweeping.evaluators import EvaluationSpec, LocalEvaluator, RayEvaluator
 from arcmerge.sweeping.journal import Journal, Scored
 from arcmerge.sweeping.optimizer import Optimize, Search
 from arcmerge.sweeping.plots import plot
@@ -46,7 +46,7 @@ def sweep(
     """Score candidates of a merge and leave tables, a plot and the best recipe in the folder `out`.
 
     config: a merge configuration. candidates: what to try. optimize: what to try after them. ray: by a cluster, see
-    Cluster. options: as of Gemma2.from_merge. A sweep that ended early goes on where it stood, by the journal in `out`.
+    RayEvaluator. options: as of Gemma2.from_merge. A sweep that ended early resumes from the journal in `out`.
 
     Returns the best, None if no candidate has a score. Raises ArcmergeError for what is wrong with any of this, before
     the first is scored where it can be known.
@@ -68,7 +68,7 @@ def sweep(
     with Journal(folder / JOURNAL, about) as journal:
         search = Search(recipe, score.minimize, optimize, journal.scored) if optimize else None
         wanted, before, total = _wanted(candidates, search, optimize.count if optimize else 0, journal)
-        bench = Bench(recipe.text, score, device, numerics, {**options, "warn": _unheard})
+        bench = EvaluationSpec(recipe.text, score, device, numerics, {**options, "warn": _unheard})
 
         def leave() -> Scored | None:
             """The tables and the best recipe of all that is scored."""
@@ -80,7 +80,7 @@ def sweep(
             return best
 
         best = leave()
-        evaluation = Cluster(bench) if ray else Here(bench)
+        evaluation = RayEvaluator(bench) if ray else LocalEvaluator(bench)
         for done, (candidate, value, seconds) in enumerate(evaluation.evaluate(wanted), before + 1):
             scored = Scored(**vars(candidate), score=value, seconds=seconds)
             with held():  # whatever ends the sweep, what it leaves is whole and fits together

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from arcmerge.gemma2.generation.generate import Generated, Limits, generate
-from arcmerge.gemma2.generation.sampler import Sampling
+from arcmerge.gemma2.generation.generate import Generated, StoppingCriteria, generate
+from arcmerge.gemma2.generation.sampler import SamplingParams
 from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.text.stream import Stream
-from arcmerge.gemma2.text.tokenizer import Text
+from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Answers:
 @torch.inference_mode()
 def answer(
     network: Network,
-    text: Text,
+    text: Gemma2Tokenizer,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    limits: Limits,
+    sampling: SamplingParams,
+    limits: StoppingCriteria,
     stops: Sequence[str] = (),
     show: Callable[[int, str], object] = lambda row, piece: None,
     draws: Sequence[int] | None = None,

@@ -9,7 +9,7 @@ from typing import Any
 from arcmerge.errors import counted
 from arcmerge.gemma2.arguments import read_strings
 from arcmerge.gemma2.generation.answers import answer
-from arcmerge.gemma2.generation.generate import Generated, Limits
+from arcmerge.gemma2.generation.generate import Generated, StoppingCriteria
 from arcmerge.gemma2.model import Gemma2
 from arcmerge.gemma2.runtime.bandwidth import read_bandwidth
 from arcmerge.gemma2.weights import Weights
@@ -98,7 +98,7 @@ class Session:
     def _answer(self, tokens: list[int], chat: bool, show: Callable[[str], object]) -> Answer:
         model = self._model
         ends = model.ends | model.text.ends_of_turn if chat else model.ends
-        limits = Limits(self._options.new_tokens_after(len(tokens)), ends)
+        limits = StoppingCriteria(self._options.new_tokens_after(len(tokens)), ends)
         found = answer(
             model.network, model.text, [tokens], self._sampling, limits, self._stops, lambda _, piece: show(piece)
         )

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from arcmerge.errors import ArcmergeError, counted
-from arcmerge.gemma2.generation.sampler import Chooser, Sampling
+from arcmerge.gemma2.generation.sampler import Sampler, SamplingParams
 from arcmerge.gemma2.runtime.network import Network
-from arcmerge.gemma2.runtime.runner import Sequences
+from arcmerge.gemma2.runtime.runner import Runner
 from arcmerge.gemma2.runtime.shared import in_turn
 
 
@@ -36,7 +36,7 @@ class Generated:
 
 
 @dataclass
-class Limits:
+class StoppingCriteria:
     """When an answer ends: after so many tokens, with one of the ends, or when `on_token` says so.
 
     It ends as well where prompt and answer come to the model's max_position_embeddings; a prompt of that length has an
@@ -54,8 +54,8 @@ class Limits:
 def generate(
     network: Network,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    limits: Limits,
+    sampling: SamplingParams,
+    limits: StoppingCriteria,
     streams: Sequence[int] | None = None,
 ) -> Generated:
     """Answers to prompts of one or more tokens each; a prompt's answer does not depend on its company.
@@ -78,9 +78,9 @@ def generate(
     most = [min(limits.max_new_tokens, max(1, context - len(prompt))) for prompt in prompts]
     # The last token is not fed back.
     capacity = max(len(prompt) + new - 1 for prompt, new in zip(prompts, most, strict=True))
-    sequences = Sequences(network, len(prompts), capacity)
+    sequences = Runner(network, len(prompts), capacity)
     sampling = sampling.seeded()
-    chooser = Chooser(network, sampling, prompts, range(len(prompts)) if streams is None else streams)
+    chooser = Sampler(network, sampling, prompts, range(len(prompts)) if streams is None else streams)
     result = Generated([[] for _ in prompts], sum(map(len, prompts)), sampling.seed if sampling.draws else None)
 
     started = perf_counter()

@@ -11,7 +11,7 @@ from typing import Any
 from arcmerge.checkpoint.header import parse_object
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import read_number, read_strings, read_tokens, read_truth, read_whole
-from arcmerge.gemma2.generation.sampler import Sampling
+from arcmerge.gemma2.generation.sampler import SamplingParams
 
 FILE = "generation_config.json"
 # Where neither the call nor the file says.
@@ -44,7 +44,7 @@ _NOTHING = {
 class GenerationConfig:
     """Fields have the names and meanings of transformers' GenerationConfig; None is not set.
 
-    Not set, the defaults are those of `Sampling` and 256 new tokens: transformers' own are 20, and top_k 50.
+    Not set, the defaults are those of `SamplingParams` and 256 new tokens: transformers' own are 20, and top_k 50.
     """
 
     do_sample: bool | None = None
@@ -93,9 +93,9 @@ class GenerationConfig:
         """What is set, by name."""
         return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}
 
-    def sampling(self, seed: int | None = None) -> Sampling:
-        names = {one.name for one in fields(Sampling)}
-        return Sampling(**{name: value for name, value in self.settings.items() if name in names}, seed=seed)
+    def sampling(self, seed: int | None = None) -> SamplingParams:
+        names = {one.name for one in fields(SamplingParams)}
+        return SamplingParams(**{name: value for name, value in self.settings.items() if name in names}, seed=seed)
 
     def require_lengths(self) -> None:
         """Raises ArcmergeError for an answer of no token."""

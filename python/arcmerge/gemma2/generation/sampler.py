@@ -14,7 +14,7 @@ from arcmerge.gemma2.runtime.network import Network
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """Names and meanings as in transformers' generate, where filters apply in the order given here.
 
     do_sample: False takes the most probable token, the lowest number among equals. repetition_penalty: from 1, no
@@ -59,18 +59,18 @@ class Sampling:
     def draws(self) -> bool:
         return self.do_sample and self.temperature > 0 and self.top_p > 0
 
-    def seeded(self) -> Sampling:
+    def seeded(self) -> SamplingParams:
         """With a seed, if tokens are drawn: torch.manual_seed settles it where it is not given."""
         if not self.draws or self.seed is not None:
             return self
         return replace(self, seed=int(torch.randint(2**48, ())))
 
 
-class Chooser:
+class Sampler:
     """Chooses the next token of every sequence, and keeps what the choice depends on: tokens seen, tokens drawn."""
 
     def __init__(
-        self, network: Network, sampling: Sampling, prompts: Sequence[Sequence[int]], streams: Sequence[int]
+        self, network: Network, sampling: SamplingParams, prompts: Sequence[Sequence[int]], streams: Sequence[int]
     ) -> None:
         self._network = network
         self._sampling = sampling
@@ -90,9 +90,9 @@ class Chooser:
         network, sampling = self._network, self._sampling
         head, softcap = network.weights.head, network.config.final_logit_softcapping
         if not sampling.draws and self._seen is None:
-            chosen = ops.head_argmax(hidden, head, softcap, network.stepwise)
+            chosen = ops.lm_head_argmax(hidden, head, softcap, network.stepwise)
         else:
-            chosen = ops.head_sample(
+            chosen = ops.lm_head_sample(
                 hidden,
                 head,
                 softcap,

@@ -17,7 +17,7 @@ from arcmerge import ops
 from arcmerge.gemma2.generation.generate import require_tokens
 from arcmerge.gemma2.runtime.kv_cache import Batch
 from arcmerge.gemma2.runtime.network import Network
-from arcmerge.gemma2.runtime.runner import PASS_TOKENS, Sequences
+from arcmerge.gemma2.runtime.runner import PASS_TOKENS, Runner
 from arcmerge.gemma2.runtime.shared import in_turn
 
 # Slots of a cache of all layers, which branches need: 55 MB of 2.6B. Of as many tokens arithmetic takes 16 s on two
@@ -74,7 +74,7 @@ def score(network: Network, sequences: Sequence[tuple[Sequence[int], int]]) -> l
         lanes = [family.shared for family in group]
         total = sum(len(lane.tokens) for lane in lanes)
         # In a single pass, whose cache is then that of one layer.
-        cached = Sequences(network, len(lanes), max(family.length for family in group), transient=total <= PASS_TOKENS)
+        cached = Runner(network, len(lanes), max(family.length for family in group), transient=total <= PASS_TOKENS)
         _add(scores, network, lanes, cached.feed([lane.tokens for lane in lanes]))
     for group in _groups([family for family in families if family.branches], BRANCH_SLOTS):
         _score_branches(scores, network, group)
@@ -126,7 +126,7 @@ def _score_branches(scores: list[Score], network: Network, group: Sequence[_Fami
     for family in group:  # what is shared goes through the first lane of each
         sources += [len(sources)] * family.lanes
         shared += [family.shared, *[_Lane(())] * (family.lanes - 1)]
-    cached = Sequences(network, len(lanes), max(family.length for family in group))
+    cached = Runner(network, len(lanes), max(family.length for family in group))
     _add(scores, network, shared, cached.feed([lane.tokens for lane in shared]))
     cached.fork(sources)
     _add(scores, network, lanes, cached.feed([lane.tokens for lane in lanes]))
@@ -143,7 +143,7 @@ def _add(scores: list[Score], network: Network, lanes: Sequence[_Lane], passes: 
                 asked.append(one)
         if not rows:
             continue
-        logprobs, best = ops.head_logprob(
+        logprobs, best = ops.lm_head_logprob(
             hidden[torch.tensor(rows, device=device)],
             network.weights.head,
             torch.tensor([token for _, token in asked], device=device),

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from arcmerge import ops
-from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.network import Network
 
 
-class Step:
+class DecodeGraph:
     """One more token of each of `count` sequences through the layers, which find all they read at fixed addresses.
 
     On a GPU by a CUDA graph, on the CPU by a recording of native calls: 182 of a 2.6B, between which Python, whose own
@@ -21,7 +21,7 @@ class Step:
     """
 
     @torch.inference_mode()
-    def __init__(self, network: Network, cache: Cache, count: int) -> None:
+    def __init__(self, network: Network, cache: KVCache, count: int) -> None:
         device = network.weights.norm.device
         self._network = network
         self._cache = cache

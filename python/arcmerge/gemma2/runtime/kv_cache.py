@@ -49,7 +49,7 @@ class Batch:
         )
 
 
-class Cache:
+class KVCache:
     """Keys and values of every layer: [batch, num_key_value_heads, slots, head_dim] each.
 
     A layer that sees all has a slot for every position up to `length`. One with a window is a ring: position p lies in

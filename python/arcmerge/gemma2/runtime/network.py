@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arcmerge import ops
 from arcmerge.gemma2.config import Config
-from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.shared import Shared
 from arcmerge.gemma2.weights import Weights
 
@@ -45,7 +45,7 @@ class Network(Shared):
             config.max_position_embeddings, config.head_dim, config.rope_theta, self._residual_dtype, device
         )
 
-    def __call__(self, batch: Batch, cache: Cache) -> Tensor:
+    def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Hidden states [T, hidden_size] after the final norm; writes the batch's keys and values to the cache."""
         self.stand_still_at_end()
         return self.layers(self.embed(batch.tokens), batch, cache)
@@ -55,7 +55,7 @@ class Network(Shared):
         embedded = torch.nn.functional.embedding(tokens, self.weights.embed_tokens)
         return embedded.to(self._residual_dtype) * self._embedding_scale
 
-    def layers(self, residual: Tensor, batch: Batch, cache: Cache) -> Tensor:
+    def layers(self, residual: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """Hidden states after all layers and the final norm, by ops alone."""
         config, weights = self.config, self.weights
         following = [*(layer.input_layernorm for layer in weights.layers[1:]), weights.norm]
@@ -79,7 +79,7 @@ class Network(Shared):
             )
         return normed
 
-    def _attend(self, number: int, qkv: Tensor, batch: Batch, cache: Cache) -> Tensor:
+    def _attend(self, number: int, qkv: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """[T, num_attention_heads * head_dim] of a layer, from its queries, keys and values side by side."""
         config = self.config
         keys, values = cache.layers[number]

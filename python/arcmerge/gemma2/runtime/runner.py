@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.runtime.decode_graph import Step
-from arcmerge.gemma2.runtime.kv_cache import Batch, Cache
+from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
+from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.network import Network
 
 # Tokens of one pass: enough to keep matrix products busy, few enough that what lies between two ops stays small (2.6B:
@@ -18,7 +18,7 @@ from arcmerge.gemma2.runtime.network import Network
 PASS_TOKENS = 2048
 
 
-class Sequences:
+class Runner:
     """B sequences and their cache.
 
     capacity: the most tokens that each may come to. transient: all tokens come in one pass, and no more after it.
@@ -37,10 +37,10 @@ class Sequences:
         self._chunk = max(1, PASS_TOKENS // max(count, 1))
         dtype = network.weights.norm.dtype
         chunk = capacity if transient else self._chunk
-        self._cache = Cache(config, count, capacity, chunk, dtype, self._device, transient)
+        self._cache = KVCache(config, count, capacity, chunk, dtype, self._device, transient)
         self._transient = transient
         self._lengths = [0] * count
-        self._step: Step | None = None
+        self._step: DecodeGraph | None = None
 
     def feed(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Batch, Tensor]]:
         """The next tokens of every sequence, some perhaps of none: each pass and its hidden states [T, hidden_size]."""
@@ -79,5 +79,5 @@ class Sequences:
         self._lengths = [length + more for length, more in zip(self._lengths, awake, strict=True)]
         lengths = torch.tensor([length * more for length, more in zip(self._lengths, awake, strict=True)])
         if self._step is None:
-            self._step = Step(self._network, self._cache, len(tokens))
+            self._step = DecodeGraph(self._network, self._cache, len(tokens))
         return self._step(torch.tensor([token or 0 for token in tokens]), lengths)

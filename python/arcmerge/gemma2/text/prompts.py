@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import plain
-from arcmerge.gemma2.text.tokenizer import Text
+from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 
 _TEXT = (str, bytes, bytearray)  # sequences, but of no token ids
 
@@ -35,7 +35,7 @@ class Prompts:
     is_chat: bool = False
 
     @classmethod
-    def read(cls, given: Any, attention_mask: Any, text: Callable[[], Text]) -> Prompts:
+    def read(cls, given: Any, attention_mask: Any, text: Callable[[], Gemma2Tokenizer]) -> Prompts:
         """given: what Gemma2.generate takes. text: opens the tokenizer, where there is text.
 
         Raises ArcmergeError for any other form.

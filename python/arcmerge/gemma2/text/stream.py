@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
-from arcmerge.gemma2.text.tokenizer import Text
+from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -63,7 +63,7 @@ class Stream:
     `stopped` or `finish` that of the whole answer.
     """
 
-    def __init__(self, text: Text, stops: Sequence[str]) -> None:
+    def __init__(self, text: Gemma2Tokenizer, stops: Sequence[str]) -> None:
         self._stops = list(stops)
         self._special = text.special
         self._clean = Decoder(text.tokenizer, text.special)

@@ -18,7 +18,7 @@ from arcmerge.merging.output.chat_template import read_templates
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-class Text:
+class Gemma2Tokenizer:
     """The tokenizer of a model folder. bos: the number of its first token.
 
     Opening it raises ArcmergeError for a folder without tokenizer.json.
@@ -41,7 +41,7 @@ class Text:
             raise ArcmergeError(f"{path}: is not a tokenizer ({error}): copy the base model's.") from error
 
     @classmethod
-    def from_pretrained(cls, path: str, bos: int) -> Text:
+    def from_pretrained(cls, path: str, bos: int) -> Gemma2Tokenizer:
         """The tokenizer of a model folder or of a model on the hub."""
         return cls(locate(path), bos)
 

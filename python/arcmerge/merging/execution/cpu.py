@@ -21,7 +21,7 @@ from arcmerge.merging.vocabulary.embedding_rows import RowAddresses
 _UNROUNDED = F32
 
 
-class HostProcessor:
+class CpuProcessor:
     """Works on pieces of `jobs`, from any number of threads at once.
 
     rows: for the inputs of tensors that are aligned by token, where each row lies.

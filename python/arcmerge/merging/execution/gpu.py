@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from arcmerge.dtypes import F32
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.execution.cpu import HostProcessor
+from arcmerge.merging.execution.cpu import CpuProcessor
 from arcmerge.merging.execution.gram_pass import Filling
 from arcmerge.merging.execution.work_units import GRAM_ELEMENTS, Piece
 from arcmerge.merging.plan.tensor_job import Job
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from arcmerge.merging.vocabulary.embedding_rows import RowAddresses
 
 
-class DeviceProcessor:
+class GpuProcessor:
     """Works on pieces of `jobs` on `device`, from as many threads at once as it has slots.
 
     device: a torch device name. "cpu" runs the same pipeline on CPU tensors, which the Triton interpreter takes.
@@ -48,7 +48,7 @@ class DeviceProcessor:
 
         self._torch = torch
         self._jobs = jobs
-        self._host = HostProcessor(jobs, rows)
+        self._host = CpuProcessor(jobs, rows)
         self._dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
         # Triton compiles a kernel at its first launch, once if launches come one by one. They do not wait for the GPU.
         self._launching = threading.Lock()
@@ -57,7 +57,7 @@ class DeviceProcessor:
             self._slots.put(Slot(torch.device(device), widest_piece(jobs)))
 
     def gram(self, pieces: Sequence[Piece]) -> list[NDArray[np.float64]]:
-        """As HostProcessor.gram; pieces with as many inputs go into one launch."""
+        """As CpuProcessor.gram; pieces with as many inputs go into one launch."""
         from arcmerge.kernels.gram import gram
 
         shares: dict[Piece, NDArray[np.float64]] = {}
@@ -79,7 +79,7 @@ class DeviceProcessor:
         return [shares[piece] for piece in pieces]
 
     def fill(self, tasks: Sequence[Filling]) -> list[int]:
-        """As HostProcessor.fill; pieces with as many inputs go into one launch."""
+        """As CpuProcessor.fill; pieces with as many inputs go into one launch."""
         counts: dict[Piece, int] = {}
         alike: dict[int, list[Filling]] = {}
         for task in tasks:

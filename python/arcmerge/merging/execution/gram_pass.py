@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.work_units import Piece, gram_batches
-from arcmerge.merging.execution.workers import Team
+from arcmerge.merging.execution.workers import Workers
 from arcmerge.merging.methods.method import Coefficients
 from arcmerge.merging.plan.tensor_job import Job
 
@@ -126,7 +126,7 @@ def sum_grams(
     total = sum(input_bytes(jobs, batch) for batch in grams.waiting)
     done = 0
     lock = threading.Lock()
-    team = Team()
+    team = Workers()
 
     def work() -> None:
         nonlocal done

@@ -14,7 +14,7 @@ from arcmerge.merging.execution.gram_cache import GramCache
 from arcmerge.merging.execution.gram_pass import Filling, Processor, coefficients_of, needs_gram, sum_grams
 from arcmerge.merging.execution.memory import Tick, places, residence_of
 from arcmerge.merging.execution.work_units import GRAM_ELEMENTS, Piece
-from arcmerge.merging.execution.workers import Team
+from arcmerge.merging.execution.workers import Workers
 from arcmerge.merging.methods import methods
 from arcmerge.merging.methods.method import Coefficients
 from arcmerge.merging.plan.tensor_job import Job
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _BETWEEN = 0.5
 
 
-class ResidentMerge:
+class InMemoryMerge:
     """The result of a merge, in memory at addresses that stay, and made again where parameters change.
 
     tick: told now and then of the bytes that are done, and of all: of reading, of measuring and of merging.
@@ -142,7 +142,7 @@ class ResidentMerge:
                 tasks.append(Filling(piece, coefficients.get(number), address))
         batches = deque(tasks[first : first + at_once] for first in range(0, len(tasks), at_once))
         total, done = sum(jobs[number].output.nbytes for number in changed), 0
-        team = Team()
+        team = Workers()
 
         def work() -> None:
             nonlocal done

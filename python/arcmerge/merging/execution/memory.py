@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from arcmerge.checkpoint.writer import address_of, aligned_buffer
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.execution.cpu import HostProcessor
-from arcmerge.merging.execution.gpu import DeviceProcessor, Slot, widest_piece
+from arcmerge.merging.execution.cpu import CpuProcessor
+from arcmerge.merging.execution.gpu import GpuProcessor, Slot, widest_piece
 from arcmerge.merging.execution.gram_pass import Filling, Processor
 from arcmerge.merging.execution.work_units import GRAM_ELEMENTS, Piece
-from arcmerge.merging.execution.workers import Team
+from arcmerge.merging.execution.workers import Workers
 from arcmerge.merging.prepared import Prepared, aligned_rows
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ def residence_of(plans: Sequence[Prepared], nbytes: int, tick: Tick) -> Residenc
     small, and says how much is missing.
     """
     if (device := plans[0].options.resolved_device) == "cpu":
-        return HostResidence(nbytes)
-    return DeviceResidence(plans, nbytes, device, tick)
+        return CpuMemory(nbytes)
+    return GpuMemory(plans, nbytes, device, tick)
 
 
-class HostResidence:
+class CpuMemory:
     """The result in the memory of the machine. The parents stay mapped."""
 
     pieces_at_once = 1
@@ -94,7 +94,7 @@ class HostResidence:
         """What reads it, waits for it."""
 
 
-class DeviceResidence:
+class GpuMemory:
     """The result in the memory of a GPU, and the parents there too if they fit, else in pinned memory of the machine.
 
     device: a torch device name. "cpu" does the same with CPU tensors, which the Triton interpreter takes.
@@ -158,14 +158,14 @@ class DeviceResidence:
 
     def _bring(self, parents: _Inputs, threads: int, tick: Tick) -> None:
         """Read the parents to where they stay."""
-        tasks: deque[tuple[HostProcessor, Piece, int, torch.Tensor]] = deque()
+        tasks: deque[tuple[CpuProcessor, Piece, int, torch.Tensor]] = deque()
         for key, (processor, job, number, place) in parents.items():
             target = self._parents[key]
             for first in range(0, job.count, GRAM_ELEMENTS):
                 piece = Piece(number, first, min(GRAM_ELEMENTS, job.count - first))
                 tasks.append((processor, piece, place, target[first : first + piece.count]))
         total = sum(target.numel() * target.element_size() for *_, target in tasks)
-        done, team = 0, Team()
+        done, team = 0, Workers()
 
         def work() -> None:
             nonlocal done
@@ -189,10 +189,10 @@ class DeviceResidence:
         team.run(lambda: tick(done, total), (work, threads))
 
 
-class _ResidentProcessor(DeviceProcessor):
+class _ResidentProcessor(GpuProcessor):
     """Reads parents and writes results where they are."""
 
-    def __init__(self, prepared: Prepared, residence: DeviceResidence, device: str, slots: int) -> None:
+    def __init__(self, prepared: Prepared, residence: GpuMemory, device: str, slots: int) -> None:
         rows = aligned_rows(prepared.plan, prepared.vocabulary)
         super().__init__(prepared.plan.jobs, rows, device, slots)
         self._prepared = prepared
@@ -236,12 +236,12 @@ class _ResidentProcessor(DeviceProcessor):
 
 
 # By what an input is: what reads it, a job that has it, the number of the job, and its place there.
-_Inputs = dict[object, "tuple[HostProcessor, Job, int, int]"]
+_Inputs = dict[object, "tuple[CpuProcessor, Job, int, int]"]
 
 
 def _inputs(prepared: Prepared) -> _Inputs:
     """The inputs of a plan that kernels can read."""
-    processor = HostProcessor(prepared.plan.jobs, aligned_rows(prepared.plan, prepared.vocabulary))
+    processor = CpuProcessor(prepared.plan.jobs, aligned_rows(prepared.plan, prepared.vocabulary))
     return {
         _key(prepared, job, place): (processor, job, number, place)
         for number, job in enumerate(prepared.plan.jobs)

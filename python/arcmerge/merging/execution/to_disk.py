@@ -21,7 +21,7 @@ from arcmerge.checkpoint.layout import Shard
 from arcmerge.checkpoint.writer import ShardFile, address_of, aligned_buffer
 from arcmerge.merging.execution.gram_pass import Filling, GramPass, Processor, input_bytes, needs_gram
 from arcmerge.merging.execution.work_units import CHUNK_BYTES, Chunk, Piece, file_chunks
-from arcmerge.merging.execution.workers import Team
+from arcmerge.merging.execution.workers import Workers
 from arcmerge.merging.plan.tensor_job import Job
 
 # Enough to keep the disk busy while both threads sum a piece.
@@ -30,7 +30,7 @@ BUFFERS = 24
 WRITERS = 4
 
 
-class Merge:
+class DiskMerge:
     """Fills the shard files of a merge. `run` returns when every byte is durable."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Merge:
         self._ahead = 0
         self._most_ahead = _memory_bytes() // 4
         self.written = 0
-        self._team = Team()
+        self._team = Workers()
 
     def run(self, tick: Callable[[int], None]) -> None:
         """Do all the work. tick: called now and then with the bytes written so far."""

@@ -13,7 +13,7 @@ MOST_THREADS = 1024
 Work = Callable[[], None]
 
 
-class Team:
+class Workers:
     """Threads that take tasks until there are none left; the first failure, or an interrupt, stops them all.
 
     changed: to wait for what another thread does. failure: what stopped the team, at which its threads return.

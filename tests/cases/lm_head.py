@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arcmerge.kernels import head
-from arcmerge.kernels.head import Scores
+from arcmerge.kernels import lm_head
+from arcmerge.kernels.lm_head import Scores
 from arcmerge.ops.gumbel import gumbel
 from cases.case import Call, Case, Draw, Expected
 from cases.gemma import GEMMA_2
@@ -78,7 +78,7 @@ def build_argmax(draw: Draw, *shape: object, softcap: float = CAP, stepwise: boo
     scores = Scores(*operands(draw, *shape, whole=whole), softcap, stepwise)
     out = draw.empty(len(scores.x), dtype=torch.int64)
     return Call(
-        launch=lambda: head.argmax(out, scores),
+        launch=lambda: lm_head.argmax(out, scores),
         outputs={"out": out},
         expected=lambda: {"out": first_greatest(*exact_scores(scores))},
         minimum_bytes=_read(scores) + out.numel() * 8,
@@ -102,7 +102,7 @@ def build_logprob(draw: Draw, *shape: object, stepwise: bool = False, whole: boo
         return {"out": Expected(truth, tolerance), "best": first_greatest(values, error)}
 
     return Call(
-        launch=lambda: head.logprob(out, best, scores, ids),
+        launch=lambda: lm_head.logprob(out, best, scores, ids),
         outputs={"out": out, "best": best},
         expected=expected,
         minimum_bytes=_read(scores) + rows * (8 + 4 + 8),
@@ -132,7 +132,7 @@ def build_sample(
         return {"out": first_greatest(values, error)}
 
     return Call(
-        launch=lambda: head.argmax(out, scores, seed=seed, steps=steps if noisy else None),
+        launch=lambda: lm_head.argmax(out, scores, seed=seed, steps=steps if noisy else None),
         outputs={"out": out},
         expected=expected,
         minimum_bytes=_read(scores) + len(x) * (16 if noisy else 8),
@@ -152,8 +152,8 @@ def build_candidates(draw: Draw, *shape: object, tiles: int = 50, marked: bool =
     out = draw.empty(len(x), tiles * width, dtype=F32)
 
     def launch() -> None:
-        head.extremes(maxima, sums, scores)
-        head.candidates(out, chosen, scores)
+        lm_head.extremes(maxima, sums, scores)
+        lm_head.candidates(out, chosen, scores)
 
     def expected() -> dict[str, Expected]:
         values, error = exact_scores(scores)
@@ -179,9 +179,9 @@ def build_candidates(draw: Draw, *shape: object, tiles: int = 50, marked: bool =
 
 
 BUILDERS = {
-    "head_argmax": build_argmax,
-    "head_logprob": build_logprob,
-    "head_sample": build_sample,
+    "lm_head_argmax": build_argmax,
+    "lm_head_logprob": build_logprob,
+    "lm_head_sample": build_sample,
     "candidates": build_candidates,
 }
 
@@ -190,7 +190,7 @@ def _case(op: str, name: str, *shape: object, traffic: float | None = None, **op
     build = BUILDERS[op]
     # Tensor cores add the columns of a product, and a GPU the exponentials, in another order than the interpreter.
     return Case(
-        "head_sample" if op == "candidates" else op,
+        "lm_head_sample" if op == "candidates" else op,
         name,
         lambda draw: build(draw, *shape, **options),
         exact=False,
@@ -201,23 +201,23 @@ def _case(op: str, name: str, *shape: object, traffic: float | None = None, **op
 # Beyond the minimum, the numbers that tiles of 64 ids leave are written and read: 8 bytes, and with sums 12. The score
 # of the wanted id too.
 SMALL = [
-    _case("head_argmax", "as in decoding", 1, 256, 2304, traffic=1 + 2 * 4 * 8 / (257 * 4608 + 8)),
-    _case("head_argmax", "1 id", 1, 1, 8),
-    _case("head_argmax", "odd, misaligned", 3, 129, 33, BF16, 1),
-    _case("head_argmax", "equals, stepwise", 2, 150, 16, stepwise=True, whole=True),
-    _case("head_argmax", "no cap, 17 rows", 17, 131, 40, softcap=0.0),
-    _case("head_argmax", "f32", 17, 65, 35, F32),
-    _case("head_logprob", "as in decoding", 1, 200, 2304, traffic=1 + 2 * (4 * 12 + 4) / (201 * 4608 + 20)),
-    _case("head_logprob", "odd", 5, 191, 33),
-    _case("head_logprob", "130 rows", 130, 200, 72),
-    _case("head_logprob", "equals, 17 rows", 17, 150, 16, whole=True),
-    _case("head_logprob", "equals, stepwise", 2, 150, 16, stepwise=True, whole=True),
-    _case("head_logprob", "equals, 17 rows, stepwise", 17, 150, 16, stepwise=True, whole=True),
-    _case("head_logprob", "f32", 17, 65, 35, F32),
-    _case("head_sample", "as in decoding", 1, 128, 2304, traffic=1 + 2 * 2 * 8 / (129 * 4608 + 16)),
-    _case("head_sample", "of the greatest, penalised", 2, 200, 33, marked=True, noisy=False),
-    _case("head_sample", "penalised, 17 rows", 17, 200, 40, marked=True),
-    _case("head_sample", "f32", 2, 65, 35, F32, marked=True, seed=5),
+    _case("lm_head_argmax", "as in decoding", 1, 256, 2304, traffic=1 + 2 * 4 * 8 / (257 * 4608 + 8)),
+    _case("lm_head_argmax", "1 id", 1, 1, 8),
+    _case("lm_head_argmax", "odd, misaligned", 3, 129, 33, BF16, 1),
+    _case("lm_head_argmax", "equals, stepwise", 2, 150, 16, stepwise=True, whole=True),
+    _case("lm_head_argmax", "no cap, 17 rows", 17, 131, 40, softcap=0.0),
+    _case("lm_head_argmax", "f32", 17, 65, 35, F32),
+    _case("lm_head_logprob", "as in decoding", 1, 200, 2304, traffic=1 + 2 * (4 * 12 + 4) / (201 * 4608 + 20)),
+    _case("lm_head_logprob", "odd", 5, 191, 33),
+    _case("lm_head_logprob", "130 rows", 130, 200, 72),
+    _case("lm_head_logprob", "equals, 17 rows", 17, 150, 16, whole=True),
+    _case("lm_head_logprob", "equals, stepwise", 2, 150, 16, stepwise=True, whole=True),
+    _case("lm_head_logprob", "equals, 17 rows, stepwise", 17, 150, 16, stepwise=True, whole=True),
+    _case("lm_head_logprob", "f32", 17, 65, 35, F32),
+    _case("lm_head_sample", "as in decoding", 1, 128, 2304, traffic=1 + 2 * 2 * 8 / (129 * 4608 + 16)),
+    _case("lm_head_sample", "of the greatest, penalised", 2, 200, 33, marked=True, noisy=False),
+    _case("lm_head_sample", "penalised, 17 rows", 17, 200, 40, marked=True),
+    _case("lm_head_sample", "f32", 2, 65, 35, F32, marked=True, seed=5),
     _case("candidates", "candidates of 3 tiles", 2, 300, 72, tiles=3),
     _case("candidates", "candidates, penalised, 17 rows", 17, 300, 33, tiles=2, marked=True),
     _case("candidates", "candidates, f32", 2, 65, 35, F32, tiles=2),
@@ -227,10 +227,10 @@ MODELS = [
     case
     for shape in GEMMA_2
     for case in (
-        _case("head_argmax", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
-        _case("head_sample", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
-        _case("head_sample", f"{shape.name}, penalised", 1, shape.vocabulary, shape.hidden_size, marked=True),
+        _case("lm_head_argmax", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
+        _case("lm_head_sample", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
+        _case("lm_head_sample", f"{shape.name}, penalised", 1, shape.vocabulary, shape.hidden_size, marked=True),
         _case("candidates", f"{shape.name}, candidates of 50 tiles", 1, shape.vocabulary, shape.hidden_size),
-        _case("head_logprob", f"{shape.name}, 256 rows", 256, shape.vocabulary, shape.hidden_size),
+        _case("lm_head_logprob", f"{shape.name}, 256 rows", 256, shape.vocabulary, shape.hidden_size),
     )
 ]

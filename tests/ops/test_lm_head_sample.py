@@ -1,4 +1,4 @@
-"""head_sample: noise against published numbers, filters against transformers, the kernels against the reference."""
+"""lm_head_sample: noise against published numbers, filters against transformers, the kernels against the reference."""
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ from transformers.generation.logits_process import (
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.kernels import gumbel as kernels
-from arcmerge.kernels import head as head_kernels
+from arcmerge.kernels import lm_head as head_kernels
 from arcmerge.ops.gumbel import gumbel, philox, uniform
-from arcmerge.ops.head import logits
-from arcmerge.ops.sampling import bound, head_sample, kept, penalised
+from arcmerge.ops.lm_head import logits
+from arcmerge.ops.lm_head_sample import bound, kept, lm_head_sample, penalised
 from operands import BF16, F32, normal, same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,7 +53,7 @@ def bits_of(tokens, rows, ids):
 
 def sample(x, weight, filters=(0, 1.0, 0.0), temperature=1.0, seed=1, steps=None, seen=None, penalty=1.0, **named):
     steps = torch.arange(len(x), device=DEVICE) if steps is None else steps
-    return head_sample(x, weight, 30.0, temperature, *filters, seed, steps, seen, penalty, False, **named)
+    return lm_head_sample(x, weight, 30.0, temperature, *filters, seed, steps, seen, penalty, False, **named)
 
 
 def counters(*words):
@@ -234,7 +234,7 @@ def test_no_filter_keeps_a_score_below_the_bound(filters, spread):
 def test_op_keeps_the_rules_of_torch():
     x, weight = operands(2, 50, dtype=F32)
     arguments = (x, weight, 30.0, 0.9, 5, 0.9, 0.01, 7, torch.arange(2, device=DEVICE), None, 1.0, False)
-    torch.library.opcheck(torch.ops.arcmerge.head_sample.default, arguments)
+    torch.library.opcheck(torch.ops.arcmerge.lm_head_sample.default, arguments)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ PART = 2**14
 ROWS = 16
 
 
-def head_logits(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
+def lm_head_logits(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
     """All logits, [T, V] float32: 1 MB a row of a Gemma-2, so for few rows. Plain torch on a GPU.
 
     Raises ArcmergeError for operands that do not fit together.
@@ -34,7 +34,7 @@ def head_logits(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Te
     return _head_logits(x, weight, softcap, stepwise)
 
 
-def head_argmax(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
+def lm_head_argmax(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
     """The id of the greatest logit of each row, the lowest among equals: [T] int64.
 
     Moves the weight once, x and the ids; on a GPU also 8 bytes for each row and 32 to 128 ids. Raises ArcmergeError
@@ -43,8 +43,8 @@ def head_argmax(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Te
     return _head_argmax(x, weight, softcap, stepwise)
 
 
-def head_logprob(x: Tensor, weight: Tensor, ids: Tensor, softcap: float, stepwise: bool) -> tuple[Tensor, Tensor]:
-    """(logit[ids] - log(sum of exp(logits)), [T] float32; the id of the greatest logit as in head_argmax, [T] int64).
+def lm_head_logprob(x: Tensor, weight: Tensor, ids: Tensor, softcap: float, stepwise: bool) -> tuple[Tensor, Tensor]:
+    """(logit[ids] - log(sum of exp(logits)), [T] float32; the id of the largest logit as lm_head_argmax, [T] int64).
 
     ids: [T] int64, each below V. The logarithm of the sum is taken in float32, also with stepwise. Moves the weight
     once, x, ids and the outputs; on a GPU also 12 bytes for each row and 32 to 128 ids. Raises ArcmergeError for
@@ -126,7 +126,7 @@ def _native_argmax(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) ->
         return torch.cat([_reference_argmax(part, weight, softcap, stepwise) for part in x.split(ROWS)])
     x, weight = x.contiguous(), weight.contiguous()
     best = x.new_empty(len(x), dtype=torch.int64)
-    _C.head_logprob(0, best.data_ptr(), native_head(x, weight, softcap), 0)
+    _C.lm_head_logprob(0, best.data_ptr(), native_head(x, weight, softcap), 0)
     return best
 
 
@@ -137,12 +137,12 @@ def _native_logprob(x: Tensor, weight: Tensor, ids: Tensor, softcap: float, step
         return torch.cat([logprob for logprob, _ in found]), torch.cat([best for _, best in found])
     x, weight, ids = x.contiguous(), weight.contiguous(), ids.contiguous()
     out, best = x.new_empty(len(x), dtype=torch.float32), torch.empty_like(ids)
-    _C.head_logprob(out.data_ptr(), best.data_ptr(), native_head(x, weight, softcap), ids.data_ptr())
+    _C.lm_head_logprob(out.data_ptr(), best.data_ptr(), native_head(x, weight, softcap), ids.data_ptr())
     return out, best
 
 
 def _triton_argmax(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) -> Tensor:
-    from arcmerge.kernels.head import Scores, argmax
+    from arcmerge.kernels.lm_head import Scores, argmax
 
     out = x.new_empty(len(x), dtype=torch.int64)
     if len(x):
@@ -151,7 +151,7 @@ def _triton_argmax(x: Tensor, weight: Tensor, softcap: float, stepwise: bool) ->
 
 
 def _triton_logprob(x: Tensor, weight: Tensor, ids: Tensor, softcap: float, stepwise: bool) -> tuple[Tensor, Tensor]:
-    from arcmerge.kernels.head import Scores, logprob
+    from arcmerge.kernels.lm_head import Scores, logprob
 
     out, best = x.new_empty(len(x), dtype=torch.float32), torch.empty_like(ids)
     if len(x):
@@ -160,7 +160,7 @@ def _triton_logprob(x: Tensor, weight: Tensor, ids: Tensor, softcap: float, step
 
 
 _head_logits = op(
-    "head_logits(Tensor x, Tensor weight, float softcap, bool stepwise) -> Tensor",
+    "lm_head_logits(Tensor x, Tensor weight, float softcap, bool stepwise) -> Tensor",
     check=_check_head,
     reference=logits,
     fake=lambda x, weight, softcap, stepwise: x.new_empty(len(x), len(weight), dtype=torch.float32),
@@ -168,7 +168,7 @@ _head_logits = op(
 )
 
 _head_argmax = op(
-    "head_argmax(Tensor x, Tensor weight, float softcap, bool stepwise) -> Tensor",
+    "lm_head_argmax(Tensor x, Tensor weight, float softcap, bool stepwise) -> Tensor",
     check=_check_head,
     reference=_reference_argmax,
     fake=lambda x, weight, softcap, stepwise: x.new_empty(len(x), dtype=torch.int64),
@@ -177,7 +177,7 @@ _head_argmax = op(
 )
 
 _head_logprob = op(
-    "head_logprob(Tensor x, Tensor weight, Tensor ids, float softcap, bool stepwise) -> (Tensor, Tensor)",
+    "lm_head_logprob(Tensor x, Tensor weight, Tensor ids, float softcap, bool stepwise) -> (Tensor, Tensor)",
     check=_check_logprob,
     reference=_reference_logprob,
     fake=lambda x, weight, ids, softcap, stepwise: (x.new_empty(len(x), dtype=torch.float32), ids.new_empty(len(x))),

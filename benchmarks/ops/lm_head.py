@@ -21,7 +21,7 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def best(x: Tensor, weight: Tensor) -> Tensor:
-    return ops.head_argmax(x, weight, FINAL_SOFTCAP, False)
+    return ops.lm_head_argmax(x, weight, FINAL_SOFTCAP, False)
 
 
 def best_of_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def best_of_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def logprob(x: Tensor, weight: Tensor) -> Tensor:
-    return ops.head_logprob(x, weight, torch.arange(len(x)), FINAL_SOFTCAP, False)[0]
+    return ops.lm_head_logprob(x, weight, torch.arange(len(x)), FINAL_SOFTCAP, False)[0]
 
 
 def logprob_of_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def logprob_of_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 def draw(x: Tensor, weight: Tensor) -> Tensor:
     steps = torch.arange(len(x))
-    return ops.head_sample(x, weight, FINAL_SOFTCAP, 0.5, TOP_K, TOP_P, 0.0, SEED, steps, None, 1.0, False)
+    return ops.lm_head_sample(x, weight, FINAL_SOFTCAP, 0.5, TOP_K, TOP_P, 0.0, SEED, steps, None, 1.0, False)
 
 
 def draw_of_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def main() -> None:
         ("logprob", logprob, logprob_of_logits),
         ("sample", draw, draw_of_logits),
     )
-    record("head", *(case(*kind, tokens, weight, 7) for kind in kinds for tokens in (1, 32)))
+    record("lm_head", *(case(*kind, tokens, weight, 7) for kind in kinds for tokens in (1, 32)))
 
 
 if __name__ == "__main__":

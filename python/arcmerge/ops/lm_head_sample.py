@@ -1,4 +1,4 @@
-"""head_sample: the next token, drawn from the head's logits without keeping them.
+"""lm_head_sample: the next token, drawn from the head's logits without keeping them.
 
 The filters of transformers, in its order, on whatever candidates are certain to hold all that the filters keep: every
 id of the vocabulary in the reference; on the CPU those above a score that says so; on a GPU those of the few tiles of
@@ -16,7 +16,7 @@ from arcmerge import _C
 from arcmerge.dispatch.registry import op
 from arcmerge.errors import ArcmergeError
 from arcmerge.ops.gumbel import gumbel
-from arcmerge.ops.head import logits, native_head, require_head, require_integers
+from arcmerge.ops.lm_head import logits, native_head, require_head, require_integers
 
 # Rows whose scores the CPU keeps at a time: 16 MB of a Gemma-2.
 SCORED = 16
@@ -24,7 +24,7 @@ SCORED = 16
 DEPTHS = 640
 
 
-def head_sample(
+def lm_head_sample(
     x: Tensor,
     weight: Tensor,
     softcap: float,
@@ -40,7 +40,7 @@ def head_sample(
 ) -> Tensor:
     """An id for each row, [T] int64, drawn from softmax(score) over the ids that the filters keep.
 
-    x, weight, softcap, stepwise: as in head_argmax; what follows is in float32 in any case. In this order:
+    x, weight, softcap, stepwise: as in lm_head_argmax; what follows is in float32 in any case. In this order:
     repetition_penalty: the logits of ids in `seen` ([T, ceil(V / 32)] int32, bit i of word j for id 32 j + i) are
     divided by it if above 0, else multiplied. temperature: scores are logits divided by it; 0 takes the greatest logit,
     the lowest id among equals, without filters. top_k: keeps scores not below the k-th greatest; 0 keeps all. top_p:
@@ -49,7 +49,7 @@ def head_sample(
 
     The draw is argmax(score + noise): the noise depends on seed, steps[t] ([T] int64, from 0: which token is drawn) and
     the id alone, so on no batch and no backend, but for ties within rounding. Rows of equal steps have equal noise.
-    Without filters on a GPU: the traffic of head_argmax. With them the host waits once for how many tiles can hold
+    Without filters on a GPU: the traffic of lm_head_argmax. With them the host waits once for how many tiles can hold
     candidates; these are computed again, and a flat distribution under top_p alone may need them all, [T, V] scores.
     Raises ArcmergeError for operands that do not fit together and numbers out of range.
     """
@@ -255,7 +255,7 @@ def _triton(
     repetition_penalty: float,
     stepwise: bool,
 ) -> Tensor:
-    from arcmerge.kernels.head import Scores, argmax, candidates, extremes
+    from arcmerge.kernels.lm_head import Scores, argmax, candidates, extremes
 
     out = torch.empty_like(steps)
     if not len(x):
@@ -317,7 +317,7 @@ def bound(maxima: Tensor, sums: Tensor, top_k: int, top_p: float, min_p: float, 
 
 
 _head_sample = op(
-    "head_sample(Tensor x, Tensor weight, float softcap, float temperature, int top_k, float top_p, float min_p, "
+    "lm_head_sample(Tensor x, Tensor weight, float softcap, float temperature, int top_k, float top_p, float min_p, "
     "int seed, Tensor steps, Tensor? seen, float repetition_penalty, bool stepwise) -> Tensor",
     check=_check,
     reference=_reference,
