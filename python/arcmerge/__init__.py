@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from arcmerge.merging.merge import merge
     from arcmerge.merging.options import Options
     from arcmerge.merging.report import MergeReport
+    from arcmerge.sweeping.sweep import sweep
     from arcmerge.tensors import slerp
     from arcmerge.threads import get_num_threads, set_num_threads
 
@@ -32,6 +33,7 @@ __all__ = [
     "merge",
     "set_num_threads",
     "slerp",
+    "sweep",
 ]
 
 _HOMES = {
@@ -43,6 +45,7 @@ _HOMES = {
     "merge": "arcmerge.merging.merge",
     "set_num_threads": "arcmerge.threads",
     "slerp": "arcmerge.tensors",
+    "sweep": "arcmerge.sweeping.sweep",
 }
 
 

@@ -1,7 +1,7 @@
 """The command: `arcmerge`, or `python -m arcmerge`.
 
-Python shows its own traceback of an interrupt in its start. So that no more than this is without a sentence, signals
-are blocked before anything else is imported, and wait for their handlers.
+Signals are blocked before anything else is imported, and wait for their handlers. An interrupt in the start of Python
+itself still shows a traceback.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The exceptions that reach a user."""
+"""The errors that reach a user, and the words that their messages share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 
 class ArcmergeError(Exception):
-    """What a user has to mend before the work can go on.
+    """An error that the user can mend.
 
-    problems: one line each, as "what must hold, which value was found, what to do".
+    Args:
+        problems: one message, or several, each in one line and in the form `'name' must RULE, got VALUE; ADVICE`.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -18,25 +19,35 @@ class ArcmergeError(Exception):
 
 
 class MissingPackage(ArcmergeError, ImportError):
-    """A package that is needed for a part of arcmerge alone cannot be imported."""
+    """An optional package that a part of arcmerge needs cannot be imported."""
 
 
 @contextmanager
 def needed(package: str, by: str, extra: str, module: str = "") -> Iterator[None]:
-    """For imports of a package that arcmerge is installed without.
+    """Surrounds the imports of an optional package.
 
-    by: what needs it, in the sentence; extra: of arcmerge, that brings it. module: the __name__ of the module that
-    imports: one that was called as a command ends the process with the sentence, as commands do.
+    Args:
+        package: the name of the package.
+        by: the part of arcmerge that needs it, for the message.
+        extra: the extra of arcmerge that installs it.
+        module: the `__name__` of the importing module. If it was called as a command, it ends with the message.
+
+    Raises:
+        MissingPackage: if the package cannot be imported.
     """
     try:
         yield
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package
-        fault = "is not installed; pip install" if absent else f"cannot be imported ({error}); pip install --upgrade"
-        sentence = f"{by} needs {package}, which {fault} 'arcmerge[{extra}]'"
+        found, command = (
+            ("no such package", "install") if absent else (f"an import error ({error})", "install --upgrade")
+        )
+        missing = MissingPackage(
+            f"'{package}' must be installed for {by}, got {found}; pip {command} 'arcmerge[{extra}]'"
+        )
         if module == "__main__":
-            raise SystemExit(f"arcmerge: {sentence}") from None
-        raise MissingPackage(sentence) from error
+            raise SystemExit(f"arcmerge: {missing}") from None
+        raise missing from error
 
 
 class Problems:

@@ -1,4 +1,4 @@
-"""How many threads compute. The default is decided in one place, csrc/cpu/system/default_threads.cpp."""
+"""The number of threads. csrc/cpu/system/default_threads.cpp decides the default."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(threads: int) -> None:
-    """Sets the number of threads that merges and the operations of a model on the CPU use, from 1 to 1024.
+    """Set the number of threads that merges and the operations of a model on the CPU use.
 
     Results do not depend on it. PyTorch's own operations have :func:`torch.set_num_threads`.
-    Raises ValueError for anything else.
+
+    Args:
+        threads: a whole number from 1 to 1024.
+
+    Raises:
+        ValueError: for anything else.
     """
     try:
         if isinstance(threads, bool):
@@ -32,7 +37,7 @@ def set_num_threads(threads: int) -> None:
 
 
 def use_threads(threads: int | None) -> None:
-    """For commands: so many threads in all, PyTorch's included; None lets PyTorch have at most the default."""
+    """Set the threads of a command, PyTorch's included. None gives PyTorch at most the default."""
     if threads is not None:
         set_num_threads(threads)
     if (torch := sys.modules.get("torch")) is not None:

@@ -232,7 +232,7 @@ def test_a_process_may_end_while_a_daemon_thread_generates(tmp_path: Path) -> No
 
 
 TOLD = """
-import arcmerge.cli, os, signal, time
+import arcmerge.cli.doctor, os, signal, time
 from arcmerge import interrupts
 def call(arguments):
     {start}
@@ -240,8 +240,7 @@ def remove(*_, **named):
     os.kill(os.getpid(), signal.SIGINT)
 interrupts.shutil.rmtree = remove
 interrupts.remove_at_end("folder")
-arcmerge.cli._doctor = call
-arcmerge.cli._WHAT_AN_INTERRUPT_LEAVES[call] = "x"
+arcmerge.cli.doctor.run, arcmerge.cli.doctor.INTERRUPTED = call, "x"
 tell = interrupts.tell
 interrupts.tell = lambda complain: [tell(complain), os.kill(os.getpid(), signal.SIGINT), time.sleep(1)]
 """
@@ -267,8 +266,8 @@ def test_a_host_ends_with_130_and_a_sentence(tmp_path: Path, host: str) -> None:
 
 
 CHAT = f"""
-import types, arcmerge.cli
-arcmerge.cli._session = lambda arguments: types.SimpleNamespace(require_template=lambda: None)
+import types, arcmerge.cli.chat
+arcmerge.cli.chat.session = lambda arguments: types.SimpleNamespace(require_template=lambda: None)
 {ENTRY}
 """
 
@@ -322,7 +321,7 @@ def test_an_answer_is_said_to_be_incomplete(folder: Path) -> None:
 def test_a_sweep_goes_on_from_where_it_was_interrupted(folder: Path) -> None:
     out = folder / "sweep"
     call = ["sweep", str(folder / "recipe.yml"), "--text", str(folder / "text"), "--out", str(out), "-q"]
-    consequence = "what was scored is kept, and the same command goes on from there"
+    consequence = "the scored candidates are kept, and the same command resumes the sweep"
     assert run(interrupt_in("arcmerge.sweeping.journal:Journal.add"), *call) == (
         130,
         f"arcmerge: interrupted; {consequence}\n",

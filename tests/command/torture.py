@@ -29,7 +29,7 @@ from arcmerge.checkpoint.layout import SINGLE_NAME
 from arcmerge.cli import main
 from arcmerge.merging.execution.to_disk import DiskMerge
 from arcmerge.sweeping.candidates import of_numbers
-from arcmerge.sweeping.sweep import sweep
+from arcmerge.sweeping.sweep import score_candidates
 
 KILLS = int(os.environ.get("ARCMERGE_KILLS", "200"))
 STEPS = 60  # sizes of the room on a full disk
@@ -129,7 +129,7 @@ def test_sweeps_that_are_killed(bench: Bench) -> None:
 
     def work(out: Path) -> Callable[[], int]:
         def swept() -> int:
-            sweep(sweeps.recipe(bench.parents), wanted, sweeps.LeastT(), out, device="cpu", threads=1)
+            score_candidates(sweeps.recipe(bench.parents), wanted, sweeps.LeastT(), out, device="cpu", threads=1)
             return 0
 
         return swept

@@ -120,7 +120,7 @@ class World:
         )
         with Journal(folder / "journal.jsonl", _ABOUT) as journal:
             for number in range(2):
-                journal.add(Scored(f"t={number}", {"t": number}, {"t": float(number)}, 2.5, 0.1))
+                journal.add(Scored(f"t={number}", {"t": number}, {"t": float(number)}, score=2.5, seconds=0.1))
 
     def run(self, name: str, data: bytes) -> None:
         """Read the target's file with `data` as its content; raises what reading it raises."""
@@ -197,7 +197,7 @@ def _template(folder: Path) -> None:
 
 def _journal(folder: Path) -> None:
     with Journal(folder / "journal.jsonl", _ABOUT) as journal:
-        journal.add(Scored("t=2", {"t": 2}, {"t": 2.0}, 2.5, 0.1))
+        journal.add(Scored("t=2", {"t": 2}, {"t": 2.0}, score=2.5, seconds=0.1))
         best_of(journal.scored, minimize=True)
         write_tables(journal.scored, folder)
 

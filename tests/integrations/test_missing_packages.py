@@ -27,7 +27,9 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_host_that_is_called_as_a_command_ends_with_a_sentence(module: str, package: str, extra: str) -> None:
     name = f"arcmerge.integrations.{module}"
     ended = run(f"runpy.run_module('{name}', run_name='__main__', alter_sys=True)", package, "recipe.yml", "out")
-    sentence = f"arcmerge: {name} needs {package}, which is not installed; pip install 'arcmerge[{extra}]'\n"
+    sentence = (
+        f"arcmerge: '{package}' must be installed for {name}, got no such package; pip install 'arcmerge[{extra}]'\n"
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", sentence)
 
 
@@ -42,9 +44,8 @@ def test_a_host_that_is_imported_raises_one(module: str, package: str, extra: st
     name = f"arcmerge.integrations.{module}"
     code = f"\ntry:\n import {name}\nexcept ImportError as error:\n print(type(error).__name__, error)"
     ended = run(code, package)
-    assert ended.stdout == (
-        f"MissingPackage {name} needs {package}, which is not installed; pip install 'arcmerge[{extra}]'\n"
-    )
+    sentence = f"'{package}' must be installed for {name}, got no such package; pip install 'arcmerge[{extra}]'"
+    assert ended.stdout == f"MissingPackage {sentence}\n"
 
 
 @pytest.mark.parametrize(
@@ -53,17 +54,17 @@ def test_a_host_that_is_imported_raises_one(module: str, package: str, extra: st
         (
             "from arcmerge.merging.inspect.plots import load_pyplot; load_pyplot()",
             "matplotlib",
-            "a plot needs matplotlib, which is not installed; pip install 'arcmerge[plot]'",
+            "'matplotlib' must be installed for a plot, got no such package; pip install 'arcmerge[plot]'",
         ),
         (
             "from arcmerge.sweeping.evaluators import RayEvaluator; RayEvaluator(None)",
             "ray",
-            "--ray needs ray, which is not installed; pip install 'arcmerge[ray]'",
+            "'ray' must be installed for --ray, got no such package; pip install 'arcmerge[ray]'",
         ),
         (
-            "from arcmerge.sweeping.optimizer import Search; Search(None, True, None, [])",
+            "from arcmerge.sweeping.optimizer import Optimizer; Optimizer(None, True, None, [])",
             "optuna",
-            "--optimize needs optuna, which is not installed; pip install 'arcmerge[sweep]'",
+            "'optuna' must be installed for --optimize, got no such package; pip install 'arcmerge[sweep]'",
         ),
     ],
 )
@@ -80,7 +81,7 @@ def test_a_package_that_is_there_and_lacks_something_is_told_from_one_that_is_no
     with pytest.raises(MissingPackage) as caught, needed("mergekit", by="this", extra="mergekit"):
         raise ModuleNotFoundError("No module named 'peft'", name="peft")
     assert str(caught.value) == (
-        "this needs mergekit, which cannot be imported (No module named 'peft'); "
+        "'mergekit' must be installed for this, got an import error (No module named 'peft'); "
         "pip install --upgrade 'arcmerge[mergekit]'"
     )
 

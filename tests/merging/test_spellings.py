@@ -15,6 +15,7 @@ from arcmerge.cli import main
 from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.recipe import load_recipe
 from arcmerge.sweeping.journal import Scored
+from arcmerge.sweeping.sweep import SweepResult
 
 SLERP: dict[str, Any] = {
     "merge_method": "slerp",
@@ -174,9 +175,9 @@ def test_everywhere_a_recipe_is_taken(here: Path, tmp_path: Path, capsys: pytest
 def test_a_sweep_of_a_line_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     called: dict[str, Any] = {}
 
-    def sweep(config: str, candidates: object, score: object, out: Path, **options: object) -> Scored:
+    def sweep(config: str, out: Path, **options: object) -> SweepResult:
         called.update(config=config, out=out)
-        return Scored("best", {"t": 0.5}, {}, score=1.0, seconds=1.0)
+        return SweepResult(Scored("best", {"t": 0.5}), (), "score", out)
 
     monkeypatch.setattr("arcmerge.sweeping.sweep.sweep", sweep)
     for config, folder in ((ONE_LINE, "sweep-recipe"), ("mine.yml", "sweep-mine")):

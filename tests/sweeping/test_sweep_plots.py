@@ -10,29 +10,34 @@ from typing import Any
 import pytest
 
 from arcmerge.sweeping.journal import Scored
-from arcmerge.sweeping.plots import MOST_NAMES, plot
+from arcmerge.sweeping.plots import MAX_ROWS, plot
 
-PARENTS = [Scored(f"t={t}", {"t": t}, {"t": t}, 9.0 + t) for t in (0, 1)]
-LINE = [Scored(f"t={t}", {"t": t}, {"t": t}, 8 + (t - 0.5) ** 2) for t in (0.25, 0.5, 0.75)]
-AXIS = [Scored(f"mlp={t}", {"t": [{"filter": "mlp", "value": t}]}, {"mlp": t}, 8 + t) for t in (0, 0.5, 1)]
+PARENTS = [Scored(f"t={t}", {"t": t}, {"t": t}, score=9.0 + t) for t in (0, 1)]
+LINE = [Scored(f"t={t}", {"t": t}, {"t": t}, score=8 + (t - 0.5) ** 2) for t in (0.25, 0.5, 0.75)]
+AXIS = [Scored(f"mlp={t}", {"t": [{"filter": "mlp", "value": t}]}, {"mlp": t}, score=8 + t) for t in (0, 0.5, 1)]
 GRID = [
-    Scored(f"a={a}, b={b}", {"t": [{"filter": "a", "value": a}, {"filter": "b", "value": b}]}, {"a": a, "b": b}, a + b)
+    Scored(
+        f"a={a}, b={b}",
+        {"t": [{"filter": "a", "value": a}, {"filter": "b", "value": b}]},
+        {"a": a, "b": b},
+        score=a + b,
+    )
     for a in (0, 0.5, 1)
     for b in (0, 1)
 ]
 POINTS = [
-    Scored(f"trial {n}", {"t": [n / 9, n / 8]}, {"t[0]": n / 9, "t[1]": n / 8}, 8 + n / 9, proposed=True)
+    Scored(f"trial {n}", {"t": [n / 9, n / 8]}, {"t[0]": n / 9, "t[1]": n / 8}, score=8 + n / 9, proposed=True)
     for n in range(9)
 ]
 CURVES = [
-    Scored("v", {"t": [0, 1, 0]}, {}, 7.0),
+    Scored("v", {"t": [0, 1, 0]}, {}, score=7.0),
     Scored("two", {"t": [{"filter": "mlp", "value": 1}, {"value": [0, 1]}]}),
 ]
 TRIALS = [
-    Scored(f"trial {n}", {"t": [0, n / 9, 1]}, {f"t[{k}]": n / 9 for k in range(3)}, 8 + n % 3, proposed=True)
+    Scored(f"trial {n}", {"t": [0, n / 9, 1]}, {f"t[{k}]": n / 9 for k in range(3)}, score=8 + n % 3, proposed=True)
     for n in range(9)
 ]
-MANY = [Scored(f"curve {n}", {"t": [0, n / 99]}, {}, 8.0 + n) for n in range(MOST_NAMES + 1)]
+MANY = [Scored(f"curve {n}", {"t": [0, n / 99]}, {}, score=8.0 + n) for n in range(MAX_ROWS + 1)]
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def test_best_and_parents_are_marked(
 
 @pytest.mark.parametrize("scored", [LINE, GRID, CURVES, TRIALS])
 def test_without_parents_or_scores(tmp_path: Path, drawn: list[Any], scored: list[Scored]) -> None:
-    none = [Scored(one.name, one.parameters, one.varied, math.nan, proposed=one.proposed) for one in scored]
+    none = [Scored(one.name, one.parameters, one.varied, score=math.nan, proposed=one.proposed) for one in scored]
     plot(none, [], "accuracy", False, tmp_path / "none.png")
     plot(scored, [], "accuracy", False, tmp_path / "some.png")
     assert [figure.get_suptitle()[:4] for figure in drawn] == ["no s", "best"]

@@ -17,8 +17,8 @@ import arcmerge
 from arcmerge.merging.recipe.recipe import load_recipe
 from arcmerge.sweeping.candidates import of_numbers
 from arcmerge.sweeping.journal import Scored
-from arcmerge.sweeping.optimizer import Optimize, Search
-from arcmerge.sweeping.sweep import BEST, sweep
+from arcmerge.sweeping.optimizer import Optimize, Optimizer
+from arcmerge.sweeping.sweep import BEST, score_candidates
 from paths import PYTHONPATH
 from sweeps import LeastT, recipe, rows
 
@@ -27,9 +27,9 @@ from sweeps import LeastT, recipe, rows
 def test_a_search_comes_near_and_goes_on_from_its_journal(models: Path, tmp_path: Path, sampler: str) -> None:
     config, out = recipe(models, [{"filter": "mlp", "value": [0, 1]}, {"value": 0}]), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        sweep(config, [], LeastT(fails_at=15), out, optimize=Optimize(40, sampler=sampler), device="cpu")
+        score_candidates(config, [], LeastT(fails_at=15), out, optimize=Optimize(40, sampler=sampler), device="cpu")
     score = LeastT()
-    best = sweep(config, [], score, out, optimize=Optimize(40, sampler=sampler), device="cpu")
+    best = score_candidates(config, [], score, out, optimize=Optimize(40, sampler=sampler), device="cpu").best
     assert score.calls == 25
     found = rows(out)
     assert list(found[0]) == ["candidate", "mlp[0]", "mlp[1]", "t", "score", "seconds"]
@@ -42,27 +42,27 @@ def test_a_search_comes_near_and_goes_on_from_its_journal(models: Path, tmp_path
 
 
 def test_a_search_is_the_same_each_time_and_keeps_to_its_bounds(models: Path) -> None:
-    one, other = (Search(load_recipe(recipe(models, [0, 1])), True, Optimize(5, -1, 0.2), []) for _ in range(2))
+    one, other = (Optimizer(load_recipe(recipe(models, [0, 1])), True, Optimize(5, -1, 0.2), []) for _ in range(2))
     for number in range(5):
         asked = one.ask()
         assert asked == other.ask()
         assert all(-1 <= value <= 0.2 for value in asked.varied.values())
         assert asked.parameters["t"] == list(asked.varied.values())
         score = math.nan if number == 1 else float(number)
-        one.tell(asked, score)
-        other.tell(asked, score)
-    scalar = Search(load_recipe(recipe(models)), True, Optimize(1), []).ask()
+        one.tell(Scored.of(asked, score, 1.0))
+        other.tell(Scored.of(asked, score, 1.0))
+    scalar = Optimizer(load_recipe(recipe(models)), True, Optimize(1), []).ask()
     assert scalar.parameters == {"t": scalar.varied["t"]}
 
 
 def test_only_proposals_count_as_such(models: Path, tmp_path: Path) -> None:
     """What was listed comes first, and an optimiser over the same numbers learns from it."""
-    options: dict[str, Any] = {"device": "cpu", "listen": lambda one, best, done, total: told.append((done, total))}
+    options: dict[str, Any] = {"device": "cpu", "progress": lambda one, best, done, total: told.append((done, total))}
     told: list[tuple[int, int]] = []
     out, listed = tmp_path / "out", of_numbers([0.1, 0.9])
-    sweep(recipe(models), listed, LeastT(), out, **options)
-    sweep(recipe(models), listed[:1], LeastT(), out, optimize=Optimize(2), **options)
-    sweep(recipe(models), listed[:1], LeastT(), out, optimize=Optimize(4), **options)
+    score_candidates(recipe(models), listed, LeastT(), out, **options)
+    score_candidates(recipe(models), listed[:1], LeastT(), out, optimize=Optimize(2), **options)
+    score_candidates(recipe(models), listed[:1], LeastT(), out, optimize=Optimize(4), **options)
     assert told == [(1, 2), (2, 2), (2, 3), (3, 3), (4, 5), (5, 5)]
     assert [row["candidate"] for row in rows(out)] == [
         "t=0.1",
@@ -73,21 +73,21 @@ def test_only_proposals_count_as_such(models: Path, tmp_path: Path) -> None:
 
 def test_a_proposal_that_was_lost_leaves_no_name_twice(models: Path) -> None:
     """As where a cluster was killed with the third scored and the second not."""
-    told = [Scored(f"trial {number}", {"t": 0.5}, {"t": 0.5}, 1.0, proposed=True) for number in (1, 3)]
-    asked = Search(load_recipe(recipe(models)), True, Optimize(5), told).ask()
+    told = [Scored(f"trial {number}", {"t": 0.5}, {"t": 0.5}, proposed=True, score=1.0) for number in (1, 3)]
+    asked = Optimizer(load_recipe(recipe(models)), True, Optimize(5), told).ask()
     assert asked.name == "trial 4"
 
 
 def test_a_search_needs_numbers_and_bounds(models: Path, tmp_path: Path) -> None:
     linear = {"merge_method": "linear", "models": recipe(models)["models"], "parameters": {"weight": 0.5}}
     with pytest.raises(arcmerge.ArcmergeError, match="`linear` has no parameter `t`"):
-        sweep(linear, [], LeastT(), tmp_path / "out", optimize=Optimize(2), device="cpu")
+        score_candidates(linear, [], LeastT(), tmp_path / "out", optimize=Optimize(2), device="cpu")
     silent = recipe(models)
     del silent["parameters"]
-    with pytest.raises(arcmerge.ArcmergeError, match="the recipe has none there"):
-        Search(load_recipe(silent), True, Optimize(1), [])
-    with pytest.raises(arcmerge.ArcmergeError, match="low:high with low below high, got 1:1"):
-        Search(load_recipe(recipe(models)), True, Optimize(1, 1, 1), [])
+    with pytest.raises(arcmerge.ArcmergeError, match="'t' must be set under 'parameters' for --optimize"):
+        Optimizer(load_recipe(silent), True, Optimize(1), [])
+    with pytest.raises(arcmerge.ArcmergeError, match="'bounds' must be low:high with low below high, got 1:1"):
+        Optimizer(load_recipe(recipe(models)), True, Optimize(1, 1, 1), [])
 
 
 # ---- a cluster
@@ -125,27 +125,28 @@ def cluster() -> Iterator[Any]:
 def test_a_cluster_scores_as_one_process_does_though_actors_die(models: Path, tmp_path: Path, cluster: Any) -> None:
     candidates = of_numbers([0.0, 0.25, 0.5, 1.0])
     options: dict[str, Any] = {"device": "cpu", "threads": 1}
-    best = sweep(recipe(models), candidates, Mortal(tmp_path / "mark"), tmp_path / "many", ray=True, **options)
+    mortal, config = Mortal(tmp_path / "mark"), recipe(models)
+    best = score_candidates(config, candidates, mortal, tmp_path / "many", ray=True, **options).best
     assert (tmp_path / "mark").exists()
-    alone = sweep(recipe(models), candidates, Mortal(tmp_path / "mark"), tmp_path / "one", **options)
+    alone = score_candidates(config, candidates, mortal, tmp_path / "one", **options).best
     assert best is not None
     assert alone is not None
     assert (best.name, best.score) == (alone.name, alone.score) == ("t=0.5", pytest.approx(0.1))
     scores = [{row["candidate"]: row["score"] for row in rows(tmp_path / name)} for name in ("many", "one")]
     assert scores[0] == scores[1]
-    search = sweep(
-        recipe(models), [], Mortal(tmp_path / "mark"), tmp_path / "search", optimize=Optimize(5), ray=True, **options
-    )
-    assert search is not None
+    options["optimize"] = Optimize(5)
+    assert score_candidates(config, [], mortal, tmp_path / "search", ray=True, **options).best is not None
     assert len(rows(tmp_path / "search")) == 5
 
 
 def test_a_cluster_passes_on_what_is_wrong(models: Path, tmp_path: Path, cluster: Any) -> None:
     options: dict[str, Any] = {"device": "cpu", "threads": 2, "ray": True}
     with pytest.raises(arcmerge.ArcmergeError, match=r"0\.75 cannot be scored"):
-        sweep(recipe(models), of_numbers([0.75]), Mortal(tmp_path / "mark"), tmp_path / "one", **options)
-    with pytest.raises(arcmerge.ArcmergeError, match=r"t=0\.5: the worker that scored it died 3 times"):
-        sweep(recipe(models), of_numbers([0.5]), Mortal(tmp_path / "mark", always=True), tmp_path / "two", **options)
+        score_candidates(recipe(models), of_numbers([0.75]), Mortal(tmp_path / "mark"), tmp_path / "one", **options)
+    with pytest.raises(arcmerge.ArcmergeError, match=r"'t=0\.5' must be scored by a worker that lives, got 3 deaths"):
+        score_candidates(
+            recipe(models), of_numbers([0.5]), Mortal(tmp_path / "mark", always=True), tmp_path / "two", **options
+        )
 
 
 def _refuse() -> None:
@@ -165,9 +166,9 @@ class Stationary:
 
 
 def test_a_worker_that_cannot_start_says_why(models: Path, tmp_path: Path, cluster: Any) -> None:
-    sentence = r"^a worker of the cluster cannot start: the models are not on this machine$"
+    sentence = r"^'--ray' must be able to start workers, got an error: the models are not on this machine$"
     with pytest.raises(arcmerge.ArcmergeError, match=sentence):
-        sweep(recipe(models), of_numbers([0.5]), Stationary(), tmp_path / "out", device="cpu", ray=True)
+        score_candidates(recipe(models), of_numbers([0.5]), Stationary(), tmp_path / "out", device="cpu", ray=True)
 
 
 class OwnGpu:
@@ -188,15 +189,15 @@ def test_every_gpu_of_a_cluster_has_an_actor(models: Path, tmp_path: Path, clust
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device, which is not asked to be two")
     options: dict[str, Any] = {"device": "auto", "ray": True}
-    sweep(recipe(models), of_numbers([0.0, 0.25, 0.5, 1.0]), OwnGpu(), tmp_path / "out", **options)
+    score_candidates(recipe(models), of_numbers([0.0, 0.25, 0.5, 1.0]), OwnGpu(), tmp_path / "out", **options)
     assert {float(row["score"]) for row in rows(tmp_path / "out")} == {0.0, 1.0}
 
 
 @pytest.mark.parametrize(
     ("processors", "device", "sentence"),
     [
-        (8.0, "cuda:1", "--device cuda:1: the cluster has no GPU; use --device cpu"),
-        (0.0, "cpu", "neither a processor nor"),
+        (8.0, "cuda:1", "'device' must be one that the cluster has, got cuda:1 and no GPU; use --device cpu"),
+        (0.0, "cpu", "must find a processor or a GPU"),
     ],
 )
 def test_a_cluster_that_has_nothing_to_give(
@@ -206,4 +207,4 @@ def test_a_cluster_that_has_nothing_to_give(
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": processors}}])
     with pytest.raises(arcmerge.ArcmergeError, match=sentence):
-        sweep(recipe(models), of_numbers([0.5]), OwnGpu(), tmp_path / "out", device=device, ray=True)
+        score_candidates(recipe(models), of_numbers([0.5]), OwnGpu(), tmp_path / "out", device=device, ray=True)

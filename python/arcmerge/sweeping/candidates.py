@@ -1,7 +1,8 @@
-"""What a sweep tries: parameters of a merge, by name, with the few numbers in which they differ."""
+"""The candidates of a sweep: sets of merge parameters."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -11,14 +12,20 @@ from typing import Any
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.recipe.recipe import Recipe
 
-MOST_CANDIDATES = 100_000
+MAX_CANDIDATES = 100_000
+
+Values = str | float | Sequence[float]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """name: in tables and plots. parameters: as under `parameters:`. varied: the numbers that set it apart, by name.
+    """Merge parameters to try.
 
-    proposed: by an optimiser.
+    Args:
+        name: the name in tables and plots.
+        parameters: the parameters as under `parameters:` in a recipe.
+        varied: the numbers that set this candidate apart from the others, by name.
+        proposed: whether an optimizer proposed it.
     """
 
     name: str
@@ -27,78 +34,84 @@ class Candidate:
     proposed: bool = False
 
 
-def read_values(text: str) -> list[float]:
-    """The numbers of `0:1:0.1` (first, last, step) or `0,0.5,1`. Raises ArcmergeError for anything else.
+def read_values(given: Values, name: str) -> list[float]:
+    """Numbers, from a text or from a list of them.
 
-    Steps are decimal, so that 0.3 is 0.3.
+    Args:
+        given: "first:last:step" as in "0:1:0.1", in decimal steps so that 0.3 is 0.3; numbers separated by commas as in
+            "0,0.5,1"; or the numbers themselves.
+        name: what the numbers are for, in the message of an error.
+
+    Raises:
+        ArcmergeError: for anything else.
     """
     try:
-        if ":" not in text:
-            return [_number(part) for part in text.split(",")]
-        first, last, step = (Decimal(part.strip()) for part in text.split(":"))
-        if not step or not (last - first) / step >= 0 or (last - first) / step > MOST_CANDIDATES:
+        if not isinstance(given, str):
+            return [_finite(value) for value in (given if isinstance(given, Sequence) else [given])]
+        if ":" not in given:
+            return [_finite(part) for part in given.split(",")]
+        first, last, step = (Decimal(part.strip()) for part in given.split(":"))
+        if not step or not 0 <= (last - first) / step <= MAX_CANDIDATES:
             raise ValueError
-        return [float(first + step * number) for number in range(int((last - first) / step) + 1)]
-    except (InvalidOperation, ValueError, OverflowError) as error:
+        return [float(first + step * index) for index in range(int((last - first) / step) + 1)]
+    except (InvalidOperation, ValueError, TypeError, OverflowError) as error:
         raise ArcmergeError(
-            f"values must be first:last:step as 0:1:0.1, or numbers as 0,0.5,1, got '{text}'"
+            f"'{name}' must be first:last:step as 0:1:0.1, or numbers as 0,0.5,1, got {given!r:.80}"
         ) from error
 
 
 def of_numbers(values: Sequence[float]) -> list[Candidate]:
-    """One t for the whole model each."""
+    """A candidate for each number: that `t` for the whole model."""
     return [Candidate(f"t={value:g}", {"t": value}, {"t": value}) for value in values]
 
 
 def parents(recipe: Recipe) -> list[Candidate]:
-    """The two ends of a slerp, which are its parents; none of other methods, where no t gives a parent."""
+    """The two parents of a slerp, which are its ends; an empty list for other methods, where no `t` gives a parent."""
     return of_numbers([0.0, 1.0]) if recipe.method == "slerp" else []
 
 
-def of_curve(text: str) -> Candidate:
-    """The gradient of `name=0,0.5,1`. Raises ArcmergeError for anything else."""
-    name, equals, values = text.partition("=")
-    if not equals or not name.strip():
-        raise ArcmergeError(f"a curve must be a name and its numbers, as v=0,0.5,1,0.5,0, got '{text}'")
-    return Candidate(name.strip(), {"t": read_values(values)})
+def of_curves(curves: Mapping[str, Values]) -> list[Candidate]:
+    """A candidate for each curve: its numbers are a gradient of `t` over the layers."""
+    return [Candidate(name, {"t": read_values(values, f"curve {name}")}) for name, values in curves.items()]
 
 
-def of_grid(axes: Sequence[str], recipe: Recipe) -> list[Candidate]:
-    """Every combination of `filter=0:1:0.5`, one t for the tensors with each filter in their names.
+def of_grid(axes: Mapping[str, Values], recipe: Recipe) -> list[Candidate]:
+    """A candidate for each combination of values.
 
-    Other tensors keep the t of the recipe. Raises ArcmergeError for anything else, see also `rules`.
+    Args:
+        axes: for each filter the values of `t` for the tensors whose names match it. Other tensors keep the `t` of the
+            recipe.
+        recipe: the recipe that is varied.
+
+    Raises:
+        ArcmergeError: for wrong values, for more than 100,000 combinations, and as `rules` does.
     """
-    names, values = [], []
-    for text in axes:
-        name, equals, numbers = text.partition("=")
-        if not equals or not name.strip() or name.strip() in names:
-            raise ArcmergeError(
-                f"an axis must be a filter of its own and its values, as self_attn=0:1:0.25, got '{text}'"
-            )
-        names.append(name.strip())
-        values.append(read_values(numbers))
-    total = 1
-    for one in values:
-        total *= len(one)
-    if total > MOST_CANDIDATES:
-        raise ArcmergeError(f"a grid may have {MOST_CANDIDATES} candidates, got {total}; take fewer values")
+    if not axes:
+        return []
+    values = [read_values(given, f"grid {name}") for name, given in axes.items()]
+    if (total := math.prod(map(len, values))) > MAX_CANDIDATES:
+        raise ArcmergeError(f"'grid' must have at most {MAX_CANDIDATES} combinations, got {total}; take fewer values")
     rest = rules(recipe)
     found = []
     for combination in product(*values):
-        varied = dict(zip(names, combination, strict=True))
-        own = [{"filter": name, "value": value} for name, value in varied.items()]
+        varied = dict(zip(axes, combination, strict=True))
+        filters = [{"filter": name, "value": value} for name, value in varied.items()]
         label = ", ".join(f"{name}={value:g}" for name, value in varied.items())
-        found.append(Candidate(label, {"t": [*own, *rest]}, varied))
+        found.append(Candidate(label, {"t": [*filters, *rest]}, varied))
     return found
 
 
 def rules(recipe: Recipe) -> list[dict[str, Any]]:
-    """What the recipe says of t for all of the model, as a list of `{filter, value}`; an empty one if it is silent.
+    """The recipe's `t` for the whole model as a list of `{filter, value}`; an empty list if it sets none.
 
-    Raises ArcmergeError if it says more of it elsewhere, which would be lost.
+    Raises:
+        ArcmergeError: if the recipe sets `t` in other places too, because these values would be lost.
     """
-    if any("t" in part.rules for part in (recipe.module_parameters, *(piece.parameters for piece in recipe.slices))):
-        raise ArcmergeError("`t` must stand under the recipe's own `parameters:` to be varied, not under a slice's")
+    if any("t" in part.rules for part in (recipe.module_parameters, *(slice.parameters for slice in recipe.slices))):
+        raise ArcmergeError(
+            "'t' must be set under the recipe's own 'parameters' to be varied, got values under a slice or a module; "
+            "move them there"
+        )
     return [
         {**({"filter": rule.filter} if rule.filter is not None else {}), "value": list(rule.values)}
         for rule in recipe.parameters.rules.get("t", ())
@@ -106,8 +119,8 @@ def rules(recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def _number(text: str) -> float:
-    number = float(text)
-    if not abs(number) < float("inf"):
-        raise ValueError(text)
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(value)
     return number

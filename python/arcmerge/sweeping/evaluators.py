@@ -1,32 +1,25 @@
-"""Where candidates are merged and scored: in this process, or by actors of a Ray cluster; parents resident in each."""
+"""Evaluators merge and score candidates: in this process, or in the actors of a Ray cluster."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from arcmerge.errors import ArcmergeError, needed
 from arcmerge.sweeping.candidates import Candidate
+from arcmerge.sweeping.journal import Scored
 from arcmerge.sweeping.scores import Score
 
-# A candidate whose actor dies as often is what kills them.
-MOST_DEATHS = 3
-
-
-class Evaluated(NamedTuple):
-    """seconds: of merging and scoring."""
-
-    candidate: Candidate
-    score: float
-    seconds: float
+# A candidate whose actor dies this often is taken for the cause.
+MAX_DEATHS = 3
 
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """What it takes to score a candidate. options: as of Gemma2.from_merge."""
+    """The arguments of a model to merge and score. `options` are keyword arguments of Gemma2.from_merge."""
 
     recipe: str
     score: Score
@@ -36,33 +29,32 @@ class EvaluationSpec:
 
 
 class LocalEvaluator:
-    """In this process, one after another."""
+    """Scores candidates in this process, one after another."""
 
-    def __init__(self, bench: EvaluationSpec) -> None:
+    def __init__(self, spec: EvaluationSpec) -> None:
         from arcmerge.gemma2.model import Gemma2
 
-        self._score = bench.score
-        self._model = Gemma2.from_merge(bench.recipe, bench.device, bench.numerics, **bench.options)
+        self._score = spec.score
+        self._model = Gemma2.from_merge(spec.recipe, spec.device, spec.numerics, **spec.options)
 
-    def evaluate(self, candidates: Iterable[Candidate]) -> Iterator[Evaluated]:
-        """Scores in the order of the candidates, of which it takes one when it gives the last one's."""
-        for candidate in candidates:
-            yield Evaluated(candidate, *self.score(candidate))
+    def evaluate(self, candidates: Iterable[Candidate]) -> Iterator[Scored]:
+        """Yields scores in the order of the candidates, and takes the next candidate after each."""
+        return map(self.score, candidates)
 
-    def score(self, candidate: Candidate) -> tuple[float, float]:
+    def score(self, candidate: Candidate) -> Scored:
         started = time.monotonic()
         self._model.set_t(candidate.parameters)
-        return self._score(self._model), time.monotonic() - started
+        return Scored.of(candidate, self._score(self._model), time.monotonic() - started)
 
 
 class RayEvaluator:
-    """By an actor for each GPU of a Ray cluster; where it has none, for each `threads` processors of a machine.
+    """Scores candidates in the actors of a Ray cluster: one actor per GPU, or per `threads` processors without GPUs.
 
-    The cluster is the one that RAY_ADDRESS names, or else this machine. Models must be found under the same paths on
-    all machines. Actors may die: their candidates are scored again by others.
+    The cluster is the one that RAY_ADDRESS names, or this machine. All machines must find the models under the same
+    paths. If an actor dies, another one scores its candidate again.
     """
 
-    def __init__(self, bench: EvaluationSpec) -> None:
+    def __init__(self, spec: EvaluationSpec) -> None:
         with needed("ray", by="--ray", extra="ray"):
             import ray
         self._ray: Any = ray
@@ -70,25 +62,26 @@ class RayEvaluator:
             self._ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
         machines: list[dict[str, float]] = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         gpus = [machine for machine in machines if machine.get("GPU", 0) >= 1]
-        if bench.device.startswith("cuda") and not gpus:
-            raise ArcmergeError(f"--device {bench.device}: the cluster has no GPU; use --device cpu")
-        self._on_gpus = bool(gpus) and bench.device != "cpu"
-        if self._on_gpus:  # as many processors as an actor can have beside any of the GPUs
-            most = int(min(machine.get("CPU", 0) // machine["GPU"] for machine in gpus))
+        if spec.device.startswith("cuda") and not gpus:
+            raise ArcmergeError(
+                f"'device' must be one that the cluster has, got {spec.device} and no GPU; use --device cpu"
+            )
+        self._on_gpus = bool(gpus) and spec.device != "cpu"
+        if self._on_gpus:  # the processors that an actor can have next to each GPU
+            available = int(min(machine.get("CPU", 0) // machine["GPU"] for machine in gpus))
         else:
-            most = int(max(machine.get("CPU", 0) for machine in machines))
-        self._threads = max(1, min(bench.options.get("threads") or most, most))
+            available = int(max(machine.get("CPU", 0) for machine in machines))
+        self._threads = max(1, min(spec.options.get("threads") or available, available))
         kind, each = ("GPU", 1) if self._on_gpus else ("CPU", self._threads)
         self._count = sum(int(machine.get(kind, 0)) // each for machine in machines)
         if not self._count:
-            raise ArcmergeError("--ray: the cluster has neither a processor nor a GPU to give; add machines to it")
-        options = {name: value for name, value in bench.options.items() if name != "warn"}
-        # An actor sees the one GPU that is its own, whatever its number.
-        device = bench.device.partition(":")[0]
-        self._bench = EvaluationSpec(bench.recipe, bench.score, device, bench.numerics, options)
+            raise ArcmergeError("'--ray' must find a processor or a GPU, got a cluster without; add machines to it")
+        options = {name: value for name, value in spec.options.items() if name != "warn"}
+        # Each actor sees one GPU only, which is its cuda:0 whatever index the machine gives it.
+        self._spec = replace(spec, device=spec.device.partition(":")[0], options=options)
 
-    def evaluate(self, candidates: Iterable[Candidate]) -> Iterator[Evaluated]:
-        """Scores in the order in which they are done; takes a candidate whenever an actor has nothing to do."""
+    def evaluate(self, candidates: Iterable[Candidate]) -> Iterator[Scored]:
+        """Yields scores in the order in which they are done, and takes a candidate whenever an actor is idle."""
         ray, waiting, following = self._ray, deque[Candidate](), iter(candidates)
         idle = deque(self._actor() for _ in range(self._count))
         working: dict[Any, tuple[Any, Candidate]] = {}
@@ -103,16 +96,18 @@ class RayEvaluator:
                 (done, *_), _rest = ray.wait(list(working), num_returns=1)
                 actor, candidate = working.pop(done)
                 try:
-                    found = ray.get(done)
+                    scored = ray.get(done)
                 except ray.exceptions.RayActorError as error:
-                    if error.actor_init_failed:  # which another one would too
+                    if error.actor_init_failed:  # every other actor would fail too
                         *_, reason = str(error).split("ArcmergeError: ")
-                        raise ArcmergeError(f"a worker of the cluster cannot start: {reason.strip()}") from error
-                    deaths[candidate.name] += 1
-                    if deaths[candidate.name] >= MOST_DEATHS:
                         raise ArcmergeError(
-                            f"{candidate.name}: the worker that scored it died {MOST_DEATHS} times; see Ray's "
-                            "logs, and give workers more memory"
+                            f"'--ray' must be able to start workers, got an error: {reason.strip()}"
+                        ) from error
+                    deaths[candidate.name] += 1
+                    if deaths[candidate.name] >= MAX_DEATHS:
+                        raise ArcmergeError(
+                            f"'{candidate.name}' must be scored by a worker that lives, got {MAX_DEATHS} deaths; see "
+                            "Ray's logs, and give the workers more memory"
                         ) from error
                     waiting.append(candidate)
                     idle.append(self._actor())
@@ -120,27 +115,23 @@ class RayEvaluator:
                     raise error.cause from None
                 else:
                     idle.append(actor)
-                    yield Evaluated(candidate, *found)
+                    yield scored
         finally:
             for actor in [*idle, *(actor for actor, _ in working.values())]:
                 ray.kill(actor)
 
     def _actor(self) -> Any:
-        needs = {"num_cpus": self._threads, "num_gpus": int(self._on_gpus)}
-        return self._ray.remote(**needs)(Worker).remote(self._bench, self._threads)
+        resources = {"num_cpus": self._threads, "num_gpus": int(self._on_gpus)}
+        return self._ray.remote(**resources)(_Worker).remote(self._spec, self._threads)
 
 
-class Worker:
-    """An actor: a residence of the parents with threads of its own."""
+class _Worker(LocalEvaluator):
+    """An actor: a LocalEvaluator with threads of its own."""
 
-    def __init__(self, bench: EvaluationSpec, threads: int) -> None:
-        import torch  # noqa: F401, so that its threads are set too
+    def __init__(self, spec: EvaluationSpec, threads: int) -> None:
+        import torch  # noqa: F401, so that use_threads sets its threads too
 
         from arcmerge.threads import use_threads
 
         use_threads(threads)
-        bench.options["threads"] = threads
-        self._here = LocalEvaluator(bench)
-
-    def score(self, candidate: Candidate) -> tuple[float, float]:
-        return self._here.score(candidate)
+        super().__init__(replace(spec, options={**spec.options, "threads": threads}))

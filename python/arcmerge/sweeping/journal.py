@@ -1,4 +1,4 @@
-"""The journal of a sweep: a line for every candidate that was scored, so that a run that ended early goes on."""
+"""The journal of a sweep: one line for each scored candidate, so that a sweep that was ended can be resumed."""
 
 from __future__ import annotations
 
@@ -7,27 +7,33 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from arcmerge.checkpoint.header import parse_object
 from arcmerge.errors import ArcmergeError
+from arcmerge.sweeping.candidates import Candidate
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A candidate and what came of it. seconds: of merging and scoring."""
+class Scored(Candidate):
+    """A candidate with its score.
 
-    name: str
-    parameters: Mapping[str, Any]
-    varied: Mapping[str, float] = field(default_factory=dict)
+    Args:
+        score: NaN if the candidate has none.
+        seconds: the time of merging and scoring.
+    """
+
     score: float = math.nan
     seconds: float = 0.0
-    proposed: bool = False
+
+    @classmethod
+    def of(cls, candidate: Candidate, score: float, seconds: float) -> Scored:
+        return cls(**vars(candidate), score=score, seconds=seconds)
 
     def __post_init__(self) -> None:
-        """Raises TypeError and OverflowError for values of other types and sizes, which only a file can hold."""
+        """Raises TypeError or OverflowError for values of other types or sizes, which a damaged file may hold."""
         numbers = (self.score, self.seconds, *self.varied.values())
         if not (
             isinstance(self.name, str)
@@ -35,21 +41,25 @@ class Scored:
             and isinstance(self.proposed, bool)
             and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
         ):
-            raise TypeError("a candidate has a name, parameters, and numbers for what was varied, score and seconds")
+            raise TypeError("'entry' must have a name, parameters and numbers, got other types")
         for number in numbers:
             float(number)
 
 
 class Journal:
-    """Lines of JSON in a file: first what the sweep is, then its candidates as they were scored.
+    """A file with one JSON object per line: first the identity of the sweep, then each scored candidate.
 
-    about: what must be the same for the file to be that of the same sweep. Raises ArcmergeError if it is another's, or
-    if another process has it open.
+    Args:
+        file: the file, which is created if it is missing and locked while the journal is open.
+        identity: the values that must be equal for the file to belong to the same sweep.
+
+    Raises:
+        ArcmergeError: if the file belongs to another sweep, or is in use by another process.
     """
 
-    def __init__(self, file: Path, about: Mapping[str, Any]) -> None:
-        self._name = file
-        self._about = about
+    def __init__(self, file: Path, identity: Mapping[str, Any]) -> None:
+        self._path = file
+        self._identity = identity
         self._file = file.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,7 +67,8 @@ class Journal:
         except BlockingIOError as error:
             self._file.close()
             raise ArcmergeError(
-                f"{file}: another sweep writes to it now; wait for it, or name another --out"
+                f"'{file}' must be written by one sweep at a time, got a second one; wait for the first, or name "
+                "another --out"
             ) from error
         except ArcmergeError:
             self._file.close()
@@ -70,30 +81,32 @@ class Journal:
         self._file.close()
 
     def add(self, scored: Scored) -> None:
-        """Returns when the line is durable."""
-        lines = [asdict(scored)] if self.scored else [self._about, asdict(scored)]
+        """Append a candidate. The line is on the disk when this returns."""
+        lines = [asdict(scored)] if self.scored else [self._identity, asdict(scored)]
         self._file.write("".join(json.dumps(line) + "\n" for line in lines))
         self._file.flush()
         os.fsync(self._file.fileno())
         self.scored.append(scored)
 
     def _read(self) -> list[Scored]:
-        """What is in the file, which is left with whole lines: one that the end of a run cut short was not scored."""
+        """The candidates of the file. An incomplete last line, which an ended run leaves, is cut off."""
         try:
             self._file.seek(0)
             text = self._file.read()
             whole = text[: text.rfind("\n") + 1]
-            lines = [parse_object(line.encode(), self._name) for line in whole.splitlines()]
-            about, *rest = lines or [dict(self._about)]
+            lines = [parse_object(line.encode(), self._path) for line in whole.splitlines()]
+            identity, *rest = lines or [dict(self._identity)]
             scored = [Scored(**entry) for entry in rest]
-            if about.keys() != self._about.keys():
-                raise ValueError("another's keys")
+            if identity.keys() != self._identity.keys():
+                raise ValueError
         except (ValueError, TypeError, AttributeError, OverflowError, ArcmergeError) as error:
-            raise ArcmergeError(f"{self._name}: is not the journal of a sweep; name another --out") from error
-        if scored and (different := [key for key in about if about[key] != self._about[key]]):
             raise ArcmergeError(
-                f"{self._name}: is the journal of another sweep (its {different[0]} differs); name another --out, or "
-                "remove it"
+                f"'{self._path}' must be the journal of a sweep, got another file; name another --out"
+            ) from error
+        if scored and (different := [key for key in identity if identity[key] != self._identity[key]]):
+            raise ArcmergeError(
+                f"'{self._path}' must be the journal of this sweep, got one with another {different[0]}; name another "
+                "--out, or remove it"
             )
-        os.truncate(self._name, len(whole.encode()) if scored else 0)
+        os.truncate(self._path, len(whole.encode()) if scored else 0)
         return scored

@@ -1,4 +1,4 @@
-"""The plot of a sweep: scores over what was varied, beside those of the parents, and the curves that they are of."""
+"""The plot of a sweep: the scores of the candidates and of the parents, and the curves of `t`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,27 @@ from arcmerge.merging.inspect.plots import load_pyplot
 from arcmerge.sweeping.journal import Scored
 from arcmerge.sweeping.results import best_of
 
-MOST_NAMES = 16  # candidates with a row and a curve each
-MOST_NUMBERS = 100  # cells of a heat map with their score written in them
+MAX_ROWS = 16  # candidates that get a row and a curve each
+MAX_LABELS = 100  # cells of a heat map that show their score as text
 
 _STAR = {"marker": "*", "markersize": 16, "linestyle": "none", "color": "C3", "markeredgecolor": "white", "zorder": 3}
 
 
 def plot(scored: Sequence[Scored], parents: Sequence[str], title: str, minimize: bool, file: Path) -> None:
-    """Draw score over t where one number was varied, and a heat map where two were; else every candidate or, of many
-    and of proposals, how the best came about, and curves over the layers beside it.
+    """Draw the scores of a sweep.
 
-    parents: the names of the candidates that are one. title: of the score. Raises ArcmergeError without matplotlib.
+    One varied value gives a line, two give a heat map. Otherwise the plot has a row for each candidate or, for many
+    candidates and for proposals, the scores in their order, with the curves of `t` over the layers next to them.
+
+    Args:
+        scored: the candidates, parents included.
+        parents: the names of the candidates that are parents.
+        title: the name of the score.
+        minimize: whether a lower score is better.
+        file: the picture.
+
+    Raises:
+        ArcmergeError: if matplotlib is not installed.
     """
     pyplot = load_pyplot()
     best = best_of(scored, minimize)
@@ -36,30 +46,30 @@ def plot(scored: Sequence[Scored], parents: Sequence[str], title: str, minimize:
     if len(names) == 1:
         _draw_line(left, others, ends, best, names[0])
     elif len(names) == 2:
-        _draw_map(figure, left, others, best, names, title, minimize)
-    elif len(others) <= MOST_NAMES and not any(one.proposed for one in others):
-        _draw_names(left, others, ends, title)
+        _draw_heat_map(figure, left, others, best, names, title, minimize)
+    elif len(others) <= MAX_ROWS and not any(one.proposed for one in others):
+        _draw_rows(left, others, ends, title)
         _draw_curves(right, others)
     else:
-        _draw_search(left, others, ends, best, minimize)
+        _draw_order(left, others, ends, best, minimize)
         if best:
             _draw_curves(right, [best])
     if not left.get_ylabel() and left.get_xlabel() != title:
         left.set_ylabel(title)
-    beside = f";  parents: {', '.join(f'{one.score:.5g} ({one.name})' for one in ends)}" if ends else ""
-    figure.suptitle(f"best: {best.score:.5g} ({best.name}){beside}" if best else "no score is a number")
+    others_text = f";  parents: {', '.join(f'{one.score:.5g} ({one.name})' for one in ends)}" if ends else ""
+    figure.suptitle(f"best: {best.score:.5g} ({best.name}){others_text}" if best else "no score is a number")
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
 
 
 def _draw_line(axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], best: Scored | None, name: str) -> None:
-    """Score over one number; parents are points of it if that is t, else lines across."""
+    """The score over one value. Parents are points if the value is t, and horizontal lines otherwise."""
     on_line = [*scored, *ends] if name == "t" else scored
     axes.plot(*zip(*sorted({(one.varied[name], one.score) for one in on_line}), strict=True), "o-")
     if name == "t":
         axes.plot([one.varied[name] for one in ends], [one.score for one in ends], "s", color="black", label="parents")
     else:
-        _draw_across(axes, ends)
+        _draw_parents(axes, ends)
     if best is not None and best in on_line:
         axes.plot(best.varied[name], best.score, **_STAR, label="best")
     axes.set_xlabel(name if name == "t" else f"t of {name}")
@@ -67,7 +77,7 @@ def _draw_line(axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], best
     axes.legend()
 
 
-def _draw_map(
+def _draw_heat_map(
     figure: Any,
     axes: Any,
     scored: Sequence[Scored],
@@ -76,7 +86,7 @@ def _draw_map(
     title: str,
     minimize: bool,
 ) -> None:
-    """Score over two numbers, brighter is better: a grid's as cells, a search's as points."""
+    """The score over two values, brighter is better: cells for a grid, points for the proposals of an optimizer."""
     columns, rows = (sorted({one.varied[name] for one in scored}) for name in names)
     colours = "viridis_r" if minimize else "viridis"
     star = [best.varied[name] for name in names] if best is not None and best in scored else []
@@ -90,7 +100,7 @@ def _draw_map(
         drawn = axes.imshow(np.ma.masked_invalid(values), cmap=colours, origin="lower", aspect="auto")
         axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
         axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
-        if values.size <= MOST_NUMBERS:
+        if values.size <= MAX_LABELS:
             for (row, column), value in np.ndenumerate(values):
                 bright = sum(drawn.cmap(drawn.norm(value))[:3]) > 1.5
                 axes.text(column, row, f"{value:.4g}", ha="center", va="center", color="black" if bright else "white")
@@ -101,10 +111,10 @@ def _draw_map(
     figure.colorbar(drawn, ax=axes, label=title)
 
 
-def _draw_names(axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], title: str) -> None:
-    """A row for every candidate, the first on top."""
-    for number, one in enumerate(scored):
-        axes.plot(one.score, number, "o", color=f"C{number}", markersize=9)
+def _draw_rows(axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], title: str) -> None:
+    """A row for each candidate, the first on top."""
+    for index, one in enumerate(scored):
+        axes.plot(one.score, index, "o", color=f"C{index}", markersize=9)
     rows = range(len(scored) + len(ends))
     axes.plot([one.score for one in ends], rows[len(scored) :], "s", color="black", markersize=9)
     axes.set_yticks(rows, [one.name for one in (*scored, *ends)])
@@ -113,17 +123,17 @@ def _draw_names(axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], tit
     axes.grid(alpha=0.3)
 
 
-def _draw_search(
+def _draw_order(
     axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], best: Scored | None, minimize: bool
 ) -> None:
-    """Scores in the order in which they came, and the best so far."""
+    """The scores in their order, and the best score so far."""
     scores = [one.score for one in scored]
     numbers = range(1, len(scored) + 1)
     axes.plot(numbers, scores, "o", label="candidates")
     axes.plot(
         numbers, (np.fmin if minimize else np.fmax).accumulate(scores), drawstyle="steps-post", label="best so far"
     )
-    _draw_across(axes, ends)
+    _draw_parents(axes, ends)
     if best is not None and best in scored:
         axes.plot(scored.index(best) + 1, best.score, **_STAR, label="best")
     axes.set_xlabel("candidate")
@@ -132,19 +142,19 @@ def _draw_search(
     axes.legend()
 
 
-def _draw_across(axes: Any, ends: Sequence[Scored]) -> None:
+def _draw_parents(axes: Any, ends: Sequence[Scored]) -> None:
     for one, style in zip(ends, ("--", ":"), strict=False):
         axes.axhline(one.score, color="black", linewidth=1, linestyle=style, label=f"parent, {one.name}")
 
 
 def _draw_curves(axes: Any, scored: Sequence[Scored]) -> None:
-    """t over the layers, a colour for every candidate and a kind of line for every filter that it has."""
-    for number, one in enumerate(scored):
+    """The curves of t over the layers, with a colour for each candidate and a line style for each of its filters."""
+    for index, one in enumerate(scored):
         rules = list(_rules(one.parameters.get("t")))
         for (name, values), style in zip(rules, ("-", "--", "-.", ":") * len(rules), strict=False):
             heights = values if len(values) > 1 else values * 2
             label = one.name if len(rules) == 1 else f"{one.name}: {name or 'others'}"
-            axes.plot(np.linspace(0, 1, len(heights)), heights, style, marker="o", color=f"C{number}", label=label)
+            axes.plot(np.linspace(0, 1, len(heights)), heights, style, marker="o", color=f"C{index}", label=label)
     axes.set_xticks([0, 1], ["first layer", "last layer"])
     axes.set_ylabel("t")
     low, high = axes.get_ylim()
@@ -154,7 +164,7 @@ def _draw_curves(axes: Any, scored: Sequence[Scored]) -> None:
 
 
 def _rules(value: Any) -> Iterator[tuple[str, list[float]]]:
-    """The filter, empty for none, and the numbers of every entry of a `t`."""
+    """The filter, empty for none, and the values of each entry of a `t`."""
     entries = value if isinstance(value, list) and any(isinstance(entry, dict) for entry in value) else [value]
     for entry in entries:
         name, numbers = (entry.get("filter") or "", entry["value"]) if isinstance(entry, dict) else ("", entry)

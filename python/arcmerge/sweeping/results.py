@@ -1,4 +1,4 @@
-"""What a sweep leaves in its folder: the tables, and which candidate is the best."""
+"""The results of a sweep: the best candidate and the tables."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TABLES = ("results.csv", "results.json")
 
 
 def best_of(scored: Sequence[Scored], minimize: bool) -> Scored | None:
-    """The first with the best score; what has none, as NaN, is never it."""
+    """The first candidate with the best score, or None if no candidate has one."""
     found = [one for one in scored if one.score == one.score]
     key = (lambda one: one.score) if minimize else (lambda one: -one.score)
     return min(found, key=key) if found else None
 
 
 def write_tables(scored: Sequence[Scored], folder: Path) -> None:
-    """results.csv, a line a candidate and a column a number that was varied; results.json, with whole parameters."""
+    """Write results.csv, with a row per candidate, and results.json, with all parameters."""
     names = list(dict.fromkeys(name for one in scored for name in one.varied))
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -34,7 +34,7 @@ def write_tables(scored: Sequence[Scored], folder: Path) -> None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """In place of what is there at once, so that whoever reads it, or ends the run, finds the one or the other."""
+    """Replace a file atomically."""
     new = file.with_name(f".{file.name}.new")
     new.write_text(text, encoding="utf-8")
     new.replace(file)

@@ -1,4 +1,4 @@
-"""What a sweep goes by: a number for a model, and whether less or more of it is better."""
+"""The scores of a sweep: each gives a model one number."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 class Score(Protocol):
-    """title: in tables and plots. minimize: less is better. identity: what tells it from another, for a journal."""
+    """Scores a model.
+
+    Attributes:
+        title: the name in tables and plots.
+        minimize: whether a lower score is better.
+        identity: a text that differs between scores that are not the same; it is kept in the journal.
+    """
 
     title: str
     minimize: bool
@@ -30,23 +36,28 @@ class Score(Protocol):
 
 
 class Perplexity:
-    """Of texts: exp of the mean negative log-probability of all their tokens.
+    """The perplexity of texts: exp of the mean negative log-probability of all their tokens.
 
-    texts: each is cut into windows of `window` tokens, of which the first is a BOS; None: as many as the model takes.
+    Args:
+        texts: the texts. Each is cut into windows.
+        window: the number of tokens in a window, the BOS token in front included; None for the model's maximum.
+
+    Raises:
+        ArcmergeError: for a text without words.
     """
 
     minimize = True
 
     def __init__(self, texts: Sequence[str], window: int | None = None) -> None:
         if not all(text.strip() for text in texts):
-            raise ArcmergeError("a text to score must have words in it; one of them is empty")
+            raise ArcmergeError("'text' must not be empty, got a text without words")
         self.texts = texts
         self.window = window
         self.title = "perplexity" + (f", windows of {window} tokens" if window else "")
         self.identity = _digest("perplexity", str(window), *texts)
 
     def __call__(self, model: Gemma2) -> float:
-        """Tokens count alike, whichever text they are of."""
+        """Every token has the same weight, whichever text it belongs to."""
         total = tokens = 0.0
         for text in self.texts:
             count = len(model.text.encode(text)) - 1
@@ -57,13 +68,15 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Question:
+    """A context, the texts that may follow it, and the index of the right one."""
+
     context: str
     choices: tuple[str, ...]
     answer: int
 
 
 class MultipleChoice:
-    """The share of questions whose right answer is the most probable of their choices, as lm-eval's `acc`."""
+    """The accuracy on questions: how often the right choice is the most probable one, as `acc` of lm-eval."""
 
     title = "accuracy"
     minimize = False
@@ -73,15 +86,15 @@ class MultipleChoice:
         self.identity = _digest("choices", *map(repr, questions))
 
     def __call__(self, model: Gemma2) -> float:
-        most = model.config.max_position_embeddings + 1  # nothing follows the last token
+        limit = model.config.max_position_embeddings + 1  # no token follows the last one
         pairs = []
         for question in self.questions:
             for choice in question.choices:
                 context, answer = pair = model.text.split(question.context, choice)
-                if len(context) + len(answer) > most:
+                if len(context) + len(answer) > limit:
                     raise ArcmergeError(
-                        f"a context with its choice must have at most {most} tokens, as the model takes no more, got "
-                        f"{len(context) + len(answer)}: {question.context!r:.80}"
+                        f"'context' and a choice must have at most {limit} tokens, the model's maximum, got "
+                        f"{len(context) + len(answer)} in {question.context!r:.80}"
                     )
                 pairs.append(pair)
         scores = iter([one.logprob for one in model.score(pairs)])
@@ -93,85 +106,111 @@ class MultipleChoice:
 
 
 class Function:
-    """Any function of a model, named `module:function`; found in the working directory too."""
+    """A function of the user that takes a Gemma2 and returns a number.
 
-    def __init__(self, name: str, minimize: bool) -> None:
-        self._name = name
-        module, colon, function = name.partition(":")
-        if not colon or not module or not function:
-            raise ArcmergeError(f"a function to score by must be named module:function, got '{name}'")
-        if "" not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        try:
-            found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ArcmergeError(f"the function '{name}' cannot be found: {error}") from error
-        except (Exception, SystemExit) as error:
-            raise ArcmergeError(f"the module of the function '{name}' {_raises(error)}") from error
-        if not hasattr(found, function):
-            raise ArcmergeError(f"the function '{name}' cannot be found: {module} has no '{function}'")
-        self._function: Callable[[Any], float] = getattr(found, function)
+    Args:
+        function: the function, or its name as "module:function". Modules in the working directory are found too.
+        minimize: whether a lower score is better.
+
+    Raises:
+        ArcmergeError: if the name is wrong, or the module cannot be imported.
+    """
+
+    def __init__(self, function: str | Callable[[Any], float], minimize: bool) -> None:
+        self._given = function
+        self._function = _function_of(function) if isinstance(function, str) else function
         if not callable(self._function):
-            raise ArcmergeError(f"'{name}' must be a function of a model, got {self._function!r:.80}")
-        self.title, self.minimize, self.identity = function, minimize, _digest("function", name)
+            raise ArcmergeError(f"'function' must be a function of a model, got {self._function!r:.80}")
+        if isinstance(function, str):
+            self._name, self.title = function, function.rpartition(":")[2]
+        else:
+            self.title = getattr(function, "__qualname__", type(function).__qualname__)
+            self._name = f"{getattr(function, '__module__', '')}:{self.title}"
+        self.minimize, self.identity = minimize, _digest("function", self._name)
 
     def __call__(self, model: Gemma2) -> float:
-        """Raises ArcmergeError, with the line in the function's own file, for what it raises or returns amiss."""
+        """Raises ArcmergeError, with the line in the user's file, if the function raises or returns no number."""
         try:
             value = self._function(model)
         except ArcmergeError:
             raise
         except (Exception, SystemExit) as error:
-            raise ArcmergeError(f"the function '{self._name}' {_raises(error)}") from error
+            raise ArcmergeError(f"'{self._name}' must return a number, got {_raised(error)}") from error
         try:
             return float(value)
         except (TypeError, ValueError) as error:
-            raise ArcmergeError(f"the function '{self._name}' must return a number, got {value!r:.80}") from error
+            raise ArcmergeError(f"'{self._name}' must return a number, got {value!r:.80}") from error
 
-    def __reduce__(self) -> tuple[type[Function], tuple[str, bool]]:
-        """By its name, so that another process finds it as this one did."""
-        return Function, (self._name, self.minimize)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A function that was given by name is imported again in another process."""
+        return Function, (self._given, self.minimize)
 
 
-def _raises(error: BaseException) -> str:
-    """What a user's code raised, and in which line of it."""
+def _function_of(name: str) -> Callable[[Any], float]:
+    module, colon, function = name.partition(":")
+    if not colon or not module or not function:
+        raise ArcmergeError(f"'function' must be named module:function, got '{name}'")
+    if "" not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ArcmergeError(f"'function' must name a module that can be imported, got '{name}': {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ArcmergeError(f"'{name}' must be in a module that can be imported, got {_raised(error)}") from error
+    if not hasattr(found, function):
+        raise ArcmergeError(f"'function' must be in its module, got '{name}' and no '{function}' in {module}")
+    chosen: Callable[[Any], float] = getattr(found, function)
+    return chosen
+
+
+def _raised(error: BaseException) -> str:
+    """The type of an exception of a user's code, the line that raised it, and its message."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{frame.filename}:{frame.lineno}"
-    if isinstance(error, SyntaxError):  # raised by the import, in no line of the file
+    if isinstance(error, SyntaxError):  # the import raises it, and no line of the file
         where = f"{error.filename}:{error.lineno}"
     reason = f": {error}" if str(error) else ""
-    return f"raises {type(error).__name__} at {where}{reason}"
+    return f"{type(error).__name__} at {where}{reason}"
 
 
 def read_texts(files: Sequence[Path]) -> list[str]:
+    """The contents of text files in UTF-8. Raises ArcmergeError for a file that cannot be read."""
     try:
         return [file.read_text(encoding="utf-8") for file in files]
     except (OSError, UnicodeDecodeError) as error:
-        raise ArcmergeError(f"a text to score cannot be read: {error}") from error
+        raise ArcmergeError(f"'text' must be files in UTF-8 that can be read, got an error: {error}") from error
 
 
 def read_questions(file: Path) -> list[Question]:
-    """Lines of JSON: {"context": text, "choices": [texts], "answer": the number of the right one, from 0}."""
+    """Questions from a file with one JSON object per line.
+
+    Each line is `{"context": text, "choices": [texts], "answer": index of the right choice}`.
+    Raises ArcmergeError for a file that cannot be read, another line, or a file without questions.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ArcmergeError(f"the tasks cannot be read: {error}") from error
+        raise ArcmergeError(f"'tasks' must be a file in UTF-8 that can be read, got an error: {error}") from error
     found = [_question(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise ArcmergeError(f"{file}: must have a question in it, has none")
+        raise ArcmergeError(f"'{file}' must contain questions, got none")
     return found
 
 
-def _question(line: str, place: str) -> Question:
-    rule = 'must be {"context": text, "choices": [two texts or more, none empty], "answer": the index of the right one}'
+def _question(line: str, location: str) -> Question:
     try:
-        entry = parse_object(line.encode(), Path(place))
+        entry = parse_object(line.encode(), Path(location))
         context, choices, answer = (entry[key] for key in ("context", "choices", "answer"))
+        texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(one, str) and one for one in choices)
+        if not (isinstance(context, str) and texts and type(answer) is int and 0 <= answer < len(choices)):
+            raise KeyError
     except (ArcmergeError, KeyError) as error:
-        raise ArcmergeError(f"{place}: {rule}, got {line:.80}") from error
-    texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(text, str) and text for text in choices)
-    if not (isinstance(context, str) and texts and type(answer) is int and 0 <= answer < len(choices)):
-        raise ArcmergeError(f"{place}: {rule}, got {line:.80}")
+        raise ArcmergeError(
+            f"{location}: 'question' must be "
+            '{"context": text, "choices": [two texts or more, none empty], "answer": the index of the right one}'
+            f", got {line:.80}"
+        ) from error
     return Question(context, tuple(choices), answer)
 
 

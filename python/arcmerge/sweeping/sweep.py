@@ -1,117 +1,262 @@
-"""A sweep: one residence of the parents, many candidates, each merged in place and scored where it lies."""
+"""A sweep: the parents stay in memory, and each candidate is merged and scored there."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.interrupts import held
 from arcmerge.merging.execution.in_memory import changed_recipe
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import Config, Warn, prepare
-from arcmerge.merging.recipe.recipe import load_recipe
-from arcmerge.sweeping.candidates import Candidate, parents
+from arcmerge.merging.recipe.recipe import Recipe, load_recipe
+from arcmerge.sweeping.candidates import Candidate, Values, of_curves, of_grid, of_numbers, parents, read_values
 from arcmerge.sweeping.evaluators import EvaluationSpec, LocalEvaluator, RayEvaluator
 from arcmerge.sweeping.journal import Journal, Scored
-from arcmerge.sweeping.optimizer import Optimize, Search
+from arcmerge.sweeping.optimizer import Optimize, Optimizer
 from arcmerge.sweeping.plots import plot
 from arcmerge.sweeping.results import TABLES, best_of, write_tables, write_whole
-from arcmerge.sweeping.scores import Score
+from arcmerge.sweeping.scores import Function, MultipleChoice, Perplexity, Score, read_questions, read_texts
+
+if TYPE_CHECKING:
+    from arcmerge.gemma2.model import Gemma2
 
 JOURNAL, BEST, PLOT = "journal.jsonl", "best.yml", "scores.png"
+DEFAULT_T = "0:1:0.1"
 
-# Told of every candidate as it was scored, of the best so far, and how many there were and will be.
-Listen = Callable[[Scored, Scored, int, int], None]
+File = str | PathLike[str]
+# Called after each candidate with it, the best one so far, the number of scored candidates and the number of all.
+Progress = Callable[[Scored, Scored, int, int], object]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The result of a sweep.
+
+    Attributes:
+        best: the candidate with the best score, or None if no candidate has a score.
+        scored: all candidates of the journal, in the order in which they were scored.
+        score: the name of the score.
+        folder: the folder with best.yml, results.csv, results.json, scores.png and journal.jsonl.
+    """
+
+    best: Scored | None
+    scored: tuple[Scored, ...]
+    score: str
+    folder: Path
+
+    def __str__(self) -> str:
+        if self.best is None:
+            return f"no candidate has a score; see {self.folder / TABLES[0]}"
+        return (
+            f"best by {self.score}: {self.best.name}, {self.best.score:.6g}\n"
+            f"its recipe: {self.folder / BEST}; all: {self.folder / TABLES[0]}, {TABLES[1]}, {PLOT}"
+        )
 
 
 def sweep(
     config: Config,
+    out: File,
+    *,
+    text: File | Sequence[File] | None = None,
+    tasks: File | None = None,
+    function: str | Callable[[Gemma2], float] | None = None,
+    window: int | None = None,
+    minimize: bool = False,
+    t: Values | None = None,
+    curves: Mapping[str, Values] | None = None,
+    grid: Mapping[str, Values] | None = None,
+    optimize: int | None = None,
+    bounds: tuple[float, float] | None = None,
+    sampler: Literal["cma", "tpe"] | None = None,
+    device: str = "auto",
+    numerics: str = "default",
+    threads: int | None = None,
+    ray: bool = False,
+    progress: Progress = lambda scored, best, done, total: None,
+    warn: Warn = warnings.warn,
+) -> SweepResult:
+    """Score many candidates of a merge, and write the tables, a plot and the recipe of the best one.
+
+    Give one score: `text`, `tasks` or `function`. Without `t`, `curves`, `grid` and `optimize` the candidates are the
+    t of 0, 0.1, ..., 1. Both parents of a slerp are always scored too. A sweep that was ended is resumed by the same
+    call: its journal in `out` holds the scored candidates.
+
+    Args:
+        config: a merge configuration as for :func:`arcmerge.merge`.
+        out: the folder of the results.
+        text: text files in UTF-8; the score is their perplexity.
+        tasks: a file with one question per line, as `{"context": "...", "choices": ["...", "..."], "answer": 0}`; the
+            score is the accuracy.
+        function: a function of a Gemma2 that returns a number, or its name as "module:function".
+        window: the number of tokens in a window of `text`; None for the model's maximum.
+        minimize: whether a lower score of `function` is better.
+        t: values of t for the whole model, as numbers or as "0:1:0.1" (first:last:step).
+        curves: for each name the values of a gradient of t over the layers.
+        grid: for each filter the values of t for the tensors whose names match it; all combinations are scored.
+        optimize: the number of proposals of an optimizer for the values of t in the configuration.
+        bounds: the lowest and the highest value that the optimizer proposes, (0, 1) by default.
+        sampler: the optimizer; None for "cma" if there are several values and "tpe" for one.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        numerics: "default", or "hf" to round as transformers does.
+        threads: the number of threads; None for :func:`arcmerge.get_num_threads`.
+        ray: whether the workers of a Ray cluster score the candidates.
+        progress: called after each candidate with it, the best one so far, the number of scored candidates and the
+            number of all.
+        warn: called with each warning, a sentence.
+
+    Returns:
+        The best candidate, all candidates, and the folder.
+
+    Raises:
+        ArcmergeError: for a wrong argument or configuration, before a candidate is scored; or if a score fails.
+
+    Example::
+
+        result = arcmerge.sweep("recipe.yml", "sweep/", text="validation.txt", t=[0, 0.25, 0.5, 0.75, 1])
+        print(result.best.parameters, result.best.score)
+        arcmerge.merge("sweep/best.yml", "merged/")
+    """
+    recipe = load_recipe(config)
+    score = _score(text, tasks, function, window, minimize)
+    if t is None and not (curves or grid or optimize is not None):
+        t = DEFAULT_T
+    candidates = [
+        *(of_numbers(read_values(t, "t")) if t is not None else []),
+        *of_curves(curves or {}),
+        *of_grid(grid or {}, recipe),
+        *parents(recipe),
+    ]
+    return score_candidates(
+        config,
+        candidates,
+        score,
+        out,
+        optimize=_optimize(optimize, bounds, sampler),
+        device=device,
+        numerics=numerics,
+        threads=threads,
+        ray=ray,
+        progress=progress,
+        warn=warn,
+    )
+
+
+def score_candidates(
+    config: Config,
     candidates: Sequence[Candidate],
     score: Score,
-    out: str | Path,
+    out: File,
     *,
     optimize: Optimize | None = None,
     device: str = "auto",
     numerics: str = "default",
     ray: bool = False,
-    listen: Listen = lambda scored, best, done, total: None,
+    progress: Progress = lambda scored, best, done, total: None,
     warn: Warn = warnings.warn,
     **options: Any,
-) -> Scored | None:
-    """Score candidates of a merge and leave tables, a plot and the best recipe in the folder `out`.
-
-    config: a merge configuration. candidates: what to try. optimize: what to try after them. ray: by a cluster, see
-    RayEvaluator. options: as of Gemma2.from_merge. A sweep that ended early resumes from the journal in `out`.
-
-    Returns the best, None if no candidate has a score. Raises ArcmergeError for what is wrong with any of this, before
-    the first is scored where it can be known.
-    """
+) -> SweepResult:
+    """As :func:`sweep`, with candidates and a score of any kind. `options` are those of Gemma2.from_merge."""
     recipe, folder = load_recipe(config), Path(out)
     for parameters in [*(one.parameters for one in candidates), *([{"t": optimize.low}] if optimize else [])]:
         changed_recipe(recipe, parameters)
     prepared = prepare(recipe.text, Options.of({**options, "device": device}), warn)
     shards = {str(one.folder.resolve()): one.fingerprint() for one in prepared.checkpoints.values()}
-    about = {"recipe": recipe.text, "score": score.identity, "parents": shards, "numerics": numerics}
+    identity = {"recipe": recipe.text, "score": score.identity, "parents": shards, "numerics": numerics}
     if not (folder / JOURNAL).exists():
         for name in (BEST, PLOT, *TABLES):
             if (folder / name).exists():
                 raise ArcmergeError(
-                    f"{folder / name}: must not exist, because no {JOURNAL} in the folder shows that a sweep wrote it; "
+                    f"'{folder / name}' must be the result of a sweep to be replaced, got a folder without {JOURNAL}; "
                     "name another --out, or move the file away"
                 )
     folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder / JOURNAL, about) as journal:
-        search = Search(recipe, score.minimize, optimize, journal.scored) if optimize else None
-        wanted, before, total = _wanted(candidates, search, optimize.count if optimize else 0, journal)
-        bench = EvaluationSpec(recipe.text, score, device, numerics, {**options, "warn": _unheard})
-
-        def leave() -> Scored | None:
-            """The tables and the best recipe of all that is scored."""
-            best = best_of(journal.scored, score.minimize)
-            if best is not None:
-                write_whole(folder / BEST, changed_recipe(recipe, best.parameters).text)
-            if journal.scored:
-                write_tables(journal.scored, folder)
-            return best
-
-        best = leave()
-        evaluation = RayEvaluator(bench) if ray else LocalEvaluator(bench)
-        for done, (candidate, value, seconds) in enumerate(evaluation.evaluate(wanted), before + 1):
-            scored = Scored(**vars(candidate), score=value, seconds=seconds)
-            with held():  # whatever ends the sweep, what it leaves is whole and fits together
+    with Journal(folder / JOURNAL, identity) as journal:
+        optimizer = Optimizer(recipe, score.minimize, optimize, journal.scored) if optimize else None
+        wanted, done, total = _remaining(candidates, optimizer, optimize.count if optimize else 0, journal)
+        # The warnings of the configuration have been given above.
+        spec = EvaluationSpec(recipe.text, score, device, numerics, {**options, "warn": lambda sentence: None})
+        best = _write_results(journal, recipe, score, folder)
+        evaluator = RayEvaluator(spec) if ray else LocalEvaluator(spec)
+        for scored in evaluator.evaluate(wanted):
+            with held():  # an interrupt waits until the files agree with each other
                 journal.add(scored)
-                best = leave()
-            if search is not None:
-                search.tell(candidate, value)
-            listen(scored, best or scored, done, total)
+                best = _write_results(journal, recipe, score, folder)
+            if optimizer is not None:
+                optimizer.tell(scored)
+            done += 1
+            progress(scored, best or scored, done, total)
         try:
             plot(journal.scored, [one.name for one in parents(recipe)], score.title, score.minimize, folder / PLOT)
-        except ArcmergeError as error:  # without matplotlib everything else is still there
+        except ArcmergeError as error:  # without matplotlib there are all other results
             warn(str(error))
+        return SweepResult(best, tuple(journal.scored), score.title, folder)
+
+
+def _score(
+    text: File | Sequence[File] | None,
+    tasks: File | None,
+    function: str | Callable[[Gemma2], float] | None,
+    window: int | None,
+    minimize: bool,
+) -> Score:
+    given = [name for name, value in (("text", text), ("tasks", tasks), ("function", function)) if value is not None]
+    if len(given) != 1:
+        raise ArcmergeError(f"'score' must be one of text, tasks and function, got {' and '.join(given) or 'none'}")
+    if window is not None and text is None:
+        raise ArcmergeError(f"'window' must be given with text alone, got it with {given[0]}; leave it out")
+    if minimize and function is None:
+        raise ArcmergeError(f"'minimize' must be given with function alone, got it with {given[0]}; leave it out")
+    if text is not None:
+        files = [text] if isinstance(text, str | PathLike) else text
+        return Perplexity(read_texts([Path(file) for file in files]), window)
+    if tasks is not None:
+        return MultipleChoice(read_questions(Path(tasks)))
+    assert function is not None
+    return Function(function, minimize)
+
+
+def _optimize(count: int | None, bounds: tuple[float, float] | None, sampler: str | None) -> Optimize | None:
+    if count is None:
+        if bounds is not None or sampler is not None:
+            name = "bounds" if bounds is not None else "sampler"
+            raise ArcmergeError(f"'{name}' must be given with optimize alone, got it without; leave it out")
+        return None
+    if type(count) is not int or count < 1:
+        raise ArcmergeError(f"'optimize' must be a number of candidates from 1 up, got {count!r:.80}")
+    low, high = bounds or (0.0, 1.0)
+    return Optimize(count, low, high, sampler)
+
+
+def _write_results(journal: Journal, recipe: Recipe, score: Score, folder: Path) -> Scored | None:
+    """Write the tables and the best recipe. Returns the best candidate."""
+    best = best_of(journal.scored, score.minimize)
+    if best is not None:
+        write_whole(folder / BEST, changed_recipe(recipe, best.parameters).text)
+    if journal.scored:
+        write_tables(journal.scored, folder)
     return best
 
 
-def _unheard(sentence: str) -> None:
-    """What there is to warn of was said before the parents were opened."""
-
-
-def _wanted(
-    candidates: Sequence[Candidate], search: Search | None, proposals: int, journal: Journal
+def _remaining(
+    candidates: Sequence[Candidate], optimizer: Optimizer | None, proposals: int, journal: Journal
 ) -> tuple[Iterable[Candidate], int, int]:
-    """What is not scored yet; how many candidates are, and will be in the end."""
+    """The candidates that have no score yet, the number of those that have one, and the number of all."""
     different = {_key(one.parameters): one for one in candidates}
     known = {_key(one.parameters) for one in journal.scored}
     fresh = [one for key, one in different.items() if key not in known]
-    before, total = len(different) - len(fresh), len(different) + proposals
-    if search is None:
-        return fresh, before, total
+    done, total = len(different) - len(fresh), len(different) + proposals
+    if optimizer is None:
+        return fresh, done, total
     proposed = min(sum(one.proposed for one in journal.scored), proposals)
-    return chain(fresh, (search.ask() for _ in range(proposals - proposed))), before + proposed, total
+    return chain(fresh, (optimizer.ask() for _ in range(proposals - proposed))), done + proposed, total
 
 
 def _key(parameters: Any) -> str:

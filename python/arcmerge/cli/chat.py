@@ -1,0 +1,44 @@
+"""arcmerge chat: chat with an instruction-tuned Gemma-2 model."""
+
+from __future__ import annotations
+
+import argparse
+
+from arcmerge.cli.generate import add_generation_flags, print_summary, session, well_formed
+from arcmerge.cli.terminal import accept_any_text, print_error, print_note, print_piece
+from arcmerge.errors import ArcmergeError
+
+NAME = "chat"
+INTERRUPTED = "the conversation is over"
+EPILOG = """\
+example:
+  arcmerge chat merged/
+
+The defaults are those of the model's generation_config.json, or else those in brackets."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or hub name")
+    add_generation_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    accept_any_text()
+    conversation = session(arguments)
+    conversation.require_template()
+    if not arguments.quiet:
+        print_note("Ctrl-D ends the chat; /new starts a new conversation")
+    while True:
+        try:
+            line = well_formed(input("> ")).strip()
+        except EOFError:
+            print()
+            return
+        if line == "/new":
+            conversation.forget()
+        elif line:
+            try:
+                print_summary(arguments, conversation.say(line, show=print_piece))
+            except ArcmergeError as error:  # this turn failed; the conversation continues without it
+                for problem in error.problems:
+                    print_error(problem)
