@@ -1,4 +1,5 @@
-# make demo | test | lint | architectures | fuzz | torture | sanitize | bench | prove | gpu: each works from a fresh clone.
+# make demo | test | lint | docs | figures | architectures | fuzz | torture | sanitize | bench | prove | gpu: each works
+# from a fresh clone.
 # The first call installs into .venv, later ones do not.
 
 SHELL := /bin/bash
@@ -15,8 +16,8 @@ OPS := gram combine rmsnorm rmsnorm_add_rmsnorm rope_cache attention attention_d
 # Keeps the working directory off sys.path: there, kernels/ would shadow the package of that name that others publish.
 export PYTHONSAFEPATH := 1
 
-.PHONY: test architectures torture torture-interrupts sanitize test-oldest-triton fuzz fuzz-files fuzz-native demo lint bench \
-	prove gpu
+.PHONY: test architectures torture torture-interrupts sanitize test-oldest-triton fuzz fuzz-files fuzz-native demo figures docs \
+	lint bench prove gpu
 .DELETE_ON_ERROR:
 
 test: $(DEV)
@@ -49,6 +50,20 @@ demo: $(DEV)
 	$(BIN)/arcmerge merge .demo/sweep/best.yml .demo/best
 	$(BIN)/python examples/tiny_pair.py loss .demo/first .demo/second .demo/merged .demo/best
 	$(BIN)/arcmerge generate .demo/best "The assignment statement" --max-new-tokens 40
+
+# The pictures of the documentation, from the models of the demo: docs/img/.
+figures: $(DEV)
+	$(BIN)/python examples/tiny_pair.py train .demo
+	$(BIN)/python docs/figures.py .demo docs/img
+
+# The documentation: build/docs/index.html.
+DOCS := .venv/.installed-docs
+docs: $(DOCS)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+
+$(DOCS): $(DEV)
+	$(PIP) install -e '.[docs]'
+	touch $@
 
 # Files that strangers wrote, changed at random: INPUTS of them. Guided by coverage where atheris can be installed. Then
 # the native code.

@@ -1,13 +1,13 @@
-"""A tiny pair of real models: one Gemma-2 trained on English text, and two fine-tunes of it on different halves.
+"""A tiny pair of trained models: one Gemma-2 trained on English text, and two fine-tunes of it on different halves.
 
-    python examples/tiny_pair.py train .demo              .demo/first, .demo/second and .demo/validation.txt, about two
-                                                          minutes on two cores
-    python examples/tiny_pair.py loss .demo/first ...     their losses on text that none of them has seen
+    python examples/tiny_pair.py train .demo              train .demo/parent, .demo/first and .demo/second and write
+                                                          .demo/validation.txt: about two minutes on two cores
+    python examples/tiny_pair.py loss .demo/first ...     print the losses of models on text that none of them has seen
 
-The text is the language reference that every Python carries for its `help()` (`pydoc_data.topics`, about 460 kB), so
-nothing is downloaded. The models are small enough to train in a demo and real enough that a merge has something to
-lose: each fine-tune is better than the other on its own half. Of the text that no model is trained on, one part is
-there to choose a merge by (validation.txt), the other to judge what was chosen. A pair that is already there is kept.
+The text is the language reference that every Python ships for `help()` (`pydoc_data.topics`, about 460 kB), so nothing
+is downloaded. The models are small enough to train in a demo, and each fine-tune is better than the other on its own
+half, so that a merge has something to lose. One part of the text that no model is trained on (validation.txt) is for
+choosing a merge, another part for judging the chosen merge. An existing pair is kept.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def halves() -> tuple[list[str], list[str]]:
 
 
 def split(paragraphs: list[str]) -> tuple[str, str, str]:
-    """What models are trained on, what merges are chosen by, and what is held out from both.
+    """The text for training, the text for choosing a merge, and the text held out from both.
 
-    Every tenth run of eight paragraphs is not trained on: long enough for a context, spread over the whole text. These
-    go to the other two in turns.
+    Every tenth run of eight paragraphs is not trained on. A run is long enough for a context, and the runs are spread
+    over the whole text. They alternate between the second and the third part.
     """
     runs = ["\n\n".join(paragraphs[start : start + 8]) for start in range(0, len(paragraphs), 8)]
     unseen = runs[UNSEEN_EVERY - 1 :: UNSEEN_EVERY]
@@ -107,7 +107,7 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
-    """Tokens of a text, of which windows are taken: without a BOS."""
+    """The token ids of a text, without a BOS."""
     return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
 
 
@@ -139,7 +139,7 @@ def train(model: Gemma2ForCausalLM, tokens: torch.Tensor, name: str) -> None:
 
 
 def save(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A checkpoint folder with bf16 weights; `model` itself stays in float32."""
+    """Write a checkpoint folder with bf16 weights; `model` itself stays in float32."""
     rounded = Gemma2ForCausalLM(model.config)
     rounded.load_state_dict(model.state_dict())
     rounded.to(torch.bfloat16).save_pretrained(folder)
@@ -147,18 +147,19 @@ def save(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
 
 
 def make_pair(folder: Path) -> None:
-    """Train the parent on both halves, then one fine-tune on each, and save the two as bf16 safetensors folders."""
+    """Train the parent on both halves, then one fine-tune on each, and save all three as bf16 safetensors folders."""
     recipe = {
         "seed": SEED,
         "unseen_every": UNSEEN_EVERY,
         "context": CONTEXT,
         "batch": BATCH,
         "stages": STAGES,
+        "saved": ["parent", "first", "second"],
         "architecture": ARCHITECTURE,
     }
     recipe_text, recipe_file = json.dumps(recipe, indent=2), folder / "tiny_pair.json"
     if recipe_file.is_file() and recipe_file.read_text() == recipe_text:
-        print(f"{folder}/first and {folder}/second are there already; remove {folder} to train them again")
+        print(f"{folder}/first and {folder}/second exist already; remove {folder} to train them again")
         return
 
     torch.manual_seed(SEED)
@@ -168,6 +169,7 @@ def make_pair(folder: Path) -> None:
     model = Gemma2ForCausalLM(Gemma2Config(**ARCHITECTURE, attn_implementation="eager"))
     print(f"a Gemma-2 of {model.num_parameters():,} parameters, {sum(map(len, tokens)):,} tokens of text", flush=True)
     train(model, torch.cat(tokens), "parent")
+    save(model, tokenizer, folder / "parent")
     parent = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, half in zip(("first", "second"), tokens, strict=True):
         model.load_state_dict(parent)
@@ -189,7 +191,7 @@ def held_out_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 
 
 def print_losses(folders: list[Path]) -> None:
-    """A table: one row a model; the held-out text of the first half, of the second, and of both."""
+    """Print a table of held-out losses: a row for each model; on the first half, the second half, and both."""
     texts = [split(half)[-1] for half in halves()]
     print(f"{'held-out loss, nats a token':<32}{'first half':>12}{'second half':>12}{'both':>12}")
     for folder in folders:
@@ -202,9 +204,10 @@ def print_losses(folders: list[Path]) -> None:
 
 @torch.inference_mode()
 def print_perplexities(folders: list[Path]) -> None:
-    """A table: one row a model; its perplexity of all held-out text by arcmerge, and by transformers.
+    """Print a table of perplexities on all held-out text: a row for each model; by arcmerge and by transformers.
 
-    Both in float32, in windows of CONTEXT tokens with a BOS of their own. Raises SystemExit if they differ by 1e-4.
+    Both run in float32, in windows of CONTEXT tokens that each start with a BOS. Raises SystemExit if they differ by
+    a relative 1e-4.
     """
     text = "\n\n".join(split(half)[-1] for half in halves())
     print(f"{'held-out perplexity':<32}{'arcmerge':>12}{'transformers':>14}")
