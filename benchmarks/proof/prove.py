@@ -1,9 +1,9 @@
-"""Proves what can be proved about the kernels without a GPU; writes results/proof.json and docs/proof.md.
+"""Verifies the kernels as far as is possible without a GPU; writes results/proof.json and docs/proof.md.
 
 python benchmarks/proof/prove.py
 
-This process interprets every case, a background process (two, a core each) compiles, emulates and predicts. Exits with
-1 if anything fails; what failed is in both files.
+This process interprets every case. A background process on two cores compiles, emulates and predicts. Exits with 1 if
+anything fails; both files list the failures.
 """
 
 from __future__ import annotations
