@@ -172,7 +172,7 @@ def gemma2_table() -> str:
 
 def gemma2_ops_table() -> str:
     """The time of each op, its share of the memory bandwidth, and the ratio of another library's time to it."""
-    lines = ["| op | operands | time | rate | of memory bandwidth | ratio of time |", "|---|---|---:|---:|---:|---|"]
+    lines = ["| op | operands | time | rate | of memory bandwidth | ratio of time |", "|---|---|---:|---:|---:|---:|"]
     origins: dict[str, list[str]] = {}
     marked = False
     for op in GEMMA2_OPS:

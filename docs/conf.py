@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sphinx.application import Sphinx
+
 import arcmerge
 
 project = "arcmerge"
@@ -34,6 +36,20 @@ python_maximum_signature_line_length = 80
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
-# The package resolves its names when they are first asked for; autodoc lists names that exist.
+# The package resolves its names when they are first asked for; autodoc lists names that exist, in this order.
+FIRST = ("merge", "plan", "inspect", "sweep", "slerp", "Options", "MergeReport", "ArcmergeError")
+arcmerge.__all__ = [name for name in FIRST if name in arcmerge.__all__] + [
+    name for name in arcmerge.__all__ if name not in FIRST
+]
 for name in arcmerge.__all__:
     setattr(arcmerge, name, getattr(arcmerge, name))
+
+
+def setup(app: Sphinx) -> None:
+    """The page of the API has an introduction of its own in place of the docstrings of modules."""
+
+    def without_modules(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+        if what == "module":
+            lines.clear()
+
+    app.connect("autodoc-process-docstring", without_modules)

@@ -66,7 +66,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_shell(text: str, place: str) -> None:
     """Commands of arcmerge run in this process, which has loaded everything; other blocks run in a shell."""
-    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
+    lines = text.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if line.strip()]
     if all(command[0] == "arcmerge" and not set("|<>$") & set("".join(command)) for command in commands):
         for command in commands:
             assert main(command[1:]) == 0, f"{place}: {shlex.join(command)}"
