@@ -28,56 +28,57 @@ EXPLANATION = """
 
 **configurations, registers, spills, shared memory.** Each op was launched with every case of `tests/cases`: short,
 awkward shapes, and every launch of a Gemma-2 with 2.6B, 9B or 27B parameters. The launchers chose tiles, warps and
-stages as they do on the named architecture, and the compilers in triton's wheel (LLVM, ptxas) made the binary that a GPU
-would load. A cell shows the largest value of all configurations; spills are the instructions of all configurations
-together. These values are as certain as the compiler. They say nothing about configurations that no case reaches, nor
-about another version of triton.
+stages as they do on the named architecture, and the compilers in triton's wheel (LLVM, ptxas) made the binary that a
+GPU would load. A cell shows the largest value of all configurations; spills are the instructions of all
+configurations together. These values are as certain as the compiler. They say nothing about configurations that no
+case reaches, nor about another version of triton.
 
 **matrix instructions.** The number of configurations whose code has the expected instruction of the matrix units, of
-those that multiply matrices. Expected are `mma.sync` on NVIDIA, but `wgmma` on sm_90 and `tcgen05` on sm_100 for products
-of 64 rows or more, and `v_mfma` on gfx942. Products in float32 that must not be rounded to TF32 have none. How busy the
-units are is not checked.
+those that multiply matrices. Expected are `mma.sync` on NVIDIA, but `wgmma` on sm_90 and `tcgen05` on sm_100 for
+products of 64 rows or more, and `v_mfma` on gfx942. Products in float32 that must not be rounded to TF32 have none.
+How busy the units are is not checked.
 
 **gate.** An op passes if nothing spills; no block has more shared memory than the architecture offers; matrix
-instructions are wherever they are expected; no floating-point atomics are used; and every figure in the row is within its
-bounds. Memory accesses must be wide: where the code for sm_80 moves 16 bytes for each thread, so must the code for the
-target (8 bytes on gfx942, whose waves are twice as wide). In the blocks of the models' launches that were executed for
-sm_80, the average request of a warp must be at least half of the 512 bytes of such accesses (scalar accesses to bfloat16
-make requests of 64 bytes).
+instructions are wherever they are expected; no floating-point atomics are used; and every figure in the row is within
+its bounds. Memory accesses must be wide: where the code for sm_80 moves 16 bytes for each thread, so must the code
+for the target (8 bytes on gfx942, whose waves are twice as wide). In the blocks of the models' launches that were
+executed for sm_80, the average request of a warp must be at least half of the 512 bytes of such accesses (scalar
+accesses to bfloat16 make requests of 64 bytes).
 
-**traffic.** Bytes loaded and stored, divided by the minimum that the contract of the op states, in those small cases for
-which a ratio is stated. The interpreter counts each byte once for each launch and no masked lanes. This assumes a cache
-without limits: bytes that a real cache evicts between two programs are read again, and are not counted here.
+**traffic.** Bytes loaded and stored, divided by the minimum that the contract of the op states, in those small cases
+for which a ratio is stated. The interpreter counts each byte once for each launch and no masked lanes. This assumes a
+cache without limits: bytes that a real cache evicts between two programs are read again, and are not counted here.
 
-**interpreted, emulated.** The largest error of any output of any small case, as a share of its tolerance: 1 would just
-pass, and where equal bits are demanded it is 0. Tolerances are derived in `tests/cases` from the rounding of the output
-and of float32 sums; the reference is computed in float64. The interpreter runs the source of a kernel. The emulator runs
-the PTX that the compiler made of it: registers, predicates, loops, shuffles, shared memory, asynchronous copies that
-complete as late as they may, matrix instructions. It stops at accesses that are out of bounds or misaligned, and where a
-warp reads from shared memory what another warp wrote without a barrier in between. The brackets show how many cases ran,
-of all; then how many have the bits of the interpreter, of those with the same order of operations. The emulator does not
-know `wgmma`, `tcgen05`, bulk copies and AMD's code. Cases with these are compiled and interpreted but not executed, and do
-not count as run.
+**interpreted, emulated.** The largest error of any output of any small case, as a share of its tolerance: 1 would
+just pass, and where equal bits are demanded it is 0. Tolerances are derived in `tests/cases` from the rounding of the
+output and of float32 sums; the reference is computed in float64. The interpreter runs the source of a kernel. The
+emulator runs the PTX that the compiler made of it: registers, predicates, loops, shuffles, shared memory,
+asynchronous copies that complete as late as they may, matrix instructions. It stops at accesses that are out of
+bounds or misaligned, and where a warp reads from shared memory what another warp wrote without a barrier in between.
+The brackets show how many cases ran, of all; then how many have the bits of the interpreter, of those with the same
+order of operations. The emulator does not know `wgmma`, `tcgen05`, bulk copies and AMD's code. Cases with these are
+compiled and interpreted but not executed, and do not count as run.
 
-**What neither can show.** Races between blocks: here blocks run one after another or in step (two programs that store to
-one address are noticed). Deadlocks, and everything else that depends on time. The last bits of `ex2`, `tanh`, `rcp`,
-`rsqrt` and the like, which a GPU approximates and the emulator computes exactly, and the order in which matrix units add.
-What ptxas makes of the PTX: a GPU runs SASS. Mistakes of the interpreter and of the emulator themselves, although both are
-tested, on arithmetic that is written another way and on planted faults.
+**What neither can show.** Races between blocks: here blocks run one after another or in step (two programs that store
+to one address are noticed). Deadlocks, and everything else that depends on time. The last bits of `ex2`, `tanh`,
+`rcp`, `rsqrt` and the like, which a GPU approximates and the emulator computes exactly, and the order in which matrix
+units add. What ptxas makes of the PTX: a GPU runs SASS. Mistakes of the interpreter and of the emulator themselves,
+although both are tested, on arithmetic that is written another way and on planted faults.
 
-**predicted.** The time that the contract allows at the published peaks, divided by the predicted time, for the launches of
-the models on {machines}. The former is the larger of two times: the op's bytes at the bandwidth of DRAM, and its operations
-at the rate of the matrix units. The latter comes from a model. The model takes registers and shared memory from the
-compiled code, computes how many blocks fit on a multiprocessor, and emulates {samples} blocks of a launch (more where blocks
-do little) to count their work. It then takes the longest of: DRAM ({dram:.0%} of its peak; less if too few bytes are in
-flight for a latency of {latency:.0f} ns), L2, matrix units ({tensor:.0%} of their peak), float32, float64, special
-functions, issued instructions, shared memory. So a launch that is bound by DRAM reaches at most {dram:.0%}. Other latencies
-are assumed to be hidden, caches to be cold, clocks to be at boost. A launch takes some {launch:.0f} us more without a CUDA
-graph, which no figure includes. For launches of a few microseconds this overhead and dependent latencies are most of the
-time, and the prediction means little. Counts are of PTX, not of SASS. Where the code of a machine has the configuration of
-that for sm_80, or cannot be emulated, the counts are those of sm_80 without the work of `wgmma` and `tcgen05`; registers
-and shared memory are the machine's own. A real GPU will mostly be slower. The figures show which resource to look at, and
-whether anything in the code rules out the roof. They do not show how fast the code is.
+**predicted.** The time that the contract allows at the published peaks, divided by the predicted time, for the
+launches of the models on {machines}. The former is the larger of two times: the op's bytes at the bandwidth of DRAM,
+and its operations at the rate of the matrix units. The latter comes from a model. The model takes registers and
+shared memory from the compiled code, computes how many blocks fit on a multiprocessor, and emulates {samples} blocks
+of a launch (more where blocks do little) to count their work. It then takes the longest of: DRAM ({dram:.0%} of its
+peak; less if too few bytes are in flight for a latency of {latency:.0f} ns), L2, matrix units ({tensor:.0%} of their
+peak), float32, float64, special functions, issued instructions, shared memory. So a launch that is bound by DRAM
+reaches at most {dram:.0%}. Other latencies are assumed to be hidden, caches to be cold, clocks to be at boost. A
+launch takes some {launch:.0f} us more without a CUDA graph, which no figure includes. For launches of a few
+microseconds this overhead and dependent latencies are most of the time, and the prediction means little. Counts are
+of PTX, not of SASS. Where the code of a machine has the configuration of that for sm_80, or cannot be emulated, the
+counts are those of sm_80 without the work of `wgmma` and `tcgen05`; registers and shared memory are the machine's
+own. A real GPU will mostly be slower. The figures show which resource to look at, and whether anything in the code
+rules out the roof. They do not show how fast the code is.
 """
 
 
