@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
 
 import arcmerge
 
@@ -45,6 +51,20 @@ for name in arcmerge.__all__:
     setattr(arcmerge, name, getattr(arcmerge, name))
 
 
+class CommandHelp(SphinxDirective):
+    """The text that `arcmerge COMMAND --help` prints."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        program = "import sys; from arcmerge.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", program, self.arguments[0], "--help"]
+        done = subprocess.run(command, env={**os.environ, "COLUMNS": "86"}, check=True, capture_output=True, text=True)
+        block = nodes.literal_block(done.stdout, done.stdout.replace("usage: -c", "usage: arcmerge"))
+        block["language"] = "text"
+        return [block]
+
+
 def setup(app: Sphinx) -> None:
     """The page of the API has an introduction of its own in place of the docstrings of modules."""
 
@@ -52,4 +72,5 @@ def setup(app: Sphinx) -> None:
         if what == "module":
             lines.clear()
 
+    app.add_directive("command-help", CommandHelp)
     app.connect("autodoc-process-docstring", without_modules)
