@@ -43,7 +43,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 # The package resolves its names when they are first asked for; autodoc lists names that exist, in this order.
-FIRST = ("merge", "plan", "inspect", "sweep", "slerp", "Options", "MergeReport", "ArcmergeError")
+FIRST = ("merge", "plan", "inspect", "sweep", "slerp", "merge_state_dicts", "Options", "MergeReport", "ArcmergeError")
 arcmerge.__all__ = [name for name in FIRST if name in arcmerge.__all__] + [
     name for name in arcmerge.__all__ if name not in FIRST
 ]
