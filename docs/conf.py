@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 
 import arcmerge
@@ -51,6 +53,18 @@ for name in arcmerge.__all__:
     setattr(arcmerge, name, getattr(arcmerge, name))
 
 
+def returns_section(docstring: GoogleDocstring, preprocess_types: bool = False) -> list[tuple[str, str, list[str]]]:
+    """The `Returns:` section as text alone: napoleon would read the words before a colon as a type."""
+    lines = docstring._dedent(docstring._consume_to_next_section())
+    return [("", "", lines)] if lines else []
+
+
+GoogleDocstring._consume_returns_section = returns_section  # type: ignore[method-assign]
+
+
+FIELD = re.compile(r"\w+(, \w+)*: ")
+
+
 class CommandHelp(SphinxDirective):
     """The text that `arcmerge COMMAND --help` prints."""
 
@@ -66,11 +80,19 @@ class CommandHelp(SphinxDirective):
 
 
 def setup(app: Sphinx) -> None:
-    """The page of the API has an introduction of its own in place of the docstrings of modules."""
+    """The page of the API has an introduction of its own in place of the docstrings of modules.
 
-    def without_modules(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    A paragraph of `field: text` in the docstring of a class becomes a list of its arguments.
+    """
+
+    def prepare(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
         if what == "module":
             lines.clear()
+        start = next((index for index, line in enumerate(lines) if FIELD.match(line) and not lines[index - 1]), 0)
+        if what in ("class", "exception") and start:
+            end = next((index for index in range(start, len(lines)) if not lines[index]), len(lines))
+            if all(FIELD.match(line) or line.startswith("    ") for line in lines[start:end]):
+                lines[start:end] = ["Args:", *("    " + line for line in lines[start:end])]
 
     app.add_directive("command-help", CommandHelp)
-    app.connect("autodoc-process-docstring", without_modules)
+    app.connect("autodoc-process-docstring", prepare, priority=400)  # before napoleon
