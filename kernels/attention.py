@@ -181,9 +181,10 @@ def attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    query_start: Tensor,
-    lengths: Tensor,
-    longest_query: int,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
     scale: float,
     softcap: float,
     window: int,
@@ -195,12 +196,12 @@ def attention(
     tile = _tile(head_dim, query.dtype)
     tokens = tile.block_m // group
     factor, ceiling = exponents(scale, softcap)
-    _attention_kernel[(key_value_heads, triton.cdiv(longest_query, tokens), sequences)](
+    _attention_kernel[(key_value_heads, triton.cdiv(max_seqlen_q, tokens), sequences)](
         query,
         key_cache,
         value_cache,
-        query_start,
-        lengths,
+        cu_seqlens_q,
+        seqlens_k,
         out,
         slots,
         window,

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .attention import NEVER, exponents, logarithms
 from .rope_cache import rotated
@@ -242,28 +243,55 @@ def keys_per_split(key_value_heads: int) -> int:
 
 
 def splits(slots: int, key_value_heads: int) -> int:
-    """The number of splits of a cache: the third dimension of the scratch of `attention_decode`."""
+    """The number of splits of a cache."""
     return -(-slots // keys_per_split(key_value_heads))
+
+
+# By cache. Every launch leaves them zero, and a captured CUDA graph finds them at the address that it knows.
+_counters = WeakTensorKeyDictionary()
+
+
+def scratch(key_cache: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the programs of a launch leave each other, for key_cache [B, Hkv, S, Dh] and H = heads.
+
+    Returns:
+        partial: [B, Hkv, splits, H / Hkv, Dh] float32, weighted sums of values.
+        statistics: [B, Hkv, splits, H / Hkv, 2] float32, maxima and sums of weights.
+        counters: [B, Hkv] int32 zeros, the splits that are done: two launches at a time may not share a cache.
+    """
+    sequences, key_value_heads, slots, head_dim = key_cache.shape
+    shape = (sequences, key_value_heads, splits(slots, key_value_heads), heads // key_value_heads)
+    partial = torch.empty(*shape, head_dim, dtype=torch.float32, device=key_cache.device)
+    statistics = torch.empty(*shape, 2, dtype=torch.float32, device=key_cache.device)
+    counters = _counters.get(key_cache)
+    if counters is None:
+        with torch.inference_mode(False):  # calls outside of that mode use them too
+            counters = torch.zeros(sequences, key_value_heads, dtype=torch.int32, device=key_cache.device)
+        # In a capture, zeros are a part of the graph: only its replays may use these.
+        if not (key_cache.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _counters[key_cache] = counters
+    return partial, statistics, counters
 
 
 def attention_decode(
     out: Tensor,
     partial: Tensor,
     statistics: Tensor,
+    counters: Tensor,
     qkv: Tensor,
-    table: Tensor,
-    lengths: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    counters: Tensor,
+    seqlens_k: Tensor,
+    cos_sin: Tensor,
+    *,
     heads: int,
     scale: float,
     softcap: float,
     window: int,
 ) -> None:
-    """Fill out (B, H * Dh) and the slots of the new tokens, as the op of this name says; all contiguous.
+    """Fill out [B, H * Dh] and the slots of the new tokens, as defined by the op of this name; all contiguous.
 
-    partial: (B, Hkv, splits, H / Hkv, Dh) and statistics: (B, Hkv, splits, H / Hkv, 2), float32, scratch.
+    partial, statistics, counters: of `scratch`.
     """
     sequences, key_value_heads, slots, head_dim = key_cache.shape
     group = heads // key_value_heads
@@ -272,8 +300,8 @@ def attention_decode(
     factor, ceiling = exponents(scale, softcap)
     _attention_decode_kernel[(number, key_value_heads, sequences)](
         qkv,
-        table,
-        lengths,
+        cos_sin,
+        seqlens_k,
         key_cache,
         value_cache,
         counters,

@@ -234,7 +234,7 @@ def decode() -> dict[str, Measurement]:
     def replay() -> None:
         for number in range(STEPS):
             hidden = step(tokens[number : number + 1], lengths[number : number + 1])
-            chosen = ops.lm_head_argmax(hidden, head, config.final_logit_softcapping, network.stepwise)
+            chosen = ops.lm_head_argmax(hidden, head, softcap=config.final_logit_softcapping, stepwise=network.stepwise)
             tokens[number + 1 : number + 2] = chosen
 
     seconds = device().once(replay)

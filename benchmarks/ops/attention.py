@@ -19,7 +19,8 @@ def case(tokens: int, window: int) -> Case:
     mask = torch.zeros(tokens, tokens).masked_fill(~visible, float("-inf")).bfloat16()[None, None]
 
     def ours(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return ops.attention(query, keys, values, starts, lengths, tokens, scale=SCALE, softcap=SOFTCAP, window=window)
+        limits = {"scale": SCALE, "softcap": SOFTCAP, "window": window}
+        return ops.attention(query, keys, values, starts, lengths, max_seqlen_q=tokens, **limits)
 
     def theirs(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         states = query.transpose(0, 1)[None]

@@ -21,19 +21,21 @@ from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
 from arcmerge import ops
+from arcmerge.ops.rope_cache import rope_table
 
 
 def case(context: int, sequences: int) -> Case:
     """context: tokens of each sequence with the new one."""
     qkv = normal(sequences, (HEADS + 2 * KEY_VALUE_HEADS) * HEAD_DIM)
     operands = cold(lambda: (qkv, *(normal(sequences, KEY_VALUE_HEADS, context, HEAD_DIM) for _ in range(2))))
-    table = ops.rope_table(context, HEAD_DIM, THETA, torch.float32, "cpu")
+    table = rope_table(context, HEAD_DIM, THETA, torch.float32, "cpu")
     cosine, sine = (half[-1:].repeat(1, 2)[None].bfloat16() for half in table.chunk(2, dim=1))
     lengths = torch.full((sequences,), context, dtype=torch.int32)
-    counters = torch.zeros(sequences, KEY_VALUE_HEADS, dtype=torch.int32)
 
     def ours(qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return ops.attention_decode(qkv, table, lengths, keys, values, counters, HEADS, scale=SCALE, softcap=SOFTCAP)
+        return ops.attention_decode(
+            qkv, keys, values, lengths, heads=HEADS, cos_sin=table, scale=SCALE, softcap=SOFTCAP
+        )
 
     def theirs(qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         states = qkv.view(sequences, 1, -1, HEAD_DIM).transpose(1, 2)

@@ -21,7 +21,7 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def best(x: Tensor, weight: Tensor) -> Tensor:
-    return ops.lm_head_argmax(x, weight, FINAL_SOFTCAP, False)
+    return ops.lm_head_argmax(x, weight, softcap=FINAL_SOFTCAP)
 
 
 def best_of_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def best_of_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def logprob(x: Tensor, weight: Tensor) -> Tensor:
-    return ops.lm_head_logprob(x, weight, torch.arange(len(x)), FINAL_SOFTCAP, False)[0]
+    return ops.lm_head_logprob(x, weight, torch.arange(len(x)), softcap=FINAL_SOFTCAP)[0]
 
 
 def logprob_of_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -38,7 +38,8 @@ def logprob_of_logits(x: Tensor, weight: Tensor) -> Tensor:
 
 def draw(x: Tensor, weight: Tensor) -> Tensor:
     steps = torch.arange(len(x))
-    return ops.lm_head_sample(x, weight, FINAL_SOFTCAP, 0.5, TOP_K, TOP_P, 0.0, SEED, steps, None, 1.0, False)
+    filters = {"top_k": TOP_K, "top_p": TOP_P}
+    return ops.lm_head_sample(x, weight, steps, seed=SEED, temperature=0.5, **filters, softcap=FINAL_SOFTCAP)
 
 
 def draw_of_logits(x: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ def case(tokens: int) -> Case:
     module = norm(weight)
     return Case(
         counted(tokens),
-        ours=lambda x, weight: ops.rmsnorm(x, weight, EPSILON),
+        ours=lambda x, weight: ops.rmsnorm(x, weight, eps=EPSILON),
         theirs=lambda x, _: module(x),
         operands=[(x, weight)],
         moved=nbytes(x, x, weight),

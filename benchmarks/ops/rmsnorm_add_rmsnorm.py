@@ -19,7 +19,7 @@ def case(tokens: int) -> Case:
 
     return Case(
         counted(tokens),
-        ours=lambda *operands: ops.rmsnorm_add_rmsnorm(*operands, EPSILON),
+        ours=lambda *operands: ops.rmsnorm_add_rmsnorm(*operands, eps=EPSILON),
         theirs=theirs,
         operands=[(branch, residual, *weights)],
         moved=nbytes(branch, residual, branch, residual, *weights),

@@ -8,12 +8,13 @@ from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
 from arcmerge import ops
+from arcmerge.ops.rope_cache import rope_table
 
 
 def case(tokens: int) -> Case:
     query, key, value = (normal(tokens, heads, HEAD_DIM) for heads in (HEADS, KEY_VALUE_HEADS, KEY_VALUE_HEADS))
     caches = [torch.zeros(1, KEY_VALUE_HEADS, 2 * tokens, HEAD_DIM, dtype=torch.bfloat16) for _ in range(2)]
-    table = ops.rope_table(tokens, HEAD_DIM, THETA, torch.float32, "cpu")
+    table = rope_table(tokens, HEAD_DIM, THETA, torch.float32, "cpu")
     cosine, sine = (half.repeat(1, 2)[None].bfloat16() for half in table.chunk(2, dim=1))
     positions, sequences = torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64)
 

@@ -17,7 +17,7 @@ def examine() -> Mapping[str, Any]:
     """The findings as plain data. Imports torch."""
     import torch
 
-    from arcmerge.ops import backends
+    from arcmerge.dispatch.registry import backends
 
     cuda = torch.cuda.is_available()
     return {

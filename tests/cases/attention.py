@@ -99,8 +99,8 @@ def build(
     placed = [cache_positions(length, slots, count) for (_, length), count in zip(sequences, seen, strict=True)]
     for number, (_, unseen) in enumerate(placed):
         keys[number, :, unseen] = values[number, :, unseen] = NAN
-    query_start = draw.exact(torch.tensor(starts, dtype=torch.int32))
-    lengths = draw.exact(torch.tensor([length for _, length in sequences], dtype=torch.int32))
+    cu_seqlens_q = draw.exact(torch.tensor(starts, dtype=torch.int32))
+    seqlens_k = draw.exact(torch.tensor([length for _, length in sequences], dtype=torch.int32))
     out = draw.empty(starts[-1] * query_heads * head_dim + skip, dtype=dtype)[skip:].view(query.shape)
 
     def expected() -> dict[str, Expected]:
@@ -125,7 +125,18 @@ def build(
     cached = sum(count for (new, _), count in zip(sequences, seen, strict=True) if new)
     moved = 2 * starts[-1] * query_heads + 2 * cached * key_value_heads
     return Call(
-        launch=lambda: attention(out, query, keys, values, query_start, lengths, longest, scale, softcap, window),
+        launch=lambda: attention(
+            out,
+            query,
+            keys,
+            values,
+            cu_seqlens_q,
+            seqlens_k,
+            max_seqlen_q=longest,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+        ),
         outputs={"out": out},
         expected=expected,
         minimum_bytes=moved * head_dim * dtype.itemsize + 8 * len(sequences) + 4,

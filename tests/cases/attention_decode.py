@@ -31,7 +31,7 @@ def build(
     """A sequence for each length. dtypes: of the states and of the table. loud: the scale of all states. The rest as in
     cases of attention. What is not visible is NaN, the slot of the new token too.
     """
-    (query_heads, key_value_heads), (dtype, table_dtype) = heads, dtypes
+    (query_heads, key_value_heads), (dtype, angle_dtype) = heads, dtypes
     group, sequences = query_heads // key_value_heads, len(lengths)
     slots = slots or max(lengths)
 
@@ -40,7 +40,7 @@ def build(
         return draw.normal(count + skip, dtype=dtype, scale=loud)[skip:].view(shape)
 
     qkv = tensor(sequences, (query_heads + 2 * key_value_heads) * head_dim, loud=loud)
-    table = draw.normal(max(lengths), head_dim, dtype=table_dtype)
+    cos_sin = draw.normal(max(lengths), head_dim, dtype=angle_dtype)
     keys = tensor(sequences, key_value_heads, slots, head_dim)
     values = tensor(sequences, key_value_heads, slots, head_dim)
     if positive:
@@ -53,7 +53,7 @@ def build(
         keys[number, :, hidden] = values[number, :, hidden] = NAN
     before = keys.clone(), values.clone()
     counters = draw.exact(torch.zeros(sequences, key_value_heads, dtype=torch.int32))
-    length_of = draw.exact(torch.tensor(lengths, dtype=torch.int32))
+    seqlens_k = draw.exact(torch.tensor(lengths, dtype=torch.int32))
     number_of_splits = splits(slots, key_value_heads)
     partial = draw.empty(sequences, key_value_heads, number_of_splits, group, head_dim, dtype=F32)
     statistics = draw.empty(sequences, key_value_heads, number_of_splits, group, 2, dtype=F32)
@@ -62,7 +62,7 @@ def build(
     def expected() -> dict[str, Expected]:
         true_keys, true_values = before
         states = qkv.unflatten(1, (-1, head_dim))
-        angles = table[(length_of - 1).clamp(min=0)]
+        angles = cos_sin[(seqlens_k - 1).clamp(min=0)]
         query, key = rotate(states[:, :query_heads], angles), rotate(states[:, query_heads:-key_value_heads], angles)
         truth = torch.zeros(sequences, query_heads, head_dim, dtype=torch.float64)
         tolerance = torch.zeros_like(truth)
@@ -99,22 +99,22 @@ def build(
             out,
             partial,
             statistics,
+            counters,
             qkv,
-            table,
-            length_of,
             keys,
             values,
-            counters,
-            query_heads,
-            scale,
-            softcap,
-            window,
+            seqlens_k,
+            cos_sin,
+            heads=query_heads,
+            scale=scale,
+            softcap=softcap,
+            window=window,
         ),
         outputs={"out": out, "key_cache": keys, "value_cache": values, "counters": counters},
         expected=expected,
         minimum_bytes=moved * row
         + out.numel() * dtype.itemsize
-        + busy * head_dim * table_dtype.itemsize
+        + busy * head_dim * angle_dtype.itemsize
         + 4 * sequences,
         operations=4 * sum(seen) * query_heads * head_dim,
     )

@@ -212,7 +212,7 @@ import threading, time, torch
 from arcmerge import ops
 def work():
     while True:
-        ops.rmsnorm(torch.ones(4, 64), torch.zeros(64), 1e-6)
+        ops.rmsnorm(torch.ones(4, 64), torch.zeros(64), eps=1e-6)
 threading.Thread(target=work, daemon=True).start()
 time.sleep(0.2)
 """

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from arcmerge import ops
+from arcmerge.dispatch.recording import recorded
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.network import Network
@@ -79,9 +80,9 @@ def test_a_row_may_rest(network: Network) -> None:
 
 def test_a_recording_replays_what_its_arguments_hold_then() -> None:
     x, weight = normal(3, 70), normal(9, 70, seed=1)
-    with ops.recorded() as recording:
+    with recorded() as recording:
         out = ops.linear(x, [weight])
-        _, normed = ops.rmsnorm_add_rmsnorm(out, normal(3, 9, dtype=F32), weight[0, :9], weight[1, :9], 1e-6)
+        _, normed = ops.rmsnorm_add_rmsnorm(out, normal(3, 9, dtype=F32), weight[0, :9], weight[1, :9], eps=1e-6)
     assert recording.whole
     x.copy_(normal(3, 70, seed=2))
     expected = ops.linear(x, [weight])
@@ -95,6 +96,6 @@ def test_a_recording_replays_what_its_arguments_hold_then() -> None:
 def test_a_recording_of_a_copy_is_not_whole(strided: str) -> None:
     x, weight = normal(3, 70), normal(9, 70, seed=1)
     x, weight = (x[:, ::2], weight[:, :35].contiguous()) if strided == "x" else (x[:, :35].contiguous(), weight[:, ::2])
-    with ops.recorded() as recording:
+    with recorded() as recording:
         ops.linear(x, [weight])
     assert not recording.whole

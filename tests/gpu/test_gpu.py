@@ -74,9 +74,10 @@ class BothWays(TorchDispatchMode):
         if func.namespace != "arcmerge":
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("arcmerge::")
-        copies = tree_map_only(Tensor, torch.clone, args)
-        expected = served_by("reference", func, *copies)
-        actual = served_by("triton" if "triton" in OPS[name] else "reference", func, *args)
+        copies, kwargs = tree_map_only(Tensor, torch.clone, args), kwargs or {}
+        expected = served_by("reference", func, *copies, **kwargs)
+        backend = "triton" if "triton" in OPS[name].implementations else "reference"
+        actual = served_by(backend, func, *args, **kwargs)
         self.compared.add(name)
         for place, (ours, reference) in enumerate(zip(tensors(actual, args), tensors(expected, copies), strict=True)):
             error, allowed = difference(ours, reference)
@@ -84,9 +85,9 @@ class BothWays(TorchDispatchMode):
         return actual
 
 
-def served_by(backend: str, func: Callable[..., Any], *arguments: Any) -> Any:
+def served_by(backend: str, func: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     with patch.dict(os.environ, ARCMERGE_BACKEND=backend):
-        return func(*arguments)
+        return func(*arguments, **named)
 
 
 def tensors(*trees: object) -> list[Tensor]:
@@ -121,13 +122,14 @@ def test_ops_agree_with_their_references(network: Network) -> None:
     with BothWays() as both:
         cache, hidden = prefilled(network, prompt, len(prompt) + STEPS)
         for step in range(STEPS):
-            token = ops.lm_head_argmax(hidden, head, softcap, False)
+            token = ops.lm_head_argmax(hidden, head, softcap=softcap)
             hidden = network(Batch.of([token.tolist()], [len(prompt) + step], DEVICE), cache)
-        ops.lm_head_logprob(hidden, head, token, softcap, False)
-        ops.lm_head_sample(hidden, head, softcap, 0.8, 50, 0.9, 0.0, 1, torch.zeros_like(token), None, 1.0, False)
+        ops.lm_head_logprob(hidden, head, token, softcap=softcap)
+        steps = torch.zeros_like(token)
+        ops.lm_head_sample(hidden, head, steps, seed=1, temperature=0.8, top_k=50, top_p=0.9, softcap=softcap)
         ops.geglu(layer.gate_proj, layer.up_proj)
         slerp(layer.gate_proj, layer.up_proj, 0.3)
-    assert both.compared >= {name for name, offered in OPS.items() if "triton" in offered}
+    assert both.compared >= {name for name, op in OPS.items() if "triton" in op.implementations}
 
 
 @torch.inference_mode()
@@ -136,8 +138,8 @@ def test_replayed_steps_give_the_tokens_of_plain_calls(network: Network) -> None
     (answer,) = generate(network, [prompt], SamplingParams(), StoppingCriteria(STEPS + 1, ends=())).tokens
     head, softcap = network.weights.embed_tokens, network.config.final_logit_softcapping
     cache, hidden = prefilled(network, prompt, len(prompt) + STEPS)
-    plain = [ops.lm_head_argmax(hidden, head, softcap, False).item()]
+    plain = [ops.lm_head_argmax(hidden, head, softcap=softcap).item()]
     for step in range(STEPS):
         hidden = network(Batch.of([plain[-1:]], [len(prompt) + step], DEVICE), cache)
-        plain.append(ops.lm_head_argmax(hidden, head, softcap, False).item())
+        plain.append(ops.lm_head_argmax(hidden, head, softcap=softcap).item())
     assert answer == plain

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
-from arcmerge.ops import attention, attention_decode, backends
+from arcmerge.dispatch.registry import backends
+from arcmerge.ops import attention, attention_decode, rope_cache
 from cases import attention as prefill
 from cases import attention_decode as decode
 from cases import rope_cache as rope
@@ -27,10 +28,9 @@ def native_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ARCMERGE_BACKEND", raising=False)
     served = backends("cpu")
     assert all(served[name].startswith("native") for name in ("attention", "attention_decode", "rope_cache"))
-    ops = torch.ops.arcmerge
-    monkeypatch.setattr(prefill, "attention", lambda out, *of: out.copy_(ops.attention(*of, False)))
-    monkeypatch.setattr(decode, "attention_decode", lambda out, _, __, *of: out.copy_(ops.attention_decode(*of, False)))
-    monkeypatch.setattr(rope, "rope_cache", lambda out, *of: out.copy_(ops.rope_cache(*of)))
+    monkeypatch.setattr(prefill, "attention", lambda out, *of, **how: out.copy_(attention(*of, **how)))
+    monkeypatch.setattr(decode, "attention_decode", _decode_as_launcher)
+    monkeypatch.setattr(rope, "rope_cache", lambda out, *of: out.copy_(rope_cache(*of)))
 
 
 @pytest.fixture
@@ -39,6 +39,13 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = _C.threads()
     yield _C.set_threads
     _C.set_threads(before)
+
+
+def _decode_as_launcher(
+    out: Tensor, partial: Tensor, statistics: Tensor, counters: Tensor, *tensors: Tensor, **numbers: Any
+) -> None:
+    *others, cos_sin = tensors
+    out.copy_(attention_decode(*others, cos_sin=cos_sin, **numbers))
 
 
 def agrees(call: Call) -> None:
@@ -126,10 +133,12 @@ def test_a_query_is_answered_alike_in_any_company(variant: str, dtype: torch.dty
     key, value = draw.normal(2, 2, 2, 320, 32, dtype=dtype)
     limits = dict(scale=0.2, softcap=50.0, window=window)
     with using(variant):
-        whole = attention(query, key, value, integers(0, 300, 300), integers(300, 9), 300, **limits)
+        whole = attention(query, key, value, integers(0, 300, 300), integers(300, 9), max_seqlen_q=300, **limits)
         for count, length in ((1, 300), (1, 129), (50, 261), (101, 300), (7, 7)):
             rows = query[length - count : length]
-            alone = attention(rows, key[:1], value[:1], integers(0, count), integers(length), count, **limits)
+            alone = attention(
+                rows, key[:1], value[:1], integers(0, count), integers(length), max_seqlen_q=count, **limits
+            )
             assert same_bits(alone, whole[length - count : length])
 
 
@@ -142,8 +151,7 @@ def test_a_new_token_is_answered_alike_in_any_company(variant: str, dtype: torch
 
     def answer(rows: slice, *lengths: int) -> Tensor:
         caches = key[rows].clone(), value[rows].clone()
-        counters = torch.zeros(len(lengths), 2, dtype=torch.int32)
-        return attention_decode(qkv[rows], table, integers(*lengths), *caches, counters, 4, scale=0.2, softcap=50.0)
+        return attention_decode(qkv[rows], *caches, integers(*lengths), heads=4, cos_sin=table, scale=0.2, softcap=50.0)
 
     with using(variant):
         together = answer(slice(3), 700, 0, 513)
@@ -160,12 +168,11 @@ def test_a_window_of_any_size_shows_all_before_it(variant: str, window: int) -> 
 
     def answers(window: int) -> list[Tensor]:
         limits = dict(scale=0.2, softcap=50.0, window=window)
-        counters = torch.zeros(1, 2, dtype=torch.int32)
-        prefilled = attention(query, key, value, integers(0, 20), integers(300), 20, **limits)
+        prefilled = attention(query, key, value, integers(0, 20), integers(300), max_seqlen_q=20, **limits)
         caches = key.clone(), value.clone()
         return [
             prefilled,
-            attention_decode(query[:2].view(1, -1), table, integers(300), *caches, counters, 4, **limits),
+            attention_decode(query[:2].view(1, -1), *caches, integers(300), heads=4, cos_sin=table, **limits),
         ]
 
     with using(variant):
@@ -179,7 +186,7 @@ def test_a_query_that_is_not_a_number_is_answered_so(variant: str) -> None:
     query, key, value = draw.normal(5, 2, 16), draw.normal(1, 1, 64, 16), draw.normal(1, 1, 64, 16)
     query[2, 1] = float("nan")
     with using(variant):
-        out = attention(query, key, value, integers(0, 5), integers(40), 5, scale=0.2, softcap=50.0)
+        out = attention(query, key, value, integers(0, 5), integers(40), max_seqlen_q=5, scale=0.2, softcap=50.0)
     assert out.isnan().all(2).nonzero().tolist() == [[2, 1]]
     assert out.isnan().sum() == 16
 
@@ -193,9 +200,9 @@ def test_stepwise_is_left_to_the_reference(monkeypatch: pytest.MonkeyPatch, dtyp
     for backend in ("reference", "native"):
         monkeypatch.setenv("ARCMERGE_BACKEND", backend)
         limits: dict[str, Any] = dict(scale=0.2, softcap=50.0, stepwise=True)
-        found.append(attention(query, key, value, integers(0, 9), integers(40), 9, **limits))
-        counters = torch.zeros(1, 1, dtype=torch.int32)
-        found.append(attention_decode(qkv, table, integers(41), key.clone(), value.clone(), counters, 2, **limits))
+        found.append(attention(query, key, value, integers(0, 9), integers(40), max_seqlen_q=9, **limits))
+        caches = key.clone(), value.clone()
+        found.append(attention_decode(qkv, *caches, integers(41), heads=2, cos_sin=table, **limits))
     assert same_bits(found[2], found[0])
     assert same_bits(found[3], found[1])
 
@@ -208,7 +215,7 @@ def test_caches_at_any_address(variant: str, dtype: torch.dtype) -> None:
     out = torch.full_like(query, float("nan"))
     starts, lengths = integers(0, 20), integers(40)
     with using(variant):
-        expected = attention(query, key, value, starts, lengths, 20, scale=0.2, softcap=50.0)
+        expected = attention(query, key, value, starts, lengths, max_seqlen_q=20, scale=0.2, softcap=50.0)
         moved = [at_offset(tensor.flatten(), 3) for tensor in (query, key, value)]
         at = [buffer.data_ptr() + 3 for buffer in moved]
         cache = _C.Cache(at[1], at[2], 1, 1, 40, 16, 0 if dtype == BF16 else 2)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from arcmerge import _C
-from arcmerge.ops import backends, geglu, linear, linear_geglu
+from arcmerge.dispatch.registry import backends
+from arcmerge.ops import geglu, linear, linear_geglu
 from operands import BF16, CODES, F32, at_offset, every_variant, normal, same_bits, using
 
 dtypes = pytest.mark.parametrize("dtype", [BF16, F32], ids=str)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
+from arcmerge.dispatch.registry import backends
 from arcmerge.kernels.lm_head import Scores
-from arcmerge.ops import backends, lm_head_argmax, lm_head_logits, lm_head_logprob, lm_head_sample
+from arcmerge.ops import lm_head_argmax, lm_head_logits, lm_head_logprob, lm_head_sample
 from arcmerge.ops.gumbel import gumbel
 from arcmerge.ops.lm_head_sample import _likely, kept
 from cases.case import Random
@@ -67,9 +68,9 @@ def test_logits_are_those_of_float64(variant: str, dtype: torch.dtype, softcap: 
     values, error = exact_scores(Scores(x, weight, softcap, False))
     ids = wanted(shape[0], shape[1])
     with using(variant):
-        logits = lm_head_logits(x, weight, softcap, False)
-        chosen, best = lm_head_logprob(x, weight, ids, softcap, False)
-        assert torch.equal(lm_head_argmax(x, weight, softcap, False), best)
+        logits = lm_head_logits(x, weight, softcap=softcap)
+        chosen, best = lm_head_logprob(x, weight, ids, softcap=softcap)
+        assert torch.equal(lm_head_argmax(x, weight, softcap=softcap), best)
     assert ((logits - values).abs() <= error).all()
     assert torch.equal(best, logits.argmax(dim=1))
     truth = values.log_softmax(dim=1).gather(1, ids[:, None])[:, 0]
@@ -82,7 +83,7 @@ def test_logits_are_those_of_float64(variant: str, dtype: torch.dtype, softcap: 
 def test_tanh_is_within_four_units_in_the_last_place(variant: str) -> None:
     x = torch.cat([torch.linspace(-12, 12, 40001), torch.logspace(-30, 0, 20001), torch.tensor([0.625, 1e4, -1e30, 0])])
     with using(variant):
-        out = lm_head_logits(torch.ones(1, 1), x[:, None], 1.0, False)[0]
+        out = lm_head_logits(torch.ones(1, 1), x[:, None], softcap=1.0)[0]
     truth = x.double().tanh()
     unit = torch.nextafter(truth.float().abs(), torch.tensor(float("inf"))) - truth.float().abs()
     assert ((out - truth).abs() <= 4 * unit.double()).all()
@@ -92,7 +93,7 @@ def test_tanh_is_within_four_units_in_the_last_place(variant: str) -> None:
 def test_exponentials_are_within_a_unit_in_the_last_place(variant: str) -> None:
     x = torch.linspace(-20, 0, 2001)[:, None]
     with using(variant):
-        out, _ = lm_head_logprob(x, torch.tensor([[0.0], [1.0]]), torch.zeros(2001, dtype=torch.int64), 0.0, False)
+        out, _ = lm_head_logprob(x, torch.tensor([[0.0], [1.0]]), torch.zeros(2001, dtype=torch.int64), softcap=0.0)
     # That of 1 + exp(x) is 2^-23.
     assert ((out + x[:, 0].double().exp().log1p()).abs() <= 2.0**-23).all()
 
@@ -107,8 +108,8 @@ def test_the_lowest_of_equals(variant: str, rows: int, stepwise: bool) -> None:
     values = exact_scores(Scores(x, weight, 30.0, stepwise))[0].float()
     first = (values == values.amax(1, keepdim=True)).int().argmax(1)
     with using(variant):
-        out, best = lm_head_logprob(x, weight, wanted(rows, len(weight)), 30.0, stepwise)
-        logits = lm_head_logits(x, weight, 30.0, stepwise)
+        out, best = lm_head_logprob(x, weight, wanted(rows, len(weight)), softcap=30.0, stepwise=stepwise)
+        logits = lm_head_logits(x, weight, softcap=30.0, stepwise=stepwise)
     assert torch.equal(best, first)
     if stepwise:
         assert same_bits(logits, values)
@@ -123,12 +124,12 @@ def test_threads_and_company_change_nothing(rows: int, threads: Callable[[int], 
     ids, found = wanted(rows, 700), []
     for number in (1, 2, 5):
         threads(number)
-        found.append(lm_head_logprob(x, weight, ids, 30.0, False)[0])
+        found.append(lm_head_logprob(x, weight, ids, softcap=30.0)[0])
     assert same_bits(found[1], found[0])
     assert same_bits(found[2], found[0])
     fewer = 3 if rows == 16 else 77
-    assert same_bits(lm_head_logprob(x[-fewer:], weight, ids[-fewer:], 30.0, False)[0], found[0][-fewer:])
-    assert same_bits(lm_head_logits(x, weight, 30.0, False)[-1], lm_head_logits(x[-fewer:], weight, 30.0, False)[-1])
+    assert same_bits(lm_head_logprob(x[-fewer:], weight, ids[-fewer:], softcap=30.0)[0], found[0][-fewer:])
+    assert same_bits(lm_head_logits(x, weight, softcap=30.0)[-1], lm_head_logits(x[-fewer:], weight, softcap=30.0)[-1])
 
 
 @every_variant
@@ -137,12 +138,12 @@ def test_rows_that_are_not_numbers_get_an_id(variant: str) -> None:
     x[1] = float("nan")
     for some in (x[:3], x):
         with using(variant):
-            out, best = lm_head_logprob(some, weight, wanted(len(some), 700), 30.0, False)
+            out, best = lm_head_logprob(some, weight, wanted(len(some), 700), softcap=30.0)
         assert out.isnan().nonzero().tolist() == [[1]]
         assert best[1] == 0
         for filters in FILTERS.values():
             assert 0 <= sample(some, weight, filters)[1] < 700
-    assert lm_head_logprob(x[:0], weight, best[:0], 30.0, False)[1].shape == (0,)
+    assert lm_head_logprob(x[:0], weight, best[:0], softcap=30.0)[1].shape == (0,)
 
 
 def sample(x: Tensor, weight: Tensor, filters: tuple[int, float, float], **changed: object) -> Tensor:

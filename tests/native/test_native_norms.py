@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from arcmerge import _C
-from arcmerge.ops import backends, geglu, rmsnorm, rmsnorm_add_rmsnorm
+from arcmerge.dispatch.registry import backends
+from arcmerge.ops import geglu, rmsnorm, rmsnorm_add_rmsnorm
 from operands import BF16, CODES, F32, at_offset, every_variant, normal, same_bits, using
 
 EPSILON = 1e-6
@@ -50,7 +51,7 @@ def operands(rows, columns, dtype, stream):
 def test_norm_bit_by_bit(variant, dtype, stream, scale, rows, columns):
     x, weight = (scale * normal(rows, columns, dtype=F32)).to(stream), normal(columns, dtype=dtype, seed=1)
     with using(variant):
-        assert same_bits(rmsnorm(x, weight, EPSILON), norm(x, weight).to(dtype))
+        assert same_bits(rmsnorm(x, weight, eps=EPSILON), norm(x, weight).to(dtype))
 
 
 @every_variant
@@ -60,7 +61,7 @@ def test_norm_bit_by_bit(variant, dtype, stream, scale, rows, columns):
 def test_both_norms_bit_by_bit(variant, dtype, stream, rows, columns):
     branch, residual, post, pre = operands(rows, columns, dtype, stream)
     with using(variant):
-        total, normed = rmsnorm_add_rmsnorm(branch, residual, post, pre, EPSILON)
+        total, normed = rmsnorm_add_rmsnorm(branch, residual, post, pre, eps=EPSILON)
     expected = residual + norm(branch, post).to(stream)
     assert same_bits(total, expected)
     assert same_bits(normed, norm(expected, pre).to(dtype))
@@ -70,7 +71,7 @@ def test_both_norms_bit_by_bit(variant, dtype, stream, rows, columns):
 @streams
 def test_norms_within_the_error_of_f32(monkeypatch, dtype, stream):
     branch, residual, post, pre = operands(50, 700, dtype, stream)
-    total, normed = rmsnorm_add_rmsnorm(branch, residual, post, pre, EPSILON)
+    total, normed = rmsnorm_add_rmsnorm(branch, residual, post, pre, eps=EPSILON)
     exact = [
         x.double() / (x.double().square().mean(-1, keepdim=True) + EPSILON).sqrt() * (1 + weight.double())
         for x, weight in ((branch, post), (total, pre))
@@ -93,7 +94,7 @@ def test_misaligned_norms_touch_only_their_outputs(variant):
         _C.rmsnorm_add_rmsnorm(
             *starts, *places[:2], CODES[F32], *places[2:], CODES[BF16], rows=20, columns=33, eps=EPSILON
         )
-    expected = rmsnorm_add_rmsnorm(branch, residual, post, pre, EPSILON)
+    expected = rmsnorm_add_rmsnorm(branch, residual, post, pre, eps=EPSILON)
     for out, value in zip(outputs, expected, strict=True):
         assert (out[[0, 1, *range(-6, 0)]] == 0x55).all()
         assert torch.equal(out[2:-6], value.flatten().view(torch.uint8))
@@ -102,9 +103,9 @@ def test_misaligned_norms_touch_only_their_outputs(variant):
 def test_nan_and_infinity_stay_in_their_rows():
     x = normal(3, 40)
     x[0, 3], x[2, 4] = float("nan"), float("inf")
-    out = rmsnorm(x, normal(40, seed=1), EPSILON)
+    out = rmsnorm(x, normal(40, seed=1), eps=EPSILON)
     assert out[0].isnan().all()
-    assert same_bits(out[1:2], rmsnorm(x[1:2], normal(40, seed=1), EPSILON))
+    assert same_bits(out[1:2], rmsnorm(x[1:2], normal(40, seed=1), eps=EPSILON))
     assert out[2, 4].isnan()
     assert (out[2, [*range(4), *range(5, 40)]] == 0).all()
 
@@ -164,7 +165,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     results = []
     for threads in (1, 3):
         _C.set_threads(threads)
-        results.append([*rmsnorm_add_rmsnorm(branch, residual, *weights, EPSILON), geglu(gate, up)])
+        results.append([*rmsnorm_add_rmsnorm(branch, residual, *weights, eps=EPSILON), geglu(gate, up)])
     _C.set_threads(before)
     assert all(same_bits(one, other) for one, other in zip(*results, strict=True))
 

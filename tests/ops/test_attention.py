@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +26,10 @@ def draw() -> Random:
     return Random(30, DEVICE)
 
 
-def whole(count: int, length: int) -> tuple[Tensor, Tensor, int]:
-    """query_start, lengths and longest_query of one sequence."""
-    as_tensor = [torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in ([0, count], [length])]
-    return as_tensor[0], as_tensor[1], count
+def whole(count: int, length: int) -> dict[str, Any]:
+    """cu_seqlens_q, seqlens_k and max_seqlen_q of one sequence."""
+    starts, lengths = (torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in ([0, count], [length]))
+    return {"cu_seqlens_q": starts, "seqlens_k": lengths, "max_seqlen_q": count}
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -41,7 +42,7 @@ def test_stepwise_has_the_bits_of_transformers(
     for backend in ("reference", "triton"):
         monkeypatch.setenv("ARCMERGE_BACKEND", backend)
         actual = attention(
-            query, key[None], value[None], *whole(20, 30), scale=1.5, softcap=softcap, window=window, stepwise=True
+            query, key[None], value[None], **whole(20, 30), scale=1.5, softcap=softcap, window=window, stepwise=True
         )
         assert torch.equal(actual, due)
 
@@ -51,7 +52,7 @@ def test_reference_is_the_formula(softcap: float, window: int, draw: Random, mon
     monkeypatch.setenv("ARCMERGE_BACKEND", "reference")
     # More queries than the reference takes at a time.
     query, key, value = (draw.normal(*shape, dtype=F32) for shape in ((300, 4, 16), (2, 310, 16), (2, 310, 16)))
-    actual = attention(query, key[None], value[None], *whole(300, 310), scale=0.7, softcap=softcap, window=window)
+    actual = attention(query, key[None], value[None], **whole(300, 310), scale=0.7, softcap=softcap, window=window)
     truth, tolerance = exact_attention(query, key, value, 0.7, softcap, window, F32)
     assert ((actual.double() - truth).abs() <= tolerance).all()
     hugging_face = by_transformers(query, key, value, 0.7, softcap, window, F32)
@@ -80,7 +81,7 @@ def test_kernel_sees_exactly_a_window_of_4096(draw: Random, monkeypatch: pytest.
     key[..., 1, :], value[..., 1, :] = 2.0, 1.0
     for backend in ("reference", "triton"):
         monkeypatch.setenv("ARCMERGE_BACKEND", backend)
-        out = attention(query, key, value, *whole(count, length), scale=1.0, softcap=50.0, window=4096)
+        out = attention(query, key, value, **whole(count, length), scale=1.0, softcap=50.0, window=4096)
         assert (out[0] > 0.9).all()
         assert (out[1:] == 0).all()
 
@@ -91,15 +92,15 @@ def test_rows_do_not_depend_on_their_company(dtype: torch.dtype, draw: Random, m
     query = draw.normal(50, 4, 16, dtype=dtype)
     key, value = draw.normal(2, 3, 2, 64, 16, dtype=dtype)
     starts, lengths = (torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in ([0, 30, 30, 50], [60, 9, 20]))
-    together = attention(query, key, value, starts, lengths, 30, scale=0.3, softcap=50.0, window=40)
-    alone = attention(query[30:], key[2:], value[2:], *whole(20, 20), scale=0.3, softcap=50.0, window=40)
+    together = attention(query, key, value, starts, lengths, max_seqlen_q=30, scale=0.3, softcap=50.0, window=40)
+    alone = attention(query[30:], key[2:], value[2:], **whole(20, 20), scale=0.3, softcap=50.0, window=40)
     assert torch.equal(together[30:], alone)
 
 
 def test_op_is_registered_as_torch_wants(draw: Random) -> None:
     query, key, value = draw.normal(5, 4, 16), draw.normal(1, 2, 8, 16), draw.normal(1, 2, 8, 16)
-    arguments = (query, key, value, *whole(5, 8), 0.3, 50.0, 4, False)
-    torch.library.opcheck(torch.ops.arcmerge.attention.default, arguments)
+    numbers = {"scale": 0.3, "softcap": 50.0, "window": 4}
+    torch.library.opcheck(torch.ops.arcmerge.attention.default, (query, key, value), {**whole(5, 8), **numbers})
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -107,48 +108,57 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "mixed dtypes": ({"value_cache": torch.ones(1, 2, 64, 16)}, "'value_cache' must have the dtype of 'query'"),
     "unlike caches": (
         {"value_cache": torch.ones(1, 2, 65, 16, dtype=BF16)},
-        r"'value_cache' must have the shape \(1, 2, 64, 16\), got \(1, 2, 65, 16\)",
+        "'value_cache' must have the shape [B, Hkv, S, Dh] = [1, 2, 64, 16], got [1, 2, 65, 16]",
     ),
-    "three dimensions": ({"key_cache": torch.ones(2, 64, 16, dtype=BF16)}, "'key_cache' must have 4 dimensions, got 3"),
+    "three dimensions": (
+        {"key_cache": torch.ones(2, 64, 16, dtype=BF16)},
+        "'key_cache' must have the shape [B, Hkv, S, Dh], got [2, 64, 16]",
+    ),
     "odd heads": (
         {"key_cache": torch.ones(1, 2, 8, 24, dtype=BF16), "value_cache": torch.ones(1, 2, 8, 24, dtype=BF16)},
-        "'key_cache' must have heads of 16, 32, 64, 128, 256 elements, got 24",
+        "'key_cache' must have heads of 16, 32, 64, 128 or 256 elements, got 24",
     ),
     "heads that do not share": (
         {"query": torch.ones(5, 3, 16, dtype=BF16)},
-        "heads of queries must be a multiple of the 2 heads of keys, got 3",
+        "'heads' must be a multiple of the 2 key-value heads, got 3",
     ),
-    "another head": ({"query": torch.ones(5, 4, 32, dtype=BF16)}, r"'query' must have the shape \(T, H, 16\)"),
+    "another head": (
+        {"query": torch.ones(5, 4, 32, dtype=BF16)},
+        "'query' must have the shape [T, H, Dh] = [*, *, 16], got [5, 4, 32]",
+    ),
     "strides": ({"query": torch.ones(4, 5, 16, dtype=BF16).transpose(0, 1)}, "'query' must be contiguous"),
-    "long lengths": ({"lengths": torch.tensor([8])}, "'lengths' must be int32, got torch.int64"),
-    "two lengths": ({"lengths": torch.tensor([8, 8], dtype=torch.int32)}, r"'lengths' must have the shape \(1,\)"),
-    "rows left over": (
-        {"query_start": torch.tensor([0, 4], dtype=torch.int32)},
-        r"'query_start' must rise from 0 to the 5 rows of 'query', got \[0, 4\]",
+    "long lengths": ({"seqlens_k": torch.tensor([8])}, "'seqlens_k' must be int32, got int64"),
+    "two lengths": (
+        {"seqlens_k": torch.tensor([8, 8], dtype=torch.int32)},
+        "'seqlens_k' must have the shape [B] = [1], got [2]",
     ),
-    "short grid": ({"longest_query": 4}, "'longest_query' must be 5 or more, got 4"),
+    "rows left over": (
+        {"cu_seqlens_q": torch.tensor([0, 4], dtype=torch.int32)},
+        "'cu_seqlens_q' must rise from 0 to the 5 rows of 'query', got [0, 4]",
+    ),
+    "short grid": ({"max_seqlen_q": 4}, "'max_seqlen_q' must be 5 or more, got 4"),
     "queries that are not counted": (
-        {"lengths": torch.tensor([4], dtype=torch.int32)},
-        r"'lengths\[0\]' must include the 5 queries of the sequence, got 4",
+        {"seqlens_k": torch.tensor([4], dtype=torch.int32)},
+        "'seqlens_k[0]' must include the 5 queries of the sequence, got 4",
     ),
     "a full cache": (
-        {"lengths": torch.tensor([65], dtype=torch.int32)},
+        {"seqlens_k": torch.tensor([65], dtype=torch.int32)},
         "'key_cache' must have 65 slots or more for 65 tokens, got 64",
     ),
     "a ring too small": (
-        {"lengths": torch.tensor([100], dtype=torch.int32), "window": 61},
+        {"seqlens_k": torch.tensor([100], dtype=torch.int32), "window": 61},
         "'key_cache' must have 65 slots or more for 100 tokens, got 64",
     ),
     "an odd ring": (
         {
             "key_cache": torch.ones(1, 2, 65, 16, dtype=BF16),
             "value_cache": torch.ones(1, 2, 65, 16, dtype=BF16),
-            "lengths": torch.tensor([66], dtype=torch.int32),
+            "seqlens_k": torch.tensor([66], dtype=torch.int32),
             "window": 8,
         },
-        "'key_cache' must have a multiple of 64 slots to be a ring, got 65",
+        "'key_cache' must have a multiple of 64 slots as a ring buffer, got 65",
     ),
-    "a negative window": ({"window": -1}, "'softcap' and 'window' must be 0, for none, or more, got 50.0 and -1"),
+    "a negative window": ({"window": -1}, "'window' must be 0 (no window) or more, got -1"),
 }
 
 
@@ -158,11 +168,11 @@ def test_errors_say_what_is_wrong(changed: dict[str, Any], sentence: str) -> Non
         "query": torch.ones(5, 4, 16, dtype=BF16),
         "key_cache": torch.ones(1, 2, 64, 16, dtype=BF16),
         "value_cache": torch.ones(1, 2, 64, 16, dtype=BF16),
-        "query_start": torch.tensor([0, 5], dtype=torch.int32),
-        "lengths": torch.tensor([8], dtype=torch.int32),
-        "longest_query": 5,
+        "cu_seqlens_q": torch.tensor([0, 5], dtype=torch.int32),
+        "seqlens_k": torch.tensor([8], dtype=torch.int32),
+        "max_seqlen_q": 5,
         "window": 0,
     } | changed
     call: Callable[..., Tensor] = attention
-    with pytest.raises(ArcmergeError, match=sentence):
+    with pytest.raises(ArcmergeError, match=re.escape(sentence)):
         call(**arguments, scale=0.3, softcap=50.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
 from arcmerge.errors import ArcmergeError
+from arcmerge.kernels.attention_decode import scratch
 from arcmerge.ops.attention_decode import attention_decode
 from cases import attention_decode as cases
 from cases.case import Case, Random, disagreement
@@ -33,10 +35,6 @@ def integers(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int32, device=DEVICE)
-
-
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize(("softcap", "window"), [(50.0, 0), (50.0, 8), (0.0, 5)])
@@ -52,12 +50,11 @@ def test_stepwise_has_the_bits_of_transformers(softcap: float, window: int, dtyp
     due = by_transformers(query[0].transpose(0, 1), keys, values, 0.7, softcap, window, dtype)
     actual = attention_decode(
         qkv,
-        table,
-        integers(length),
         key_cache,
         value_cache,
-        zeros(1, 2),
-        heads,
+        integers(length),
+        heads=heads,
+        cos_sin=table,
         scale=0.7,
         softcap=softcap,
         window=window,
@@ -79,10 +76,13 @@ def test_both_are_within_what_rounding_allows(case: Case, backend: str, monkeypa
         assert disagreement(call.outputs[name], expected) <= 1, name
 
 
-def _reference_as_launcher(out: Tensor, partial: Tensor, statistics: Tensor, *arguments: Any) -> None:
+def _reference_as_launcher(
+    out: Tensor, partial: Tensor, statistics: Tensor, counters: Tensor, *tensors: Tensor, **numbers: Any
+) -> None:
+    *others, cos_sin = tensors
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("ARCMERGE_BACKEND", "reference")
-        out.copy_(torch.ops.arcmerge.attention_decode(*arguments, False))
+        out.copy_(attention_decode(*others, cos_sin=cos_sin, **numbers))
 
 
 @pytest.mark.usefixtures("backend")
@@ -95,7 +95,15 @@ def test_window_of_4096_is_exact(slots: int) -> None:
         key_cache, value_cache = torch.zeros(2, 1, 1, slots, 16, dtype=BF16, device=DEVICE)
         key_cache[:, :, 0], value_cache[:, :, 0] = 2.0, 1.0
         out = attention_decode(
-            qkv, table, integers(length), key_cache, value_cache, zeros(1, 1), 2, scale=1.0, softcap=50.0, window=4096
+            qkv,
+            key_cache,
+            value_cache,
+            integers(length),
+            heads=2,
+            cos_sin=table,
+            scale=1.0,
+            softcap=50.0,
+            window=4096,
         )
         assert (out > 0.9).all() if seen else (out == 0).all()
 
@@ -104,38 +112,71 @@ def test_rows_do_not_depend_on_their_company(draw: Random, monkeypatch: pytest.M
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
     qkv, table = draw.normal(3, 8 * 16), draw.normal(300, 16, dtype=F32)
     caches = draw.normal(2, 3, 2, 300, 16)
-    counters = zeros(3, 2)
 
     def step(rows: slice, *lengths: int) -> Tensor:
         key, value = (cache[rows].clone() for cache in caches)
         return attention_decode(
-            qkv[rows], table, integers(*lengths), key, value, counters[rows], 4, scale=0.3, softcap=50.0
+            qkv[rows], key, value, integers(*lengths), heads=4, cos_sin=table, scale=0.3, softcap=50.0
         )
 
     assert torch.equal(step(slice(None), 300, 0, 200)[2:], step(slice(2, 3), 200))
-    # The counters are as they were: a CUDA graph of the launch can run again.
-    assert torch.equal(step(slice(None), 300, 0, 200)[2:], step(slice(2, 3), 200))
+
+
+def test_counters_of_a_cache_are_kept_and_zero_again(draw: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
+    key, value = draw.normal(2, 3, 2, 300, 16)
+    counters = scratch(key, 4)[2]
+    for lengths in ((300, 0, 200), (1, 2, 3)):
+        attention_decode(draw.normal(3, 8 * 16), key, value, integers(*lengths), heads=4, scale=0.3)
+        assert not counters.any()
+    # A CUDA graph of the launch finds them where they were.
+    assert scratch(key, 4)[2] is counters
+    assert scratch(value, 4)[2] is not counters
+
+
+@pytest.mark.usefixtures("backend")
+def test_without_cos_sin_nothing_is_rotated(draw: Random) -> None:
+    qkv, table = draw.normal(2, 8 * 16), torch.tensor([1.0, 0.0], device=DEVICE).repeat_interleave(8).repeat(9, 1)
+    caches = draw.normal(2, 2, 2, 9, 16)
+    found, expected = (
+        attention_decode(qkv, *caches.clone(), integers(9, 4), heads=4, scale=0.3, cos_sin=each)
+        for each in (None, table)
+    )
+    assert torch.equal(found, expected)
 
 
 def test_op_is_registered_as_torch_wants(draw: Random) -> None:
     table = draw.normal(8, 16, dtype=F32)
     key, value = draw.normal(2, 2, 2, 8, 16)
-    arguments = (draw.normal(2, 8 * 16), table, integers(8, 0), key, value, zeros(2, 2), 4, 0.3, 50.0, 4, False)
-    torch.library.opcheck(torch.ops.arcmerge.attention_decode.default, arguments)
+    arguments = (draw.normal(2, 8 * 16), key, value, integers(8, 0))
+    named = {"heads": 4, "cos_sin": table, "scale": 0.3, "softcap": 50.0, "window": 4}
+    torch.library.opcheck(torch.ops.arcmerge.attention_decode.default, arguments, named)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "another width": ({"qkv": torch.ones(1, 7 * 16)}, r"'qkv' must have the shape \(1, 128\), got \(1, 112\)"),
+    "another width": (
+        {"qkv": torch.ones(1, 7 * 16)},
+        "'qkv' must have the shape [B, (H+2Hkv)*Dh] = [1, 128], got [1, 112]",
+    ),
     "strides": ({"qkv": torch.ones(1, 256)[:, ::2]}, "'qkv' must be contiguous, got the strides"),
-    "heads that do not share": ({"heads": 3}, "heads of queries must be a multiple of the 2 heads of keys, got 3"),
-    "another table": ({"table": torch.ones(9, 16, dtype=BF16)}, "'table' must have the dtype of 'qkv' torch.float32"),
-    "a narrow table": ({"table": torch.ones(9, 8)}, r"'table' must have the shape \(9, 16\), got \(9, 8\)"),
-    "a short table": ({"lengths": integers(10)}, r"'lengths' must be 0 to the 9 rows of 'table', got \[10\]"),
-    "a negative length": ({"lengths": integers(-1)}, r"'lengths' must be 0 to the 9 rows of 'table', got \[-1\]"),
-    "long lengths": ({"lengths": torch.tensor([8])}, "'lengths' must be int32, got torch.int64"),
-    "few counters": ({"counters": zeros(1)}, r"'counters' must have the shape \(1, 2\), got \(1,\)"),
-    "a full cache": ({"lengths": integers(9)}, "'key_cache' must have 9 slots or more for 9 tokens, got 8"),
-    "a negative softcap": ({"softcap": -1.0}, "'softcap' and 'window' must be 0, for none, or more, got -1.0 and 0"),
+    "heads that do not share": ({"heads": 3}, "'heads' must be a multiple of the 2 key-value heads, got 3"),
+    "another table": (
+        {"cos_sin": torch.ones(9, 16, dtype=BF16)},
+        "'cos_sin' must have the dtype of 'qkv', float32, got bfloat16",
+    ),
+    "a narrow table": (
+        {"cos_sin": torch.ones(9, 8)},
+        "'cos_sin' must have the shape [P, Dh] = [*, 16], got [9, 8]",
+    ),
+    "a short table": ({"seqlens_k": integers(10)}, "'seqlens_k' must be 0 to the 9 rows of 'cos_sin', got [10]"),
+    "a negative length": ({"seqlens_k": integers(-1)}, "'seqlens_k' must be 0 to the 9 rows of 'cos_sin', got [-1]"),
+    "long lengths": ({"seqlens_k": torch.tensor([8])}, "'seqlens_k' must be int32, got int64"),
+    "a short cache": (
+        {"cos_sin": None, "seqlens_k": integers(9)},
+        "'seqlens_k' must be 0 to the 8 slots of 'key_cache', got [9]",
+    ),
+    "a full cache": ({"seqlens_k": integers(9)}, "'key_cache' must have 9 slots or more for 9 tokens, got 8"),
+    "a negative softcap": ({"softcap": -1.0}, "'softcap' must be 0 (no cap) or more, got -1.0"),
 }
 
 
@@ -143,13 +184,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_errors_say_what_is_wrong(changed: dict[str, Any], sentence: str) -> None:
     arguments: dict[str, Any] = {
         "qkv": torch.ones(1, 8 * 16),
-        "table": torch.ones(9, 16),
-        "lengths": integers(8),
+        "cos_sin": torch.ones(9, 16),
+        "seqlens_k": integers(8),
         "key_cache": torch.ones(1, 2, 8, 16),
         "value_cache": torch.ones(1, 2, 8, 16),
-        "counters": zeros(1, 2),
         "heads": 4,
         "softcap": 50.0,
     } | changed
-    with pytest.raises(ArcmergeError, match=sentence):
+    with pytest.raises(ArcmergeError, match=re.escape(sentence)):
         attention_decode(**arguments, scale=0.3)

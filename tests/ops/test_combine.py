@@ -220,30 +220,30 @@ def test_op_through_the_kernels():
         pytest.param(lambda a: combine([a] * 9, [1.0] * 9), "'tensors' must be 1 to 8 tensors, got 9", id="nine"),
         pytest.param(
             lambda a: combine([a, a[:1]], [1, 1]),
-            "'tensors[1]' must have the shape of 'tensors[0]' (2, 3), got (1, 3)",
+            "'tensors[1]' must have the shape of 'tensors[0]', [2, 3], got [1, 3]",
             id="shape",
         ),
         pytest.param(
             lambda a: combine([a.double()], [1]),
-            "'tensors[0]' must be bfloat16, float16 or float32, got torch.float64",
+            "'tensors[0]' must be bfloat16, float16 or float32, got float64",
             id="dtype",
         ),
         pytest.param(
             lambda a: combine([a], [1], out_dtype=torch.int8),
-            "'out_dtype' must be bfloat16, float16 or float32, got torch.int8",
+            "'out_dtype' must be bfloat16, float16 or float32, got int8",
             id="out_dtype",
         ),
         pytest.param(
-            lambda a: combine([a, a], [1.0]), "'coefficients' must have the shape (2,), got (1,)", id="coefficients"
+            lambda a: combine([a, a], [1.0]), "'coefficients' must have the shape [k] = [2], got [1]", id="coefficients"
         ),
         pytest.param(
             lambda a: combine([a], torch.ones(2, 1), dim=0),
-            "'coefficients' must have the shape (3, 1), got (2, 1)",
+            "'coefficients' must have the shape [C, k] = [3, 1], got [2, 1]",
             id="vectors",
         ),
         pytest.param(
             lambda a: combine([a], [1.0], dim=2),
-            "'dim' must be 0 or 1 of matrices, got 2 with the shape (2, 3)",
+            "'dim' must be 0 or 1 of matrices, got 2 with the shape [2, 3]",
             id="dim",
         ),
     ],

@@ -100,16 +100,16 @@ def test_empty_operands_give_zeros(monkeypatch, backend, tokens, columns, rows):
 
 
 def test_opcheck():
-    arguments = (normal(3, 24), normal(5, 24, seed=1), normal(5, 24, seed=2), True)
-    torch.library.opcheck(torch.ops.arcmerge.linear_geglu.default, arguments)
+    arguments = (normal(3, 24), normal(5, 24, seed=1), normal(5, 24, seed=2))
+    torch.library.opcheck(torch.ops.arcmerge.linear_geglu.default, arguments, {"stepwise": True})
 
 
 @pytest.mark.parametrize(
     ("shapes", "sentence"),
     [
-        (((2, 4), (3, 4), (5, 4)), "'up_weight' must have the shape (3, 4), got (5, 4)"),
-        (((2, 4), (3, 5), (3, 5)), "'gate_weight' must have the shape (M, 4), got (3, 5)"),
-        (((2, 4, 1), (3, 4), (3, 4)), "'x' must have the shape (T, K), got (2, 4, 1)"),
+        (((2, 4), (3, 4), (5, 4)), "'up_weight' must have the shape [F, K] = [3, 4], got [5, 4]"),
+        (((2, 4), (3, 5), (3, 5)), "'gate_weight' must have the shape [F, K] = [*, 4], got [3, 5]"),
+        (((2, 4, 1), (3, 4), (3, 4)), "'x' must have the shape [T, K], got [2, 4, 1]"),
     ],
 )
 def test_what_breaks_the_contract_is_refused(shapes, sentence):

@@ -41,7 +41,7 @@ def test_stepwise_logits_have_the_bits_of_transformers(dtype, monkeypatch):
         tokens = torch.arange(20)[None] * 13
         hidden = model.model(tokens).last_hidden_state[0]
         theirs = model(tokens).logits[0]
-    ours = lm_head_logits(hidden, weight, 30.0, True)
+    ours = lm_head_logits(hidden, weight, softcap=30.0, stepwise=True)
     assert ours.dtype == F32
     assert ours.abs().max() > 15
     assert same_bits(ours.to(dtype), theirs)
@@ -51,13 +51,13 @@ def test_stepwise_logits_have_the_bits_of_transformers(dtype, monkeypatch):
 def test_logits_are_those_of_float64(dtype):
     x, weight = operands(4, 500, 100, dtype)
     truth = 30 * (1 - 2 / (1 + torch.einsum("td,vd->tv", x.double(), weight.double()).mul(2 / 30).exp()))
-    ours = lm_head_logits(x, weight, 30.0, False)
+    ours = lm_head_logits(x, weight, softcap=30.0)
     assert ours.dtype == F32
     # 8 roundings of values up to 30, and those of the sum.
     torch.testing.assert_close(ours.double(), truth, rtol=0, atol=30 * 8 * 2.0**-24)
     torch.testing.assert_close(logits(x.double(), weight.double(), 30.0, False), truth, rtol=1e-12, atol=1e-12)
     uncapped = torch.einsum("td,vd->tv", x.double(), weight.double())
-    torch.testing.assert_close(lm_head_logits(x, weight, 0.0, False).double(), uncapped, rtol=0, atol=1e-4)
+    torch.testing.assert_close(lm_head_logits(x, weight, softcap=0.0).double(), uncapped, rtol=0, atol=1e-4)
 
 
 def test_parts_of_the_weight_make_the_same_logits(monkeypatch):
@@ -75,13 +75,13 @@ def test_logprob_is_that_of_float64(monkeypatch, backend, rows, dtype):
     monkeypatch.setenv("ARCMERGE_BACKEND", backend)
     x, weight = operands(rows, 333, 70, dtype)
     ids = (torch.arange(rows) * 111 % 333).to(DEVICE)
-    out, best = lm_head_logprob(x, weight, ids, 30.0, False)
+    out, best = lm_head_logprob(x, weight, ids, softcap=30.0)
     every = logits(x.double(), weight.double(), 30.0, False)
     truth = every.log_softmax(dim=1).gather(1, ids[:, None])[:, 0]
     assert out.dtype == F32
     torch.testing.assert_close(out.double(), truth, rtol=0, atol=30 * 8 * 2.0**-24)
     assert torch.equal(best, every.argmax(dim=1))
-    assert torch.equal(best, lm_head_argmax(x, weight, 30.0, False))
+    assert torch.equal(best, lm_head_argmax(x, weight, softcap=30.0))
 
 
 @pytest.mark.parametrize("rows", [2, 17])
@@ -95,8 +95,8 @@ def test_the_lowest_of_equals_on_every_backend(monkeypatch, rows, stepwise):
     assert ((every == every.amax(1, keepdim=True)).sum(1) >= 9).all()
     for backend in ("reference", "triton"):
         monkeypatch.setenv("ARCMERGE_BACKEND", backend)
-        assert torch.equal(lm_head_argmax(x, weight, 30.0, stepwise), first)
-        out, best = lm_head_logprob(x, weight, ids, 30.0, stepwise)
+        assert torch.equal(lm_head_argmax(x, weight, softcap=30.0, stepwise=stepwise), first)
+        out, best = lm_head_logprob(x, weight, ids, softcap=30.0, stepwise=stepwise)
         assert torch.equal(best, first)
         torch.testing.assert_close(out, every.log_softmax(1)[:, 368], rtol=0, atol=1e-5)
 
@@ -106,10 +106,14 @@ def test_stepwise_rounds_every_step(monkeypatch):
     x, weight = ((normal(3, 8) * 64).round() / 64).to(DEVICE), (normal(200, 8, seed=1) * 4).round().to(DEVICE)
     ids = torch.tensor([5, 77, 199], device=DEVICE)
     stepped, exact = (
-        on(monkeypatch, "triton", lambda stepwise=stepwise: lm_head_logprob(x, weight, ids, 30.0, stepwise)[0])
+        on(
+            monkeypatch,
+            "triton",
+            lambda stepwise=stepwise: lm_head_logprob(x, weight, ids, softcap=30.0, stepwise=stepwise)[0],
+        )
         for stepwise in (True, False)
     )
-    reference = on(monkeypatch, "reference", lambda: lm_head_logprob(x, weight, ids, 30.0, True)[0])
+    reference = on(monkeypatch, "reference", lambda: lm_head_logprob(x, weight, ids, softcap=30.0, stepwise=True)[0])
     torch.testing.assert_close(stepped, reference, rtol=0, atol=1e-5)
     assert ((stepped - exact).abs() > 1e-3).all()
 
@@ -118,8 +122,8 @@ def test_stepwise_rounds_every_step(monkeypatch):
 def test_a_row_has_the_same_bits_in_any_company(monkeypatch, rows, fewer):
     x, weight = operands(rows, 150, 72)
     ids = torch.arange(rows, device=DEVICE)
-    whole, _ = on(monkeypatch, "triton", lambda: lm_head_logprob(x, weight, ids, 30.0, False))
-    part, _ = on(monkeypatch, "triton", lambda: lm_head_logprob(x[-fewer:], weight, ids[-fewer:], 30.0, False))
+    whole, _ = on(monkeypatch, "triton", lambda: lm_head_logprob(x, weight, ids, softcap=30.0))
+    part, _ = on(monkeypatch, "triton", lambda: lm_head_logprob(x[-fewer:], weight, ids[-fewer:], softcap=30.0))
     assert same_bits(part, whole[-fewer:])
 
 
@@ -129,12 +133,12 @@ def test_rows_that_are_not_numbers_get_an_id_and_none_get_none(monkeypatch, back
     monkeypatch.setenv("ARCMERGE_BACKEND", backend)
     x, weight = operands(3, 100, 16)
     x[1] = float("nan")
-    assert lm_head_argmax(x, weight, 30.0, False)[1] == 0
-    out, best = lm_head_logprob(x, weight, torch.zeros(3, dtype=torch.int64, device=DEVICE), 30.0, False)
+    assert lm_head_argmax(x, weight, softcap=30.0)[1] == 0
+    out, best = lm_head_logprob(x, weight, torch.zeros(3, dtype=torch.int64, device=DEVICE), softcap=30.0)
     assert out.isnan().tolist() == [False, True, False]
     assert best[1] == 0
-    assert lm_head_argmax(x[:0], weight, 30.0, False).shape == (0,)
-    assert lm_head_logprob(x[:0], weight, best[:0], 30.0, False)[0].shape == (0,)
+    assert lm_head_argmax(x[:0], weight, softcap=30.0).shape == (0,)
+    assert lm_head_logprob(x[:0], weight, best[:0], softcap=30.0)[0].shape == (0,)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -143,9 +147,9 @@ def test_strided_operands(monkeypatch, backend):
     x, weight = operands(4, 100, 32)
     strided = torch.stack([x, x], dim=-1)[..., 0], weight.t().contiguous().t()
     ids = torch.arange(8, device=DEVICE)[::2]
-    assert torch.equal(lm_head_argmax(*strided, 30.0, False), lm_head_argmax(x, weight, 30.0, False))
-    expected = lm_head_logprob(x, weight, ids.contiguous(), 30.0, False)[0]
-    torch.testing.assert_close(lm_head_logprob(*strided, ids, 30.0, False)[0], expected, rtol=0, atol=1e-5)
+    assert torch.equal(lm_head_argmax(*strided, softcap=30.0), lm_head_argmax(x, weight, softcap=30.0))
+    expected = lm_head_logprob(x, weight, ids.contiguous(), softcap=30.0)[0]
+    torch.testing.assert_close(lm_head_logprob(*strided, ids, softcap=30.0)[0], expected, rtol=0, atol=1e-5)
 
 
 def test_tanh_is_within_five_units_in_the_last_place():
@@ -159,47 +163,47 @@ def test_tanh_is_within_five_units_in_the_last_place():
 def test_ops_keep_the_rules_of_torch():
     x, weight = operands(3, 50, 16, F32)
     ids = torch.tensor([0, 7, 49], device=DEVICE)
-    torch.library.opcheck(torch.ops.arcmerge.lm_head_logits.default, (x, weight, 30.0, False))
-    torch.library.opcheck(torch.ops.arcmerge.lm_head_argmax.default, (x, weight, 30.0, True))
-    torch.library.opcheck(torch.ops.arcmerge.lm_head_logprob.default, (x, weight, ids, 30.0, False))
+    torch.library.opcheck(torch.ops.arcmerge.lm_head_logits.default, (x, weight), {"softcap": 30.0})
+    torch.library.opcheck(torch.ops.arcmerge.lm_head_argmax.default, (x, weight), {"softcap": 30.0, "stepwise": True})
+    torch.library.opcheck(torch.ops.arcmerge.lm_head_logprob.default, (x, weight, ids), {"softcap": 30.0})
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
         pytest.param(
-            lambda x, w: lm_head_argmax(x[:, 1:], w, 30.0, False),
-            "'x' must be [T, D] and 'weight' [V, D] with the same D, got (3, 7) and (50, 8)",
+            lambda x, w: lm_head_argmax(x[:, 1:], w, softcap=30.0),
+            "'weight' must have the shape [V, D] = [*, 7], got [50, 8]",
             id="columns",
         ),
         pytest.param(
-            lambda x, w: lm_head_logits(x.float(), w, 30.0, False),
-            "'weight' must have the dtype of 'x' torch.float32, got torch.bfloat16",
+            lambda x, w: lm_head_logits(x.float(), w, softcap=30.0),
+            "'weight' must have the dtype of 'x', float32, got bfloat16",
             id="dtypes",
         ),
         pytest.param(
-            lambda x, w: lm_head_argmax(x.half(), w, 30.0, False),
-            "'x' must be bfloat16 or float32, got torch.float16",
+            lambda x, w: lm_head_argmax(x.half(), w, softcap=30.0),
+            "'x' must be bfloat16 or float32, got float16",
             id="dtype",
         ),
         pytest.param(
-            lambda x, w: lm_head_argmax(x, w[:0], 30.0, False),
+            lambda x, w: lm_head_argmax(x, w[:0], softcap=30.0),
             "'weight' must have a row for each id, got none",
             id="ids",
         ),
         pytest.param(
-            lambda x, w: lm_head_argmax(x, w, -1.0, False),
-            "'softcap' must be above 0, or 0 for none, got -1.0",
+            lambda x, w: lm_head_argmax(x, w, softcap=-1.0),
+            "'softcap' must be 0 (no cap) or more, and finite, got -1.0",
             id="cap",
         ),
         pytest.param(
-            lambda x, w: lm_head_logprob(x, w, torch.arange(2), 30.0, False),
-            "'ids' must have the shape (3,), got (2,)",
+            lambda x, w: lm_head_logprob(x, w, torch.arange(2), softcap=30.0),
+            "'ids' must have the shape [T] = [3], got [2]",
             id="wanted",
         ),
         pytest.param(
-            lambda x, w: lm_head_logprob(x, w, torch.arange(3).int(), 30.0, False),
-            "'ids' must be int64 on cpu, got torch.int32 on cpu",
+            lambda x, w: lm_head_logprob(x, w, torch.arange(3).int(), softcap=30.0),
+            "'ids' must be int64, got int32",
             id="integers",
         ),
     ],

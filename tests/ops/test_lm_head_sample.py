@@ -53,7 +53,18 @@ def bits_of(tokens, rows, ids):
 
 def sample(x, weight, filters=(0, 1.0, 0.0), temperature=1.0, seed=1, steps=None, seen=None, penalty=1.0, **named):
     steps = torch.arange(len(x), device=DEVICE) if steps is None else steps
-    return lm_head_sample(x, weight, 30.0, temperature, *filters, seed, steps, seen, penalty, False, **named)
+    named |= dict(zip(("top_k", "top_p", "min_p"), filters, strict=True))
+    return lm_head_sample(
+        x,
+        weight,
+        steps,
+        seed=seed,
+        temperature=temperature,
+        seen=seen,
+        repetition_penalty=penalty,
+        softcap=30.0,
+        **named,
+    )
 
 
 def counters(*words):
@@ -233,22 +244,23 @@ def test_no_filter_keeps_a_score_below_the_bound(filters, spread):
 
 def test_op_keeps_the_rules_of_torch():
     x, weight = operands(2, 50, dtype=F32)
-    arguments = (x, weight, 30.0, 0.9, 5, 0.9, 0.01, 7, torch.arange(2, device=DEVICE), None, 1.0, False)
-    torch.library.opcheck(torch.ops.arcmerge.lm_head_sample.default, arguments)
+    named = dict(seed=7, temperature=0.9, top_k=5, top_p=0.9, min_p=0.01, softcap=30.0)
+    arguments = (x, weight, torch.arange(2, device=DEVICE))
+    torch.library.opcheck(torch.ops.arcmerge.lm_head_sample.default, arguments, named)
 
 
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"temperature": -1.0}, "'temperature' must be from 0, which takes the greatest logit, up, got -1.0"),
-        ({"filters": (-1, 1.0, 0.0)}, "'top_k' must be from 0, which keeps all, up, got -1"),
-        ({"filters": (0, 1.5, 0.0)}, "'top_p' must be from 0 to 1, which both keep all, got 1.5"),
-        ({"filters": (0, 1.0, 2.0)}, "'min_p' must be from 0, which keeps all, to 1, got 2.0"),
-        ({"seed": -1}, "'seed' must be from 0 up, got -1"),
-        ({"penalty": 0.0}, "'repetition_penalty' must be above 0, got 0.0"),
-        ({"steps": torch.arange(3)}, "'steps' must have the shape (2,), got (3,)"),
-        ({"seen": torch.zeros(2, 1).int()}, "'seen' must have the shape (2, 2), got (2, 1)"),
-        ({"seen": torch.zeros(2, 2)}, "'seen' must be int32 on cpu, got torch.float32 on cpu"),
+        ({"temperature": -1.0}, "'temperature' must be 0 (the largest logit) or more, and finite, got -1.0"),
+        ({"filters": (-1, 1.0, 0.0)}, "'top_k' must be 0 (keeps all) or more, got -1"),
+        ({"filters": (0, 1.5, 0.0)}, "'top_p' must be from 0 to 1 (both keep all), got 1.5"),
+        ({"filters": (0, 1.0, 2.0)}, "'min_p' must be from 0 (keeps all) to 1, got 2.0"),
+        ({"seed": -1}, "'seed' must be 0 or more, got -1"),
+        ({"penalty": 0.0}, "'repetition_penalty' must be above 0, and finite, got 0.0"),
+        ({"steps": torch.arange(3)}, "'steps' must have the shape [T] = [2], got [3]"),
+        ({"seen": torch.zeros(2, 1).int()}, "'seen' must have the shape [T, ceil(V/32)] = [2, 2], got [2, 1]"),
+        ({"seen": torch.zeros(2, 2)}, "'seen' must be int32, got float32"),
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ scaled_rows = torch.tensor([1e-4, 1e-3, 1e-2, 1.0, 100.0])[:, None]
 
 
 def transformers_norm(x, weight):
-    module = Gemma2RMSNorm(len(weight), EPSILON)
+    module = Gemma2RMSNorm(len(weight), eps=EPSILON)
     module.weight.data = weight
     return module(x).detach()
 
@@ -33,12 +33,12 @@ def assert_exact(out, x, weight):
 def test_reference_has_the_bits_of_transformers(monkeypatch, dtype):
     monkeypatch.setenv("ARCMERGE_BACKEND", "reference")
     x, weight = (normal(5, 2304) * scaled_rows).to(dtype), normal(2304, dtype=dtype, seed=1)
-    assert same_bits(rmsnorm(x, weight, EPSILON), transformers_norm(x, weight))
+    assert same_bits(rmsnorm(x, weight, eps=EPSILON), transformers_norm(x, weight))
 
 
 def test_definition_in_float64():
     x, weight = normal(5, 300).double() * scaled_rows, normal(300, seed=1)
-    torch.testing.assert_close(normalized(x, weight, EPSILON), exact(x, weight), rtol=1e-14, atol=0)
+    torch.testing.assert_close(normalized(x, weight, eps=EPSILON), exact(x, weight), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -48,47 +48,49 @@ def test_op_rounds_once_to_the_dtype_of_the_weight(monkeypatch, backend, dtype, 
     monkeypatch.setenv("ARCMERGE_BACKEND", backend)
     x = (normal(5, 1000) * scaled_rows).to(dtype).view(5, 2, 500).to(DEVICE)
     weight = normal(500, dtype=weight_dtype, seed=1).to(DEVICE)
-    assert_exact(rmsnorm(x, weight, EPSILON), x, weight)
+    assert_exact(rmsnorm(x, weight, eps=EPSILON), x, weight)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_op_serves_strided_and_empty_tensors(monkeypatch, backend):
     monkeypatch.setenv("ARCMERGE_BACKEND", backend)
     x, weight = normal(70, 6).to(DEVICE).t(), normal(140, seed=1).to(DEVICE)[::2]
-    out = rmsnorm(x, weight, EPSILON)
+    out = rmsnorm(x, weight, eps=EPSILON)
     assert out.is_contiguous()
     assert_exact(out, x, weight)
-    assert rmsnorm(x[:0], weight, EPSILON).shape == (0, 70)
+    assert rmsnorm(x[:0], weight, eps=EPSILON).shape == (0, 70)
 
 
 def test_a_row_has_the_same_bits_in_any_company(monkeypatch):
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
     x, weight = normal(3, 2304, dtype=F32).to(DEVICE), normal(2304, dtype=F32, seed=1).to(DEVICE)
     x[0, 7], x[2, 9] = float("nan"), float("inf")
-    together = rmsnorm(x, weight, EPSILON)
-    assert same_bits(together[1], rmsnorm(x[1:2], weight, EPSILON)[0])
+    together = rmsnorm(x, weight, eps=EPSILON)
+    assert same_bits(together[1], rmsnorm(x[1:2], weight, eps=EPSILON)[0])
     assert together[0].isnan().all()
 
 
 def test_registration(monkeypatch):
     monkeypatch.setenv("ARCMERGE_BACKEND", "reference")
-    torch.library.opcheck(torch.ops.arcmerge.rmsnorm.default, (normal(3, 8, dtype=F32), normal(8), EPSILON))
+    torch.library.opcheck(torch.ops.arcmerge.rmsnorm.default, (normal(3, 8, dtype=F32), normal(8)), {"eps": EPSILON})
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
         pytest.param(
-            lambda x, weight: rmsnorm(x.half(), weight, EPSILON),
-            "'x' must be bfloat16 or float32, got torch.float16",
+            lambda x, weight: rmsnorm(x.half(), weight, eps=EPSILON),
+            "'x' must be bfloat16 or float32, got float16",
             id="dtype",
         ),
         pytest.param(
-            lambda x, weight: rmsnorm(x, weight[1:], EPSILON), "'weight' must have the shape (8,), got (7,)", id="shape"
+            lambda x, weight: rmsnorm(x, weight[1:], eps=EPSILON),
+            "'weight' must have the shape [D] = [8], got [7]",
+            id="shape",
         ),
         pytest.param(
-            lambda x, weight: rmsnorm(x, weight.to("meta"), EPSILON),
-            "'weight' must be on the device of 'x' cpu, got meta",
+            lambda x, weight: rmsnorm(x, weight.to("meta"), eps=EPSILON),
+            "'weight' must be on the device of 'x', cpu, got meta",
             id="device",
         ),
     ],

@@ -114,25 +114,29 @@ def test_registration(monkeypatch):
 @pytest.mark.parametrize(
     ("number", "change", "sentence"),
     [
-        (0, lambda x: x.half(), "'query' must be bfloat16 or float32, got torch.float16"),
-        (1, lambda x: x.float(), "'key' must have the dtype of 'query' torch.bfloat16, got torch.float32"),
-        (1, lambda x: x[:, :1], "'key' must have the shape (2, 2, 16), got (2, 1, 16)"),
-        (3, lambda x: x[:, :8], "'table' must have the shape (40, 16), got (40, 8)"),
-        (0, lambda x: x[0], "'query' must have 3 dimensions, got 2"),
+        (0, lambda x: x.half(), "'query' must be bfloat16 or float32, got float16"),
+        (1, lambda x: x.float(), "'key' must have the dtype of 'query', bfloat16, got float32"),
+        (1, lambda x: x[:, :1], "'key' must have the shape [T, Hkv, Dh] = [2, 2, 16], got [2, 1, 16]"),
+        (3, lambda x: x[:, :8], "'cos_sin' must have the shape [P, Dh] = [*, 16], got [40, 8]"),
+        (0, lambda x: x[0], "'query' must have the shape [T, H, Dh] = [*, *, 16], got [4, 16]"),
         (
             0,
             lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-            "'query' must have contiguous heads side by side, got the strides (64, 1, 4)",
+            "'query' must have contiguous rows, got the strides (64, 1, 4)",
         ),
-        (4, lambda x: x.int(), "'positions' must be int64, got torch.int32"),
+        (4, lambda x: x.int(), "'positions' must be int64, got int32"),
         (
             4,
             lambda x: x.to("meta"),
-            f"'positions' must be on the device of 'query' {torch.empty(0, device=DEVICE).device}, got meta",
+            f"'positions' must be on the device of 'query', {torch.empty(0, device=DEVICE).device}, got meta",
         ),
-        (5, lambda x: x[:1], "'sequences' must have the shape (2,), got (1,)"),
+        (5, lambda x: x[:1], "'sequences' must have the shape [T] = [2], got [1]"),
         (6, lambda x: x.mT.contiguous().mT, "'key_cache' must be contiguous, got the strides (256, 128, 1, 8)"),
-        (7, lambda x: x[:, :, :4], "'value_cache' must have the shape (3, 2, 8, 16), got (3, 2, 4, 16)"),
+        (
+            7,
+            lambda x: x[:, :, :4],
+            "'value_cache' must have the shape [B, Hkv, S, Dh] = [3, 2, 8, 16], got [3, 2, 4, 16]",
+        ),
     ],
 )
 def test_wrong_calls_are_refused_in_a_sentence(number, change, sentence):

@@ -17,8 +17,8 @@ def test_a_branch_of_a_layer_compiles_whole():
 
     def branch(x, residual):
         gate, up, down, post, pre = weights
-        inner = ops.linear_geglu(ops.rmsnorm(x, pre, 1e-6), gate, up)
-        total, normed = ops.rmsnorm_add_rmsnorm(ops.linear(inner, [down]), residual, post, pre, 1e-6)
+        inner = ops.linear_geglu(ops.rmsnorm(x, pre, eps=1e-6), gate, up)
+        total, normed = ops.rmsnorm_add_rmsnorm(ops.linear(inner, [down]), residual, post, pre, eps=1e-6)
         return total * 2, normed
 
     arguments = normal(5, 24, seed=9), normal(5, 24, dtype=F32, seed=10)

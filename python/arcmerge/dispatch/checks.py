@@ -1,36 +1,229 @@
-"""What the ops of a network ask of their tensors, in the sentences that the user reads."""
+"""Checks of the arguments of ops. Each raises ArcmergeError for an argument that breaks its rule."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from arcmerge import _C
+from arcmerge.dtypes import MERGEABLE
 from arcmerge.errors import ArcmergeError
 
 ACTIVATIONS = (torch.bfloat16, torch.float32)
+HEAD_DIMS = (16, 32, 64, 128, 256)
+WEIGHTS: tuple[torch.dtype, ...] = tuple(getattr(torch, dtype.name) for dtype in MERGEABLE)
+
+
+def require(met: bool, name: str, rule: str, value: object) -> None:
+    """Raise ArcmergeError, "'name' must RULE, got VALUE", unless the rule is met."""
+    if not met:
+        raise ArcmergeError(f"'{name}' must {rule}, got {value}")
+
+
+# ---- shapes
+
+
+def shapes(letters: str, **named: Any) -> list[int]:
+    """Check the shapes of tensors against letters, as in einsum, and return the sizes of the letters.
+
+    Args:
+        letters: the shape of each tensor, as "T K, M K": a letter or word for each dimension, the same where sizes must
+            be equal. "..." in front stands for any number of dimensions.
+        named: the tensors, by the names of their parameters, in the order of their shapes. A keyword that is one of the
+            letters is the size that the letter must have.
+
+    Returns:
+        The size of each letter in the order in which they first appear, without "...".
+
+    Raises:
+        ArcmergeError: "'key' must have the shape [T, Hkv, Dh] = [7, *, 256], got [6, 4, 256]".
+
+    Example:
+        >>> T, H, Dh, Hkv = shapes("T H Dh, T Hkv Dh, T Hkv Dh", query=query, key=key, value=value)
+        >>> shapes("T", positions=positions, T=T)
+    """
+    specs, free = _split(letters)
+    sizes: dict[str, Any] = {}
+    if len(named) > len(specs):
+        for letter in free:
+            if letter in named:
+                sizes[letter] = named.pop(letter)
+    for (dims, leading), (name, tensor) in zip(specs, named.items(), strict=True):
+        shape, known = tensor.shape, len(sizes)
+        rest = len(shape) - len(dims)
+        if leading or rest:
+            if not leading or rest < 0 or sizes.setdefault("...", shape[:rest]) != shape[:rest]:
+                raise _mismatch(name, tensor, dims, leading, sizes, known)
+            shape = shape[rest:]
+        if tuple(map(sizes.setdefault, dims, shape)) != shape:
+            raise _mismatch(name, tensor, dims, leading, sizes, known)
+    return [*map(sizes.__getitem__, free)]
+
+
+@lru_cache
+def _split(letters: str) -> tuple[list[tuple[list[str], bool]], list[str]]:
+    """The letters of each tensor and whether "..." is in front of them; all letters."""
+    specs = [([dim for dim in dims.split() if dim != "..."], "..." in dims) for dims in letters.split(",")]
+    return specs, list(dict.fromkeys(letter for dims, _ in specs for letter in dims))
+
+
+def _mismatch(
+    name: str, tensor: Tensor, dims: Sequence[str], leading: bool, sizes: Mapping[str, Any], known: int
+) -> ArcmergeError:
+    """The error of a tensor, before which the first `known` sizes were known."""
+    before = dict(list(sizes.items())[:known])
+    rule = ["..."] * leading + [*dims]
+    wanted = [str(before.get(dim, "*")) for dim in dims]
+    if leading:
+        wanted[:0] = map(str, before.get("...", ["..."]))
+    equal = f" = [{', '.join(wanted)}]" if any(dim in before for dim in rule) else ""
+    return ArcmergeError(f"'{name}' must have the shape [{', '.join(rule)}]{equal}, got {list(tensor.shape)}")
+
+
+def require_contiguous(**tensors: Tensor) -> None:
+    """Check that tensors are contiguous."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ArcmergeError(f"'{name}' must be contiguous, got the strides {tensor.stride()}")
+
+
+def require_contiguous_rows(**tensors: Tensor) -> None:
+    """Check that every row of the first dimension is contiguous; rows may be at any distance."""
+    for name, tensor in tensors.items():
+        expected = 1
+        for size, stride in reversed(list(zip(tensor.shape, tensor.stride(), strict=True))[1:]):
+            if stride != expected and size > 1 and tensor.numel():
+                raise ArcmergeError(f"'{name}' must have contiguous rows, got the strides {tensor.stride()}")
+            expected *= size
+
+
+# ---- dtypes and devices
+
+
+def require_dtype(dtypes: Sequence[torch.dtype], **named: Tensor | torch.dtype) -> None:
+    """Check that tensors, or dtypes, have one of some dtypes."""
+    for name, value in named.items():
+        dtype = value.dtype if isinstance(value, Tensor) else value
+        if dtype not in dtypes:
+            *others, last = map(_name, dtypes)
+            rule = f"{', '.join(others)} or {last}" if others else last
+            raise ArcmergeError(f"'{name}' must be {rule}, got {_name(dtype)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def require_same_dtype(**tensors: Tensor) -> None:
+    """Check that all tensors have the dtype of the first."""
+    (first_name, first), *others = tensors.items()
+    dtype = first.dtype
+    for name, tensor in others:
+        if tensor.dtype != dtype:
+            raise ArcmergeError(
+                f"'{name}' must have the dtype of '{first_name}', {_name(dtype)}, got {_name(tensor.dtype)}"
+            )
+
+
+def require_same_device(**tensors: Tensor) -> None:
+    """Check that all tensors are on the device of the first."""
+    (first_name, first), *others = tensors.items()
+    device = first.device
+    for name, tensor in others:
+        if tensor.device != device:
+            raise ArcmergeError(f"'{name}' must be on the device of '{first_name}', {device}, got {tensor.device}")
 
 
 def require_activations(**tensors: Tensor) -> None:
-    """bfloat16 or float32, and all on the device of the first; ArcmergeError if not."""
-    (first_name, first), *_ = tensors.items()
-    for name, tensor in tensors.items():
-        if tensor.dtype not in ACTIVATIONS:
-            raise ArcmergeError(f"'{name}' must be bfloat16 or float32, got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ArcmergeError(f"'{name}' must be on the device of '{first_name}' {first.device}, got {tensor.device}")
+    """Check that all tensors are bfloat16 or float32, and on one device."""
+    device = next(iter(tensors.values())).device
+    for tensor in tensors.values():
+        if tensor.dtype not in ACTIVATIONS or tensor.device != device:
+            require_dtype(ACTIVATIONS, **tensors)
+            require_same_device(**tensors)
 
 
-def require_dtype_of(first_name: str, first: Tensor, **tensors: Tensor) -> None:
-    """The dtype of `first` in all; ArcmergeError if not."""
-    for name, tensor in tensors.items():
-        if tensor.dtype != first.dtype:
-            raise ArcmergeError(f"'{name}' must have the dtype of '{first_name}' {first.dtype}, got {tensor.dtype}")
+# ---- what several ops share
 
 
-def require_shape(shape: Sequence[int], **tensors: Tensor) -> None:
-    """ArcmergeError if a tensor has another shape."""
-    for name, tensor in tensors.items():
-        if tensor.shape != torch.Size(shape):
-            raise ArcmergeError(f"'{name}' must have the shape {tuple(shape)}, got {tuple(tensor.shape)}")
+def require_alike(tensors: Sequence[Tensor], base: Tensor | None = None) -> None:
+    """Check that 1 to 8 tensors, and a base, have one shape and device, and are bfloat16, float16 or float32."""
+    require(1 <= len(tensors) <= _C.MAX_OPERANDS, "tensors", f"be 1 to {_C.MAX_OPERANDS} tensors", len(tensors))
+    named = {f"tensors[{index}]": tensor for index, tensor in enumerate(tensors)}
+    if base is not None:
+        named["base"] = base
+    for name, tensor in named.items():
+        if tensor.shape != tensors[0].shape:
+            shape = list(tensors[0].shape)
+            raise ArcmergeError(f"'{name}' must have the shape of 'tensors[0]', {shape}, got {list(tensor.shape)}")
+    require_same_device(**named)
+    require_dtype(WEIGHTS, **named)
+
+
+def require_matrix_dim(tensor: Tensor, dim: int | None) -> None:
+    """Check that `dim` is None or a dimension of a matrix."""
+    if dim is not None and (tensor.dim() != 2 or dim not in (-2, -1, 0, 1)):
+        raise ArcmergeError(f"'dim' must be 0 or 1 of matrices, got {dim} with the shape {list(tensor.shape)}")
+
+
+def require_caches(key_cache: Tensor, value_cache: Tensor, **states: Tensor) -> list[int]:
+    """Check two caches [B, Hkv, S, Dh] and the states that they are for: all contiguous, of one dtype, on one device.
+
+    Returns:
+        B, Hkv, S and Dh.
+    """
+    tensors = {**states, "key_cache": key_cache, "value_cache": value_cache}
+    require_activations(**tensors)
+    require_same_dtype(**tensors)
+    sizes = shapes("B Hkv S Dh, B Hkv S Dh", key_cache=key_cache, value_cache=value_cache)
+    *others, last = HEAD_DIMS
+    if sizes[3] not in HEAD_DIMS:
+        rule = f"have heads of {', '.join(map(str, others))} or {last} elements"
+        require(False, "key_cache", rule, sizes[3])
+    require_contiguous(**tensors)
+    return sizes
+
+
+def require_lengths(key_cache: Tensor, **lengths: Tensor) -> None:
+    """Check that lengths are int32, contiguous and on the device of the caches."""
+    require_dtype((torch.int32,), **lengths)
+    require_contiguous(**lengths)
+    require_same_device(key_cache=key_cache, **lengths)
+
+
+def require_heads(heads: int, key_value_heads: int) -> None:
+    """Check that the query heads share the key-value heads evenly."""
+    if heads < 1 or heads % key_value_heads:
+        require(False, "heads", f"be a multiple of the {key_value_heads} key-value heads", heads)
+
+
+def require_limits(softcap: float, window: int) -> None:
+    """Check that softcap and window are not negative."""
+    if softcap < 0 or window < 0:
+        require(softcap >= 0, "softcap", "be 0 (no cap) or more", softcap)
+        require(window >= 0, "window", "be 0 (no window) or more", window)
+
+
+def require_slots(slots: int, longest: int, window: int, new: int) -> None:
+    """Check that a cache has a slot for every token of the longest sequence, or for all that `new` queries see."""
+    needed = min(longest, window + new - 1) if window else longest
+    if slots < needed:
+        require(False, "key_cache", f"have {needed} slots or more for {longest} tokens", slots)
+
+
+def require_head(x: Tensor, weight: Tensor, softcap: float) -> tuple[int, int]:
+    """Check hidden states x [T, D] and the weight [V, D] of a head, and the cap of its logits.
+
+    Returns:
+        T and V.
+    """
+    require_activations(x=x, weight=weight)
+    require_same_dtype(x=x, weight=weight)
+    T, _, V = shapes("T D, V D", x=x, weight=weight)
+    require(V > 0, "weight", "have a row for each id", "none")
+    require(0 <= softcap < float("inf"), "softcap", "be 0 (no cap) or more, and finite", softcap)
+    return T, V

@@ -28,6 +28,10 @@ class Recording:
         assert self.whole, "a recording that is not whole would leave outputs as they are"
         self._calls.replay()
 
+    def keep(self, tensor: Tensor) -> None:
+        """Keep a tensor that the calls read although no op was given it."""
+        self._kept.append(tensor)
+
     def call(self, name: str, function: Callable[..., Any], arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
         """function(*arguments, **named), which serves the op `name`; recorded."""
         before = len(self._calls.names)

@@ -1,21 +1,24 @@
-"""Ops in PyTorch's own registry: torch.ops.arcmerge.<name>, for torch.compile and for programs that know only torch.
+"""Ops, registered with PyTorch as torch.ops.arcmerge.<name>: for torch.compile and for programs that only know torch.
 
-An op is a schema, a reference that defines what it computes, and faster ways to compute the same. Which of them serves
-a device is decided in `backend`, at every call: an environment variable may change between two.
+`backend` chooses the implementation at every call, because ARCMERGE_BACKEND may change between two calls.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar, get_type_hints
 
 import torch
+from torch import Tensor
 
 from arcmerge.dispatch.backend import choose, explain
 from arcmerge.dispatch.recording import current
 
 Implementation = Callable[..., Any]
+Function = TypeVar("Function", bound=Implementation)
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -25,53 +28,126 @@ LIBRARY = torch.library.Library("arcmerge", "DEF")
 for _reference in weakref.getweakrefs(LIBRARY):
     if isinstance(_reference.__callback__, weakref.finalize):
         _reference.__callback__.atexit = False
-OPS: dict[str, Mapping[str, Implementation]] = {}
+SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Sequence[Tensor]: "Tensor[]",
+    tuple[Tensor, Tensor]: "(Tensor, Tensor)",
+    bool: "bool",
+    float: "float",
+    int: "int",
+    int | None: "int?",
+    torch.dtype: "ScalarType",
+}
+
+
+class Op(Generic[Parameters, Result]):
+    """An op: a reference, which defines it, and faster implementations. A call runs the one that `backend` chooses.
+
+    The decorators `check`, `fake`, `native` and `triton` add a function that takes the arguments of the reference, all
+    of them: first those that the reference takes by position, then the others by keyword.
+    """
+
+    def __init__(
+        self, reference: Callable[Parameters, Result], name: str, mutates: Collection[str], stepwise: Collection[str]
+    ) -> None:
+        functools.update_wrapper(self, reference)
+        self.name = name
+        self.implementations: dict[str, Implementation] = {"reference": reference}
+        parameters = inspect.signature(reference).parameters.values()
+        self._defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+        self._stepwise = stepwise
+        self._check: Implementation
+        self._fake: Implementation
+        LIBRARY.define(schema(reference, name, mutates))
+        for device in ("cpu", "cuda"):
+            LIBRARY.impl(name, self._runner(device), device.upper())
+        LIBRARY.impl(name, self._run_fake, "Meta")
+        self._overload = getattr(torch.ops.arcmerge, name).default
+        OPS[name] = self
+
+    def __call__(self, *arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
+        result: Result = self._overload(*arguments, **named)
+        return result
+
+    def check(self, function: Function) -> Function:
+        """Decorator: raises ArcmergeError for arguments that break the contract, before any implementation runs."""
+        self._check = function
+        return function
+
+    def fake(self, function: Function) -> Function:
+        """Decorator: returns an output of the right shape, dtype and device, with any values."""
+        self._fake = function
+        return function
+
+    def native(self, function: Function) -> Function:
+        """Decorator: the implementation for tensors on the CPU, in C++."""
+        self.implementations["native"] = function
+        return function
+
+    def triton(self, function: Function) -> Function:
+        """Decorator: the implementation for tensors on a GPU, in Triton."""
+        self.implementations["triton"] = function
+        return function
+
+    def _runner(self, device: str) -> Implementation:
+        name, defaults, implementations, by_reference = self.name, self._defaults, self.implementations, self._stepwise
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            if defaults:  # the dispatcher leaves out arguments that are equal to them
+                named = defaults | named
+            self._check(*arguments, **named)
+            backend = choose(device, name, implementations).name
+            if backend in by_reference:
+                if named["stepwise"]:
+                    backend = "reference"
+                else:
+                    del named["stepwise"]
+            function = implementations[backend]
+            if (recording := current()) is not None:
+                return recording.call(name, function, arguments, named)
+            return function(*arguments, **named)
+
+        return run
+
+    def _run_fake(self, *arguments: Any, **named: Any) -> Any:
+        named = self._defaults | named
+        self._check(*arguments, **named)
+        return self._fake(*arguments, **named)
+
+
+OPS: dict[str, Op[Any, Any]] = {}
 
 
 def op(
-    schema: str,
-    *,
-    check: Callable[..., None],
-    reference: Callable[Parameters, Result],
-    fake: Implementation,
-    native: Implementation | None = None,
-    triton: Implementation | None = None,
-) -> Callable[Parameters, Result]:
-    """Define torch.ops.arcmerge.<name> and return it, typed as its reference, all of whose arguments every other takes.
+    name: str | None = None, *, mutates: Collection[str] = (), stepwise_by_reference: Collection[str] = ()
+) -> Callable[[Callable[Parameters, Result]], Op[Parameters, Result]]:
+    """Decorator for the reference of an op: plain torch, on any device.
 
-    schema: as in PyTorch's native_functions.yaml, with the aliases of what is written in place. check: raises
-    ArcmergeError for arguments that break the contract, before anything else sees them. reference: plain torch, any
-    device. fake: shapes and dtypes alone. native: tensors on the cpu. triton: tensors on a GPU.
+    Its signature is that of the op: the schema of torch.ops.arcmerge.<name> is made of its annotations. Parameters with
+    a default must be keyword-only.
+
+    Args:
+        name: of the op; by default that of the function.
+        mutates: the tensors that are changed in place.
+        stepwise_by_reference: the backends that cannot compute with stepwise=True. The reference does it for them, and
+            they are not given the argument.
     """
-    name = schema.partition("(")[0]
-    named = {"native": native, "triton": triton, "reference": reference}
-    offered = {backend: function for backend, function in named.items() if function is not None}
-    OPS[name] = offered
-    LIBRARY.define(schema)
-    for key in ("cpu", "cuda"):
-        LIBRARY.impl(name, _checked(check, _serving(name, key, offered)), key.upper())
-    LIBRARY.impl(name, _checked(check, fake), "Meta")
-    return cast(Callable[Parameters, Result], getattr(torch.ops.arcmerge, name).default)
+    return lambda reference: Op(reference, name or reference.__name__, mutates, stepwise_by_reference)
+
+
+def schema(reference: Callable[..., Any], name: str, mutates: Collection[str]) -> str:
+    """The schema of an op in the language of PyTorch's native_functions.yaml, from the annotations of its reference."""
+    types = get_type_hints(reference)
+    arguments = []
+    for index, each in enumerate(inspect.signature(reference).parameters.values()):
+        if each.kind == each.KEYWORD_ONLY and "*" not in arguments:
+            arguments.append("*")
+        kind = f"Tensor(a{index}!)" if each.name in mutates else SCHEMA_TYPES[types[each.name]]
+        arguments.append(f"{kind} {each.name}" + ("" if each.default is each.empty else f"={each.default}"))
+    return f"{name}({', '.join(arguments)}) -> {SCHEMA_TYPES[types['return']]}"
 
 
 def backends(device: str) -> dict[str, str]:
-    """What serves every op on a device type, "cpu" or "cuda", and why, in words."""
-    return {name: explain(device, name, offered) for name, offered in OPS.items()}
-
-
-def _serving(name: str, device: str, offered: Mapping[str, Implementation]) -> Implementation:
-    def call(*arguments: Any, **named: Any) -> Any:
-        function = offered[choose(device, name, offered).name]
-        if (recording := current()) is not None:
-            return recording.call(name, function, arguments, named)
-        return function(*arguments, **named)
-
-    return call
-
-
-def _checked(check: Callable[..., None], function: Implementation) -> Implementation:
-    def call(*arguments: Any, **named: Any) -> Any:
-        check(*arguments, **named)
-        return function(*arguments, **named)
-
-    return call
+    """The backend of every op on a device type, "cpu" or "cuda", and why it was chosen, in words."""
+    return {name: explain(device, name, each.implementations) for name, each in OPS.items()}

@@ -136,7 +136,9 @@ class Gemma2:
         head = self.network.weights.head
         with self.network.turn:
             for batch, hidden in sequences.feed(rows):
-                found = ops.lm_head_logits(hidden, head, self.config.final_logit_softcapping, self.network.stepwise)
+                found = ops.lm_head_logits(
+                    hidden, head, softcap=self.config.final_logit_softcapping, stepwise=self.network.stepwise
+                )
                 columns = [
                     prompts.places[row][position]
                     for row, position in zip(batch.sequences.tolist(), batch.positions.tolist(), strict=True)

@@ -1,10 +1,8 @@
-"""The ops that everything is made of, on torch tensors; also torch.ops.arcmerge.<name>.
+"""The ops on torch tensors that everything else is made of; also torch.ops.arcmerge.<name>.
 
 gram and combine merge; the others run a Gemma-2.
 """
 
-from arcmerge.dispatch.recording import recorded
-from arcmerge.dispatch.registry import backends
 from arcmerge.ops.attention import attention
 from arcmerge.ops.attention_decode import attention_decode
 from arcmerge.ops.combine import combine
@@ -16,12 +14,11 @@ from arcmerge.ops.lm_head import lm_head_argmax, lm_head_logits, lm_head_logprob
 from arcmerge.ops.lm_head_sample import lm_head_sample
 from arcmerge.ops.rmsnorm import rmsnorm
 from arcmerge.ops.rmsnorm_add_rmsnorm import rmsnorm_add_rmsnorm
-from arcmerge.ops.rope_cache import rope_cache, rope_table
+from arcmerge.ops.rope_cache import rope_cache
 
 __all__ = [
     "attention",
     "attention_decode",
-    "backends",
     "combine",
     "geglu",
     "gram",
@@ -31,9 +28,7 @@ __all__ = [
     "lm_head_logits",
     "lm_head_logprob",
     "lm_head_sample",
-    "recorded",
     "rmsnorm",
     "rmsnorm_add_rmsnorm",
     "rope_cache",
-    "rope_table",
 ]

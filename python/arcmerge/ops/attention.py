@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arcmerge import _C
-from arcmerge.dispatch.backend import native_cache
-from arcmerge.dispatch.checks import require_activations, require_dtype_of, require_shape
+from arcmerge.dispatch.checks import (
+    require,
+    require_caches,
+    require_heads,
+    require_lengths,
+    require_limits,
+    require_slots,
+    shapes,
+)
+from arcmerge.dispatch.native import native_cache
 from arcmerge.dispatch.registry import op
-from arcmerge.errors import ArcmergeError
 
-HEAD_DIMS = (16, 32, 64, 128, 256)
-# Queries that the reference takes at a time: its scores then take (H, 256, visible keys).
+# Queries that the reference takes at a time: its scores are [H, 256, visible keys].
 CHUNK = 256
 
 
+@op(stepwise_by_reference=("native", "triton"))
 def attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    query_start: Tensor,
-    lengths: Tensor,
-    longest_query: int,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
     *,
+    max_seqlen_q: int,
     scale: float,
     softcap: float = 0.0,
     window: int = 0,
@@ -33,159 +41,38 @@ def attention(
 ) -> Tensor:
     """softmax(softcap * tanh(scale * q.k / softcap)) v, for every query and head.
 
-    query: (T, H, Dh), with positions already rotated in, of B sequences one after another; sequence b has the rows from
-    query_start[b] to query_start[b + 1], n of them, possibly none. query_start: (B + 1,) int32. lengths: (B,) int32,
-    the tokens of a sequence with these n, so that its query i is at position lengths[b] - n + i. longest_query: the
-    greatest n. key_cache, value_cache: (B, Hkv, S, Dh), in which position p lies in slot p % S; head h of the queries
-    reads head h // (H / Hkv) of the keys. All contiguous and on one device; query and caches of one dtype, bfloat16 or
-    float32; Dh 16, 32, 64, 128 or 256.
+    The query at position i sees the keys at j <= i, with a window those at i - window < j <= i. Position p is in slot
+    p % S of the cache; head h of the queries reads head h // (H / Hkv) of the keys. The cache must hold all keys that
+    are seen: S >= the longest sequence, or S a multiple of 64 and at least window + max_seqlen_q - 1. Slots that no
+    query sees may hold any values, also NaN.
 
-    A query at position i sees the keys at j <= i, with window > 0 those at i - window < j <= i. softcap 0: none. What
-    they see must be in the cache: S >= the greatest length, or S a multiple of 64 and at least window +
-    longest_query - 1. Slots that no query sees may hold anything, NaN too.
+    Scores, softmax and sums are float32; weights are rounded to the dtype of the values before their product; the
+    result is rounded once. Must move queries and result once and each visible key and value once.
 
-    Scores, softmax and sums are float32; weights are rounded to the dtype of the values before they meet them; the
-    result (T, H, Dh) is rounded once. stepwise: scores, each step of the softcap and the softmax are rounded to the
-    dtype of the query, as `eager_attention_forward` of transformers' Gemma-2 does; the reference alone does that.
+    Args:
+        query: [T, H, Dh], rotated, bfloat16 or float32: B sequences one after another. Dh is 16, 32, 64, 128 or 256.
+        key_cache, value_cache: [B, Hkv, S, Dh], in the dtype of query. All tensors are contiguous and on one device.
+        cu_seqlens_q: [B + 1] int32. Sequence b has the queries from cu_seqlens_q[b] to cu_seqlens_q[b + 1], n of them,
+            possibly none.
+        seqlens_k: [B] int32, the tokens of each sequence, with the n new ones: its query i is at position
+            seqlens_k[b] - n + i.
+        max_seqlen_q: the largest n.
+        scale: factor of the scores.
+        softcap: bound of the scores; 0 for none.
+        window: keys that a query sees; 0 for all.
+        stepwise: round scores, each step of the softcap and the softmax to the dtype of query, as
+            `eager_attention_forward` of transformers' Gemma-2 does. The reference computes it on all devices.
 
-    Must move queries and result once and each visible key and value once. Raises ArcmergeError for what is not as said;
-    it reads lengths only on the CPU, as on a GPU that would wait for the device.
+    Returns:
+        [T, H, Dh] in the dtype of query.
+
+    Raises:
+        ArcmergeError: for arguments that break these rules. Lengths are only checked on the CPU, because reading them
+            from a GPU would wait for it.
     """
-    return _attention(
-        query, key_cache, value_cache, query_start, lengths, longest_query, scale, softcap, window, stepwise
-    )
-
-
-def require_caches(key_cache: Tensor, value_cache: Tensor, **states: Tensor) -> None:
-    """Two caches (B, Hkv, S, Dh) in the dtype of the states, all contiguous on one device; ArcmergeError if not."""
-    caches = {"key_cache": key_cache, "value_cache": value_cache}
-    require_activations(**states, **caches)
-    ((name, first),) = states.items()
-    require_dtype_of(name, first, **caches)
-    if key_cache.dim() != 4:
-        raise ArcmergeError(f"'key_cache' must have 4 dimensions, got {key_cache.dim()}")
-    require_shape(key_cache.shape, value_cache=value_cache)
-    head_dim = key_cache.shape[3]
-    if head_dim not in HEAD_DIMS:
-        raise ArcmergeError(f"'key_cache' must have heads of {', '.join(map(str, HEAD_DIMS))} elements, got {head_dim}")
-    require_contiguous(**states, **caches)
-
-
-def require_contiguous(**tensors: Tensor) -> None:
-    """ArcmergeError if a tensor has gaps or another order."""
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise ArcmergeError(f"'{name}' must be contiguous, got the strides {tensor.stride()}")
-
-
-def require_integers(shape: tuple[int, ...], alike: Tensor, **tensors: Tensor) -> None:
-    """int32 tensors of a shape, contiguous, on the device of `alike`; ArcmergeError if not."""
-    require_shape(shape, **tensors)
-    require_contiguous(**tensors)
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.int32:
-            raise ArcmergeError(f"'{name}' must be int32, got {tensor.dtype}")
-        if tensor.device != alike.device:
-            raise ArcmergeError(f"'{name}' must be on the device of the caches {alike.device}, got {tensor.device}")
-
-
-def require_heads(heads: int, key_value_heads: int) -> None:
-    """Heads of queries share the heads of keys evenly; ArcmergeError if not."""
-    if heads < 1 or heads % key_value_heads:
-        raise ArcmergeError(f"heads of queries must be a multiple of the {key_value_heads} heads of keys, got {heads}")
-
-
-def require_limits(softcap: float, window: int) -> None:
-    """ArcmergeError for negative numbers."""
-    if softcap < 0 or window < 0:
-        raise ArcmergeError(f"'softcap' and 'window' must be 0, for none, or more, got {softcap} and {window}")
-
-
-def require_room(slots: int, longest: int, window: int, new: int) -> None:
-    """A slot for every token of the longest sequence, or for all that `new` queries see; ArcmergeError if neither."""
-    needed = min(longest, window + new - 1) if window else longest
-    if slots < needed:
-        raise ArcmergeError(f"'key_cache' must have {needed} slots or more for {longest} tokens, got {slots}")
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_positions: Tensor,
-    key_positions: Tensor,
-    scale: float,
-    softcap: float,
-    window: int,
-    stepwise: bool,
-) -> Tensor:
-    """The formula: (n, H, Dh) of one sequence, with query (n, H, Dh), key and value (Hkv, L, Dh), float64 ones too."""
-    group = query.shape[1] // key.shape[0]
-    key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
-    exact = query.dtype if stepwise else torch.promote_types(query.dtype, torch.float32)
-    scores = query.transpose(0, 1).to(exact) @ key.to(exact).mT * scale
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    ages = query_positions[:, None] - key_positions
-    visible = (ages >= 0) & (ages < window) if window else ages >= 0
-    scores = scores.masked_fill(~visible, float("-inf"))
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(exact, torch.float32)).to(exact)
-    return (weights @ value.to(exact)).transpose(0, 1).to(query.dtype)
-
-
-def _check(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_start: Tensor,
-    lengths: Tensor,
-    longest_query: int,
-    scale: float,
-    softcap: float,
-    window: int,
-    stepwise: bool,
-) -> None:
-    require_caches(key_cache, value_cache, query=query)
-    sequences, key_value_heads, slots, head_dim = key_cache.shape
-    if query.dim() != 3 or query.shape[2] != head_dim:
-        raise ArcmergeError(f"'query' must have the shape (T, H, {head_dim}), got {tuple(query.shape)}")
-    require_heads(query.shape[1], key_value_heads)
-    require_integers((sequences + 1,), key_cache, query_start=query_start)
-    require_integers((sequences,), key_cache, lengths=lengths)
-    require_limits(softcap, window)
-    if lengths.device.type == "cpu":
-        _check_values(len(query), slots, query_start.tolist(), lengths.tolist(), longest_query, window)
-
-
-def _check_values(tokens: int, slots: int, starts: list[int], lengths: list[int], longest: int, window: int) -> None:
-    counts = [end - start for start, end in pairwise(starts)]
-    if min(counts, default=0) < 0 or starts[0] != 0 or starts[-1] != tokens:
-        raise ArcmergeError(f"'query_start' must rise from 0 to the {tokens} rows of 'query', got {starts}")
-    if max(counts, default=0) > longest:
-        raise ArcmergeError(f"'longest_query' must be {max(counts)} or more, got {longest}")
-    for number, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-        if length < count:
-            raise ArcmergeError(f"'lengths[{number}]' must include the {count} queries of the sequence, got {length}")
-    require_room(slots, max(lengths, default=0), window, longest)
-    if slots % 64 and max(lengths, default=0) > slots:
-        raise ArcmergeError(f"'key_cache' must have a multiple of 64 slots to be a ring, got {slots}")
-
-
-def _reference(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_start: Tensor,
-    lengths: Tensor,
-    longest_query: int,
-    scale: float,
-    softcap: float,
-    window: int,
-    stepwise: bool,
-) -> Tensor:
     out = torch.empty_like(query)
-    slots, starts = key_cache.shape[2], query_start.tolist()
-    for sequence, length in enumerate(lengths.tolist()):
+    slots, starts = key_cache.shape[2], cu_seqlens_q.tolist()
+    for sequence, length in enumerate(seqlens_k.tolist()):
         start, end = starts[sequence : sequence + 2]
         for first in range(start, end, CHUNK):
             rows = torch.arange(first, min(first + CHUNK, end), device=query.device)
@@ -206,70 +93,103 @@ def _reference(
     return out
 
 
-def _native(
+def attend(
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_start: Tensor,
-    lengths: Tensor,
-    longest_query: int,
+    key: Tensor,
+    value: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
     scale: float,
     softcap: float,
     window: int,
     stepwise: bool,
 ) -> Tensor:
-    if stepwise:
-        return _reference(
-            query, key_cache, value_cache, query_start, lengths, longest_query, scale, softcap, window, stepwise
-        )
-    out = torch.empty_like(query)
+    """The formula for one sequence, also in float64: query [n, H, Dh], key and value [Hkv, L, Dh] -> [n, H, Dh]."""
+    group = query.shape[1] // key.shape[0]
+    key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
+    exact = query.dtype if stepwise else torch.promote_types(query.dtype, torch.float32)
+    scores = query.transpose(0, 1).to(exact) @ key.to(exact).mT * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    ages = query_positions[:, None] - key_positions
+    visible = (ages >= 0) & (ages < window) if window else ages >= 0
+    scores = scores.masked_fill(~visible, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(exact, torch.float32)).to(exact)
+    return (weights @ value.to(exact)).transpose(0, 1).to(query.dtype)
+
+
+@attention.check
+def _check(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    softcap: float,
+    window: int,
+    **_: object,
+) -> None:
+    B, Hkv, S, Dh = require_caches(key_cache, value_cache, query=query)
+    T, H = shapes("T H Dh", query=query, Dh=Dh)[:2]
+    require_heads(H, Hkv)
+    shapes("B+1, B", cu_seqlens_q=cu_seqlens_q, seqlens_k=seqlens_k, B=B, **{"B+1": B + 1})
+    require_lengths(key_cache, cu_seqlens_q=cu_seqlens_q, seqlens_k=seqlens_k)
+    require_limits(softcap, window)
+    if seqlens_k.device.type == "cpu":
+        _check_lengths(T, S, cu_seqlens_q.tolist(), seqlens_k.tolist(), max_seqlen_q, window)
+
+
+def _check_lengths(tokens: int, slots: int, starts: list[int], lengths: list[int], max_new: int, window: int) -> None:
+    counts = [end - start for start, end in pairwise(starts)]
+    if min(counts, default=0) < 0 or starts[0] != 0 or starts[-1] != tokens:
+        require(False, "cu_seqlens_q", f"rise from 0 to the {tokens} rows of 'query'", starts)
+    longest = max(counts, default=0)
+    if longest > max_new:
+        require(False, "max_seqlen_q", f"be {longest} or more", max_new)
+    for index, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        if length < count:
+            require(False, f"seqlens_k[{index}]", f"include the {count} queries of the sequence", length)
+    require_slots(slots, max(lengths, default=0), window, max_new)
+    if slots % 64 and max(lengths, default=0) > slots:
+        require(False, "key_cache", "have a multiple of 64 slots as a ring buffer", slots)
+
+
+@attention.fake
+def _fake(query: Tensor, *_: Tensor, **__: object) -> Tensor:
+    return torch.empty_like(query)
+
+
+@attention.native
+def _native(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    **numbers: Any,
+) -> Tensor:
+    out = _fake(query)
     _C.attention(
         out.data_ptr(),
         query.data_ptr(),
         query.shape[1],
         native_cache(key_cache, value_cache),
-        query_start.data_ptr(),
-        lengths.data_ptr(),
-        scale,
-        softcap,
-        window,
+        cu_seqlens_q.data_ptr(),
+        seqlens_k.data_ptr(),
+        **numbers,
     )
     return out
 
 
-def _triton(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_start: Tensor,
-    lengths: Tensor,
-    longest_query: int,
-    scale: float,
-    softcap: float,
-    window: int,
-    stepwise: bool,
-) -> Tensor:
-    arguments = (query, key_cache, value_cache, query_start, lengths, longest_query, scale, softcap, window)
-    if stepwise:
-        return _reference(*arguments, stepwise)
+@attention.triton
+def _triton(*tensors: Tensor, max_seqlen_q: int, **numbers: Any) -> Tensor:
     from arcmerge.kernels.attention import attention as launch
 
-    out = torch.empty_like(query)
-    if longest_query:
-        launch(out, *arguments)
+    out = _fake(*tensors)
+    if max_seqlen_q:
+        launch(out, *tensors, max_seqlen_q=max_seqlen_q, **numbers)
     return out
-
-
-def _fake(query: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(query)
-
-
-_attention = op(
-    "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor query_start, Tensor lengths,"
-    " int longest_query, float scale, float softcap, int window, bool stepwise) -> Tensor",
-    check=_check,
-    reference=_reference,
-    fake=_fake,
-    native=_native,
-    triton=_triton,
-)

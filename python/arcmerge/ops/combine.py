@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
-from arcmerge.dispatch.backend import native_dtype, operand, require_alike, require_dtype, require_matrix_dim
+from arcmerge.dispatch.checks import WEIGHTS, require_alike, require_dtype, require_matrix_dim, shapes
+from arcmerge.dispatch.native import native_dtype, operand
 from arcmerge.dispatch.registry import op
-from arcmerge.errors import ArcmergeError
 
 
 def combine(
@@ -23,79 +23,91 @@ def combine(
 ) -> Tensor:
     """out = c_0 * x_0 + c_1 * x_1 + ..., rounded once.
 
-    tensors: k = 1 to 8 of one shape and device, each bfloat16, float16 or float32. coefficients: k numbers; or with
-    dim, (rows, k) for every row (dim 1) or (columns, k) for every column (dim 0) of (rows, columns) tensors; rounded
-    to float32. out_dtype: of the same three, by default what torch promotes the inputs to.
-
     Products and sums are rounded to float32 one by one, from left to right, without FMA; the sum is rounded to
-    out_dtype, to nearest even. NaN stays NaN. Returns a new contiguous tensor. Moves the bytes of the inputs and of
-    the output once. Raises ArcmergeError for tensors that are not alike and coefficients of another shape.
+    out_dtype, to nearest even. NaN stays NaN. Moves the bytes of the inputs and of the output once.
+
+    Args:
+        tensors: k = 1 to 8 tensors of one shape and device, each bfloat16, float16 or float32.
+        coefficients: [k]; or with dim, for tensors [R, C], one row of k for every row, [R, k] (dim 1), or for every
+            column, [C, k] (dim 0). They are rounded to float32.
+        dim: the dimension that shares coefficients; None if all elements do.
+        out_dtype: bfloat16, float16 or float32; by default what torch promotes the inputs to.
+
+    Returns:
+        A new contiguous tensor of the shape and on the device of the tensors.
+
+    Raises:
+        ArcmergeError: for tensors of different shapes or devices, other dtypes, and coefficients of another shape.
     """
     require_alike(tensors)
     if out_dtype is None:
         out_dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     factors = torch.as_tensor(coefficients, dtype=torch.float64).to(tensors[0].device, torch.float32)
-    return _combine(tensors, factors, dim, out_dtype)
+    return _combine(tensors, factors, dim=dim, out_dtype=out_dtype)
 
 
-def _check(tensors: Sequence[Tensor], factors: Tensor, dim: int | None, out_dtype: torch.dtype) -> None:
-    require_alike(tensors)
-    require_dtype("'out_dtype'", out_dtype)
-    along = None if dim is None else require_matrix_dim(tensors[0], dim)
-    shape = (len(tensors),) if along is None else (tensors[0].shape[1 - along], len(tensors))
-    if factors.shape != shape:
-        raise ArcmergeError(f"'coefficients' must have the shape {shape}, got {tuple(factors.shape)}")
-
-
-def _reference(tensors: Sequence[Tensor], factors: Tensor, dim: int | None, out_dtype: torch.dtype) -> Tensor:
-    along = None if dim is None else dim % 2
-    if along is not None:
-        factors = factors.T.unsqueeze(1 + along)
-    total = factors[0] * tensors[0].float()
-    for factor, tensor in zip(factors[1:], tensors[1:], strict=True):
+@op("combine")
+def _combine(tensors: Sequence[Tensor], coefficients: Tensor, *, dim: int | None, out_dtype: torch.dtype) -> Tensor:
+    """The op `combine`, of coefficients in a float32 tensor."""
+    if dim is not None:
+        coefficients = coefficients.T.unsqueeze(1 + dim % 2)
+    total = coefficients[0] * tensors[0].float()
+    for factor, tensor in zip(coefficients[1:], tensors[1:], strict=True):
         total = total + factor * tensor.float()
     return total.to(out_dtype).contiguous()
 
 
-def _native(tensors: Sequence[Tensor], factors: Tensor, dim: int | None, out_dtype: torch.dtype) -> Tensor:
-    along = None if dim is None else dim % 2
+@_combine.check
+def _check(tensors: Sequence[Tensor], coefficients: Tensor, *, dim: int | None, out_dtype: torch.dtype) -> None:
+    require_alike(tensors)
+    require_dtype(WEIGHTS, out_dtype=out_dtype)
+    require_matrix_dim(tensors[0], dim)
+    if dim is None:
+        shapes("k", coefficients=coefficients, k=len(tensors))
+    elif dim % 2:
+        shapes("R k", coefficients=coefficients, R=len(tensors[0]), k=len(tensors))
+    else:
+        shapes("C k", coefficients=coefficients, C=tensors[0].shape[1], k=len(tensors))
+
+
+@_combine.fake
+def _fake(tensors: Sequence[Tensor], *_: Tensor, out_dtype: torch.dtype, **__: object) -> Tensor:
+    return tensors[0].new_empty(tensors[0].shape, dtype=out_dtype)
+
+
+@_combine.native
+def _native(tensors: Sequence[Tensor], coefficients: Tensor, *, dim: int | None, out_dtype: torch.dtype) -> Tensor:
     inputs = [tensor.contiguous() for tensor in tensors]
-    out = torch.empty(inputs[0].shape, dtype=out_dtype)
+    out = _fake(tensors, out_dtype=out_dtype)
     operands = [operand(tensor) for tensor in inputs]
-    if along is None:
-        _C.combine(out.data_ptr(), native_dtype(out_dtype), operands, factors.tolist(), 0, out.numel())
+    if dim is None:
+        _C.combine(out.data_ptr(), native_dtype(out_dtype), operands, coefficients.tolist(), 0, out.numel())
     elif out.numel():
-        factors, columns = factors.contiguous(), out.shape[1]
+        coefficients, columns = coefficients.contiguous(), out.shape[1]
         _C.combine_vectors(
-            out.data_ptr(), native_dtype(out_dtype), operands, factors.data_ptr(), 0, out.numel(), columns, along
+            out.data_ptr(),
+            native_dtype(out_dtype),
+            operands,
+            coefficients.data_ptr(),
+            0,
+            out.numel(),
+            columns,
+            dim % 2,
         )
     return out
 
 
-def _triton(tensors: Sequence[Tensor], factors: Tensor, dim: int | None, out_dtype: torch.dtype) -> Tensor:
-    along = None if dim is None else dim % 2
+@_combine.triton
+def _triton(tensors: Sequence[Tensor], coefficients: Tensor, *, dim: int | None, out_dtype: torch.dtype) -> Tensor:
     from arcmerge.kernels.combine import combine as launch
 
-    if along == 0:
-        return _triton([tensor.t() for tensor in tensors], factors, 1, out_dtype).t().contiguous()
+    if dim in (0, -2):
+        turned = [tensor.t() for tensor in tensors]
+        return _triton(turned, coefficients, dim=1, out_dtype=out_dtype).t().contiguous()
     inputs = [tensor.contiguous() for tensor in tensors]
-    out = torch.empty(inputs[0].shape, dtype=out_dtype, device=inputs[0].device)
-    vectors = 1 if along is None else out.shape[0]
+    out = _fake(tensors, out_dtype=out_dtype)
+    vectors = 1 if dim is None else out.shape[0]
     nonfinite = torch.zeros(vectors, dtype=torch.int64, device=out.device)
     if out.numel():
-        launch([out], [inputs], factors.reshape(vectors, len(inputs)).contiguous(), nonfinite, rows=vectors)
+        launch([out], [inputs], coefficients.reshape(vectors, len(inputs)).contiguous(), nonfinite, rows=vectors)
     return out
-
-
-def _fake(tensors: Sequence[Tensor], factors: Tensor, dim: int | None, out_dtype: torch.dtype) -> Tensor:
-    return tensors[0].new_empty(tensors[0].shape, dtype=out_dtype)
-
-
-_combine = op(
-    "combine(Tensor[] tensors, Tensor coefficients, int? dim, ScalarType out_dtype) -> Tensor",
-    check=_check,
-    reference=_reference,
-    fake=_fake,
-    native=_native,
-    triton=_triton,
-)

@@ -6,34 +6,34 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
-from arcmerge.dispatch.backend import native_dtype
-from arcmerge.dispatch.checks import require_shape
+from arcmerge.dispatch.checks import require_activations, require_same_dtype, shapes
+from arcmerge.dispatch.native import native_dtype
 from arcmerge.dispatch.registry import op
 from arcmerge.ops.geglu import geglu
-from arcmerge.ops.linear import MOST_TOKENS, require_linear, torch_multiplies
+from arcmerge.ops.linear import MAX_ROWS, torch_multiplies
 
 
+@op()
 def linear_geglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, *, stepwise: bool = False) -> Tensor:
     """out = gelu(x G^T) * (x U^T), with gelu(g) = g/2 * (1 + tanh(0.7978845608028654 * (g + 0.044715 * g^3))).
 
-    x: [T, K]. gate_weight G, up_weight U: [F, K]. All bfloat16 or all float32, on one device.
-
-    Returns [T, F], contiguous, in their dtype. Arithmetic is in float32 and rounded once where T is at most 16. With
-    `stepwise`, as in transformers, both products, gelu and the output are rounded to the dtype, and on the CPU torch.mm
-    is called twice, then `geglu`; so it is past 16 rows where torch.mm serves (see `linear`), with rounded products. Up
-    to 16 rows, weights, x and output are moved once, and the bits of a row of the output depend on neither the other
-    rows nor their number. Raises ArcmergeError for other shapes and dtypes.
+    Up to T = 16, arithmetic is in float32 and rounded once; weights, x and output are moved once, and the bits of a row
+    of the output depend on neither the other rows nor their number. For larger T, where `linear` calls torch.mm, so
+    does this op, twice, followed by `geglu`: the products are then rounded.
     Source: Gemma2MLP of transformers with hidden_activation "gelu_pytorch_tanh", without its down_proj.
+
+    Args:
+        x: [T, K], bfloat16 or float32.
+        gate_weight, up_weight: G and U, [F, K], in the dtype and on the device of x.
+        stepwise: round both products, gelu and the output to the dtype, as transformers does; on the CPU by torch.mm
+            for any T.
+
+    Returns:
+        [T, F], contiguous, in the dtype of x.
+
+    Raises:
+        ArcmergeError: for other shapes, dtypes and devices.
     """
-    return _linear_geglu(x, gate_weight, up_weight, stepwise)
-
-
-def _check(x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool) -> None:
-    require_linear(x, gate_weight=gate_weight, up_weight=up_weight)
-    require_shape(gate_weight.shape, up_weight=up_weight)
-
-
-def _reference(x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool) -> Tensor:
     working = torch.promote_types(x.dtype, torch.float32)
     gate, up = (x.to(working) @ weight.to(working).T for weight in (gate_weight, up_weight))
     if stepwise:
@@ -44,48 +44,50 @@ def _reference(x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool
     return (activated * up).to(x.dtype)
 
 
-def _native(x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool) -> Tensor:
-    if stepwise or (x.shape[0] > MOST_TOKENS and torch_multiplies(x.dtype)):
-        return _activated_products(x, gate_weight, up_weight, stepwise)
-    out, (tokens, columns) = _fake(x, gate_weight, up_weight, stepwise), x.shape
-    x, gate_weight, up_weight = x.contiguous(), gate_weight.contiguous(), up_weight.contiguous()
+@linear_geglu.check
+def _check(x: Tensor, gate_weight: Tensor, up_weight: Tensor, **_: object) -> None:
+    require_activations(x=x, gate_weight=gate_weight, up_weight=up_weight)
+    require_same_dtype(x=x, gate_weight=gate_weight, up_weight=up_weight)
+    shapes("T K, F K, F K", x=x, gate_weight=gate_weight, up_weight=up_weight)
+
+
+@linear_geglu.fake
+def _fake(x: Tensor, gate_weight: Tensor, *_: Tensor, **__: object) -> Tensor:
+    return x.new_empty(x.shape[0], gate_weight.shape[0])
+
+
+@linear_geglu.native
+def _native(*tensors: Tensor, stepwise: bool) -> Tensor:
+    rows, columns = tensors[0].shape
+    if stepwise or (rows > MAX_ROWS and torch_multiplies(tensors[0].dtype)):
+        return _activated_products(*tensors, stepwise=stepwise)
+    out = _fake(*tensors)
+    x, gate_weight, up_weight = (tensor.contiguous() for tensor in tensors)
     _C.linear_geglu(
         out.data_ptr(),
         x.data_ptr(),
-        tokens,
+        rows,
         columns,
         gate_weight.data_ptr(),
         up_weight.data_ptr(),
-        len(gate_weight),
+        gate_weight.shape[0],
         native_dtype(x.dtype),
     )
     return out
 
 
-def _triton(x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool) -> Tensor:
+@linear_geglu.triton
+def _triton(*tensors: Tensor, stepwise: bool) -> Tensor:
     from arcmerge.kernels.linear_geglu import linear_geglu as launch
 
-    if x.shape[0] > MOST_TOKENS:
-        return _activated_products(x, gate_weight, up_weight, stepwise)
-    out = _fake(x, gate_weight, up_weight, stepwise)
+    if len(tensors[0]) > MAX_ROWS:
+        return _activated_products(*tensors, stepwise=stepwise)
+    out = _fake(*tensors)
     if out.numel():
-        launch(out, x.contiguous(), gate_weight.contiguous(), up_weight.contiguous(), stepwise)
+        x, gate_weight, up_weight = (tensor.contiguous() for tensor in tensors)
+        launch(out, x, gate_weight, up_weight, stepwise)
     return out
 
 
-def _activated_products(x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool) -> Tensor:
+def _activated_products(x: Tensor, gate_weight: Tensor, up_weight: Tensor, *, stepwise: bool) -> Tensor:
     return geglu(torch.mm(x, gate_weight.T), torch.mm(x, up_weight.T), stepwise=stepwise)
-
-
-def _fake(x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool) -> Tensor:
-    return x.new_empty(x.shape[0], gate_weight.shape[0])
-
-
-_linear_geglu = op(
-    "linear_geglu(Tensor x, Tensor gate_weight, Tensor up_weight, bool stepwise) -> Tensor",
-    check=_check,
-    reference=_reference,
-    fake=_fake,
-    native=_native,
-    triton=_triton,
-)

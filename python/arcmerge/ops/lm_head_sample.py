@@ -1,108 +1,73 @@
 """lm_head_sample: the next token, drawn from the head's logits without keeping them.
 
-The filters of transformers, in its order, on whatever candidates are certain to hold all that the filters keep: every
-id of the vocabulary in the reference; on the CPU those above a score that says so; on a GPU those of the few tiles of
-the vocabulary whose greatest score does.
+The filters of transformers, in its order, on candidates that include every id that the filters keep: in the reference
+the whole vocabulary; on the CPU the ids whose score is above a bound; on a GPU the few tiles of the vocabulary whose
+largest score is.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arcmerge import _C
+from arcmerge.dispatch.checks import require, require_dtype, require_head, require_same_device, shapes
 from arcmerge.dispatch.registry import op
-from arcmerge.errors import ArcmergeError
 from arcmerge.ops.gumbel import gumbel
-from arcmerge.ops.lm_head import logits, native_head, require_head, require_integers
+from arcmerge.ops.lm_head import ROWS, logits, native_head
 
-# Rows whose scores the CPU keeps at a time: 16 MB of a Gemma-2.
-SCORED = 16
-# Steps of an eighth in which top_p sums the mass of scores from the greatest down: what is 80 below has none.
+# Steps of an eighth in which top_p sums the mass of scores from the largest down: scores 80 below it have none.
 DEPTHS = 640
 
 
+@op(stepwise_by_reference=("native",))
 def lm_head_sample(
     x: Tensor,
     weight: Tensor,
-    softcap: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
     steps: Tensor,
-    seen: Tensor | None,
-    repetition_penalty: float,
-    stepwise: bool,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seen: Tensor | None = None,
+    repetition_penalty: float = 1.0,
+    softcap: float = 0.0,
+    stepwise: bool = False,
 ) -> Tensor:
-    """An id for each row, [T] int64, drawn from softmax(score) over the ids that the filters keep.
+    """Draw an id for each row from softmax(score) over the ids that the filters keep.
 
-    x, weight, softcap, stepwise: as in lm_head_argmax; what follows is in float32 in any case. In this order:
-    repetition_penalty: the logits of ids in `seen` ([T, ceil(V / 32)] int32, bit i of word j for id 32 j + i) are
-    divided by it if above 0, else multiplied. temperature: scores are logits divided by it; 0 takes the greatest logit,
-    the lowest id among equals, without filters. top_k: keeps scores not below the k-th greatest; 0 keeps all. top_p:
-    keeps an id if all that are more probable (or as probable, with a lower id) have together less than top_p; 0 or 1
-    keeps all. min_p: keeps an id whose probability is at least min_p times the greatest; 0 keeps all.
+    Scores are float32 logits, changed in this order: repetition_penalty, temperature, top_k, top_p, min_p.
 
-    The draw is argmax(score + noise): the noise depends on seed, steps[t] ([T] int64, from 0: which token is drawn) and
-    the id alone, so on no batch and no backend, but for ties within rounding. Rows of equal steps have equal noise.
-    Without filters on a GPU: the traffic of lm_head_argmax. With them the host waits once for how many tiles can hold
-    candidates; these are computed again, and a flat distribution under top_p alone may need them all, [T, V] scores.
-    Raises ArcmergeError for operands that do not fit together and numbers out of range.
+    The draw is argmax(score + noise). The noise depends on seed, steps[t] and the id alone, so the result does not
+    depend on the batch and the backend, except for ties within rounding. Rows of equal steps have equal noise.
+
+    Without filters, a GPU moves the bytes of `lm_head_argmax`. With filters the host waits once for the number of tiles
+    that can hold candidates; their scores are computed again. A flat distribution under top_p alone may need all tiles,
+    [T, V] scores.
+
+    Args:
+        x, weight, softcap, stepwise: as in `lm_head_argmax`.
+        steps: [T] int64, from 0, the index of the token that is drawn.
+        seed: 0 or more.
+        temperature: logits are divided by it; 0 takes the largest logit, the lowest id among equals, without filters.
+        top_k: keeps scores not below the k-th largest; 0 keeps all.
+        top_p: keeps an id if all ids that are more probable (or as probable, with a lower id) have together less than
+            top_p; 0 or 1 keeps all.
+        min_p: keeps an id whose probability is at least min_p times the largest; 0 keeps all.
+        seen: [T, ceil(V / 32)] int32, bit i of word j for id 32 j + i: the ids that repetition_penalty applies to.
+        repetition_penalty: their logits are divided by it if above 0, else multiplied.
+
+    Returns:
+        [T] int64.
+
+    Raises:
+        ArcmergeError: for other shapes, dtypes and devices, and for numbers out of range.
     """
-    return _head_sample(
-        x, weight, softcap, temperature, top_k, top_p, min_p, seed, steps, seen, repetition_penalty, stepwise
-    )
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    softcap: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
-    steps: Tensor,
-    seen: Tensor | None,
-    repetition_penalty: float,
-    stepwise: bool,
-) -> None:
-    require_head(x, weight, softcap)
-    require_integers(x, (len(x),), torch.int64, steps=steps)
-    ranges = {
-        "temperature": (0 <= temperature < float("inf"), "from 0, which takes the greatest logit, up", temperature),
-        "top_k": (top_k >= 0, "from 0, which keeps all, up", top_k),
-        "top_p": (0 <= top_p <= 1, "from 0 to 1, which both keep all", top_p),
-        "min_p": (0 <= min_p <= 1, "from 0, which keeps all, to 1", min_p),
-        "seed": (seed >= 0, "from 0 up", seed),
-        "repetition_penalty": (0 < repetition_penalty < float("inf"), "above 0", repetition_penalty),
-    }
-    for name, (met, rule, value) in ranges.items():
-        if not met:
-            raise ArcmergeError(f"'{name}' must be {rule}, got {value}")
-    if seen is not None:
-        require_integers(x, (len(x), -(-len(weight) // 32)), torch.int32, seen=seen)
-
-
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    softcap: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
-    steps: Tensor,
-    seen: Tensor | None,
-    repetition_penalty: float,
-    stepwise: bool,
-) -> Tensor:
     scores = logits(x, weight, softcap, stepwise)
     ids = torch.arange(len(weight), device=x.device)
     if seen is not None:
@@ -112,8 +77,46 @@ def _reference(
     return _draw(kept(scores / temperature, top_k, top_p, min_p), ids, seed, steps)
 
 
+@lm_head_sample.check
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    steps: Tensor,
+    *,
+    seed: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seen: Tensor | None,
+    repetition_penalty: float,
+    softcap: float,
+    **_: object,
+) -> None:
+    T, V = require_head(x, weight, softcap)
+    shapes("T", steps=steps, T=T)
+    require_dtype((torch.int64,), steps=steps)
+    require_same_device(x=x, steps=steps)
+    infinity = float("inf")
+    require(0 <= temperature < infinity, "temperature", "be 0 (the largest logit) or more, and finite", temperature)
+    require(top_k >= 0, "top_k", "be 0 (keeps all) or more", top_k)
+    require(0 <= top_p <= 1, "top_p", "be from 0 to 1 (both keep all)", top_p)
+    require(0 <= min_p <= 1, "min_p", "be from 0 (keeps all) to 1", min_p)
+    require(seed >= 0, "seed", "be 0 or more", seed)
+    require(0 < repetition_penalty < infinity, "repetition_penalty", "be above 0, and finite", repetition_penalty)
+    if seen is not None:
+        shapes("T ceil(V/32)", seen=seen, T=T, **{"ceil(V/32)": -(-V // 32)})
+        require_dtype((torch.int32,), seen=seen)
+        require_same_device(x=x, seen=seen)
+
+
+@lm_head_sample.fake
+def _fake(x: Tensor, *_: Tensor, **__: object) -> Tensor:
+    return x.new_empty(len(x), dtype=torch.int64)
+
+
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits [T, V] of which those of the ids in `seen` are divided by the penalty if above 0, else multiplied."""
+    """Logits [T, V]; those of the ids in `seen` are divided by the penalty if above 0, else multiplied."""
     ids = torch.arange(logits.shape[1], device=logits.device)
     bits = seen[:, ids // 32] >> (ids % 32).int() & 1
     return torch.where(bits.bool(), torch.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -122,11 +125,11 @@ def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def kept(scores: Tensor, top_k: int, top_p: float, min_p: float, mass: Tensor | None = None) -> Tensor:
     """Scores [T, n] of candidates in the order of their ids, with -inf for those that the filters remove.
 
-    mass: [T, 1], the sum of exp(score - greatest) over the vocabulary if the candidates are not all of it.
+    mass: [T, 1], the sum of exp(score - largest) over the vocabulary, if the candidates are not all of it.
     """
     if top_k:
-        least = scores.topk(min(top_k, scores.shape[1])).values[:, -1:]
-        scores = scores.masked_fill(scores < least, float("-inf"))
+        floor = scores.topk(min(top_k, scores.shape[1])).values[:, -1:]
+        scores = scores.masked_fill(scores < floor, float("-inf"))
     if 0 < top_p < 1:
         ordered, order = scores.sort(dim=1, descending=True, stable=True)
         weights = (ordered.double() - ordered[:, :1].double()).exp()
@@ -140,50 +143,39 @@ def kept(scores: Tensor, top_k: int, top_p: float, min_p: float, mass: Tensor | 
     return scores
 
 
+def _filter(top_k: int, top_p: float, min_p: float) -> bool:
+    """Whether the filters may remove an id."""
+    return bool(top_k or 0 < top_p < 1 or min_p)
+
+
 def _draw(scores: Tensor, ids: Tensor, seed: int, steps: Tensor) -> Tensor:
     return ids[(scores + gumbel(seed, steps[:, None], ids)).argmax(dim=1)]
 
 
+@lm_head_sample.native
 def _native(
     x: Tensor,
     weight: Tensor,
-    softcap: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
     steps: Tensor,
+    *,
+    seed: int,
+    temperature: float,
     seen: Tensor | None,
     repetition_penalty: float,
-    stepwise: bool,
+    softcap: float,
+    **filters: Any,
 ) -> Tensor:
-    if stepwise:
-        return _reference(
-            x,
-            weight,
-            softcap,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seed,
-            steps,
-            seen,
-            repetition_penalty,
-            stepwise,
-        )
     out, weight = torch.empty_like(steps), weight.contiguous()
-    for first in range(0, len(x), SCORED):
-        part = slice(first, first + SCORED)
+    for first in range(0, len(x), ROWS):
+        part = slice(first, first + ROWS)
         bits = None if seen is None else seen[part]
         scores, maxima = _native_scores(x[part], weight, softcap, temperature, bits, repetition_penalty)
         if not temperature:
             out[part] = scores.argmax(dim=1)
-        elif top_k or 0 < top_p < 1 or min_p:
-            for row, greatest, step in zip(scores, maxima, range(first, len(x)), strict=False):
-                ids, mass = _likely(row, greatest, top_k, top_p, min_p)
-                found = kept(row[ids][None], top_k, top_p, min_p, mass)
+        elif _filter(**filters):
+            for row, largest, step in zip(scores, maxima, range(first, len(x)), strict=False):
+                ids, mass = _likely(row, largest, **filters)
+                found = kept(row[ids][None], **filters, mass=mass)
                 out[step : step + 1] = _draw(found, ids, seed, steps[step : step + 1])
         else:
             drawn, counters = torch.empty(len(scores), dtype=torch.int64), steps[part].contiguous()
@@ -202,7 +194,7 @@ def _native_scores(
     seen: Tensor | None,
     repetition_penalty: float,
 ) -> tuple[Tensor, Tensor]:
-    """Scores [T, V], and [T, tiles], the greatest of every HEAD_TILE ids."""
+    """Scores [T, V], and the largest score of every HEAD_TILE ids, [T, tiles]."""
     x, bits = x.contiguous(), None if seen is None else seen.contiguous()
     scores, maxima = torch.empty(len(x), len(weight)), torch.empty(len(x), -(-len(weight) // _C.HEAD_TILE))
     _C.head_scores(
@@ -217,43 +209,43 @@ def _native_scores(
 
 
 def _likely(scores: Tensor, maxima: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor | None]:
-    """(Ids, in order, that hold all that the filters keep of scores [V]; the mass of all, for top_p.)"""
-    greatest = maxima.max()
-    if not greatest.isfinite():
+    """Ids, in order, that include all that the filters keep of scores [V], and the mass of all scores for top_p."""
+    largest = maxima.max()
+    if not largest.isfinite():
         return torch.arange(len(scores)), None
-    least, mass = scores.new_tensor(float("-inf")), None
+    floor, mass = scores.new_tensor(float("-inf")), None
     if top_k:
         if top_k <= len(maxima):
-            # The k greatest maxima are scores of k ids, so the k-th greatest score is not below the last of them.
-            least = maxima.topk(top_k).values[-1]
+            # The k largest maxima are scores of k ids, so the k-th largest score is not below the last of them.
+            floor = maxima.topk(top_k).values[-1]
     elif 0 < top_p < 1:
-        # The mass of all scores that lie within b / 8 of the greatest, for every b: the first b at which it is enough.
-        depths = greatest - scores
+        # The mass of all scores within b / 8 of the largest, for every b; `enough` is the first b at which it suffices.
+        depths = largest - scores
         shares = (-depths).exp().double()
         mass = shares.sum().reshape(1, 1)
         masses = torch.bincount((depths * 8).clamp(max=DEPTHS).int(), shares, DEPTHS + 1).cumsum(0)
         enough = int((masses < (1 + 1e-4) * top_p * mass[0]).sum())
         if enough < DEPTHS:
-            least = greatest - (enough + 1) / 8
+            floor = largest - (enough + 1) / 8
     if min_p and not top_k:
-        least = torch.maximum(least, greatest + math.log(min_p))
+        floor = torch.maximum(floor, largest + math.log(min_p))
     # The margins are for float32.
-    return (scores >= least - 1e-4).nonzero()[:, 0], mass
+    return (scores >= floor - 1e-4).nonzero()[:, 0], mass
 
 
+@lm_head_sample.triton
 def _triton(
     x: Tensor,
     weight: Tensor,
-    softcap: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
     steps: Tensor,
+    *,
+    seed: int,
+    temperature: float,
     seen: Tensor | None,
     repetition_penalty: float,
+    softcap: float,
     stepwise: bool,
+    **filters: Any,
 ) -> Tensor:
     from arcmerge.kernels.lm_head import Scores, argmax, candidates, extremes
 
@@ -272,56 +264,47 @@ def _triton(
     if not temperature:
         argmax(out, scores)
         return out
-    if not (top_k or 0 < top_p < 1 or min_p):
+    if not _filter(**filters):
         argmax(out, scores, seed=seed, steps=steps.contiguous())
         return out
     maxima = torch.empty(len(x), scores.tiles, device=x.device)
     sums = torch.empty_like(maxima)
     extremes(maxima, sums, scores)
     width = scores.tile.ids
-    least, mass = bound(maxima.double(), sums.double(), top_k, top_p, min_p, width)
-    # "Not below" so that a row of NaN selects tiles too.
-    tiles = (~(maxima.double() < least)).any(dim=0).nonzero()
+    floor, mass = bound(maxima.double(), sums.double(), **filters, width=width)
+    # "Not below", so that a row of NaN selects tiles too.
+    tiles = (~(maxima.double() < floor)).any(dim=0).nonzero()
     found = torch.empty(len(x), len(tiles) * width, device=x.device)
     candidates(found, tiles.flatten().int(), scores)
     ids = (tiles * width + torch.arange(width, device=x.device)).flatten()
-    return _draw(kept(found, top_k, top_p, min_p, None if top_k else mass), ids, seed, steps)
+    return _draw(kept(found, **filters, mass=None if filters["top_k"] else mass), ids, seed, steps)
 
 
 def bound(maxima: Tensor, sums: Tensor, top_k: int, top_p: float, min_p: float, width: int) -> tuple[Tensor, Tensor]:
-    """([T, 1] below which no score is kept; [T, 1], the sum of exp(score - greatest) over the vocabulary).
+    """The score [T, 1] below which the filters keep none, and the mass [T, 1] of the vocabulary.
 
-    maxima, sums: [T, tiles] float64, of tiles of `width` ids: the greatest score, the sum of exp(score - greatest).
+    maxima, sums: [T, tiles] float64: the largest score and the sum of exp(score - largest) of each tile of `width` ids.
+    The mass is the sum of exp(score - largest) over all tiles.
     """
     ordered, order = maxima.sort(dim=1, descending=True)
     heights = (ordered - ordered[:, :1]).exp()
     masses = sums.gather(1, order) * heights
     mass = masses.sum(dim=1, keepdim=True)
-    least = torch.full_like(mass, float("-inf"))
+    floor = torch.full_like(mass, float("-inf"))
     if top_k:
-        # The k greatest tile maxima are scores of k ids, so the k-th greatest score is not below the last of them.
-        return (ordered[:, top_k - 1 : top_k] if top_k <= ordered.shape[1] else least), mass
+        # The k largest tile maxima are scores of k ids, so the k-th largest score is not below the last of them.
+        return (ordered[:, top_k - 1 : top_k] if top_k <= ordered.shape[1] else floor), mass
     if 0 < top_p < 1:
-        # Of the first j tiles, this much certainly lies at or above their least maximum: their maxima; or all that
-        # they hold, less what width - 1 ids a tile can hold below it. Past top_p of the mass nothing lower is kept.
+        # The mass of the first j tiles that is at or above their smallest maximum is at least: that of their maxima;
+        # and all that they hold, less what width - 1 ids a tile can hold below it. Where it passes top_p of the whole
+        # mass, no lower score is kept.
         counts = torch.arange(1, ordered.shape[1] + 1, device=maxima.device)
         certain = torch.maximum(heights.cumsum(1), masses.cumsum(1) - counts * (width - 1) * heights)
-        # The margin is for the sums, which are of float32.
+        # The margin is for the sums, which are float32.
         enough = (certain >= (1 + 1e-4) * top_p * mass).int()
         first = ordered.gather(1, enough.argmax(dim=1, keepdim=True))
-        least = torch.where(enough.any(dim=1, keepdim=True), first, least)
+        floor = torch.where(enough.any(dim=1, keepdim=True), first, floor)
     if min_p:
-        lowest = ordered[:, :1] + torch.tensor(min_p, dtype=torch.float64).log().item() - 1e-9
-        least = torch.maximum(least, lowest)
-    return least, mass
-
-
-_head_sample = op(
-    "lm_head_sample(Tensor x, Tensor weight, float softcap, float temperature, int top_k, float top_p, float min_p, "
-    "int seed, Tensor steps, Tensor? seen, float repetition_penalty, bool stepwise) -> Tensor",
-    check=_check,
-    reference=_reference,
-    fake=lambda x, *arguments, **named: x.new_empty(len(x), dtype=torch.int64),
-    native=_native,
-    triton=_triton,
-)
+        relative = ordered[:, :1] + torch.tensor(min_p, dtype=torch.float64).log().item() - 1e-9
+        floor = torch.maximum(floor, relative)
+    return floor, mass

@@ -90,21 +90,21 @@ class Sampler:
         network, sampling = self._network, self._sampling
         head, softcap = network.weights.head, network.config.final_logit_softcapping
         if not sampling.draws and self._seen is None:
-            chosen = ops.lm_head_argmax(hidden, head, softcap, network.stepwise)
+            chosen = ops.lm_head_argmax(hidden, head, softcap=softcap, stepwise=network.stepwise)
         else:
             chosen = ops.lm_head_sample(
                 hidden,
                 head,
-                softcap,
-                sampling.temperature if sampling.draws else 0.0,
-                sampling.top_k,
-                sampling.top_p,
-                sampling.min_p,
-                sampling.seed or 0,
                 self._steps + self._streams,
-                None if self._seen is None else self._seen.to(self._device),
-                sampling.repetition_penalty,
-                network.stepwise,
+                seed=sampling.seed or 0,
+                temperature=sampling.temperature if sampling.draws else 0.0,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                seen=None if self._seen is None else self._seen.to(self._device),
+                repetition_penalty=sampling.repetition_penalty,
+                softcap=softcap,
+                stepwise=network.stepwise,
             )
         self._steps += 1
         tokens: list[int] = chosen.tolist()

@@ -147,8 +147,8 @@ def _add(scores: list[Score], network: Network, lanes: Sequence[_Lane], passes: 
             hidden[torch.tensor(rows, device=device)],
             network.weights.head,
             torch.tensor([token for _, token in asked], device=device),
-            network.config.final_logit_softcapping,
-            network.stepwise,
+            softcap=network.config.final_logit_softcapping,
+            stepwise=network.stepwise,
         )
         for (sequence, token), logprob, choice in zip(asked, logprobs.tolist(), best.tolist(), strict=True):
             before = scores[sequence]

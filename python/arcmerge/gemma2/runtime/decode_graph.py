@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from arcmerge import ops
+from arcmerge.dispatch.recording import recorded
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.network import Network
 
@@ -60,7 +60,7 @@ class DecodeGraph:
         return self._network.layers(self._residual, self._batch, self._cache)
 
     def _recorded(self) -> Tensor:
-        with ops.recorded() as recording:
+        with recorded() as recording:
             hidden = self._layers()
         if recording.whole:
             self._replay = recording.replay

@@ -77,5 +77,3 @@ class KVCache:
         self.layers = (
             [allocate(0)] * len(config.windows) if transient else [allocate(window) for window in config.windows]
         )
-        # By which the last of the programs that share a key head knows itself; it leaves them zero.
-        self.counters = torch.zeros(batch, config.num_key_value_heads, dtype=torch.int32, device=device)

@@ -15,6 +15,7 @@ from arcmerge.gemma2.config import Config
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.shared import Shared
 from arcmerge.gemma2.weights import Weights
+from arcmerge.ops.rope_cache import rope_table
 
 
 class _Attention(TypedDict):
@@ -41,7 +42,7 @@ class Network(Shared):
         self._residual_dtype = dtype if stepwise else torch.float32
         # Training rounded the root to the dtype of the weights, so 59.75 for 9B, not 59.87.
         self._embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=dtype, device=device)
-        self._table = ops.rope_table(
+        self._cos_sin = rope_table(
             config.max_position_embeddings, config.head_dim, config.rope_theta, self._residual_dtype, device
         )
 
@@ -60,7 +61,7 @@ class Network(Shared):
         config, weights = self.config, self.weights
         following = [*(layer.input_layernorm for layer in weights.layers[1:]), weights.norm]
 
-        normed = ops.rmsnorm(residual, weights.layers[0].input_layernorm, config.rms_norm_eps)
+        normed = ops.rmsnorm(residual, weights.layers[0].input_layernorm, eps=config.rms_norm_eps)
         for number, layer in enumerate(weights.layers):
             qkv = ops.linear(normed, [layer.q_proj, layer.k_proj, layer.v_proj], stepwise=self.stepwise)
             attended = self._attend(number, qkv, batch, cache)
@@ -70,12 +71,12 @@ class Network(Shared):
                 residual,
                 layer.post_attention_layernorm,
                 layer.pre_feedforward_layernorm,
-                config.rms_norm_eps,
+                eps=config.rms_norm_eps,
             )
             inner = ops.linear_geglu(normed, layer.gate_proj, layer.up_proj, stepwise=self.stepwise)
             branch = ops.linear(inner, [layer.down_proj], stepwise=self.stepwise)
             residual, normed = ops.rmsnorm_add_rmsnorm(
-                branch, residual, layer.post_feedforward_layernorm, following[number], config.rms_norm_eps
+                branch, residual, layer.post_feedforward_layernorm, following[number], eps=config.rms_norm_eps
             )
         return normed
 
@@ -91,7 +92,8 @@ class Network(Shared):
             stepwise=self.stepwise,
         )
         if batch.longest == 1 and len(batch.tokens) == len(batch.lengths):
-            return ops.attention_decode(qkv, self._table, batch.lengths, keys, values, cache.counters, heads, **how)
+            return ops.attention_decode(qkv, keys, values, batch.lengths, heads=heads, cos_sin=self._cos_sin, **how)
         query, key, value = qkv.view(len(qkv), -1, config.head_dim).split([heads, key_heads, key_heads], dim=1)
-        query = ops.rope_cache(query, key, value, self._table, batch.positions, batch.sequences, keys, values)
-        return ops.attention(query, keys, values, batch.starts, batch.lengths, batch.longest, **how).flatten(1)
+        query = ops.rope_cache(query, key, value, self._cos_sin, batch.positions, batch.sequences, keys, values)
+        attended = ops.attention(query, keys, values, batch.starts, batch.lengths, max_seqlen_q=batch.longest, **how)
+        return attended.flatten(1)

@@ -21,7 +21,7 @@ from arcmerge.integrations.transformers.attention import NAME, attention_forward
 from arcmerge.integrations.transformers.decode import DecodingStep, Rotation
 from arcmerge.integrations.transformers.layers import OURS, DecoderLayer, Linear, Norm
 from arcmerge.integrations.undo import Undo
-from arcmerge.ops.linear import MOST_TOKENS
+from arcmerge.ops.linear import MAX_ROWS
 
 with needed("transformers", by="arcmerge.integrations.transformers", extra="transformers"):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
@@ -108,7 +108,7 @@ class _Threads:
         given = arguments[0] if given is None and arguments else given
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or given is None or given.dim() < 2:
             return
-        if given.shape[0] * given.shape[1] <= MOST_TOKENS:
+        if given.shape[0] * given.shape[1] <= MAX_ROWS:
             self._count = self._count or torch.get_num_threads()
             torch.set_num_threads(1)
 

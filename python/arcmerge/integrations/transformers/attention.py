@@ -7,16 +7,15 @@ ends, the op computes; all else is computed by the eager attention of the model'
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from arcmerge import ops
+from arcmerge.dispatch.checks import HEAD_DIMS
 from arcmerge.errors import needed
 from arcmerge.integrations.transformers.conditions import serves
-from arcmerge.ops.attention import HEAD_DIMS
 
 with needed("transformers", by="arcmerge.integrations.transformers", extra="transformers"):
     from transformers.utils.generic import TransformersKwargs
@@ -159,31 +158,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, runs: _Runs, how: dict[st
     starts[1:] = asked.sum(dim=1).cumsum(dim=0)
     if asked.all():
         packed = rows.reshape(-1, rows.shape[2], head_dim)
-        return ops.attention(packed, key, value, starts, lengths, tokens, **how).view(rows.shape), asked
+        return ops.attention(packed, key, value, starts, lengths, max_seqlen_q=tokens, **how).view(rows.shape), asked
     out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-    out[asked] = ops.attention(rows[asked], key, value, starts, lengths, tokens, **how)
+    out[asked] = ops.attention(rows[asked], key, value, starts, lengths, max_seqlen_q=tokens, **how)
     return out, asked
 
 
 def _decode(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, how: dict[str, Any]) -> Tensor:
     """[B, 1, H, Dh], of one query a sequence: 4 ms a layer less than as a prompt of one token (2.6B, 512 keys, AVX2).
 
-    The op rotates and appends the newest key, which transformers has done: so it is given that key again, and a
-    rotation by nothing, which changes no bit.
+    The op appends the newest key, which transformers has done already: it is given that key again.
     """
     batch, heads, head_dim = query.shape
     newest, row = (lengths - 1).clamp(min=0), torch.arange(batch, device=query.device)
     states = [query, key[row, :, newest], value[row, :, newest]]
     qkv = torch.cat(states, dim=1).flatten(1)
-    table = _no_rotation(key.shape[2], head_dim, key.device)
-    counters = torch.zeros(batch, key.shape[1], dtype=torch.int32, device=key.device)
-    return ops.attention_decode(qkv, table, lengths, key, value, counters, heads, **how).view(batch, 1, heads, head_dim)
-
-
-@lru_cache(maxsize=1)
-def _no_rotation(keys: int, head_dim: int, device: torch.device) -> Tensor:
-    """A rope table whose angles are all zero."""
-    with torch.inference_mode(False):  # as calls outside of that mode take it too
-        table = torch.zeros(keys, head_dim, device=device)
-        table[:, : head_dim // 2] = 1.0
-        return table
+    return ops.attention_decode(qkv, key, value, lengths, heads=heads, **how).view(batch, 1, heads, head_dim)

@@ -141,7 +141,6 @@ class DecodingStep:
     def _record(self, x: Tensor, length: int, table: Tensor, room: _Room) -> None:
         self._x = x[0].clone()
         self._length = torch.full((1,), length, dtype=torch.int32)
-        self._counters = torch.zeros(1, room.buffers[0].shape[1], dtype=torch.int32)
         with recorded() as self._recording:
             self._out = self._through(table, room)
 
@@ -161,18 +160,17 @@ class DecodingStep:
     def _through(self, table: Tensor, room: _Room) -> Tensor:
         query, key, value, output, gate, up, down, *norms = self._weights()
         eps = self._eps()
-        qkv = ops.linear(ops.rmsnorm(self._x, norms[0], eps), [query, key, value])
+        qkv = ops.linear(ops.rmsnorm(self._x, norms[0], eps=eps), [query, key, value])
         attended = ops.attention_decode(
             qkv,
-            table,
-            self._length,
             *room.buffers,
-            self._counters,
-            len(query) // self._layer.self_attn.head_dim,
+            self._length,
+            heads=len(query) // self._layer.self_attn.head_dim,
+            cos_sin=table,
             **self._numbers(),
         )
         branch = ops.linear(attended, [output])
-        residual, normed = ops.rmsnorm_add_rmsnorm(branch, self._x, norms[1], norms[2], eps)
+        residual, normed = ops.rmsnorm_add_rmsnorm(branch, self._x, norms[1], norms[2], eps=eps)
         branch = ops.linear(ops.linear_geglu(normed, gate, up), [down])
         # Of the sum alone; that its norm is computed too costs 15 us.
-        return ops.rmsnorm_add_rmsnorm(branch, residual, norms[3], norms[3], eps)[0]
+        return ops.rmsnorm_add_rmsnorm(branch, residual, norms[3], norms[3], eps=eps)[0]

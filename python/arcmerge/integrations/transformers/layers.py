@@ -16,10 +16,10 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
 from arcmerge import ops
+from arcmerge.dispatch.checks import HEAD_DIMS
 from arcmerge.integrations.transformers.attention import NAME, attention_forward, eager_attention
 from arcmerge.integrations.transformers.conditions import is_untouched, serves
 from arcmerge.integrations.transformers.decode import DecodingStep
-from arcmerge.ops.attention import HEAD_DIMS
 
 _GELU = type(ACT2FN["gelu_pytorch_tanh"])
 # Implementations of attention that take the masks of eager attention.
@@ -30,7 +30,7 @@ class Norm(gemma2.Gemma2RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not serves(self, x, [self.weight]):
             return super().forward(x)
-        return ops.rmsnorm(x, self.weight, self.eps)
+        return ops.rmsnorm(x, self.weight, eps=self.eps)
 
 
 class Linear(nn.Linear):
@@ -142,15 +142,15 @@ class DecoderLayer(gemma2.Gemma2DecoderLayer):
             return self.step(hidden_states, position_embeddings, cache)
         first, second, third, last = self._norms()
         branch, _ = self.self_attn(
-            hidden_states=ops.rmsnorm(hidden_states, first.weight, first.eps),
+            hidden_states=ops.rmsnorm(hidden_states, first.weight, eps=first.eps),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
             **named,
         )
-        residual, normed = ops.rmsnorm_add_rmsnorm(branch, hidden_states, second.weight, third.weight, third.eps)
-        return residual + ops.rmsnorm(self.mlp(normed), last.weight, last.eps)
+        residual, normed = ops.rmsnorm_add_rmsnorm(branch, hidden_states, second.weight, third.weight, eps=third.eps)
+        return residual + ops.rmsnorm(self.mlp(normed), last.weight, eps=last.eps)
 
 
 # What takes the place of what. The head is the only linear layer that is not part of another module.
