@@ -1,19 +1,20 @@
 """attention: softmax(softcap(scale * q.k)) v over a cache of keys, for the last tokens of packed sequences.
 
-The flash form: tiles of keys go by, and each row of queries keeps its greatest weight, the sum of its weights and the
-weighted sum of the values in float32. A row is a token and a head. The heads that share a head of keys lie side by side
-in a tile, so that a tile of keys serves all of them and the diagonal is as narrow as it gets. Tiles of keys that no row
-sees are not touched; only those that some row does not see whole are masked, and they come first.
+Flash attention: a program loops over tiles of keys and keeps, for each row of queries, the maximum weight, the sum of
+the weights and the weighted sum of the values in float32. A row is a token and a head. The query heads that share a
+key-value head are next to each other in a tile, so that each tile of keys is read once for all of them and the diagonal
+is as narrow as possible. Tiles of keys that no row sees are not read; only tiles that some row sees in part are masked.
 
 Weights are powers of two: y = log2(e) * score, and under a softcap, with tanh x = 1 - 2 / (1 + e^2x),
 
     y = c - 2c / (1 + 2^(q.k * factor)),   c = log2(e) * softcap,   factor = 2 * log2(e) * scale / softcap
 
-which is one exponential and one division. For small scores it has the absolute error of float32 at the cap, 50 * 2^-23
-of a score, and not less; a softmax sees no other. Weights are rounded to the dtype of the values before the product.
+which is one exponential and one division. The absolute error of a small score is that of float32 at the cap, 50 *
+2^-23; only the absolute error of a score matters to a softmax. Weights are rounded to the dtype of the values before
+the product.
 
-Must move queries and outputs once and each visible key and value once; the programs of other queries find the keys in
-the cache of the GPU.
+Must move queries and outputs once and each visible key and value once from memory; the programs of other queries read
+the keys from the L2 cache.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from torch import Tensor
 from .target import configuration
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-# The logarithm of a weight that is not to be: less than any other, and finite, for less itself it must give 0.
+# The logarithm of a weight of 0: below any other, but finite, because NEVER - NEVER must be 0.
 NEVER = tl.constexpr(-1e30)
 
 
 @triton.jit
 def logarithms(products, factor, ceiling, SOFTCAPPED: tl.constexpr):
-    """Logarithms to base 2 of the weights, before the greatest is taken off; `products`: q.k in float32."""
+    """Logarithms to base 2 of the weights, before their maximum is subtracted. products: q.k in float32."""
     if SOFTCAPPED:
         result = ceiling - 2.0 * ceiling / (1.0 + tl.exp2(products * factor))
     else:
@@ -44,7 +45,7 @@ def logarithms(products, factor, ceiling, SOFTCAPPED: tl.constexpr):
 
 
 def exponents(scale: float, softcap: float) -> tuple[float, float]:
-    """The factor and the ceiling of `logarithms`."""
+    """The arguments `factor` and `ceiling` of `logarithms`."""
     return (2 * LOG2_E.value * scale / softcap, LOG2_E.value * softcap) if softcap else (LOG2_E.value * scale, 0.0)
 
 
@@ -53,8 +54,8 @@ def _attention_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    query_start_ptr,
-    lengths_ptr,
+    cu_seqlens_q_ptr,
+    seqlens_k_ptr,
     out_ptr,
     slots,
     window,
@@ -70,13 +71,13 @@ def _attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     key_value_head = tl.program_id(0)
-    # The last tokens see the most keys: their programs start first, and the short ones fill the gaps at the end.
+    # The last tokens see the most keys: their programs start first, and short programs fill the gaps at the end.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     sequence = tl.program_id(2)
 
-    start = tl.load(query_start_ptr + sequence)
-    tokens = tl.load(query_start_ptr + sequence + 1) - start
-    length = tl.load(lengths_ptr + sequence)
+    start = tl.load(cu_seqlens_q_ptr + sequence)
+    tokens = tl.load(cu_seqlens_q_ptr + sequence + 1) - start
+    length = tl.load(seqlens_k_ptr + sequence)
     first_token = tile * TOKENS
     if first_token >= tokens:
         return
@@ -92,45 +93,45 @@ def _attention_kernel(
     key_ptr += cache
     value_ptr += cache
 
-    # The tile sees keys from `first` to before `high`; those from `whole` to before `diagonal` all its rows see.
-    least = length - tokens + first_token
+    # The rows of the tile see keys from `first` to before `high`; all rows see those from `whole` to before `diagonal`.
+    low = length - tokens + first_token
     high = length - tokens + tl.minimum(first_token + TOKENS, tokens)
     first = 0
     whole = 0
-    diagonal = (least + 1) // BLOCK_N * BLOCK_N
+    diagonal = (low + 1) // BLOCK_N * BLOCK_N
     if WINDOWED:
-        first = tl.maximum(least - window + 1, 0)
+        first = tl.maximum(low - window + 1, 0)
         whole = tl.cdiv(tl.maximum(high - window, 0), BLOCK_N) * BLOCK_N
     position = length - tokens + token
 
-    greatest = tl.full((BLOCK_M,), NEVER, tl.float32)
+    maximum = tl.full((BLOCK_M,), NEVER, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     weighted = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     for begin in range(first // BLOCK_N * BLOCK_N, high, BLOCK_N):
-        place = begin + tl.arange(0, BLOCK_N)
-        # What lies in slots that none of the rows sees may be anything: 0 * NaN is not 0.
-        inside = ((place >= first) & (place < high))[:, None]
-        # A ring has whole tiles, so a tile of keys lies in one piece.
+        key_position = begin + tl.arange(0, BLOCK_N)
+        # Slots that no row sees may hold any values, also NaN, and 0 * NaN is not 0.
+        inside = ((key_position >= first) & (key_position < high))[:, None]
+        # A ring buffer has whole tiles, so the slots of a tile are contiguous.
         cached = (begin % slots + tl.arange(0, BLOCK_N))[:, None] * HEAD_DIM + column
         key = tl.load(key_ptr + cached, mask=inside, other=0.0)
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
         logarithm = logarithms(products, factor, ceiling, SOFTCAPPED)
         if (begin < whole) | (begin >= diagonal):
-            visible = place[None, :] <= position[:, None]
+            visible = key_position[None, :] <= position[:, None]
             if WINDOWED:
-                visible = visible & (place[None, :] > position[:, None] - window)
+                visible = visible & (key_position[None, :] > position[:, None] - window)
             logarithm = tl.where(visible, logarithm, NEVER)
-        new_greatest = tl.maximum(greatest, tl.max(logarithm, axis=1))
-        weights = tl.exp2(logarithm - new_greatest[:, None])
-        decay = tl.exp2(greatest - new_greatest)
+        new_maximum = tl.maximum(maximum, tl.max(logarithm, axis=1))
+        weights = tl.exp2(logarithm - new_maximum[:, None])
+        decay = tl.exp2(maximum - new_maximum)
         total = total * decay + tl.sum(weights, axis=1)
         value = tl.load(value_ptr + cached, mask=inside, other=0.0)
         weighted = tl.dot(weights.to(value.dtype), value, weighted * decay[:, None], input_precision="ieee")
-        greatest = new_greatest
+        maximum = new_maximum
     result = (weighted / total[:, None]).to(out_ptr.dtype.element_ty)
-    # Zero, but read from memory, so that the compiler works the rows out anew: the 16 offsets and more that would wait
-    # in registers for the end of the loop make large tiles spill, on sm_90 a tile of 128 by 64 some 20 words.
-    moved = tl.load(query_start_ptr + sequence, volatile=True) - start
+    # `moved` is zero, but read from memory, so that the compiler computes the rows again. Otherwise 16 offsets and more
+    # stay in registers until the end of the loop, and large tiles spill: on sm_90 a tile of 128 by 64 some 20 words.
+    moved = tl.load(cu_seqlens_q_ptr + sequence, volatile=True) - start
     row = tl.arange(0, BLOCK_M) + moved
     token = first_token + row // GROUP
     present = ((token < tokens) & (row < TOKENS * GROUP))[:, None]
@@ -139,7 +140,7 @@ def _attention_kernel(
 
 
 class Tile(NamedTuple):
-    """Rows of queries, keys, warps, stages."""
+    """The size of a tile: rows of queries, keys; and the warps and stages of a program."""
 
     block_m: int
     block_n: int
@@ -147,9 +148,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Beside each: registers a thread and KB of shared memory, as compiled by Triton 3.9; nothing spills. A tile has at most
-# the 64 keys of which a ring is a multiple. With two stages the next keys are loaded when the last are done with, which
-# is for where two programs share a multiprocessor, or where shared memory has no room for a third stage.
+# The comments give registers a thread and KB of shared memory, as compiled by Triton 3.9; nothing spills. A tile has at
+# most 64 keys, because ring buffers have a multiple of 64 slots. With two stages, the next keys are loaded when the
+# previous are used up: for two programs on a multiprocessor, or where shared memory has no room for a third stage.
 TILES = {
     256: {
         "sm_80": Tile(64, 32, 4, 2),  # 255, 70: two programs a multiprocessor. 128 by 64 fits once, 148 KB
@@ -189,7 +190,7 @@ def attention(
     softcap: float,
     window: int,
 ) -> None:
-    """Fill out (T, H, Dh), as the op of this name says; all contiguous."""
+    """Fill out [T, H, Dh], as defined by the op of this name; all tensors are contiguous."""
     heads, head_dim = query.shape[1:]
     sequences, key_value_heads, slots, _ = key_cache.shape
     group = heads // key_value_heads

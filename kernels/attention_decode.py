@@ -1,16 +1,17 @@
-"""attention_decode: a step of one token for each sequence: rotate, append to the cache, attend, in one launch.
+"""attention_decode: one token of each sequence: rotate, append to the cache, attend, in one launch.
 
-The slots of a cache are cut into splits of a fixed size, and a program takes a split for all heads that share a head of
-keys, so that a key is read once. It goes by slots, not by positions: slot s holds the last position p < length with
-p % S = s, which makes a ring as simple as a cache that never wraps. The split that owns the slot of the new token takes
-its key and value from registers and starts its softmax with them; no program reads what another one writes there.
+The slots of a cache are cut into splits of a fixed size. A program computes a split for all query heads that share a
+key-value head, so that a key is read once. It loops over slots, not over positions: slot s holds the last position p <
+length with p % S = s, so a ring buffer needs no special case. The program of the split that has the slot of the new
+token takes its key and value from registers and starts its softmax with them; no program reads a slot that another
+program writes.
 
-Every program leaves the greatest weight, the sum of its weights and the weighted sum of the values, in float32. The
-last one of a head to arrive, by a counter, combines them in the order of the splits and clears the counter. Thus the
-bits of a sequence depend on its keys and on the shape of its cache, not on the batch, and a CUDA graph of the launch
-stays valid as sequences grow: programs of splits without visible keys end at once.
+Every program stores the maximum weight, the sum of its weights and the weighted sum of the values, in float32. A
+counter tells the last program of a head, which combines them in the order of the splits and clears the counter. Thus
+the bits of a sequence depend on its keys and on the shape of its cache, not on the batch, and a CUDA graph of the
+launch stays valid while sequences grow: programs of splits without visible keys end at once.
 
-Products are matrix products, with the few heads of a group padded to the 16 rows of an instruction: keys then go from
+Products are matrix products; the few heads of a group are padded to the 16 rows of an instruction. Keys then go from
 memory to shared memory without passing registers, more than one tile of them in flight. Weights are powers of two, see
 attention.py; they are rounded to the dtype of the values before the product.
 """
@@ -31,13 +32,13 @@ from .target import configuration
 
 
 @triton.jit
-def _rotated(head_ptr, rows, present, table_ptr, HEAD_DIM: tl.constexpr):
-    """Rows of `HEAD_DIM` elements, rotated by a row of the table and rounded to their dtype; 0 where not present."""
+def _rotated(head_ptr, rows, present, cos_sin_ptr, HEAD_DIM: tl.constexpr):
+    """Rows of `HEAD_DIM` elements, rotated by a row of cos_sin and rounded to their dtype; 0 where not present."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    DTYPE: tl.constexpr = table_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = cos_sin_ptr.dtype.element_ty
     column = tl.arange(0, HALF)[None, :]
-    cosine = tl.load(table_ptr + column).to(tl.float32)
-    sine = tl.load(table_ptr + HALF + column).to(tl.float32)
+    cosine = tl.load(cos_sin_ptr + column).to(tl.float32)
+    sine = tl.load(cos_sin_ptr + HALF + column).to(tl.float32)
     pointers = head_ptr + rows[:, None] * HEAD_DIM + column
     first = tl.load(pointers, mask=present[:, None], other=0.0).to(tl.float32)
     second = tl.load(pointers + HALF, mask=present[:, None], other=0.0).to(tl.float32)
@@ -48,7 +49,7 @@ def _rotated(head_ptr, rows, present, table_ptr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _is_active(split, first_split, active, splits):
-    """Active splits follow one another from the first, round the end of the cache."""
+    """Active splits follow one another from the first, wrapping around the end of the cache."""
     return (split < splits) & ((split - first_split + splits) % splits < active)
 
 
@@ -65,22 +66,22 @@ def _combine(
     BLOCK_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The output of one head of keys, from its active splits. `.cg`: read from the L2 cache, which programs share."""
+    """The output of one key-value head, from its active splits. `.cg` reads from the L2 cache, which programs share."""
     column = tl.arange(0, HEAD_DIM)
     every = tl.arange(0, BLOCK_SPLITS)
     present = _is_active(every, first_split, active, splits)
     for member in tl.static_range(GROUP):
         statistics = statistics_ptr + (every * GROUP + member) * 2
-        greatest = tl.load(statistics, mask=present, other=NEVER, cache_modifier=".cg")
+        maximum = tl.load(statistics, mask=present, other=NEVER, cache_modifier=".cg")
         totals = tl.load(statistics + 1, mask=present, other=0.0, cache_modifier=".cg")
-        over_all = tl.max(greatest, axis=0)
-        total = tl.sum(totals * tl.exp2(greatest - over_all), axis=0)
+        overall = tl.max(maximum, axis=0)
+        total = tl.sum(totals * tl.exp2(maximum - overall), axis=0)
         weighted = tl.zeros((CHUNK, HEAD_DIM), tl.float32)
         for start in range(0, splits, CHUNK):
             split = start + tl.arange(0, CHUNK)
             inside = _is_active(split, first_split, active, splits)
             row = split * GROUP + member
-            decay = tl.load(statistics_ptr + row * 2, mask=inside, other=NEVER, cache_modifier=".cg") - over_all
+            decay = tl.load(statistics_ptr + row * 2, mask=inside, other=NEVER, cache_modifier=".cg") - overall
             offsets = row[:, None] * HEAD_DIM + column[None, :]
             partial = tl.load(partial_ptr + offsets, mask=inside[:, None], other=0.0, cache_modifier=".cg")
             weighted += partial * tl.exp2(decay)[:, None]
@@ -91,8 +92,8 @@ def _combine(
 @triton.jit
 def _attention_decode_kernel(
     qkv_ptr,
-    table_ptr,
-    lengths_ptr,
+    cos_sin_ptr,
+    seqlens_k_ptr,
     key_ptr,
     value_ptr,
     counters_ptr,
@@ -124,14 +125,14 @@ def _attention_decode_kernel(
     row = tl.arange(0, ROWS)
     out_ptr += head * GROUP * HEAD_DIM
 
-    length = tl.load(lengths_ptr + sequence)
+    length = tl.load(seqlens_k_ptr + sequence)
     if length == 0:
         if split == 0:
             nothing = tl.zeros((ROWS, HEAD_DIM), out_ptr.dtype.element_ty)
             tl.store(out_ptr + row[:, None] * HEAD_DIM + column, nothing, mask=(row < GROUP)[:, None])
         return
 
-    # Visible positions lie in slots from that of `first` on, round the end of the cache if need be.
+    # Visible positions are in the slots from that of `first` on, which may wrap around the end of the cache.
     new = length - 1
     new_slot = new % slots
     first = 0
@@ -147,15 +148,15 @@ def _attention_decode_kernel(
 
     heads = key_value_heads * GROUP
     qkv_ptr += sequence * (heads + 2 * key_value_heads) * HEAD_DIM
-    table_ptr += new.to(tl.int64) * HEAD_DIM
+    cos_sin_ptr += new.to(tl.int64) * HEAD_DIM
     key_ptr += head * slots * HEAD_DIM
     value_ptr += head * slots * HEAD_DIM
 
     member = tl.arange(0, MEMBERS)
-    query = _rotated(qkv_ptr + key_value_head * GROUP * HEAD_DIM, member, member < GROUP, table_ptr, HEAD_DIM)
+    query = _rotated(qkv_ptr + key_value_head * GROUP * HEAD_DIM, member, member < GROUP, cos_sin_ptr, HEAD_DIM)
     one = tl.arange(0, 1)
     present = split + one == last_split
-    new_key = _rotated(qkv_ptr + (heads + key_value_head) * HEAD_DIM, one, present, table_ptr, HEAD_DIM)
+    new_key = _rotated(qkv_ptr + (heads + key_value_head) * HEAD_DIM, one, present, cos_sin_ptr, HEAD_DIM)
     new_value = tl.load(
         qkv_ptr + (heads + key_value_heads + key_value_head) * HEAD_DIM + column, mask=present[:, None], other=0.0
     )
@@ -163,16 +164,16 @@ def _attention_decode_kernel(
     tl.store(value_ptr + new_slot * HEAD_DIM + column, new_value, mask=present[:, None])
 
     product = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1)
-    # In other splits than its own the new token weighs nothing from the first visible key on.
+    # In splits that do not have its slot, the weight of the new token becomes 0 at the first visible key.
     own = tl.where(split == last_split, logarithms(product, factor, ceiling, SOFTCAPPED), NEVER)
-    # The rows of a matrix instruction: the members of the group again and again.
+    # The rows of a matrix instruction: the members of the group, repeated.
     query = tl.reshape(tl.broadcast_to(query[None], (ROWS // MEMBERS, MEMBERS, HEAD_DIM)), (ROWS, HEAD_DIM))
-    greatest = tl.reshape(tl.broadcast_to(own[None], (ROWS // MEMBERS, MEMBERS)), (ROWS,))
+    maximum = tl.reshape(tl.broadcast_to(own[None], (ROWS // MEMBERS, MEMBERS)), (ROWS,))
     total = tl.full((ROWS,), 1.0, tl.float32)
     weighted = tl.broadcast_to(new_value.to(tl.float32), (ROWS, HEAD_DIM))
     for start in range(split * KEYS, tl.minimum((split + 1) * KEYS, slots), BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        # How long ago the slot was written: 0 is the new token, which is in already.
+        # Tokens since the slot was written; 0 is the new token, which is included already.
         age = new_slot - slot
         age = tl.where(age < 0, age + slots, age)
         visible = (slot < slots) & (age > 0) & (age <= new - first)
@@ -181,21 +182,21 @@ def _attention_decode_kernel(
         value = tl.load(value_ptr + offsets, mask=visible[:, None], other=0.0)
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
         logarithm = tl.where(visible[None, :], logarithms(products, factor, ceiling, SOFTCAPPED), NEVER)
-        new_greatest = tl.maximum(greatest, tl.max(logarithm, axis=1))
-        # Before the first visible key these are 1 for hidden ones, which its decay, then 0, takes back.
-        weights = tl.exp2(logarithm - new_greatest[:, None])
-        decay = tl.exp2(greatest - new_greatest)
+        new_maximum = tl.maximum(maximum, tl.max(logarithm, axis=1))
+        # Before the first visible key, weights of hidden keys are 1; its decay, which is 0, removes them.
+        weights = tl.exp2(logarithm - new_maximum[:, None])
+        decay = tl.exp2(maximum - new_maximum)
         total = total * decay + tl.sum(weights, axis=1)
         weighted = tl.dot(weights.to(value.dtype), value, weighted * decay[:, None], input_precision="ieee")
-        greatest = new_greatest
+        maximum = new_maximum
 
     partial_ptr += head * splits * GROUP * HEAD_DIM
     statistics_ptr += head * splits * GROUP * 2
     rows = split * GROUP + row
     tl.store(partial_ptr + rows[:, None] * HEAD_DIM + column, weighted, mask=(row < GROUP)[:, None])
-    tl.store(statistics_ptr + rows * 2, greatest, mask=row < GROUP)
+    tl.store(statistics_ptr + rows * 2, maximum, mask=row < GROUP)
     tl.store(statistics_ptr + rows * 2 + 1, total, mask=row < GROUP)
-    # What all threads of a program stored has to be there before one of them counts it in.
+    # All threads of a program must have stored before one of them increments the counter.
     tl.debug_barrier()
     if tl.atomic_add(counters_ptr + head, 1, sem="acq_rel") == active - 1:
         _combine(
@@ -214,17 +215,17 @@ def _attention_decode_kernel(
 
 
 class Tile(NamedTuple):
-    """Keys, warps, stages."""
+    """The keys of a tile; the warps and stages of a program."""
 
     block_n: int
     warps: int
     stages: int
 
 
-# By the size of a head, so that with three stages 64 KB of keys and values are under way in each program; 25 KB a
-# multiprocessor would do for the 3.35 TB/s of an H100 at a latency of 1 us. As compiled by Triton 3.9: at most 199
-# registers, no spills and 68 KB of shared memory, one program a multiprocessor on sm_86, sm_89 and sm_120, two or three
-# on the others.
+# By the size of a head, so that with three stages 64 KB of keys and values are in flight in each program; 25 KB a
+# multiprocessor would suffice for the 3.35 TB/s of an H100 at a latency of 1 us. As compiled by Triton 3.9: at most 199
+# registers, no spills and 68 KB of shared memory, so one program a multiprocessor on sm_86, sm_89 and sm_120, two or
+# three on the others.
 TILES = {
     256: {"sm_80": Tile(32, 4, 3), "gfx942": Tile(32, 4, 2)},
     128: {"sm_80": Tile(64, 4, 3), "gfx942": Tile(32, 4, 2)},
@@ -238,26 +239,26 @@ def _tile(head_dim: int, dtype: torch.dtype) -> Tile:
 
 
 def keys_per_split(key_value_heads: int) -> int:
-    """Few heads take small splits, so that 4096 keys of one sequence occupy 128 programs or more."""
+    """The size of a split: small for few heads, so that 4096 keys of one sequence occupy 128 programs or more."""
     return 128 if key_value_heads <= 4 else 256
 
 
 def splits(slots: int, key_value_heads: int) -> int:
-    """The number of splits of a cache."""
+    """The count of splits of a cache."""
     return -(-slots // keys_per_split(key_value_heads))
 
 
-# By cache. Every launch leaves them zero, and a captured CUDA graph finds them at the address that it knows.
+# Counters by cache. Every launch leaves them zero, and a captured CUDA graph keeps their address.
 _counters = WeakTensorKeyDictionary()
 
 
 def scratch(key_cache: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the programs of a launch leave each other, for key_cache [B, Hkv, S, Dh] and H = heads.
+    """The tensors by which the programs of a launch communicate, for key_cache [B, Hkv, S, Dh] and H = heads.
 
     Returns:
         partial: [B, Hkv, splits, H / Hkv, Dh] float32, weighted sums of values.
         statistics: [B, Hkv, splits, H / Hkv, 2] float32, maxima and sums of weights.
-        counters: [B, Hkv] int32 zeros, the splits that are done: two launches at a time may not share a cache.
+        counters: [B, Hkv] int32 zeros, the splits that are done. Two launches at a time may not share a cache.
     """
     sequences, key_value_heads, slots, head_dim = key_cache.shape
     shape = (sequences, key_value_heads, splits(slots, key_value_heads), heads // key_value_heads)
@@ -267,7 +268,7 @@ def scratch(key_cache: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     if counters is None:
         with torch.inference_mode(False):  # calls outside of that mode use them too
             counters = torch.zeros(sequences, key_value_heads, dtype=torch.int32, device=key_cache.device)
-        # In a capture, zeros are a part of the graph: only its replays may use these.
+        # In a capture, filling with zeros becomes a part of the graph, so that only its replays may use the tensor.
         if not (key_cache.is_cuda and torch.cuda.is_current_stream_capturing()):
             _counters[key_cache] = counters
     return partial, statistics, counters
@@ -295,10 +296,10 @@ def attention_decode(
     """
     sequences, key_value_heads, slots, head_dim = key_cache.shape
     group = heads // key_value_heads
-    number = splits(slots, key_value_heads)
+    count = splits(slots, key_value_heads)
     tile = _tile(head_dim, qkv.dtype)
     factor, ceiling = exponents(scale, softcap)
-    _attention_decode_kernel[(number, key_value_heads, sequences)](
+    _attention_decode_kernel[(count, key_value_heads, sequences)](
         qkv,
         cos_sin,
         seqlens_k,
@@ -320,8 +321,8 @@ def attention_decode(
         HEAD_DIM=head_dim,
         KEYS=keys_per_split(key_value_heads),
         BLOCK_N=tile.block_n,
-        BLOCK_SPLITS=triton.next_power_of_2(number),
-        CHUNK=min(8, triton.next_power_of_2(number)),
+        BLOCK_SPLITS=triton.next_power_of_2(count),
+        CHUNK=min(8, triton.next_power_of_2(count)),
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=False,

@@ -1,11 +1,11 @@
 """combine: out = round(sum_i c_i * x_i), elementwise.
 
-Every product and every sum is rounded to float32, left to right, and the total once to the dtype of the output (nearest
-even): the same bits as the reference. Reads each input and writes the output once: 6 bytes an element of a bf16 pair.
-One program a segment.
+Every product and every sum is rounded to float32, from left to right, and the total once to the dtype of the output
+(nearest even): the same bits as the reference. Reads each input and writes the output once: 6 bytes an element of a
+bf16 pair. One program a segment.
 
-Fusion of a product and a sum into one rounding is switched off: the compiler would fuse by the position of an element.
-The ptxas of Triton 3.6 fuses all the same for sm_100 (compiled and inspected, not run); that of 3.9 does not.
+FMA is off, because the compiler would fuse depending on the position of an element. The ptxas of Triton 3.6 fuses
+nevertheless for sm_100 (compiled and inspected, not run); that of 3.9 does not.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _combine_kernel(
         nonfinite += _write_tile(addresses, coefficients, start, count, DTYPES, K, TILE, False)
     found = tl.sum(nonfinite, axis=0)
     if found > 0:
-        # Integers: the sum is the same in whatever order the programs come.
+        # The sum of integers does not depend on the order of the programs.
         tl.atomic_add(nonfinite_ptr + vector, found.to(tl.int64))
 
 
@@ -71,10 +71,14 @@ def combine(
 ) -> None:
     """Fill outs[g] with the sum of the k tensors of groups[g] times coefficients[g], k = 1 to 8.
 
-    A group and its output are contiguous, of one count and each bf16, f16 or f32; groups may differ in count and dtype.
-    coefficients: (groups * rows, k) float32. nonfinite: (groups * rows,) int64, to which the number of values written
-    that are infinite or not a number is added. rows: the number of equal vectors that lie one after another in every
-    tensor, each with coefficients and a count of its own: coefficients[group * rows + row].
+    Args:
+        outs: one tensor a group.
+        groups: G groups of k tensors. A group and its output are contiguous, of one length and each bf16, f16 or f32;
+            groups may differ in length and dtype.
+        coefficients: [G * rows, k] float32.
+        nonfinite: [G * rows] int64; the count of values written that are infinite or NaN is added to it.
+        rows: how many vectors of equal length follow one another in every tensor, each with its own coefficients and
+            count: coefficients[g * rows + row].
     """
     for dtypes, table, _ in launches([(*group, out) for group, out in zip(groups, outs, strict=True)], rows):
         _combine_kernel[(len(table),)](

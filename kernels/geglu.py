@@ -1,10 +1,10 @@
 """geglu: out = gelu(gate) * up, elementwise, gelu in its tanh approximation.
 
-As (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), gelu(g) = g / (1 + 2^z), z = g * (LINEAR + CUBIC * g^2): neither cancels near
-zero nor in the negative tail, and needs no tanh. Float32, rounded once, or twice if stepwise. Reads gate and up and
-writes out once: 6 bytes an element of bf16. One program for BLOCK columns of a row.
+As (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), gelu(g) = g / (1 + 2^z), z = g * (LINEAR + CUBIC * g^2): there is no
+cancellation near zero or in the negative tail, and no tanh. Float32, rounded once, or twice if stepwise. Reads gate and
+up and writes out once: 6 bytes an element of bf16. One program for BLOCK columns of a row.
 
-Fusion of products and sums is switched off, so that bits do not depend on where an element lies.
+FMA is off, so that bits do not depend on the position of an element.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from .target import configuration
 
-# -2 log2(e) sqrt(2/pi), and that times 0.044715.
+# -2 log2(e) sqrt(2/pi); the same times 0.044715.
 LINEAR = tl.constexpr(-2.302208198144325)
 CUBIC = tl.constexpr(-0.1029432395800235)
 
-# 1024 columns divide the 9216, 14336 and 36864 of Gemma-2. With these warps, of 32 and of 64 lanes, a thread has 8, one
-# 16-byte access of bf16.
+# 1024 divides the 9216, 14336 and 36864 columns of Gemma-2. With these warps, of 32 or 64 lanes, a thread has 8
+# columns, one 16-byte access of bf16.
 BLOCK = 1024
 WARPS = {"sm_80": 4, "gfx942": 2}
 
 
 @triton.jit
 def gelu(gate):
-    """Of float32, within 2^-22 * (2 + max(z, 0)), relative; zero where it is below 11 * 2^-128."""
+    """gelu of float32, with a relative error of at most 2^-22 * (2 + max(z, 0)); zero where it is below 11 * 2^-128."""
     return gate / (1.0 + tl.exp2(gate * (LINEAR + CUBIC * (gate * gate))))
 
 
@@ -55,7 +55,7 @@ def _geglu_kernel(
 
 
 def geglu(out: Tensor, gate: Tensor, up: Tensor, stepwise: bool) -> None:
-    """Fill out (rows, columns), contiguous, from gate and up, of its shape and any row stride; all bf16 or all f32."""
+    """Fill out [T, F], contiguous, from gate and up [T, F], of any row stride; all bf16 or all f32."""
     rows, columns = gate.shape
     blocks = triton.cdiv(columns, BLOCK)
     _geglu_kernel[(rows * blocks,)](

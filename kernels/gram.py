@@ -1,15 +1,15 @@
 """gram: the float64 matrix of dot products of k tensors, G[i, j] = sum_e x_i[e] * x_j[e].
 
-Reads each input once: 4 bytes an element of a bf16 pair. Two stages. The first takes one program a segment and writes
-k * k partial sums; the second takes one program a vector and adds the partial sums of its segments in a fixed order. No
-atomics, so a result has the same bits in every run.
+Reads each input once: 4 bytes an element of a bf16 pair. Two kernels: the first has one program a segment, which writes
+k * k partial sums; the second has one program a vector, which adds the partial sums of its segments in a fixed order.
+There are no atomics, so a result has the same bits in every run.
 
 The product of two bf16 or f16 values is exact in float32. Eight such products, which one thread holds, are summed in
-float32 by Knuth's two-sum, which yields the error of every addition too; sums and errors then go on in float64. That
-takes few float64 instructions, for GPUs with one float64 unit for 64 of float32, and the errors matter: the square of
-an odd significand is 1 modulo 8, so what rounding drops is seldom above a half, and without them every squared norm
-would come out 6e-9 too small, however many elements average. With a float32 input, or a base, products are not exact
-in float32: they are taken and summed in float64, as are those of more than four operands, for want of registers.
+float32 by Knuth's two-sum, which also yields the error of every addition; sums and errors are then added in float64.
+That takes few float64 instructions, for GPUs with one float64 unit for 64 of float32. The errors matter: the square of
+an odd significand is 1 modulo 8, so rounding seldom drops more than half a unit, and without the errors every squared
+norm would be 6e-9 too small, for any count of elements. With a float32 input, or a base, products are not exact
+in float32: they are computed and summed in float64, as are those of more than four operands, which lack registers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _halves(values):
 
 @triton.jit
 def _sum_runs(products, LEVELS: tl.constexpr, WIDE: tl.constexpr):
-    """Sums of 2^LEVELS neighbours each, in float64. Those of float32 include the errors of additions (two-sum)."""
+    """Sums of 2^LEVELS neighbours each, in float64; sums in float32 include the errors of their additions (two-sum)."""
     if WIDE:
         for _ in tl.static_range(LEVELS):
             a, b = _halves(products)
@@ -130,20 +130,24 @@ def _vectors_kernel(runs_ptr, partial_ptr, out_ptr, ENTRIES: tl.constexpr, ROWS:
 def gram(
     groups: Sequence[Sequence[Tensor]], out: Tensor, *, bases: Sequence[Tensor] | None = None, rows: int = 1
 ) -> None:
-    """Fill out (groups * rows, k, k) float64 with the Gram matrices of `groups`, each of k tensors, k = 1 to 8.
+    """Fill out with the Gram matrices of groups of k tensors, k = 1 to 8.
 
-    The tensors of a group are contiguous, of one count and each bf16, f16 or f32; groups may differ in count and dtype.
-    bases: a tensor for each group that is subtracted from its inputs, in float32. rows: the number of equal vectors
-    that lie one after another in every tensor, each with a matrix of its own: out[group * rows + row].
+    Args:
+        groups: G groups. The tensors of a group are contiguous, of one length and each bf16, f16 or f32; groups may
+            differ in length and dtype.
+        out: [G * rows, k, k] float64.
+        bases: a tensor for each group, which is subtracted from its inputs in float32.
+        rows: how many vectors of equal length follow one another in every tensor, each with its own matrix:
+            out[g * rows + row].
     """
     k = len(groups[0])
     operands = groups if bases is None else [(*group, base) for group, base in zip(groups, bases, strict=True)]
     for dtypes, table, runs in launches(operands, rows):
         crowded = len(dtypes) > 4
         wide = bases is not None or tl.float32 in dtypes or crowded
-        # A thread takes 16 bytes of an input at a time, two such vectors where inputs are few, and sums runs of one
-        # vector: longer runs would cross threads. More than four operands and their sums do not fit into registers
-        # like that. Then runs are of four elements, in float64, which has no errors to keep (up to 226 registers).
+        # A thread loads 16 bytes of an input at a time, twice that where inputs are few, and sums runs of these 16
+        # bytes: longer runs would cross threads. More than four operands and their sums would not fit into registers.
+        # Their runs have four elements, in float64, which has no errors to keep (up to 226 registers).
         levels = 2 if tl.float32 in dtypes or crowded else 3
         tile = 32 * WARPS * 2**levels * (2 if k <= 2 else 1)
         partial = empty((len(table), k * k), dtype=float64, device=out.device)

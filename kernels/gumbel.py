@@ -1,6 +1,6 @@
-"""gumbel: noise that turns the greatest of scores into a sample of their softmax.
+"""gumbel: noise for sampling; argmax(score + noise) has the distribution softmax(score).
 
-The uniform numbers have the bits of those in ops/gumbel.py. No memory: some 100 instructions an id.
+The uniform numbers have the bits of those in ops/gumbel.py. Reads no memory; takes some 100 instructions an id.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def uniform(seed, step, ids):
-    """In (0, 1), from the first word of Philox-4x32-10 of counter (id, step) and key seed; step is int64.
+    """A number in (0, 1), from the first word of Philox-4x32-10 of counter (id, step) and key seed; step is int64.
 
-    Rounded to float32 near 0, where floats are dense: words that become the greatest noises keep all their 32 bits.
+    Large noise comes from numbers near 0, where float32 keeps all 32 bits of a word.
     """
     counter = ids.to(tl.uint32)
     word, _, _, _ = tl.philox(seed, counter, step.to(tl.uint32), (step >> 32).to(tl.uint32), counter * 0)
@@ -23,5 +23,5 @@ def uniform(seed, step, ids):
 
 @triton.jit
 def gumbel(seed, step, ids):
-    """-log(-log(1 - uniform)). Needs the accurate logarithms: their arguments come as near to 1 as floats do."""
+    """-log(-log(1 - uniform)). Needs accurate logarithms: their arguments come as near to 1 as float32 allows."""
     return -tl.log(-libdevice.log1p(-uniform(seed, step, ids)))

@@ -1,17 +1,17 @@
 """linear: out = x W^T for at most 16 rows of x, with one to three weights side by side in one launch.
 
-What counts is that every weight is read once, at the bandwidth of the memory. A program owns BLOCK_M rows of one weight
-and walks along K; a step is SLICES slices of BLOCK_K columns, each multiplied by itself on the tensor cores, in a
-batched product of (BLOCK_M, BLOCK_K) and (BLOCK_K, TOKENS); the slices are added at the end. So all warps work on a
-tile as low as 16 rows, of which the 2304 of the narrowest weight still make 144 programs.
+Every weight must be read once, at the bandwidth of the memory. A program computes BLOCK_M rows of one weight and loops
+over K; a step is SLICES slices of BLOCK_K columns, which are multiplied separately on the tensor cores, in a batched
+product of [BLOCK_M, BLOCK_K] and [BLOCK_K, TOKENS]; the slices are added at the end. So all warps work on a tile of
+only 16 rows, and the 2304 rows of the narrowest weight still make 144 programs.
 
-Bytes in flight. Copies to shared memory are asynchronous and stages - 1 steps deep. With latencies near 600 ns an A100
+Bytes in flight: copies to shared memory are asynchronous and stages - 1 steps deep. At latencies near 600 ns an A100
 needs 11 KB in flight for each multiprocessor (2.0 TB/s over 108), an H100 15 KB (3.35 TB/s over 132), a B200 33 KB
 (8 TB/s over 148); a step of 16 rows is 16 KB of weight. Every program reads all of x, from the L2 cache: at 8 tokens
 half a byte for each byte of 16 rows of weight.
 
-Bits. The sum of an output runs over the same columns in the same order, whatever the other rows of x, their number and
-the weights beside it: a row of x gives the same bits alone and among 16. No product and sum outside the dot is fused.
+Bits: the sum of an output runs over the same columns in the same order, whatever the other rows of x, their count and
+the other weights: a row of x gives the same bits alone and among 16. FMA outside of the dot is off.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from .target import configuration
 
 SLICES = 4
 
-# Stages by the rows of a program; compiled shared memory is (stages - 1) * (rows + TOKENS) KB of bf16. With 3, of which
-# 2 are buffers, the 99 KB of sm_86, sm_89 and sm_120 hold two programs of 16 rows or one of 32, and the 163 KB of sm_80
-# three or two. With 4, the 227 KB of sm_90 and sm_100 hold three programs of 16 rows, and one alone, as where 148
-# multiprocessors share 144, has 32 to 48 KB of weight in flight; so have two programs of 32 rows, each, with 3 stages.
+# Stages by the rows of a program. Shared memory as compiled is (stages - 1) * (rows + TOKENS) KB of bf16. With 3
+# stages, of which 2 are buffers, the 99 KB of sm_86, sm_89 and sm_120 hold two programs of 16 rows or one of 32, and
+# the 163 KB of sm_80 three or two. With 4, the 227 KB of sm_90 and sm_100 hold three programs of 16 rows. A program
+# that is alone on a multiprocessor, as when 148 of them share 144 programs, then has 32 to 48 KB of weight in flight,
+# as does each of two programs of 32 rows with 3 stages.
 STAGES = {
     "sm_80": {16: 3, 32: 3},
     "sm_90": {16: 4, 32: 3},
@@ -52,9 +53,9 @@ def products(
     SLICES: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Rows of a weight, and of another of the same shape unless that is None, times the rows of x.
+    """The products of rows of a weight, and of another weight of the same shape or None, with the rows of x.
 
-    Two of (rows, TOKENS) float32, of which the second is zero where there is no other weight.
+    Returns two of [rows, TOKENS] float32; the second is zero if there is no other weight.
     """
     token = tl.arange(0, TOKENS)
     slice_start = tl.arange(0, SLICES)[:, None, None] * BLOCK_K
@@ -116,34 +117,34 @@ def _linear_kernel(
 
 
 def tiling(x: Tensor, weights: Sequence[Tensor], rows: int) -> dict[str, int | bool]:
-    """The meta-parameters and options that `products` is launched with, for the rows that a program has."""
+    """The meta-parameters and options of a kernel that calls `products`, by the rows of a program."""
     nvidia = configuration({"sm_80": True, "gfx942": False})
-    # mma has 8 columns at the least, mfma 16: with 8 it would be products of single numbers, in 296 registers.
+    # mma has at least 8 columns, mfma 16; with 8, mfma would become scalar products, in 296 registers.
     padded_tokens = 8 if nvidia and x.shape[0] <= 8 else 16
-    # Asynchronous copies and vectors need aligned rows. Other rows come element by element, through registers, and
-    # NVIDIA's tensor cores take no float32: for these, large tiles would spill.
+    # Asynchronous copies and vector loads need aligned rows. Other rows are loaded element by element, into registers,
+    # and tensor cores of NVIDIA take no float32: in both cases large tiles would spill.
     aligned = x.shape[1] % 16 == 0 and not any(tensor.data_ptr() % 16 for tensor in (x, *weights))
     streamed = aligned and x.dtype == torch.bfloat16
     meta: dict[str, int | bool] = {
         "TOKENS": padded_tokens,
         "SLICES": SLICES,
         "BLOCK_K": 128 if streamed else 16,
-        # Shared memory is swizzled along the rows of a tile, and free of bank conflicts, only if one copy by all warps
-        # is lower than the tile: 2 warps copy 4 rows of 128 columns, 4 warps copy 8.
+        # Shared memory is swizzled along the rows of a tile, and free of bank conflicts, only if all warps together
+        # copy fewer rows at a time than the tile has: 2 warps copy 4 rows of 128 columns, 4 warps copy 8.
         "num_warps": 2 if streamed and padded_tokens == 8 else 4,
         "num_stages": configuration(STAGES)[rows],
         "enable_fp_fusion": False,
     }
     if nvidia:
-        # Left alone, ptxas aims at 64 registers and spills, where shared memory admits no more than 8 warps anyhow.
+        # By default ptxas aims at 64 registers and spills, although shared memory allows at most 8 warps anyway.
         meta["maxnreg"] = 255
     return meta
 
 
 def linear(out: Tensor, x: Tensor, weights: Sequence[Tensor]) -> None:
-    """Fill out (tokens, M_0 + M_1 + ...) with x (tokens, K) times the transposes of one to three weights (M_i, K).
+    """Fill out [T, M_0 + M_1 + ...] with x [T, K] times the transposes of one to three weights [M_i, K].
 
-    At most 16 tokens. All contiguous and of one dtype, bf16 or f32.
+    T is at most 16. All tensors are contiguous and of one dtype, bf16 or f32.
     """
     BLOCK_M = 16
     absent = 3 - len(weights)

@@ -1,7 +1,7 @@
 """linear_geglu: out = gelu(x G^T) * (x U^T) for at most 16 rows of x, gelu in its tanh approximation.
 
-Reads both weights once: a program owns the same 16 rows of the two and combines their products before anything is
-written. Tiles, bits and bytes in flight as in `linear`; gelu as in `geglu`.
+Reads both weights once: a program computes the same 16 rows of both and combines their products before it writes.
+Tiles, bits and bytes in flight are those of `linear`; gelu is that of `geglu`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def _linear_geglu_kernel(
 
 
 def linear_geglu(out: Tensor, x: Tensor, gate_weight: Tensor, up_weight: Tensor, stepwise: bool) -> None:
-    """Fill out (tokens, F) from x (tokens, K) and two weights (F, K); stepwise: round to their dtype after every step.
+    """Fill out [T, F] from x [T, K] and two weights [F, K]; stepwise: round to their dtype after every step.
 
-    At most 16 tokens. All contiguous and of one dtype, bf16 or f32.
+    T is at most 16. All tensors are contiguous and of one dtype, bf16 or f32.
     """
     BLOCK_M = 16
     rows = gate_weight.shape[0]

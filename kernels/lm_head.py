@@ -1,16 +1,16 @@
-"""head: what is asked of logits = softcap * tanh(x W^T / softcap) over a vocabulary, without the logits in memory.
+"""lm_head: functions of logits = softcap * tanh(x W^T / softcap) over a vocabulary, without the logits in memory.
 
-A program multiplies a block of rows by a tile of the vocabulary, streaming both along D, and keeps of its tile a few
-numbers a row: the greatest score, its id, the sum of exponentials, the score of one wanted id. A second kernel brings
-the tiles of a row together in a fixed order. The weight is read once by up to 16 rows (1.18 GB for Gemma-2 2.6B); by
-more, once from memory, as row blocks of one tile run side by side and share it in the cache.
+A program multiplies a block of rows by a tile of the vocabulary, in a loop over D, and stores a few numbers a row for
+its tile: the maximum score, its id, the sum of exponentials, the score of one wanted id. A second kernel reduces the
+tiles of a row in a fixed order. Up to 16 rows read the weight once (1.18 GB for Gemma-2 2.6B); more rows read it once
+from memory, because the row blocks of one tile run at the same time and share it in the L2 cache.
 
-A score is a logit, or what sampling compares: the logit after repetition penalty and temperature, with Gumbel noise
-that depends on seed, step and id alone: argmax(score + noise) has the distribution softmax(score) (FlashSampling, arXiv
-2603.15854). A tile can be computed again, to the bit, when its candidates are wanted: the launch is of the same tile.
+A score is a logit; for sampling, it is the logit after repetition penalty and temperature, plus Gumbel noise that
+depends on seed, step and id alone: argmax(score + noise) has the distribution softmax(score) (FlashSampling, arXiv
+2603.15854). A second launch can compute the scores of a tile again with the same bits, for its candidates.
 
-Fusion of products and sums into one rounding is off, so that both launches give equal bits; matrix instructions do not
-depend on it. A row's bits do not depend on other rows, but up to 16 rows and more are served by other tiles.
+FMA is off, so that both launches give equal bits; matrix instructions do not depend on it. The bits of a row do not
+depend on the other rows, except that more than 16 rows use another tile.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch import Tensor
 from .gumbel import gumbel
 from .target import configuration
 
-BEYOND = tl.constexpr(2**31 - 1)  # greater than every id
+BEYOND = tl.constexpr(2**31 - 1)  # above every id
 
 
 @triton.jit
 def _tanh(x):
     """Within 5 units in the last place where exp2 is exact.
 
-    1 - 2 / (1 + e^2x) cancels near 0; the polynomial is the one of least greatest error there, 3.6e-8 of the value.
+    1 - 2 / (1 + e^2x) cancels near 0; the minimax polynomial there has a relative error of 3.6e-8.
     """
     square = x * x
     cubic = -0.33332959 + square * (0.13321008 + square * (-0.052690666 + square * 0.016474731))
@@ -66,7 +66,7 @@ def _scores(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(BLOCK_T, BLOCK_V) float32, -inf beyond the vocabulary. rows exist; ids beyond V read its last row."""
+    """Scores [BLOCK_T, BLOCK_V] float32; -inf for ids from V on, which read the last row. All rows must exist."""
     inner = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * D + inner[None, :]
     weight_ptrs = weight_ptr + tl.minimum(ids, V - 1).to(tl.int64)[None, :] * D + inner[:, None]
@@ -117,7 +117,7 @@ def _tiles_kernel(
     tile = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     exists = row < T
-    # Rows and ids beyond the end repeat the last, so that loads of the loop need no masks.
+    # Rows and ids beyond the end repeat the last one, so that loads in the loop need no masks.
     rows = tl.minimum(row, T - 1)
     ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     scores = _scores(
@@ -126,15 +126,15 @@ def _tiles_kernel(
     if steps_ptr is not None:
         scores += gumbel(seed, tl.load(steps_ptr + rows)[:, None], ids[None, :])
     maxima = tl.max(scores, axis=1)
-    place = row.to(tl.int64) * tl.cdiv(V, BLOCK_V) + tile
-    tl.store(maxima_ptr + place, maxima, mask=exists)
+    index = row.to(tl.int64) * tl.cdiv(V, BLOCK_V) + tile
+    tl.store(maxima_ptr + index, maxima, mask=exists)
     if best_ptr is not None:
-        # "Not less" holds for NaN too: some id of the tile is always found.
+        # "Not less" is also true for NaN, so that an id of the tile is always found.
         best = tl.min(tl.where(scores < maxima[:, None], BEYOND, ids[None, :]), axis=1)
-        tl.store(best_ptr + place, best, mask=exists)
+        tl.store(best_ptr + index, best, mask=exists)
     if sums_ptr is not None:
         sums = tl.sum(tl.exp(scores - maxima[:, None]), axis=1)
-        tl.store(sums_ptr + place, sums, mask=exists)
+        tl.store(sums_ptr + index, sums, mask=exists)
     if wanted_ptr is not None:
         wanted = tl.load(wanted_ptr + rows).to(tl.int32) - tile * BLOCK_V
         here = wanted[:, None] == tl.arange(0, BLOCK_V)[None, :]
@@ -149,13 +149,13 @@ def _rows_kernel(
     row = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < tiles
-    place = row.to(tl.int64) * tiles + offsets
-    maxima = tl.load(maxima_ptr + place, mask=inside, other=float("-inf"))
+    index = row.to(tl.int64) * tiles + offsets
+    maxima = tl.load(maxima_ptr + index, mask=inside, other=float("-inf"))
     highest = tl.max(maxima, axis=0)
-    ids = tl.load(best_ptr + place, mask=inside, other=BEYOND)
+    ids = tl.load(best_ptr + index, mask=inside, other=BEYOND)
     tl.store(best_out_ptr + row, tl.min(tl.where(maxima < highest, BEYOND, ids), axis=0).to(tl.int64))
     if sums_ptr is not None:
-        sums = tl.load(sums_ptr + place, mask=inside, other=0.0)
+        sums = tl.load(sums_ptr + index, mask=inside, other=0.0)
         total = tl.sum(sums * tl.exp(maxima - highest), axis=0)
         tl.store(logprob_ptr + row, tl.load(wanted_scores_ptr + row) - highest - tl.log(total))
 
@@ -197,12 +197,12 @@ def _candidates_kernel(
         BLOCK_K,
     )
     width = tl.num_programs(1).to(tl.int64) * BLOCK_V
-    place = row.to(tl.int64)[:, None] * width + tl.program_id(1) * BLOCK_V + lanes[None, :]
-    tl.store(out_ptr + place, scores, mask=(row < T)[:, None])
+    index = row.to(tl.int64)[:, None] * width + tl.program_id(1) * BLOCK_V + lanes[None, :]
+    tl.store(out_ptr + index, scores, mask=(row < T)[:, None])
 
 
 class Tile(NamedTuple):
-    """Rows of x by ids, `inner` columns at a time. stages: by architecture."""
+    """A tile: rows of x, ids, and `inner` columns at a time; the warps of a program, and its stages by architecture."""
 
     rows: int
     ids: int
@@ -211,25 +211,29 @@ class Tile(NamedTuple):
     stages: Mapping[str, int]
 
 
-# Nothing here spills, in any launch of a Gemma-2. Few rows are a matter of bytes on their way: at latencies near 700 ns
-# an H100 needs 18 KB for each multiprocessor (3.35 TB/s over 132), a B200 38 KB. A stage is 20 KB, 16 of them weight,
-# and shared memory holds all but one: 60 KB of the 163 of sm_80 are two programs, of the 227 of sm_90 three; 40 KB of
-# the 99 of sm_86 and sm_120 two.
+# No launch of a Gemma-2 spills. Few rows are bound by bandwidth: at latencies near 700 ns an H100 needs 18 KB in flight
+# for each multiprocessor (3.35 TB/s over 132), a B200 38 KB. A stage is 20 KB, 16 of them weight, and shared memory
+# holds all stages but one: with 60 KB a program, the 163 KB of sm_80 hold two and the 227 KB of sm_90 three; with 40 KB,
+# the 99 KB of sm_86 and sm_120 hold two.
 FEW_ROWS = 16
 FEW = Tile(16, 64, 128, 4, {"sm_80": 4, "sm_86": 3, "sm_90": 4, "sm_120": 3, "gfx942": 2})
-# More rows are a matter of matrix instructions. 64 KB, of sm_90 and sm_100 128 KB, and 155 to 177 registers: 256 ids a
-# tile spill. So does the noise of sampling, which takes the tile of few rows, however many there are.
+# More rows are bound by matrix instructions. 64 KB, on sm_90 and sm_100 128 KB, and 155 to 177 registers; 256 ids a tile
+# spill. So does the noise of sampling, which uses the tile of few rows for any count of rows.
 MANY = Tile(128, 128, 64, 8, {"sm_80": 3, "sm_90": 4, "sm_120": 3, "gfx942": 2})
 # Without tensor cores; 64 ids spill where D is odd.
 FLOAT32 = Tile(16, 32, 32, 4, {"sm_80": 2, "gfx942": 2})
 
 
 class Scores(NamedTuple):
-    """Which scores are computed: of x [T, D] and weight [V, D], contiguous, both bf16 or both f32.
+    """The scores to compute.
 
-    softcap: 0 for none. stepwise: round to their dtype after the product and every step of the cap. temperature: None
-    to leave the logits. seen: [T, ceil(V / 32)] int32, bit i of word j for id 32 j + i; the logits of these are divided
-    by `penalty` if above 0, else multiplied.
+    Args:
+        x, weight: [T, D] and [V, D], contiguous, both bf16 or both f32.
+        softcap: bound of the logits; 0 for none.
+        stepwise: round to the dtype of x after the product and every step of the cap.
+        temperature: divides the logits; None for none.
+        seen: [T, ceil(V / 32)] int32, bit i of word j for id 32 j + i: the ids that `penalty` applies to.
+        penalty: their logits are divided by it if above 0, else multiplied.
     """
 
     x: Tensor
@@ -249,7 +253,7 @@ class Scores(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Of how many tiles of `tile.ids` ids the vocabulary is; the last may be short."""
+        """The count of tiles in the vocabulary; the last may be short."""
         return -(-len(self.weight) // self.tile.ids)
 
     @property
@@ -268,9 +272,9 @@ class Scores(NamedTuple):
 
 
 def argmax(out: Tensor, scores: Scores, *, seed: int = 0, steps: Tensor | None = None) -> None:
-    """Fill out [T] int64 with the id of the greatest score, the lowest among equals.
+    """Fill out [T] int64 with the id of the maximum score, the lowest among equals.
 
-    steps: [T] int64, to add noise to the scores; None for none.
+    seed, steps: of the noise that is added to the scores, steps [T] int64; None for none.
     """
     maxima, best = _partials(scores, torch.float32), _partials(scores, torch.int32)
     _launch(scores, maxima, best=best, seed=seed, steps=steps)
@@ -278,9 +282,9 @@ def argmax(out: Tensor, scores: Scores, *, seed: int = 0, steps: Tensor | None =
 
 
 def logprob(out: Tensor, best_out: Tensor, scores: Scores, ids: Tensor) -> None:
-    """Fill out [T] float32 with score of ids [T] less the logarithm of the sum of exponentials, best_out as argmax.
+    """Fill out [T] float32 with the log-probabilities of ids [T] int64, and best_out [T] int64 as `argmax` does.
 
-    NaN for ids that are not in the vocabulary.
+    A log-probability is the score less the logarithm of the sum of exponentials; NaN for an id outside the vocabulary.
     """
     maxima, sums, best = (_partials(scores, dtype) for dtype in (torch.float32, torch.float32, torch.int32))
     wanted_scores = torch.full_like(out, float("nan"))
@@ -289,12 +293,12 @@ def logprob(out: Tensor, best_out: Tensor, scores: Scores, ids: Tensor) -> None:
 
 
 def extremes(maxima: Tensor, sums: Tensor, scores: Scores) -> None:
-    """Fill, [T, scores.tiles] float32 each: the greatest score of a tile; the sum of exp(score - greatest)."""
+    """Fill [T, scores.tiles] float32 each: the maximum score of every tile, and the sum of exp(score - maximum)."""
     _launch(scores, maxima, sums=sums)
 
 
 def candidates(out: Tensor, tiles: Tensor, scores: Scores) -> None:
-    """Fill out [T, n * scores.tile.ids] float32 with the scores of tiles [n] int32, n > 0; -inf for ids beyond V."""
+    """Fill out [T, n * scores.tile.ids] float32 with the scores of tiles [n] int32, n > 0; -inf for ids from V on."""
     _candidates_kernel[(scores.row_blocks, len(tiles))](
         x_ptr=scores.x,
         weight_ptr=scores.weight,
@@ -321,7 +325,7 @@ def _launch(
     seed: int = 0,
     steps: Tensor | None = None,
 ) -> None:
-    # Row blocks first: those of one tile of the weight follow one another and find it in the cache.
+    # Row blocks vary fastest: those that read the same tile of the weight run together and share it in the cache.
     _tiles_kernel[(scores.row_blocks, scores.tiles)](
         x_ptr=scores.x,
         weight_ptr=scores.weight,

@@ -1,9 +1,9 @@
 """rmsnorm: out = x * rsqrt(mean(x^2) + eps) * (1 + weight), row by row.
 
 Float32 throughout, rounded once. Reads x and writes out once. One program a row, which stays in registers; lanes past
-its end, 44 % of them at 2304 columns, issue instructions and move nothing: the time is that of the bytes.
+its end, 44 % of them at 2304 columns, issue instructions but move no bytes, and the bytes take the time.
 
-Fusion of products and sums is switched off, so that a square has the same bits wherever it lies in a row.
+FMA is off, so that the bits of a square do not depend on its position in a row.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from .target import configuration
 
-# Lanes of a row that one warp works on: 16 a thread, two 16-byte accesses of bf16. A row of 2304 then has 8 warps on
-# NVIDIA's GPUs: few instructions after one another, which is what decoding a single row waits for.
+# Columns of a row for one warp: 16 a thread, two 16-byte accesses of bf16. A row of 2304 then has 8 warps on NVIDIA's
+# GPUs, so that each has few instructions to issue: their latency is the time of a single row in decoding.
 LANES_OF_A_WARP = {"sm_80": 16 * 32, "gfx942": 16 * 64}
 
 
 def row_launch(columns: int) -> dict[str, int]:
-    """BLOCK and num_warps for a program that holds a row."""
+    """BLOCK and num_warps of a program that holds a row."""
     block = triton.next_power_of_2(columns)
     return {"BLOCK": block, "num_warps": min(max(block // configuration(LANES_OF_A_WARP), 1), 16)}
 
 
 @triton.jit
 def normalize(values, weight, eps, COLUMNS: tl.constexpr):
-    """A row of float32 `values`, zero past COLUMNS, not yet rounded."""
+    """The norm of a row of float32 `values`, which are zero past COLUMNS; not yet rounded."""
     mean_square = tl.sum(values * values, axis=0) / COLUMNS
     return values * tl.rsqrt(mean_square + eps) * (1.0 + weight)
 
@@ -43,6 +43,6 @@ def _rmsnorm_kernel(out_ptr, x_ptr, weight_ptr, eps, COLUMNS: tl.constexpr, BLOC
 
 
 def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
-    """Fill out (rows, columns) from x (rows, columns) and weight (columns,); contiguous, each bf16 or f32."""
+    """Fill out [T, D] from x [T, D] and weight [D]; all contiguous, each bf16 or f32."""
     rows, columns = x.shape
     _rmsnorm_kernel[(rows,)](out, x, weight, eps, COLUMNS=columns, enable_fp_fusion=False, **row_launch(columns))

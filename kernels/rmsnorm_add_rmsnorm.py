@@ -1,10 +1,10 @@
 """rmsnorm_add_rmsnorm: total = residual + rmsnorm(branch, post_weight); normed = rmsnorm(total, pre_weight).
 
-Arithmetic in float32; the first norm and the sum are rounded to the dtype of the residual stream, normed to that of
+Arithmetic is in float32; the first norm and the sum are rounded to the dtype of the residual stream, normed to that of
 branch. Reads branch and residual and writes total and normed once. One program a row, which stays in registers from
-the first norm to the second; everything is loaded before the first sum, so that its wait is the only one.
+the first norm to the second; all loads are issued before the first sum, so that the program waits for memory once.
 
-Fusion of products and sums is switched off, as in rmsnorm.
+FMA is off, as in rmsnorm.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def rmsnorm_add_rmsnorm(
     pre_weight: Tensor,
     eps: float,
 ) -> None:
-    """Fill total and normed (rows, columns) from branch and residual (rows, columns) and weights (columns,).
+    """Fill total and normed [T, D] from branch and residual [T, D] and two weights [D].
 
-    All contiguous, each bf16 or f32; total has the dtype of residual.
+    All tensors are contiguous, each bf16 or f32; total has the dtype of residual.
     """
     rows, columns = branch.shape
     _rmsnorm_add_rmsnorm_kernel[(rows,)](

@@ -1,10 +1,10 @@
 """rope_cache: (x1, x2) -> (x1*cos - x2*sin, x2*cos + x1*sin) for the halves of every query and key head.
 
-Rotated keys and values go to slot position % slots of the cache. Float32; products are rounded to the dtype of the
-table, and so not at all if that is float32, and sums to that of the states. Reads query, key and value and writes as
-much, once, and reads the table's rows. One program a token, with all its heads.
+Rotated keys and values are stored in slot position % slots of the cache. Float32; products are rounded to the dtype of
+cos_sin, which rounds nothing if it is float32, and sums to that of the states. Reads query, key and value and writes as
+many bytes, once, and reads the rows of cos_sin. One program a token, with all its heads.
 
-Fusion of products and sums is switched off: the results have the bits of the reference.
+FMA is off, so that the results have the bits of the reference.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .target import configuration
 
-# What a warp loads of the keys' first halves at a time, 8 elements or 16 bytes of bf16 a thread: with more warps than
-# these fill, the loads would be narrower. The keys of Gemma-2 have 2 warps for 2.6B and 4 for 9B and 27B, of 32 lanes.
+# Elements of the first halves of keys that a warp loads at a time, 8 or 16 bytes of bf16 a thread. More warps would have
+# narrower loads. The keys of Gemma-2 have 2 warps for 2.6B and 4 for 9B and 27B, of 32 lanes.
 ELEMENTS_OF_A_WARP = {"sm_80": 8 * 32, "gfx942": 8 * 64}
 
 
@@ -33,7 +33,7 @@ def _store_halves(heads_ptr, first, second, within, HALF: tl.constexpr):
 
 @triton.jit
 def rotated(first, second, cosine, sine, ROUNDED: tl.constexpr):
-    """Halves of heads turned by an angle, all of float32; with ROUNDED of bfloat16 products are rounded to it."""
+    """Float32 halves of heads, rotated by an angle; products are rounded to the dtype ROUNDED."""
     first_cosine = (first * cosine).to(ROUNDED).to(tl.float32)
     second_sine = (second * sine).to(ROUNDED).to(tl.float32)
     second_cosine = (second * cosine).to(ROUNDED).to(tl.float32)
@@ -43,9 +43,9 @@ def rotated(first, second, cosine, sine, ROUNDED: tl.constexpr):
 
 @triton.jit
 def _rotate(first, second, angles_ptr, real, HALF: tl.constexpr, ROUNDED: tl.constexpr):
-    """Halves of heads by the row of cosines and sines at angles_ptr, the products rounded to the dtype ROUNDED."""
-    # Loaded once for every head, from L1, in the layout of the heads: a single row would come in one of its own, and
-    # the heads would be brought there and back through shared memory.
+    """Halves of heads, rotated by the row of cos_sin at angles_ptr; products are rounded to the dtype ROUNDED."""
+    # Loaded once for every head, from L1, in the layout of the heads: a single row would have a layout of its own, and
+    # the heads would be converted to it and back through shared memory.
     angles_ptr, real = tl.broadcast_to(angles_ptr, first.shape), tl.broadcast_to(real, first.shape)
     cosine = tl.load(angles_ptr, mask=real, other=0.0).to(tl.float32)
     sine = tl.load(angles_ptr + HALF, mask=real, other=0.0).to(tl.float32)
@@ -58,7 +58,7 @@ def _rope_cache_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    table_ptr,
+    cos_sin_ptr,
     positions_ptr,
     sequences_ptr,
     key_cache_ptr,
@@ -74,7 +74,7 @@ def _rope_cache_kernel(
     BLOCK_KEY_VALUE_HEADS: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
-    ROUNDED: tl.constexpr = table_ptr.dtype.element_ty
+    ROUNDED: tl.constexpr = cos_sin_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token)
     sequence = tl.load(sequences_ptr + token)
@@ -83,26 +83,26 @@ def _rope_cache_kernel(
     within = head < HEADS
     cached_head = tl.arange(0, BLOCK_KEY_VALUE_HEADS)[:, None]
     cached = cached_head < KEY_VALUE_HEADS
-    # Everything is loaded before the first store, which the compiler could not move a load across, and what does not
-    # depend on the position before that is known: the memory is waited for twice.
+    # All loads come before the first store, because the compiler cannot move a load across a store; those that do not
+    # depend on the position come before it is known. So the program waits for memory twice.
     columns = cached_head * HEAD_DIM + column
     query_first, query_second = _halves(query_ptr + token * stride_query + head * HEAD_DIM + column, within, HALF)
     key_first, key_second = _halves(key_ptr + token * stride_key + columns, cached, HALF)
     value_first, value_second = _halves(value_ptr + token * stride_value + columns, cached, HALF)
-    # In the shape of a block: in that of a scalar the interpreter cannot use it as a mask.
+    # A block, because the interpreter cannot use a scalar as a mask.
     real = tl.broadcast_to(position, (1, HALF)) >= 0
-    angles_ptr = table_ptr + position * HEAD_DIM + column
+    angles_ptr = cos_sin_ptr + position * HEAD_DIM + column
 
     query_first, query_second = _rotate(query_first, query_second, angles_ptr, real, HALF, ROUNDED)
     key_first, key_second = _rotate(key_first, key_second, angles_ptr, real, HALF, ROUNDED)
     query_first, query_second = tl.where(real, query_first, 0.0), tl.where(real, query_second, 0.0)
 
-    # A position fits 32 bits, and a remainder of 64 takes a long routine.
+    # A position fits into 32 bits, and a 64-bit remainder takes a long routine.
     slot = position.to(tl.int32) % slots
-    place = ((sequence * KEY_VALUE_HEADS + cached_head) * slots + slot) * HEAD_DIM + column
+    cached_offsets = ((sequence * KEY_VALUE_HEADS + cached_head) * slots + slot) * HEAD_DIM + column
     _store_halves(out_ptr + (token * HEADS + head) * HEAD_DIM + column, query_first, query_second, within, HALF)
-    _store_halves(key_cache_ptr + place, key_first, key_second, cached & real, HALF)
-    _store_halves(value_cache_ptr + place, value_first, value_second, cached & real, HALF)
+    _store_halves(key_cache_ptr + cached_offsets, key_first, key_second, cached & real, HALF)
+    _store_halves(value_cache_ptr + cached_offsets, value_first, value_second, cached & real, HALF)
 
 
 def rope_cache(
@@ -110,17 +110,20 @@ def rope_cache(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    table: Tensor,
+    cos_sin: Tensor,
     positions: Tensor,
     sequences: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
 ) -> None:
-    """Fill out (tokens, heads, head_dim), contiguous, from query, and the slots of the caches from key and value.
+    """Fill out [T, H, Dh], contiguous, from query, and the slots of the caches from key and value.
 
-    query (tokens, heads, head_dim), key and value (tokens, key_value_heads, head_dim): contiguous heads side by side,
-    rows at any distance, all bf16 or all f32, head_dim a power of two. table (positions, head_dim): bf16 or f32.
-    positions, sequences (tokens,): int64. key_cache, value_cache (sequences, key_value_heads, slots, head_dim).
+    Args:
+        query: [T, H, Dh], bf16 or f32, with contiguous rows at any distance; Dh is a power of two.
+        key, value: [T, Hkv, Dh], as query.
+        cos_sin: [P, Dh], bf16 or f32.
+        positions, sequences: [T] int64.
+        key_cache, value_cache: [B, Hkv, S, Dh], in the dtype of query.
     """
     tokens, heads, head_dim = query.shape
     key_value_heads, slots = key_cache.shape[1:3]
@@ -131,7 +134,7 @@ def rope_cache(
         query,
         key,
         value,
-        table,
+        cos_sin,
         positions,
         sequences,
         key_cache,

@@ -1,17 +1,17 @@
-"""Segments: how one launch serves many tensors, of any length and alignment.
+"""Segments: one launch for many tensors, of any length and alignment.
 
-The tensors of a call are cut into segments of at most SEGMENT elements, and every program of the launch works on one.
-A table on the device has a row of int64 per segment:
+The tensors of a call are cut into segments of at most SEGMENT elements; every program of the launch computes one. A
+table on the GPU has a row of int64 for each segment:
 
     address of each operand | elements | vector
 
-The operands of a group are its inputs, in order, then its output or its base. A vector is what has a Gram matrix or a
-row of coefficients of its own: a whole group, or one of the equal rows its tensors are made of. A segment never crosses
-vectors. SEGMENT bounds the work of a program, so that large and small tensors fill the machine evenly, and makes the
-table cheap: 40 bytes for the 65,536 that a segment of a bf16 pair holds.
+The operands of a group are its inputs, in order, then its output or its base. A vector has its own Gram matrix or row
+of coefficients: it is a whole group, or one of the rows of equal length that its tensors consist of. A segment never
+crosses vectors. SEGMENT bounds the work of a program, so that large and small tensors fill the GPU evenly, and keeps
+the table small: 40 bytes for the 65,536 bytes of a segment of a bf16 pair.
 
-A segment whose operands all start on 16 bytes is read and written 16 bytes at a time, but for its last partial tile;
-any other element by element.
+A segment whose operands all start at multiples of 16 bytes is read and written 16 bytes at a time, except for its last
+partial tile; any other segment element by element.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 
 
 class Launch(NamedTuple):
-    """What one launch needs: the groups of one combination of dtypes, cut into segments.
+    """The arguments of one launch: the groups of one combination of dtypes, cut into segments.
 
-    dtypes: of the operands, in order. table: (segments, operands + 2) int64, rows as above. runs: (vectors, 3) int64,
-    the first segment of a vector, one past its last, and the number of the vector.
+    Args:
+        dtypes: of the operands, in order.
+        table: [segments, operands + 2] int64, rows as above.
+        runs: [vectors, 3] int64: the first segment of a vector, one past its last, and the index of the vector.
     """
 
     dtypes: tuple[tl.dtype, ...]
@@ -41,21 +43,23 @@ class Launch(NamedTuple):
 
 
 def launches(groups: Sequence[Sequence[Tensor]], rows: int = 1) -> Iterator[Launch]:
-    """One launch for each combination of dtypes among `groups`; in a checkpoint that is most often one in all.
+    """One launch for each combination of dtypes among the groups; a checkpoint mostly has one.
 
-    groups: operands of one count, contiguous, on one device. rows: the number of equal vectors that lie one after
-    another in each tensor. Vector v of group g has the number g * rows + v.
+    Args:
+        groups: operands of one length, contiguous, on one device.
+        rows: how many vectors of equal length follow one another in each tensor. Vector v of group g has the index
+            g * rows + v.
     """
     alike: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for number, group in enumerate(groups):
-        alike.setdefault(tuple(operand.dtype for operand in group), []).append(number)
-    for dtypes, numbers in alike.items():
-        table, runs = _cut([groups[number] for number in numbers], torch.tensor(numbers), rows)
+    for index, group in enumerate(groups):
+        alike.setdefault(tuple(operand.dtype for operand in group), []).append(index)
+    for dtypes, indices in alike.items():
+        table, runs = _cut([groups[index] for index in indices], torch.tensor(indices), rows)
         device = groups[0][0].device
         yield Launch(tuple(DTYPES[dtype] for dtype in dtypes), _to_device(table, device), _to_device(runs, device))
 
 
-def _cut(groups: Sequence[Sequence[Tensor]], numbers: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def _cut(groups: Sequence[Sequence[Tensor]], indices: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     addresses = torch.tensor([[operand.data_ptr() for operand in group] for group in groups])
     itemsizes = torch.tensor([operand.element_size() for operand in groups[0]])
     counts = torch.tensor([group[0].numel() // rows for group in groups])
@@ -63,9 +67,9 @@ def _cut(groups: Sequence[Sequence[Tensor]], numbers: Tensor, rows: int) -> tupl
     row = torch.arange(rows)
     addresses = (addresses[:, None] + (row * counts[:, None])[:, :, None] * itemsizes).flatten(0, 1)
     counts = counts.repeat_interleave(rows)
-    vectors = (numbers[:, None] * rows + row).flatten()
+    vectors = (indices[:, None] * rows + row).flatten()
 
-    # An empty vector keeps one segment of no elements, so that its Gram matrix is written: zero.
+    # An empty vector has one segment of no elements, so that its Gram matrix is written: zero.
     pieces = ((counts + SEGMENT - 1) // SEGMENT).clamp(min=1)
     last = pieces.cumsum(0)
     first = last - pieces
@@ -77,7 +81,7 @@ def _cut(groups: Sequence[Sequence[Tensor]], numbers: Tensor, rows: int) -> tupl
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor:
-    # From pageable memory the copy would make the host wait for the stream.
+    # A copy from pageable memory would wait for the stream.
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
@@ -99,14 +103,15 @@ def read_row(row_ptr, OPERANDS: tl.constexpr, TILE: tl.constexpr):
 def _pointers(address, offsets, DTYPE: tl.constexpr, VECTORED: tl.constexpr):
     pointers = address.to(tl.pointer_type(DTYPE)) + offsets
     if VECTORED:
-        # An address from a table says nothing of its alignment, and without these hints every element is a request.
+        # The compiler does not know the alignment of an address from a table; without these hints every element is a
+        # request of its own.
         pointers = tl.max_contiguous(tl.multiple_of(pointers, 16), 8)
     return pointers
 
 
 @triton.jit
 def load(address, offsets, count, DTYPE: tl.constexpr, VECTORED: tl.constexpr):
-    """Elements at `offsets` as float32, which holds each exactly; zero past `count`."""
+    """Elements at `offsets` as float32, which is exact; zero past `count`."""
     pointers = _pointers(address, offsets, DTYPE, VECTORED)
     if VECTORED:
         values = tl.load(pointers)

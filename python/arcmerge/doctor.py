@@ -17,6 +17,7 @@ def examine() -> Mapping[str, Any]:
     """The findings as plain data. Imports torch."""
     import torch
 
+    import arcmerge.ops  # noqa: F401 - registers the ops
     from arcmerge.dispatch.registry import backends
 
     cuda = torch.cuda.is_available()

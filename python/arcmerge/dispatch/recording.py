@@ -1,4 +1,4 @@
-"""Native calls of ops, made once and then again without Python: what a CUDA graph is on a GPU."""
+"""Recordings of the native calls of ops, to replay them without Python: on the CPU what CUDA graphs are on a GPU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from arcmerge import _C
 class Recording:
     """The native calls of the ops in `with recorded() as recording`, and the tensors that they read and write.
 
-    whole: every op was one native call on its arguments as they lie, so that replay() computes all outputs anew, in
-    place, from what the arguments hold then. Operations of torch in between are not repeated.
+    Attributes:
+        whole: whether every op was one native call on its arguments, without copies. replay() then computes all outputs
+            again, in place, from the values of the arguments at that time. Operations of torch in between are not
+            repeated.
     """
 
     def __init__(self) -> None:
@@ -25,15 +27,16 @@ class Recording:
         self._kept: list[object] = []
 
     def replay(self) -> None:
-        assert self.whole, "a recording that is not whole would leave outputs as they are"
+        """Repeat the calls. The recording must be whole, or some outputs would stay as they are."""
+        assert self.whole
         self._calls.replay()
 
     def keep(self, tensor: Tensor) -> None:
-        """Keep a tensor that the calls read although no op was given it."""
+        """Keep a tensor that the calls read, but that is no argument of an op."""
         self._kept.append(tensor)
 
     def call(self, name: str, function: Callable[..., Any], arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        """function(*arguments, **named), which serves the op `name`; recorded."""
+        """Call and record function(*arguments, **named), an implementation of the op `name`."""
         before = len(self._calls.names)
         self._calls.begin()
         try:
@@ -41,7 +44,7 @@ class Recording:
         finally:
             self._calls.end()
         self._kept += [arguments, named, result]
-        # An op that calls torch or another op, or copies an argument first, does more than is recorded.
+        # Calls of torch, of other ops and copies of arguments inside an op are not recorded.
         self.whole &= self._calls.names[before:] == [name] and all(
             map(Tensor.is_contiguous, _tensors([*arguments, *named.values()]))
         )
@@ -64,13 +67,13 @@ _thread = _Thread()
 
 
 def current() -> Recording | None:
-    """What this thread records to."""
+    """The recording of this thread, or None."""
     return _thread.recording
 
 
 @contextmanager
 def recorded() -> Iterator[Recording]:
-    """Records the ops that this thread calls inside."""
+    """Context manager: records the ops that this thread calls inside."""
     _thread.recording = recording = Recording()
     try:
         yield recording

@@ -1,4 +1,4 @@
-"""Noise that turns the greatest of scores into a sample of their softmax, the same on every backend."""
+"""Gumbel noise for sampling, the same on every backend: argmax(score + noise) has the distribution softmax(score)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ _MASK = 2**32 - 1
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> Tensor:
-    """The first of four words of Philox-4x32-10 (Salmon et al. 2011): int64 values below 2^32, as the counters are.
+    """The first of the four words of Philox-4x32-10 (Salmon et al. 2011).
 
-    key: 64 bits, the low 32 first.
+    Args:
+        counter: four int64 tensors of values below 2^32, of one shape.
+        key: 64 bits, the low 32 first.
+
+    Returns:
+        int64, below 2^32.
     """
     c0, c1, c2, c3 = counter
     low, high = key & _MASK, key >> 32 & _MASK
     for _ in range(10):
-        # Beyond 63 bits a product wraps, and a shift brings the sign along: its 64 bits are right all the same.
+        # A product beyond 63 bits wraps and a shift extends the sign; the 32 bits that the mask keeps are right.
         first, third = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1 = (third >> 32 & _MASK) ^ c1 ^ low, third & _MASK
         c2, c3 = (first >> 32 & _MASK) ^ c3 ^ high, first & _MASK
@@ -25,10 +30,16 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> Tensor:
 
 
 def uniform(seed: int, steps: Tensor, ids: Tensor) -> Tensor:
-    """v in (0, 1), float32, of the shape that steps and ids broadcast to (int64, from 0; ids below 2^32).
+    """Uniform numbers in (0, 1): (word + 0.5) / 2^32 of the Philox word of counter (id, low of step, high of step, 0).
 
-    (word + 0.5) / 2^32 of the Philox word of counter (id, low of step, high of step, 0), in float32: as fine as 2^-32
-    near 0, where the words are that turn into the largest noises. Rounding up to 1 is kept at 1 - 2^-24.
+    They are float32, so as fine as 2^-32 near 0, from where the largest noise comes. 1, by rounding, becomes 1 - 2^-24.
+
+    Args:
+        seed: the key.
+        steps, ids: int64, from 0; ids below 2^32.
+
+    Returns:
+        float32, of the shape that steps and ids broadcast to.
     """
     steps, ids = torch.broadcast_tensors(steps, ids)
     word = philox((ids, steps & _MASK, steps >> 32 & _MASK, torch.zeros_like(ids)), seed)
@@ -36,5 +47,5 @@ def uniform(seed: int, steps: Tensor, ids: Tensor) -> Tensor:
 
 
 def gumbel(seed: int, steps: Tensor, ids: Tensor) -> Tensor:
-    """-log(-log(1 - v)): argmax of score + noise over ids has the distribution softmax(score)."""
+    """Noise -log(-log(1 - v)), v of `uniform`: argmax of score + noise over ids has the distribution softmax(score)."""
     return -torch.log(-torch.log1p(-uniform(seed, steps, ids)))
