@@ -29,8 +29,8 @@ from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.weights import names
 from arcmerge.kernels.combine import combine
 from arcmerge.kernels.gram import gram
-from arcmerge.merging.methods.method import Inputs
-from arcmerge.merging.methods.methods import METHODS
+from arcmerge.merging.methods.method import Arguments
+from arcmerge.merging.methods.registry import METHODS
 from cases import MODELS, SMALL, Blank, Case
 from cases.gemma import GEMMA_2
 from random_network import TINY, config_of, random_network
@@ -165,10 +165,10 @@ def merge() -> dict[str, Measurement]:
     outs = [OnDevice().empty(count) for count in counts]
     matrices = torch.empty(len(counts), 2, 2, dtype=torch.float64, device=device().memory)
     nonfinite = torch.zeros(len(counts), dtype=torch.int64, device=device().memory)
-    method, inputs = METHODS["slerp"], Inputs(count=2, base=0, shared={"t": 0.3, "slerp_normalize": False})
+    method, arguments = METHODS["slerp"], Arguments(count=2, base=0, shared={"t": 0.3, "slerp_normalize": False})
 
     def coefficients() -> Tensor:
-        values = [method.coefficients(matrix, inputs).values.tolist() for matrix in matrices.numpy(force=True)]
+        values = [method.coefficients(matrix, arguments).values.tolist() for matrix in matrices.numpy(force=True)]
         return torch.tensor(values, dtype=torch.float32).to(device().memory)
 
     def whole() -> None:

@@ -44,8 +44,8 @@ def slerp(
 def _slerp(a: Tensor, b: Tensor, given: float, slerp_normalize: bool, name: str) -> Tensor:
     import torch
 
-    from arcmerge.merging.methods.method import Inputs
-    from arcmerge.merging.methods.methods import METHODS
+    from arcmerge.merging.methods.method import Arguments
+    from arcmerge.merging.methods.registry import METHODS
     from arcmerge.merging.recipe.parameters import finite
     from arcmerge.ops import combine, gram
 
@@ -59,7 +59,7 @@ def _slerp(a: Tensor, b: Tensor, given: float, slerp_normalize: bool, name: str)
         raise ArcmergeError(f"'{name}' must be on the device of 'a' {a.device}, got {b.device}")
     if not a.is_floating_point() and not b.is_floating_point():
         return a.clone()  # a buffer of numbers that cannot be mixed: the base's is kept, as in a merge of checkpoints
-    inputs = Inputs(count=2, base=0, shared={"t": t, "slerp_normalize": slerp_normalize})
+    inputs = Arguments(count=2, base=0, shared={"t": t, "slerp_normalize": slerp_normalize})
     method, dtype = METHODS["slerp"], torch.promote_types(a.dtype, b.dtype)
     if (end := method.constant(inputs)) is not None:
         return (a, b)[int(end.values.argmax())].to(dtype, copy=True)

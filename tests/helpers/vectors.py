@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arcmerge.merging.methods.methods import Inputs, get
+from arcmerge.merging.methods.method import Arguments
+from arcmerge.merging.methods.registry import get
 from arcmerge.merging.recipe.parameters import REQUIRED
 
 Array = NDArray[np.float64]
@@ -18,11 +19,11 @@ Array = NDArray[np.float64]
 RELATIVE = 1e-12
 
 
-def inputs_of(name: str, count: int, base: int | None, parameters: Mapping[str, Any]) -> Inputs:
-    """Inputs with the method's defaults filled in. A per-input parameter is a sequence, with None at the base."""
+def arguments_of(name: str, count: int, base: int | None, parameters: Mapping[str, Any]) -> Arguments:
+    """Arguments with the method's defaults filled in. A per-input parameter is a sequence, with None at the base."""
     values = {p.name: p.default for p in get(name).parameters if p.default is not REQUIRED} | dict(parameters)
     shared = {p.name for p in get(name).parameters if p.scope == "shared"}
-    return Inputs(
+    return Arguments(
         count,
         base,
         {key: value for key, value in values.items() if key in shared},
@@ -37,16 +38,16 @@ def inputs_of(name: str, count: int, base: int | None, parameters: Mapping[str, 
 def merge(name: str, tensors: Sequence[Any], base: int | None = None, **parameters: Any) -> Array:
     """What a whole merge does with a method, in float64: Gram matrix, coefficients, combination."""
     stack = np.stack([np.asarray(tensor, np.float64) for tensor in tensors])
-    method, inputs = get(name), inputs_of(name, len(stack), base, parameters)
-    assert method.check(inputs) == []
-    vectors = stack[method.others(inputs)] - stack[base] if method.centered(inputs) else stack
-    axis = method.along(inputs)
+    method, arguments = get(name), arguments_of(name, len(stack), base, parameters)
+    assert method.check(arguments) == []
+    vectors = stack[method.others(arguments)] - stack[base] if method.centered(arguments) else stack
+    axis = method.dim(arguments)
     if axis is None:
         flat = vectors.reshape(len(vectors), -1)
         gram = flat @ flat.T
     else:
         gram = np.einsum("irc,jrc->rij" if axis else "irc,jrc->cij", vectors, vectors)
-    values = method.coefficients(gram, inputs).values
+    values = method.coefficients(gram, arguments).values
     return np.asarray(np.einsum({None: "k,k...->...", 1: "rk,krc->rc", 0: "ck,krc->rc"}[axis], values, stack))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.methods.methods import METHODS, get
+from arcmerge.merging.methods.registry import METHODS, get
 from vectors import assert_close, merge, random_tensors
 
 # Whatever mergekit 0.1.5 computes in float64; its bf16 and float32 paths round where these do not.

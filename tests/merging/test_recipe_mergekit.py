@@ -24,7 +24,7 @@ from mergekit.plan import MergePlanner
 
 import tiny
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.methods.methods import METHODS
+from arcmerge.merging.methods.registry import METHODS
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepared import prepare
 from arcmerge.merging.recipe.parameters import REQUIRED

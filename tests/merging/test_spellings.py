@@ -107,15 +107,18 @@ def test_inspection_of_one_folder_by_two_names(here: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"base_model": "C"}, "slerp takes exactly 1 model beside its base C, got 2 (A, B); remove 1"),
-        ({"base_model": None}, "slerp needs one of its 2 models (A, B) as the base, got none; set base_model to it"),
+        ({"base_model": "C"}, "'slerp' must have exactly 1 model besides its base C, got 2 (A, B); remove 1"),
+        (
+            {"base_model": None},
+            "'slerp' must have one of its 2 models (A, B) as the base, got none; set base_model to it",
+        ),
         (
             {"merge_method": "passthrough", "models": [{"model": "B"}]},
-            "passthrough takes exactly 1 model, got 2 (B, A, the base_model); remove 1",
+            "'passthrough' must have exactly 1 model, got 2 (B, A, the base_model); remove 1",
         ),
         (
             {"merge_method": "model_stock"},
-            "model_stock takes at least 2 models beside its base A, got 1 (B); add 1",
+            "'model_stock' must have at least 2 models besides its base A, got 1 (B); add 1",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from arcmerge.dtypes import F32, DType
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.cpu import CpuProcessor
 from arcmerge.merging.execution.gram_pass import Processor
-from arcmerge.merging.methods import methods
+from arcmerge.merging.methods import registry
 from arcmerge.merging.options import Options
 from arcmerge.merging.output.chat_template import find_template, with_template
 from arcmerge.merging.output.config_json import output_config
@@ -82,7 +82,7 @@ class Prepared:
 def prepare(config: Config, options: Options, warn: Warn) -> Prepared:
     """Read the recipe, open its models (fetching them from the hub if need be) and plan every tensor."""
     recipe = load_recipe(config)
-    for sentence in (*recipe.warnings, *recipe.check_parameters(methods.get(recipe.method).parameters)):
+    for sentence in (*recipe.warnings, *recipe.check_parameters(registry.get(recipe.method).parameters)):
         warn(sentence)
     checkpoints = _open(recipe, options)
     vocabulary = _vocabulary(recipe, checkpoints, options)
@@ -105,7 +105,7 @@ def _plan(
 ) -> Plan:
     return make_plan(
         recipe,
-        methods.get(recipe.method),
+        registry.get(recipe.method),
         checkpoints,
         vocabulary_rows=vocabulary.size if vocabulary else None,
         truncate_embeddings=options.unsafe_truncate_embeddings,

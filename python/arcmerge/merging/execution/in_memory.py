@@ -15,7 +15,7 @@ from arcmerge.merging.execution.gram_pass import Filling, Processor, coefficient
 from arcmerge.merging.execution.memory import Tick, places, residence_of
 from arcmerge.merging.execution.work_units import GRAM_ELEMENTS, Piece
 from arcmerge.merging.execution.workers import Workers
-from arcmerge.merging.methods import methods
+from arcmerge.merging.methods import registry
 from arcmerge.merging.methods.method import Coefficients
 from arcmerge.merging.plan.tensor_job import Job
 from arcmerge.merging.prepared import Prepared
@@ -163,7 +163,7 @@ class InMemoryMerge:
 
 def changed_recipe(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
     """The recipe with other parameters for all of the model; ArcmergeError for those that its method has not."""
-    method = methods.get(recipe.method)
+    method = registry.get(recipe.method)
     names = [parameter.name for parameter in method.parameters]
     if strange := [name for name in parameters if name not in names]:
         known = ", ".join(f"`{name}`" for name in names) or "none"

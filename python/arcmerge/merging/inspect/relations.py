@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcmerge.merging.execution.gram_pass import GramPass
-from arcmerge.merging.methods.methods import Slerp
+from arcmerge.merging.methods.spherical import Slerp
 from arcmerge.merging.plan.plan import Plan
 from arcmerge.merging.plan.tensor_names import place
 

@@ -1,4 +1,13 @@
-"""What a merge method is: a contract for the planner, and a pure function from a Gram matrix to coefficients."""
+"""The contract of a merge method: what it declares to the planner, and its arithmetic from Gram matrix to coefficients.
+
+Nearly every method is a linear combination of its inputs, out = sum_i c_i x_i, whose coefficients depend on lengths and
+angles only, that is on the Gram matrix G_ij = <x_i, x_j>. A method is therefore a small class: its contract, its
+parameters and `formula`, the arithmetic from G to c in float64. It never sees a tensor.
+
+In the formulas of this room x_i are the inputs, c the base, d_i = x_i - c, w_i the weights, and |x| is the length of a
+tensor flattened to one vector. The semantics are those of mergekit 0.1.5; steps that mergekit computes in the dtype of
+the weights are exact here.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +18,23 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from arcmerge.errors import counted
 from arcmerge.merging.recipe.parameters import Parameter
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a method knows about the inputs of one output tensor before any weight is read.
+class Arguments:
+    """The arguments of a method for one output tensor, known before any weight is read.
 
-    base: position of the base among the inputs, None if it is not one of them.
-    shared: every shared parameter of the method by name, defaults filled in.
-    per_input: every other parameter, one value an input; None at the base where the scope is non_base.
-    models: what the inputs are called, for sentences.
+    Args:
+        count: number of inputs.
+        base: index of the base among the inputs, None if it is not one of them.
+        shared: value of each shared parameter by name, defaults filled in.
+        per_input: values of each other parameter by name, one for each input; None at the base if the scope is
+            non_base.
+        models: names of the inputs for error messages.
     """
 
     count: int
@@ -33,35 +46,53 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """One coefficient per input, in the order of the inputs.
+    """One coefficient for each input, in the order of the inputs.
 
-    values: float64 (k,), or (vectors, k) where every vector has its own.
-    branch: "copy" if one input is the result, "linear" if all is mixed along straight lines, else the method's name.
+    Args:
+        values: float64 (k,), or (vectors, k) if every vector has its own.
+        branch: "copy" if the result is one of the inputs, "linear" if all vectors are mixed along straight lines, else
+            the name of the method.
     """
 
     values: Array
     branch: str
 
 
-def copy_of(position: int, inputs: Inputs) -> Coefficients:
-    return Coefficients(np.eye(inputs.count)[position], "copy")
+def copy_of(index: int, arguments: Arguments) -> Coefficients:
+    """The coefficients that copy one input."""
+    return Coefficients(np.eye(arguments.count)[index], "copy")
 
 
 def combination(values: Array) -> Coefficients:
-    """Coefficients (k,) that no weight had to be read for."""
+    """Coefficients (k,) that do not depend on the weights."""
     copied = np.count_nonzero(values) == 1 and values.sum() == 1
     return Coefficients(values, "copy" if copied else "linear")
 
 
-class Method:
-    """A merge method. A subclass states its contract and has a `formula` or a `constant` of its own.
+def zero_sum(weights: Array, switch: str) -> list[str]:
+    """An error message if `weights` sum to zero, up to rounding, and the parameter `switch` divides by the sum."""
+    if abs(weights.sum()) > 1e-12 * np.abs(weights).sum():
+        return []
+    return [
+        f"'weight' must not sum to 0 where '{switch}' divides by the sum, got a sum of 0; "
+        f"change a weight or set {switch}: false"
+    ]
 
-    title, reference: its name in prose, and where it is described.
-    base: whether one of the inputs must or may be told apart as the base; `ignored`, it is an input like any other.
-    minimum, maximum: how many inputs it takes beside the base. A single input is taken by every method.
-    centers: its Gram matrix is that of the differences to the base, where there is one.
-    between_inputs: inputs that are all equal give that input, whatever the parameters.
-    elementwise: not a Gram method; where `constant` is None, an op of its own computes it.
+
+class Method:
+    """A merge method. A subclass declares its contract and overrides `formula` or `constant`.
+
+    Attributes:
+        name: name in recipes.
+        title: name in model cards.
+        reference: URL of the description.
+        parameters: parameters that recipes can set.
+        base: whether one input is the base: "required", "optional", or "ignored" if it is an input like any other.
+        minimum: minimum number of inputs other than the base. Every method takes a single input.
+        maximum: maximum number of inputs other than the base, None for any number.
+        centers: whether its Gram matrix is that of the differences to the base, if there is a base.
+        idempotent: whether equal inputs give that input, whatever the parameters.
+        elementwise: whether it follows from no Gram matrix: if `constant` is None, an op of its own computes it.
     """
 
     name: ClassVar[str]
@@ -72,93 +103,102 @@ class Method:
     minimum: ClassVar[int] = 1
     maximum: ClassVar[int | None] = None
     centers: ClassVar[bool] = False
-    between_inputs: ClassVar[bool] = True
+    idempotent: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
 
-    def check(self, inputs: Inputs) -> list[str]:
-        """What is wrong with the inputs, a sentence each. All that follows is for inputs with nothing wrong."""
-        if inputs.count == 1:
+    def check(self, arguments: Arguments) -> list[str]:
+        """Return the error messages for these arguments. The other methods of the class need arguments without any."""
+        if arguments.count == 1:
             return []
-        if self.base == "required" and inputs.base is None:
-            models = f"{inputs.count} models{self._named(range(inputs.count), inputs)}"
-            return [f"{self.name} needs one of its {models} as the base, got none; set base_model to it"]
-        others = self.others(inputs)
-        count, most = len(others), self.maximum or inputs.count
-        if self.minimum <= count <= most:
+        if self.base == "required" and arguments.base is None:
+            models = f"{arguments.count} models{self._named(range(arguments.count), arguments)}"
+            return [f"'{self.name}' must have one of its {models} as the base, got none; set base_model to it"]
+        others = self.others(arguments)
+        count, maximum = len(others), self.maximum or arguments.count
+        if self.minimum <= count <= maximum:
             return []
-        limit = self.minimum if count < self.minimum else most
+        limit = self.minimum if count < self.minimum else maximum
         bound = "exactly" if self.minimum == self.maximum else "at least" if count < self.minimum else "at most"
-        models = "model" if limit == 1 else "models"
-        beside = ""
-        if self.base != "ignored" and inputs.base is not None:
-            beside = f" beside its base{f' {inputs.models[inputs.base]}' if inputs.models else ''}"
+        base = ""
+        if self.base != "ignored" and arguments.base is not None:
+            base = f" besides its base{f' {arguments.models[arguments.base]}' if arguments.models else ''}"
         change = f"add {limit - count}" if count < limit else f"remove {count - limit}"
         return [
-            f"{self.name} takes {bound} {limit} {models}{beside}, got {count}{self._named(others, inputs)}; {change}"
+            f"'{self.name}' must have {bound} {counted(limit, 'model')}{base}, "
+            f"got {count}{self._named(others, arguments)}; {change}"
         ]
 
-    def _named(self, positions: Iterable[int], inputs: Inputs) -> str:
-        """The models at these positions, in brackets, the one that base_model added or chose told from the others."""
-        if not inputs.models:
+    def _named(self, indices: Iterable[int], arguments: Arguments) -> str:
+        """The models at these indices in parentheses, with a note at the base model."""
+        if not arguments.models:
             return ""
         names = [
-            f"{inputs.models[place]}, the base_model" if place == inputs.base else inputs.models[place]
-            for place in positions
+            f"{arguments.models[index]}, the base_model" if index == arguments.base else arguments.models[index]
+            for index in indices
         ]
         return f" ({', '.join(names)})"
 
-    def others(self, inputs: Inputs) -> list[int]:
-        """Positions of the inputs beside the base."""
-        base = None if self.base == "ignored" else inputs.base
-        return [position for position in range(inputs.count) if position != base]
+    def others(self, arguments: Arguments) -> list[int]:
+        """Indices of the inputs other than the base."""
+        base = None if self.base == "ignored" else arguments.base
+        return [index for index in range(arguments.count) if index != base]
 
-    def centered(self, inputs: Inputs) -> bool:
+    def centered(self, arguments: Arguments) -> bool:
         """Whether the Gram matrix is that of the `others` minus the base, in this order; else it is of all inputs."""
-        return self.centers and inputs.base is not None
+        return self.centers and arguments.base is not None
 
-    def along(self, inputs: Inputs) -> Literal[0, 1] | None:
+    def dim(self, arguments: Arguments) -> Literal[0, 1] | None:
         """None: one Gram matrix for the tensor. 1: one for each row of a matrix. 0: one for each column."""
         return None
 
-    def constant(self, inputs: Inputs) -> Coefficients | None:
-        """The coefficients (k,) where no weight need be read to know them, else None. A single input is copied."""
-        return copy_of(0, inputs) if inputs.count == 1 else None
+    def constant(self, arguments: Arguments) -> Coefficients | None:
+        """The coefficients (k,) if they do not depend on the weights, else None. A single input is copied."""
+        return copy_of(0, arguments) if arguments.count == 1 else None
 
-    def coefficients(self, gram: Array, inputs: Inputs) -> Coefficients:
-        """The coefficients from the Gram matrix: float64 (..., k, k) -> (..., k); (k,) where they are constant.
+    def coefficients(self, gram: Array, arguments: Arguments) -> Coefficients:
+        """Compute the coefficients from the Gram matrix. Never warns.
 
-        gram: of what `centered` and `along` say. Where it is not finite, all coefficients are NaN. Never warns.
+        Args:
+            gram: float64 (..., k, k), as `centered` and `dim` say.
+            arguments: arguments without error messages.
 
-        Raises ArcmergeError if the method has no result for these inputs.
+        Returns:
+            float64 (..., k), or (k,) if they are constant; NaN for matrices that are not finite.
+
+        Raises:
+            ArcmergeError: if the method has no result for these inputs.
         """
-        if (constant := self.constant(inputs)) is not None:
+        if (constant := self.constant(arguments)) is not None:
             return constant
         with np.errstate(all="ignore"):
-            result = self.formula(gram, inputs)
+            result = self.formula(gram, arguments)
             finite = np.isfinite(gram.sum(axis=(-2, -1)))[..., None]
         return Coefficients(np.where(finite, result.values, np.nan), result.branch)
 
-    def formula(self, gram: Array, inputs: Inputs) -> Coefficients:
-        """The method itself: float64 (..., k, k) -> (..., k)."""
+    def formula(self, gram: Array, arguments: Arguments) -> Coefficients:
+        """The arithmetic of the method: float64 (..., k, k) -> (..., k)."""
         raise NotImplementedError(f"{self.name} does not follow from a Gram matrix")
 
-    def weights(self, inputs: Inputs) -> Array:
+    def weights(self, arguments: Arguments) -> Array:
         """The parameter `weight` of the `others`, (n,)."""
-        values = inputs.per_input["weight"]
-        return np.array([values[position] for position in self.others(inputs)], np.float64)
+        values = arguments.per_input["weight"]
+        return np.array([values[index] for index in self.others(arguments)], np.float64)
 
-    def place(self, weights: Array, inputs: Inputs, lengths: Array | None = None) -> Array:
-        """Weights (..., n) of the `others` or of their differences to the base -> coefficients (..., k).
+    def with_base(self, weights: Array, arguments: Arguments, lengths: Array | None = None) -> Array:
+        """Coefficients (..., k) of all inputs from weights (..., n) of the `others` or their differences to the base.
 
-        c + sum w_i d_i = (1 - sum w_i) c + sum w_i x_i: a base that differences were taken to gets what is left of 1.
+        c + sum w_i d_i = (1 - sum w_i) c + sum w_i x_i, so the base gets the rest to 1 if differences are weighted.
 
-        lengths: of the weighted vectors (..., n), or their squares. The weight of a zero vector is immaterial and made
-        zero, so that a tensor that equals the base in all inputs comes out bit for bit.
+        Args:
+            weights: float64 (..., n).
+            arguments: arguments of the method.
+            lengths: lengths (..., n) of the weighted vectors, or their squares. The weight of a zero vector has no
+                effect and is set to zero, so that a tensor that equals the base in all inputs is copied bit for bit.
         """
         if lengths is not None:
             weights = np.where(lengths > 0, weights, 0.0)
-        values = np.zeros((*weights.shape[:-1], inputs.count))
-        values[..., self.others(inputs)] = weights
-        if self.centered(inputs):
-            values[..., inputs.base] = 1.0 - weights.sum(axis=-1)
+        values = np.zeros((*weights.shape[:-1], arguments.count))
+        values[..., self.others(arguments)] = weights
+        if self.centered(arguments):
+            values[..., arguments.base] = 1.0 - weights.sum(axis=-1)
         return values

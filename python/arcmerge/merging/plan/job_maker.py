@@ -12,7 +12,7 @@ from arcmerge.checkpoint.layout import OutputTensor
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.dtypes import promote
 from arcmerge.errors import ArcmergeError, Problems
-from arcmerge.merging.methods.method import Coefficients, Inputs, Method
+from arcmerge.merging.methods.method import Arguments, Coefficients, Method
 from arcmerge.merging.plan.tensor_job import Input, Job
 from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.recipe import Recipe, Slice
@@ -75,7 +75,7 @@ class JobMaker:
         vocabulary = vocabulary and self._vocabulary_rows is not None
         result = promote(item.dtype for item in inputs)
         constant = self._method.constant(values)
-        if len({(item.model, item.info.name) for item in inputs}) == 1 and self._method.between_inputs:
+        if len({(item.model, item.info.name) for item in inputs}) == 1 and self._method.idempotent:
             constant = Coefficients(np.eye(len(inputs))[0], "copy")
         if vocabulary:  # a row that one model lacks may come from any other, in its type
             inputs = tuple(replace(item, cast=result if result != item.info.dtype else None) for item in inputs)
@@ -107,7 +107,7 @@ class JobMaker:
             output=OutputTensor(output_name, dtype, shape),
             inputs=(item,),
             method=self._method,
-            values=Inputs(count=1, base=None),
+            values=Arguments(count=1, base=None),
             result=item.dtype,
             constant=Coefficients(np.ones(1), "copy") if dtype.mergeable else None,
             vocabulary=rows is not None,
@@ -183,7 +183,7 @@ class JobMaker:
         base = piece.base_model or self._recipe.base_model
         return next((position for position, source in enumerate(piece.sources) if source.model == base), None)
 
-    def _values(self, piece: Slice, output_name: str, names: Sequence[str], u: float, base: int | None) -> Inputs:
+    def _values(self, piece: Slice, output_name: str, names: Sequence[str], u: float, base: int | None) -> Arguments:
         shared: dict[str, Any] = {}
         per_input: dict[str, tuple[Any, ...]] = {}
         for parameter in self._method.parameters:
@@ -197,7 +197,7 @@ class JobMaker:
                     for position, (source, name) in enumerate(zip(piece.sources, names, strict=True))
                 )
         models = tuple(str(source.model) for source in piece.sources)
-        return Inputs(len(names), base, shared, per_input, models)
+        return Arguments(len(names), base, shared, per_input, models)
 
 
 def _used(inputs: tuple[Input, ...], constant: Coefficients) -> tuple[tuple[Input, ...], Coefficients]:

@@ -8,7 +8,7 @@ from math import prod
 from arcmerge.checkpoint.layout import OutputTensor
 from arcmerge.checkpoint.reader import Checkpoint, TensorInfo
 from arcmerge.dtypes import DType
-from arcmerge.merging.methods.method import Coefficients, Inputs, Method
+from arcmerge.merging.methods.method import Arguments, Coefficients, Method
 from arcmerge.merging.recipe.model_reference import ModelReference
 
 
@@ -42,7 +42,7 @@ class Job:
     output: OutputTensor
     inputs: tuple[Input, ...]
     method: Method
-    values: Inputs
+    values: Arguments
     result: DType
     constant: Coefficients | None
     vocabulary: bool = False
@@ -59,7 +59,7 @@ class Job:
     @property
     def along(self) -> int | None:
         """The axis of the vectors that get coefficients of their own, None for one set for the whole tensor."""
-        return self.method.along(self.values) if len(self.output.shape) > 1 else None
+        return self.method.dim(self.values) if len(self.output.shape) > 1 else None
 
     @property
     def matrix(self) -> tuple[int, int]:
