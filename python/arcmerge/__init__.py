@@ -1,10 +1,12 @@
 """arcmerge: spherical merges of language models at the speed of the disk.
 
     arcmerge.merge("recipe.yml", "out/")        a checkpoint from a mergekit configuration
+    arcmerge.plan("recipe.yml")                 the decisions of a merge, without merging
+    arcmerge.inspect("a/", "b/")                how two models relate, tensor by tensor
     arcmerge.slerp(a, b, 0.3)                   tensors or state dicts in memory
     arcmerge.Gemma2.from_pretrained("out/")     a Gemma-2 that generates and scores
 
-Importing this package imports nothing: each name comes from its module when it is first asked for.
+Importing this package imports nothing: each name is imported from its module on first access.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from arcmerge.gemma2.model import Gemma2
     from arcmerge.merging.merge import merge
     from arcmerge.merging.options import Options
+    from arcmerge.merging.preview import inspect, plan
     from arcmerge.merging.report import MergeReport
     from arcmerge.sweeping.sweep import sweep
     from arcmerge.tensors import slerp
@@ -30,7 +33,9 @@ __all__ = [
     "Options",
     "__version__",
     "get_num_threads",
+    "inspect",
     "merge",
+    "plan",
     "set_num_threads",
     "slerp",
     "sweep",
@@ -42,7 +47,9 @@ _HOMES = {
     "MergeReport": "arcmerge.merging.report",
     "Options": "arcmerge.merging.options",
     "get_num_threads": "arcmerge.threads",
+    "inspect": "arcmerge.merging.preview",
     "merge": "arcmerge.merging.merge",
+    "plan": "arcmerge.merging.preview",
     "set_num_threads": "arcmerge.threads",
     "slerp": "arcmerge.tensors",
     "sweep": "arcmerge.sweeping.sweep",

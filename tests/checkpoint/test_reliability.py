@@ -82,12 +82,11 @@ def test_merges_may_run_beside_each_other(recipe: Recipe, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"thread": 2}, "unknown option 'thread'"),
         ({"threads": "2"}, "'threads' must be a whole number"),
         ({"threads": 0}, "'threads' must be a whole number"),
         ({"threads": 10**9}, "from 1 to 1024"),
         ({"device": None}, "'device' must be"),
-        ({"device": "tpu"}, "device must be"),
+        ({"device": "tpu"}, "'device' must be"),
         ({"allow_nonfinite": "no"}, "'allow_nonfinite' must be True or False"),
         ({"out_shard_size": None}, "a shard size is"),
     ],

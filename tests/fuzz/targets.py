@@ -17,7 +17,8 @@ from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.gemma2.model import Gemma2
 from arcmerge.merging.merge import merge
 from arcmerge.merging.options import Options
-from arcmerge.merging.prepared import prepare, small_files
+from arcmerge.merging.output.files import small_files
+from arcmerge.merging.prepare import prepare
 from arcmerge.sweeping.journal import Journal, Scored
 from arcmerge.sweeping.results import best_of, write_tables
 from arcmerge.sweeping.scores import read_questions

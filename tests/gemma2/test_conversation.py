@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
-from arcmerge.merging.output.chat_template import NAMED, read_template, read_templates
+from arcmerge.merging.output.chat_template import NAMED, named_template, read_templates
 from gemma2_models import SPECIAL, TOKENS, TURNS, save_fallback_tokenizer
 
 BOS = 2
@@ -23,7 +23,7 @@ TALK = [
 ]
 EACH = "{% for m in messages %}"
 TEMPLATES = {
-    **NAMED,
+    **{name: named_template(name) for name in NAMED},
     "gemma as published": TURNS,
     "break": EACH + "{% if loop.index0 > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "continue": EACH + "{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
@@ -135,9 +135,9 @@ def test_templates_have_names(tmp_path: Path) -> None:
 
 def test_a_processors_template_is_read_where_there_is_no_other(tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "g"}))
-    assert read_template(tmp_path) == "g"
+    assert read_templates(tmp_path)["default"] == "g"
     save(tmp_path, "h")
-    assert read_template(tmp_path) == "h"
+    assert read_templates(tmp_path)["default"] == "h"
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_dtypes_and_devices_that_are_not_given(folder: Path, tmp_path: Path) -> 
         ),
         (
             lambda model: Gemma2.from_pretrained(".", device="gpu"),
-            "device must be auto, cpu, cuda or cuda:N, got 'gpu'",
+            "'device' must be auto, cpu, cuda or cuda:N, got 'gpu'",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.output.chat_template import NAMED, find_template, read_template, with_template
+from arcmerge.merging.output.chat_template import NAMED, find_template, named_template, read_templates, with_template
 
 USER = {"role": "user", "content": " What is an arc? "}
 ANSWER = {"role": "assistant", "content": "Part of a circle."}
@@ -91,22 +91,22 @@ FORMATS = {"alpaca": ALPACA, "chatml": CHATML, "exaone": EXAONE, "gemma": GEMMA,
 class TestNamed:
     @pytest.mark.parametrize("name", NAMED)
     def test_published_format(self, name: str) -> None:
-        assert render(NAMED[name], [SYSTEM, USER, ANSWER, AGAIN]) == FORMATS[name]
+        assert render(named_template(name), [SYSTEM, USER, ANSWER, AGAIN]) == FORMATS[name]
 
     @pytest.mark.parametrize("name", NAMED)
     def test_a_conversation_grows_at_its_end(self, name: str) -> None:
         """What the model has read stays as it was when its answer and the next question follow."""
-        before = render(NAMED[name], [USER])
-        after = render(NAMED[name], [USER, ANSWER, AGAIN], ask=False)
+        before = render(named_template(name), [USER])
+        after = render(named_template(name), [USER, ANSWER, AGAIN], ask=False)
         assert after.startswith(before.rstrip())
         assert "Part of a circle." not in before
 
     def test_exaone_opens_with_an_empty_system_turn(self) -> None:
-        assert render(NAMED["exaone"], [USER]).startswith("[|system|][|endofturn|]\n[|user|]")
+        assert render(named_template("exaone"), [USER]).startswith("[|system|][|endofturn|]\n[|user|]")
 
     def test_mistral_takes_turns(self) -> None:
         with pytest.raises(Exception, match="must take turns"):
-            render(NAMED["mistral"], [USER, AGAIN])
+            render(named_template("mistral"), [USER, AGAIN])
 
     @pytest.mark.parametrize("messages", [[USER], [SYSTEM, USER], [USER, ANSWER, AGAIN]], ids=len)
     @pytest.mark.parametrize("name", sorted(set(NAMED) - {"gemma"}))
@@ -114,7 +114,7 @@ class TestNamed:
         """chatml and mistral not even in that; the others' files leak their own line ends into the prompt."""
         folder = pytest.importorskip("mergekit._data.chat_templates").__path__[0]
         theirs = render(Path(folder, f"{name}.jinja").read_text(), messages)
-        ours = render(NAMED[name], messages)
+        ours = render(named_template(name), messages)
         assert re.sub(r"\s", "", ours) == re.sub(r"\s", "", theirs)
         if name in ("chatml", "mistral"):
             assert ours == theirs
@@ -163,4 +163,4 @@ def test_the_new_template_is_the_only_one(tmp_path: Path) -> None:
     assert json.loads(changed["tokenizer_config.json"]) == {"bos_token": "<s>"}
     for name, content in changed.items():
         (tmp_path / name).write_bytes(content)
-    assert read_template(tmp_path) == "{{ new }}"
+    assert read_templates(tmp_path)["default"] == "{{ new }}"

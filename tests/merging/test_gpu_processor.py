@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import arcmerge
 import tiny
-from arcmerge.merging import prepared
 from arcmerge.merging.execution import in_memory, memory
 from arcmerge.merging.execution.memory import GpuMemory
+from arcmerge.merging.execution.processor import aligned_rows
+from arcmerge.merging.prepare import Prepared
 
 MODELS = ("gemma-a", "gemma-b", "gemma-c", "gemma-b-f32", "gemma-b-vocabulary")
 # What each case takes beside kernels and plain copies of weights to the device.
@@ -66,11 +67,11 @@ def test_the_device_pipeline_makes_what_the_cpu_makes(
 
     from arcmerge.merging.execution.gpu import GpuProcessor
 
-    def on_device(self: prepared.Prepared) -> GpuProcessor:
-        rows = prepared.aligned_rows(self.plan, self.vocabulary)
-        return GpuProcessor(self.plan.jobs, rows, "cpu", self.options.thread_count)
+    def on_device(prepared: Prepared) -> GpuProcessor:
+        rows = aligned_rows(prepared.plan, prepared.vocabulary)
+        return GpuProcessor(prepared.plan.jobs, rows, "cpu", prepared.options.thread_count)
 
-    monkeypatch.setattr(prepared.Prepared, "processor", on_device)
+    monkeypatch.setattr("arcmerge.merging.merge.processor_for", on_device)
     # The interpreter replaces parts of triton while a kernel runs: one thread only.
     arcmerge.merge(config, tmp_path / "device", threads=1)
     host, device = (load_file(tmp_path / name / "model.safetensors") for name in ("host", "device"))
@@ -160,5 +161,5 @@ def test_a_device_that_is_not_there_is_named(models: Path, tmp_path: Path) -> No
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     config = {"merge_method": "passthrough", "models": [{"model": str(models / "gemma-a")}]}
-    with pytest.raises(arcmerge.ArcmergeError, match="'cuda:3' must be one of the 0 CUDA devices"):
+    with pytest.raises(arcmerge.ArcmergeError, match="'device' must be one of the 0 CUDA devices"):
         arcmerge.merge(config, tmp_path / "out", device="cuda:3")

@@ -383,9 +383,7 @@ def test_the_order_of_the_inputs_is_immaterial(order: list[int], name: str) -> N
          "by the sum, got a sum of 0; change a weight or set normalize_weights: false"),
     ],
 )  # fmt: skip
-def test_wrong_inputs_are_told(
-    name: str, count: int, base: int | None, parameters: dict[str, Any], sentence: str
-) -> None:
+def test_wrong_inputs_are_told(name: str, count: int, base: int | None, parameters: Any, sentence: str) -> None:
     assert get(name).check(arguments_of(name, count, base, parameters)) == [sentence]
 
 

@@ -11,9 +11,10 @@ import pytest
 
 import arcmerge
 import tiny
-from arcmerge.merging import prepared
+from arcmerge.merging.execution import processor
 from arcmerge.merging.execution.gpu import GpuProcessor
 from arcmerge.merging.options import Options
+from arcmerge.merging.prepare import prepare
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 SMALL = tiny.Geometry(8, 16, 2, 2, 1, 4, 288)
@@ -93,11 +94,7 @@ def test_rows_that_are_matched_by_token(make: Callable[..., None], monkeypatch: 
 
 def test_through_the_buffers_of_a_device(make: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     make(-1e5)
-    monkeypatch.setattr(
-        prepared,
-        "CpuProcessor",
-        lambda jobs, rows: GpuProcessor(jobs, rows, "cpu", 1),
-    )
+    monkeypatch.setattr(processor, "CpuProcessor", lambda jobs, rows: GpuProcessor(jobs, rows, "cpu", 1))
     sentence = refusal({**SLERP, "dtype": "float16"})
     assert sentence == f"{TO_FLOAT16} where `dtype` casts the inputs; set dtype: bfloat16"
 
@@ -140,6 +137,6 @@ def test_a_merge_in_memory_says_the_same(make: Callable[..., None]) -> None:
     from arcmerge.merging.execution.in_memory import InMemoryMerge
 
     make(-1e5)
-    made = prepared.prepare({**SLERP, "dtype": "float16"}, Options(device="cpu"), lambda sentence: None)
+    made = prepare({**SLERP, "dtype": "float16"}, Options(device="cpu"), lambda sentence: None)
     with pytest.raises(arcmerge.ArcmergeError, match=TO_FLOAT16):
         InMemoryMerge(made)

@@ -64,7 +64,7 @@ class TestGradient:
 
     def test_of_whole_numbers_must_stay_whole(self):
         assert gradient([2, 4], 0.5, int) == 3
-        with pytest.raises(ArcmergeError, match=r"t: must be a whole number, got 2\.5"):
+        with pytest.raises(ArcmergeError, match=r"'t' must be a whole number, got 2\.5"):
             gradient([2, 4], 0.25, int)
 
 
@@ -91,14 +91,14 @@ class TestConvert:
     @pytest.mark.parametrize(
         ("value", "kind", "sentence"),
         [
-            ("abc", float, "t: must be a finite number, got 'abc'"),
-            ("", float, "t: must be a finite number, got ''"),
-            (math.nan, float, "t: must be a finite number, got nan"),
-            ("-inf", float, "t: must be a finite number, got '-inf'"),
-            (10**400, float, "t: must be a finite number, got 1000"),
-            (1.5, int, "t: must be a whole number, got 1.5"),
-            ("maybe", bool, "t: must be true or false, got 'maybe'"),
-            (2, bool, "t: must be true or false, got 2"),
+            ("abc", float, "'t' must be a finite number, got 'abc'"),
+            ("", float, "'t' must be a finite number, got ''"),
+            (math.nan, float, "'t' must be a finite number, got nan"),
+            ("-inf", float, "'t' must be a finite number, got '-inf'"),
+            (10**400, float, "'t' must be a finite number, got 1000"),
+            (1.5, int, "'t' must be a whole number, got 1.5"),
+            ("maybe", bool, "'t' must be true or false, got 'maybe'"),
+            (2, bool, "'t' must be true or false, got 2"),
         ],
         ids=["word", "empty", "nan", "infinity", "overflow", "fraction", "not-a-switch", "two"],
     )
@@ -173,8 +173,8 @@ class TestLevels:
         with pytest.raises(ArcmergeError) as caught:
             resolve(T, levels, "model.embed_tokens.weight", 0.0)
         assert str(caught.value) == (
-            "`t` has no value for model.embed_tokens.weight: "
-            "no filter in slices[0].parameters.t or parameters.t is part of its name; "
+            "'t' must have a value for model.embed_tokens.weight, got none "
+            "because no filter of slices[0].parameters.t or parameters.t matches its name; "
             "add a last entry without a filter, `- value: ...`, for all other tensors"
         )
 
@@ -182,8 +182,7 @@ class TestLevels:
         with pytest.raises(ArcmergeError) as caught:
             resolve(T, [Settings(""), Settings("parameters")], "model.norm.weight", 0.0)
         assert str(caught.value) == (
-            "`t` has no value for model.norm.weight: the merge method needs it and nothing sets it; "
-            "set `t: ...` in parameters"
+            "'t' must have a value for model.norm.weight, got none; set `t: ...` in parameters"
         )
 
     def test_value_in_an_ignored_block_is_named_as_the_cause(self):
@@ -191,6 +190,6 @@ class TestLevels:
         with pytest.raises(ArcmergeError) as caught:
             resolve(T, [Settings("parameters")], "model.norm.weight", 0.0, ignored)
         assert str(caught.value) == (
-            "`t` has no value for model.norm.weight: models[1].parameters.t is not read "
-            "because `t` holds for all inputs at once; move it to parameters"
+            "'t' must have a value for model.norm.weight, got none because models[1].parameters.t is not read for a "
+            "value that all inputs share; move it to parameters"
         )

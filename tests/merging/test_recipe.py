@@ -13,8 +13,10 @@ import yaml
 
 from arcmerge.dtypes import BF16, F16, F32
 from arcmerge.errors import ArcmergeError
+from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.parameters import Parameter
-from arcmerge.merging.recipe.recipe import ModelReference, ModelToken, TokenizerRecipe, TokenRule, load_recipe
+from arcmerge.merging.recipe.recipe import load_recipe
+from arcmerge.merging.recipe.tokenizer_block import ModelToken, TokenizerRecipe, TokenRule
 
 A, B = ModelReference("A"), ModelReference("B")
 T = Parameter("t")
@@ -173,8 +175,7 @@ class TestValues:
         assert recipe.value(T, second, None, "model.layers.20.self_attn.q_proj.weight", 0.5) == 0.6
         assert recipe.value(T, second, None, "model.norm.weight", 0.0) == 0.7
         assert recipe.check_parameters([T]) == (
-            "slices[0].sources[1].parameters.t: ignored, `t` holds for all inputs at once; "
-            "move it to the slice or recipe",
+            "slices[0].sources[1].parameters.t: ignored, all inputs share one `t`; move it to the slice or recipe",
         )
 
     def test_module_stands_between_slice_and_recipe(self):
@@ -214,14 +215,14 @@ class TestValues:
         recipe = load_recipe(pair(models=[{"model": "B", "parameters": {"weight": 1}}]))
         (piece,) = recipe.slices
         with pytest.raises(
-            ArcmergeError, match=r"set `weight: \.\.\.` in parameters of the base model listed under models"
+            ArcmergeError, match=r"set `weight: \.\.\.` in the parameters of the base model listed under models"
         ):
             recipe.value(WEIGHT, piece, piece.sources[1], "model.norm.weight", 0.0)
 
     def test_t_under_models_only(self):
         recipe = load_recipe(pair(models=[{"model": "A"}, {"model": "B", "parameters": {"t": 0.3}}]))
         with pytest.raises(
-            ArcmergeError, match=re.escape("models[1].parameters.t is not read because `t` holds for all")
+            ArcmergeError, match=re.escape("models[1].parameters.t is not read for a value that all inputs share")
         ):
             recipe.value(T, recipe.slices[0], None, "model.embed_tokens.weight", 0.0)
 

@@ -26,7 +26,7 @@ import tiny
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.methods.registry import METHODS
 from arcmerge.merging.options import Options
-from arcmerge.merging.prepared import prepare
+from arcmerge.merging.prepare import prepare
 from arcmerge.merging.recipe.parameters import REQUIRED
 from vectors import assert_close, merge, random_tensors
 

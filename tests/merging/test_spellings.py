@@ -149,7 +149,7 @@ def test_a_line_is_a_recipe(text: str) -> None:
     "path", ["nowhere.yml", "{name}.yml", "models/absent.yml", "my models: second.yml", "a" * 5000, "x\0y", "slerp"]
 )
 def test_a_file_that_is_not_there_is_said_to_be(path: str) -> None:
-    with pytest.raises(arcmerge.ArcmergeError, match=r"^the recipe '.*' cannot be read: "):
+    with pytest.raises(arcmerge.ArcmergeError, match=r"^'.*' must be a file that can be read as a recipe, got "):
         load_recipe(path)
 
 
@@ -161,7 +161,7 @@ def test_a_file_whose_name_looks_like_a_recipe_is_read(tmp_path: Path, monkeypat
 
 
 def test_a_slip_in_a_line_is_one_of_yaml() -> None:
-    with pytest.raises(arcmerge.ArcmergeError, match=r"^the recipe must be one valid YAML document: line 1, column "):
+    with pytest.raises(arcmerge.ArcmergeError, match=r"^'recipe' must be one valid YAML document, got line 1, column "):
         load_recipe(ONE_LINE.removesuffix("}"))
 
 

@@ -23,7 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from arcmerge.merging.inspect import tables
-    from arcmerge.merging.merge import preview
+    from arcmerge.merging.preview import preview
     from arcmerge.merging.options import Options
 
     options = Options.of({**merge_options(arguments), "allow_nonfinite": True})

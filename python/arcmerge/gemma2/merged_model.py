@@ -22,10 +22,11 @@ from arcmerge.gemma2.weights import DTYPES as STORED
 from arcmerge.gemma2.weights import HEAD, assemble, find_tensors
 from arcmerge.interrupts import remove_at_end
 from arcmerge.merging.execution.in_memory import InMemoryMerge
-from arcmerge.merging.merge import Progress, merge
-from arcmerge.merging.options import Options
-from arcmerge.merging.prepared import Config as MergeConfig
-from arcmerge.merging.prepared import Warn, prepare, small_files
+from arcmerge.merging.merge import merge
+from arcmerge.merging.options import Options, Progress, Warn
+from arcmerge.merging.output.files import small_files
+from arcmerge.merging.prepare import prepare
+from arcmerge.merging.recipe.recipe import MergeConfig
 from arcmerge.merging.report import MergeReport
 
 

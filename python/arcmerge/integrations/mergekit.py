@@ -17,7 +17,7 @@ from arcmerge.errors import ArcmergeError, needed
 from arcmerge.integrations.undo import Undo
 from arcmerge.merging.merge import merge
 from arcmerge.merging.options import Options
-from arcmerge.merging.prepared import prepare
+from arcmerge.merging.prepare import prepare
 
 if __name__ == "__main__":  # what follows takes seconds
     interrupts.end_at_once("nothing was written")

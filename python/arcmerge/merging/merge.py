@@ -1,4 +1,4 @@
-"""The whole way from a configuration to a merged checkpoint on disk."""
+"""The public function `merge`: from a configuration to a merged checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -7,59 +7,106 @@ import warnings as python_warnings
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
 
 from arcmerge.checkpoint.layout import INDEX_NAME, index_json, parse_size, shard
 from arcmerge.checkpoint.output_folder import OutputFolder
 from arcmerge.checkpoint.writer import ShardFile
 from arcmerge.interrupts import check, held, say
-from arcmerge.merging.execution.gram_pass import GramPass, sum_grams
+from arcmerge.merging.execution.gram_pass import GramPass
+from arcmerge.merging.execution.processor import processor_for
 from arcmerge.merging.execution.to_disk import DiskMerge
-from arcmerge.merging.options import Options
+from arcmerge.merging.options import Options, Progress, Warn
+from arcmerge.merging.output.files import small_files
 from arcmerge.merging.plan.tensor_job import Job
-from arcmerge.merging.prepared import Config, Prepared, Warn, prepare, small_files
+from arcmerge.merging.prepare import prepare
+from arcmerge.merging.recipe.recipe import MergeConfig
 from arcmerge.merging.report import MergeReport
 
 
-class Progress(Protocol):
-    """Told how far the work is: `done` of `total`, in bytes."""
-
-    def __call__(self, done: int, total: int) -> None: ...
-
-
 def merge(
-    config: Config,
+    config: MergeConfig,
     out: str | Path,
     *,
+    device: str = "auto",
+    threads: int | None = None,
+    out_shard_size: str | int = "5B",
+    copy_tokenizer: bool = True,
+    write_model_card: bool = True,
+    allow_nonfinite: bool = False,
+    allow_crimes: bool = False,
+    unsafe_truncate_embeddings: bool = False,
+    transformers_cache: str | None = None,
     progress: Progress | None = None,
     warn: Warn = python_warnings.warn,
-    **options: Any,
 ) -> MergeReport:
-    """Merge the models of a mergekit configuration into the checkpoint folder `out`.
+    """Merge the models of a mergekit configuration into a checkpoint folder.
 
-    config: path of a YAML file, YAML text, or the configuration as a mapping. progress: see Progress.
-    warn: told of whatever the configuration says without effect. options: the fields of `Options`, by name.
+    The folder `out` appears complete and durable, or not at all. An older result there is replaced only then.
 
-    Returns when the result is durable. `out` appears complete or not at all; an older result there is replaced only
-    then. Raises ArcmergeError with one sentence per problem.
+    Args:
+        config: path of a YAML file, YAML text, or the configuration as a mapping.
+        out: the folder of the result.
+        device: "cpu", "cuda", "cuda:N", or "auto" for CUDA if there is a GPU, else the CPU. The bits of the result do
+            not depend on the number of threads.
+        threads: number of compute threads. Default: `arcmerge.get_num_threads()`.
+        out_shard_size: maximum bytes of a file of weights, as a number or as text such as "5B" or "500M".
+        copy_tokenizer: copy the tokenizer files of the base model.
+        write_model_card: write README.md and mergekit_config.yml.
+        allow_nonfinite: accept NaN and infinity in the weights.
+        allow_crimes: accept models of different architectures.
+        unsafe_truncate_embeddings: truncate vocabularies of different sizes to the smallest one.
+        transformers_cache: cache folder for models from the hub. Default: the cache of huggingface_hub.
+        progress: called with the bytes that are done and the bytes in total.
+        warn: called with a sentence for each part of the configuration that has no effect and for each difference
+            between the models. Default: `warnings.warn`.
+
+    Returns:
+        What was merged, how many bytes were written, and how long it took.
+
+    Raises:
+        ArcmergeError: with one sentence for each problem. Everything that can be known without the weights is checked
+            before anything is written.
+
+    Example:
+        >>> report = arcmerge.merge(
+        ...     {
+        ...         "merge_method": "slerp",
+        ...         "base_model": "google/gemma-2-2b",
+        ...         "models": [{"model": "google/gemma-2-2b"}, {"model": "google/gemma-2-2b-it"}],
+        ...         "parameters": {"t": 0.3},
+        ...     },
+        ...     "out/",
+        ... )
+        >>> report.merged
+        288
     """
     started = time.monotonic()
-    chosen = Options.of(options)
-    shard_bytes = parse_size(chosen.out_shard_size)
-    sentences: list[str] = []
+    options = Options(
+        device=device,
+        threads=threads,
+        out_shard_size=out_shard_size,
+        copy_tokenizer=copy_tokenizer,
+        write_model_card=write_model_card,
+        allow_nonfinite=allow_nonfinite,
+        allow_crimes=allow_crimes,
+        unsafe_truncate_embeddings=unsafe_truncate_embeddings,
+        transformers_cache=transformers_cache,
+    )
+    shard_bytes = parse_size(options.out_shard_size)
+    warnings: list[str] = []
 
     def noted(sentence: str) -> None:
-        sentences.append(sentence)
+        warnings.append(sentence)
         warn(sentence)
 
-    prepared = prepare(config, chosen, noted)
+    prepared = prepare(config, options, noted)
     plan = prepared.plan
     small = small_files(prepared, Path(out).name)
     shards = shard([job.output for job in plan.jobs], shard_bytes, {*small, INDEX_NAME})
     total = sum(one.nbytes for one in shards)
     if (index := index_json(shards)) is not None:
         small[INDEX_NAME] = index
-    processor = prepared.processor()
+    processor = processor_for(prepared)
     say("an older output is as it was")
     with held(), ExitStack() as stack:
         folder = stack.enter_context(
@@ -69,7 +116,7 @@ def merge(
             (folder.path / name).write_bytes(content)
         files = [stack.enter_context(ShardFile(folder.path / one.file_name, one.nbytes)) for one in shards]
         work = DiskMerge(
-            plan.jobs, shards, files, processor, threads=chosen.thread_count, allow_nonfinite=chosen.allow_nonfinite
+            plan.jobs, shards, files, processor, threads=options.thread_count, allow_nonfinite=options.allow_nonfinite
         )
         with prepared.unchanged():
             work.run(lambda done: progress(done, total) if progress else None)
@@ -81,32 +128,14 @@ def merge(
         method=plan.method.name,
         nbytes=total,
         seconds=time.monotonic() - started,
-        branches=Counter(branch(job, work.sums, number) for number, job in enumerate(plan.jobs)),
-        warnings=tuple(sentences),
+        branches=Counter(branch(job, work.sums, index) for index, job in enumerate(plan.jobs)),
+        warnings=tuple(warnings),
         notes=plan.notes,
     )
 
 
-def preview(
-    config: Config, options: Options, *, progress: Progress | None = None, warn: Warn = python_warnings.warn
-) -> tuple[Prepared, GramPass]:
-    """The plan of a merge with every tensor's coefficients: its Gram pass, without the mixing."""
-    prepared = prepare(config, options, warn)
-    jobs = prepared.plan.jobs
-    with prepared.unchanged():
-        grams = sum_grams(
-            jobs,
-            prepared.processor(),
-            range(len(jobs)),
-            threads=options.thread_count,
-            allow_nonfinite=options.allow_nonfinite,
-            tick=progress or (lambda done, total: None),
-        )
-    return prepared, grams
-
-
-def branch(job: Job, grams: GramPass, number: int) -> str:
-    """How a tensor comes about: "copy", "linear", or the name of the method."""
+def branch(job: Job, grams: GramPass, index: int) -> str:
+    """How the tensor of jobs[index] is computed: "copy", "linear", or the name of the method."""
     if job.copied:
         return "copy"
-    return grams.coefficients[number].branch if number in grams.coefficients else job.method.name
+    return grams.coefficients[index].branch if index in grams.coefficients else job.method.name

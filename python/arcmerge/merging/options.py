@@ -1,27 +1,47 @@
-"""How to merge, beside what the recipe says."""
+"""Options of a merge that are not part of the recipe, and the callbacks that a caller can pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.workers import MOST_THREADS
 from arcmerge.merging.recipe.yaml_document import shown
 from arcmerge.threads import get_num_threads
 
-# What CUDA's driver shows on Linux and in Windows' subsystem for it.
+# Files of the CUDA driver: on Linux, and in the Windows Subsystem for Linux.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
+
+Warn = Callable[[str], None]
+"""Warning callback: called with one sentence for each warning."""
+
+
+class Progress(Protocol):
+    """Progress callback: called with the bytes that are done and the bytes in total."""
+
+    def __call__(self, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to merge, beside what the recipe says.
+    """Options of a merge that are not part of the recipe.
 
-    device: "auto" takes CUDA if there is one, else "cpu"; "cuda" or "cuda:N" ask for it.
-    threads: compute threads, None for arcmerge.get_num_threads(). out_shard_size: bytes, as a number or like "5B".
+    Args:
+        device: "cpu", "cuda", "cuda:N", or "auto" for CUDA if there is a GPU, else the CPU.
+        threads: number of compute threads; None for `arcmerge.get_num_threads()`.
+        out_shard_size: maximum bytes of a file of weights, as a number or as text such as "5B" or "500M".
+        copy_tokenizer: copy the tokenizer files of the base model.
+        write_model_card: write README.md and mergekit_config.yml.
+        allow_nonfinite: accept NaN and infinity in the weights.
+        allow_crimes: accept models of different architectures.
+        unsafe_truncate_embeddings: truncate vocabularies of different sizes to the smallest one.
+        transformers_cache: cache folder for models from the hub; None for the one of huggingface_hub.
+
+    Raises:
+        ArcmergeError: for a value of the wrong type or out of range.
     """
 
     device: str = "auto"
@@ -34,23 +54,23 @@ class Options:
     unsafe_truncate_embeddings: bool = False
     transformers_cache: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(getattr(Options, name), bool) and not isinstance(value, bool):
+                raise ArcmergeError(f"'{name}' must be True or False, got {shown(value)}")
+        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= MOST_THREADS):
+            raise ArcmergeError(
+                f"'threads' must be a whole number from 1 to {MOST_THREADS} or None, got {shown(self.threads)}"
+            )
+        if not isinstance(self.device, str):
+            raise ArcmergeError(f"'device' must be auto, cpu, cuda or cuda:N, got {shown(self.device)}")
+
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Options:
-        """Options from their names. Raises ArcmergeError for an unknown name or a value of a wrong type."""
+        """Make options from a mapping of names to values; ArcmergeError for an unknown name."""
         if unknown := fields.keys() - cls.__dataclass_fields__.keys():
-            raise ArcmergeError(f"unknown option '{min(unknown)}'; there are {', '.join(cls.__dataclass_fields__)}")
-        options = cls(**fields)
-        for name, value in vars(options).items():
-            if isinstance(getattr(cls, name), bool) and not isinstance(value, bool):
-                raise ArcmergeError(f"option '{name}' must be True or False, got {shown(value)}")
-        threads = options.threads
-        if threads is not None and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
-            raise ArcmergeError(
-                f"option 'threads' must be a whole number from 1 to {MOST_THREADS} or None, got {shown(threads)}"
-            )
-        if not isinstance(options.device, str):
-            raise ArcmergeError(f"option 'device' must be auto, cpu, cuda or cuda:N, got {shown(options.device)}")
-        return options
+            raise ArcmergeError(f"'options' must be among {', '.join(cls.__dataclass_fields__)}, got '{min(unknown)}'")
+        return cls(**fields)
 
     @property
     def thread_count(self) -> int:
@@ -58,19 +78,19 @@ class Options:
 
     @property
     def resolved_device(self) -> str:
-        """The device that "auto" stands for. Raises ArcmergeError for one that is not there."""
+        """The device with "auto" resolved to "cpu" or "cuda"; ArcmergeError for a device that does not exist."""
         if self.device == "cpu" or (self.device == "auto" and not any(Path(name).exists() for name in _DRIVERS)):
-            return "cpu"  # torch is not even imported where there is no driver
+            return "cpu"  # without a driver, torch is not even imported
         import torch
 
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         if not self.device.startswith("cuda"):
-            raise ArcmergeError(f"device must be auto, cpu, cuda or cuda:N, got '{self.device}'")
-        number = self.device.removeprefix("cuda").removeprefix(":") or "0"
-        if not number.isdigit() or int(number) >= torch.cuda.device_count():
+            raise ArcmergeError(f"'device' must be auto, cpu, cuda or cuda:N, got '{self.device}'")
+        index = self.device.removeprefix("cuda").removeprefix(":") or "0"
+        if not index.isdigit() or int(index) >= torch.cuda.device_count():
             raise ArcmergeError(
-                f"device '{self.device}' must be one of the {torch.cuda.device_count()} CUDA devices of this machine; "
-                "use device 'cpu'"
+                f"'device' must be one of the {torch.cuda.device_count()} CUDA devices of this machine, "
+                f"got '{self.device}'; use device 'cpu'"
             )
         return self.device

@@ -1,4 +1,4 @@
-"""What a merge did, for programs and in one line."""
+"""The report of a merge."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The report of a merge. `str(report)` is one line for a terminal.
 
-    nbytes: bytes written. seconds: until they were durable. branches: how many tensors came about in which way.
-    notes: what was not merged, and what became of it.
+    Args:
+        out: folder of the result.
+        method: name of the merge method.
+        nbytes: bytes of weights that were written.
+        seconds: time until the result was durable.
+        branches: number of tensors by how they were computed: "copy", "linear", or the name of the method.
+        warnings: all sentences that `warn` was called with.
+        notes: tensors that were not merged, and where the result takes them from.
     """
 
     out: Path
@@ -25,14 +31,17 @@ class MergeReport:
 
     @property
     def copied(self) -> int:
+        """Number of tensors that were copied."""
         return self.branches.get("copy", 0)
 
     @property
     def linear(self) -> int:
+        """Number of tensors that were mixed linearly."""
         return self.branches.get("linear", 0)
 
     @property
     def merged(self) -> int:
+        """Number of tensors that were not copied."""
         return sum(self.branches.values()) - self.copied
 
     def __str__(self) -> str:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from arcmerge.errors import ArcmergeError
 from arcmerge.interrupts import held
 from arcmerge.merging.execution.in_memory import changed_recipe
-from arcmerge.merging.options import Options
-from arcmerge.merging.prepared import Config, Warn, prepare
-from arcmerge.merging.recipe.recipe import Recipe, load_recipe
+from arcmerge.merging.options import Options, Warn
+from arcmerge.merging.prepare import prepare
+from arcmerge.merging.recipe.recipe import MergeConfig, Recipe, load_recipe
 from arcmerge.sweeping.candidates import Candidate, Values, of_curves, of_grid, of_numbers, parents, read_values
 from arcmerge.sweeping.evaluators import EvaluationSpec, LocalEvaluator, RayEvaluator
 from arcmerge.sweeping.journal import Journal, Scored
@@ -62,7 +62,7 @@ class SweepResult:
 
 
 def sweep(
-    config: Config,
+    config: MergeConfig,
     out: File,
     *,
     text: File | Sequence[File] | None = None,
@@ -150,7 +150,7 @@ def sweep(
 
 
 def score_candidates(
-    config: Config,
+    config: MergeConfig,
     candidates: Sequence[Candidate],
     score: Score,
     out: File,

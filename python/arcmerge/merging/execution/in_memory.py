@@ -18,7 +18,7 @@ from arcmerge.merging.execution.workers import Workers
 from arcmerge.merging.methods import registry
 from arcmerge.merging.methods.method import Coefficients
 from arcmerge.merging.plan.tensor_job import Job
-from arcmerge.merging.prepared import Prepared
+from arcmerge.merging.prepare import Prepared
 from arcmerge.merging.recipe.recipe import Recipe, with_parameters
 
 if TYPE_CHECKING:

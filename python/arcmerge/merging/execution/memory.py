@@ -13,9 +13,10 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.cpu import CpuProcessor
 from arcmerge.merging.execution.gpu import GpuProcessor, Slot, widest_piece
 from arcmerge.merging.execution.gram_pass import Filling, Processor
+from arcmerge.merging.execution.processor import aligned_rows, processor_for
 from arcmerge.merging.execution.work_units import GRAM_ELEMENTS, Piece
 from arcmerge.merging.execution.workers import Workers
-from arcmerge.merging.prepared import Prepared, aligned_rows
+from arcmerge.merging.prepare import Prepared
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,7 @@ class CpuMemory:
         return torch.frombuffer(self._memory[offset : offset + nbytes], dtype=torch.uint8)
 
     def processor(self, prepared: Prepared) -> Processor:
-        return prepared.processor()
+        return processor_for(prepared)
 
     def wait(self) -> None:
         """What reads it, waits for it."""

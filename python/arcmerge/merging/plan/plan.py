@@ -22,7 +22,8 @@ from arcmerge.merging.plan.parents import fault, says_tied
 from arcmerge.merging.plan.slices import are_in_place, layers, length, with_layers
 from arcmerge.merging.plan.tensor_job import Job
 from arcmerge.merging.plan.tensor_names import Names, is_before
-from arcmerge.merging.recipe.recipe import ModelReference, Recipe, Slice
+from arcmerge.merging.recipe.model_reference import ModelReference
+from arcmerge.merging.recipe.recipe import Recipe, Slice
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The tokenizer block of a recipe: which vocabulary the result has, and where single rows come from.
+"""The tokenizer block of a recipe: the vocabulary of the result and the source of the rows of single tokens.
 
-tokenizer_source: union                   # short for the block below with a source only
+tokenizer_source: union                   # short for a block with `source` only
 tokenizer:
   source: union                           # base, union, or a model
   tokens:
@@ -19,15 +19,15 @@ from typing import Any, Literal
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.recipe.model_reference import ModelReference, read_reference
 from arcmerge.merging.recipe.parameters import Kind, convert
-from arcmerge.merging.recipe.yaml_document import Findings, shown
+from arcmerge.merging.recipe.yaml_document import Reader, shown
 
-MOST_IDS = 1 << 24
-"""Token ids are below: the largest vocabularies have some 300,000, and the result has a row for each id."""
+MAX_IDS = 1 << 24
+"""Upper bound of token ids. The largest vocabularies have about 300,000 tokens; the result has a row for each id."""
 
 
 @dataclass(frozen=True)
 class ModelToken:
-    """The row of another token of `model`, named by its text or by its number, one of which is None."""
+    """The row of another token of `model`. The token is given by its text or by its id; the other one is None."""
 
     model: ModelReference
     token: str | None = None
@@ -39,9 +39,11 @@ TokenSource = ModelReference | ModelToken | Literal["zero"] | None
 
 @dataclass(frozen=True)
 class TokenRule:
-    """Where a token's row comes from in the models that lack it; None: where every other token's would.
+    """The source of a token's row in the models that do not have the token.
 
-    force: take it in the models that have the token, too.
+    Args:
+        source: the source; None for the default rules.
+        force: use the source in the models that have the token, too.
     """
 
     source: TokenSource = None
@@ -52,9 +54,10 @@ class TokenRule:
 class TokenizerRecipe:
     """The vocabulary of the result.
 
-    source: that of `base_model`, of all models together, or of one model.
-    tokens: rules by the token's text; a token that the vocabulary lacks is added.
-    pad_to_multiple_of: the number of rows is rounded up to a multiple of it.
+    Args:
+        source: "base" for the vocabulary of `base_model`, "union" for that of all models, or one model.
+        tokens: rules by the text of the token. A token that is not in the vocabulary is added.
+        pad_to_multiple_of: round the number of rows up to a multiple of this number.
     """
 
     source: Literal["base", "union"] | ModelReference = "union"
@@ -63,98 +66,97 @@ class TokenizerRecipe:
 
     @property
     def models(self) -> tuple[ModelReference, ...]:
-        """Every model the block names, once, in order."""
+        """The models that the block names, in order, without duplicates."""
         sources = [self.source, *(rule.source for rule in self.tokens.values())]
         named = [source.model if isinstance(source, ModelToken) else source for source in sources]
         return tuple(dict.fromkeys(model for model in named if isinstance(model, ModelReference)))
 
 
-def read_tokenizer(source: Any, block: Any, findings: Findings) -> TokenizerRecipe | None:
-    """The block that `tokenizer_source: source` or `tokenizer: block` gives; None if both are None."""
+def read_tokenizer(source: Any, block: Any, reader: Reader) -> TokenizerRecipe | None:
+    """Read `tokenizer_source: source` or `tokenizer: block`; None if both are None."""
     if source is not None and block is not None:
-        findings.problem(
-            "tokenizer_source", f"must not stand beside `tokenizer`, got {shown(source)}; keep one of the two"
+        reader.problem(
+            "tokenizer_source", f"must not be set together with `tokenizer`, got {shown(source)}; keep one of the two"
         )
     if source is not None:
-        return TokenizerRecipe(_read_source(source, "tokenizer_source", findings))
+        return TokenizerRecipe(_read_source(source, "tokenizer_source", reader))
     if block is None:
         return None
     if isinstance(block, str):
-        findings.problem(
-            "tokenizer", f"must be a mapping, got {shown(block)}; write `tokenizer_source: {block}` instead"
-        )
+        reader.problem("tokenizer", f"must be a mapping, got {shown(block)}; write `tokenizer_source: {block}` instead")
         return None
-    entries = findings.mapping(block, "tokenizer", known=("source", "tokens", "pad_to_multiple_of"))
+    entries = reader.mapping(block, "tokenizer", known=("source", "tokens", "pad_to_multiple_of"))
     return TokenizerRecipe(
-        source=_read_source(entries.get("source", "union"), "tokenizer.source", findings),
-        tokens=_read_tokens(entries.get("tokens"), findings),
+        source=_read_source(entries.get("source", "union"), "tokenizer.source", reader),
+        tokens=_read_tokens(entries.get("tokens"), reader),
         pad_to_multiple_of=None
         if (multiple := entries.get("pad_to_multiple_of")) is None
-        else _read_number(multiple, "tokenizer.pad_to_multiple_of", 1, findings),
+        else _read_integer(multiple, "tokenizer.pad_to_multiple_of", 1, reader),
     )
 
 
-def _read_source(value: Any, place: str, findings: Findings) -> Literal["base", "union"] | ModelReference:
+def _read_source(value: Any, location: str, reader: Reader) -> Literal["base", "union"] | ModelReference:
     if value == "base":
         return "base"
     if value == "union":
         return "union"
-    return read_reference(value, place, findings)
+    return read_reference(value, location, reader)
 
 
-def _read_tokens(value: Any, findings: Findings) -> Mapping[str, TokenRule]:
+def _read_tokens(value: Any, reader: Reader) -> Mapping[str, TokenRule]:
     if value is None:
         return {}
-    entries = findings.mapping(value, "tokenizer.tokens")
-    return {token: _read_rule(rule, f"tokenizer.tokens[{token!r}]", findings) for token, rule in entries.items()}
+    entries = reader.mapping(value, "tokenizer.tokens")
+    return {token: _read_rule(rule, f'tokenizer.tokens["{token}"]', reader) for token, rule in entries.items()}
 
 
-def _read_rule(value: Any, place: str, findings: Findings) -> TokenRule:
-    entries = findings.mapping(value, place, known=("source", "force"))
-    force = _converted(entries.get("force", False), bool, f"{place}.force", findings)
-    return TokenRule(_read_token_source(entries.get("source"), f"{place}.source", findings), bool(force))
+def _read_rule(value: Any, location: str, reader: Reader) -> TokenRule:
+    entries = reader.mapping(value, location, known=("source", "force"))
+    force = _converted(entries.get("force", False), bool, f"{location}.force", reader)
+    return TokenRule(_read_token_source(entries.get("source"), f"{location}.source", reader), bool(force))
 
 
-def _read_token_source(value: Any, place: str, findings: Findings) -> TokenSource:
+def _read_token_source(value: Any, location: str, reader: Reader) -> TokenSource:
     if value is None:
         return None
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind is None:
-        return read_reference(value, place, findings)
+        return read_reference(value, location, reader)
     if kind == "zero":
-        findings.mapping(value, place, known=("kind",))
+        reader.mapping(value, location, known=("kind",))
         return "zero"
     if kind == "model_token":
-        return _read_model_token(value, place, findings)
-    findings.problem(f"{place}.kind", f"must be `model_token` or `zero`, got {shown(kind)}")
+        return _read_model_token(value, location, reader)
+    reader.problem(f"{location}.kind", f"must be `model_token` or `zero`, got {shown(kind)}")
     return None
 
 
-def _read_model_token(value: Any, place: str, findings: Findings) -> ModelToken:
-    entries = findings.mapping(value, place, known=("kind", "model", "token", "token_id"))
-    model = read_reference(entries.get("model"), f"{place}.model", findings)
-    token, number = entries.get("token"), entries.get("token_id")
-    if (token is None) == (number is None):
-        findings.problem(place, "must name its token by exactly one of `token` (text) and `token_id` (number)")
+def _read_model_token(value: Any, location: str, reader: Reader) -> ModelToken:
+    entries = reader.mapping(value, location, known=("kind", "model", "token", "token_id"))
+    model = read_reference(entries.get("model"), f"{location}.model", reader)
+    token, token_id = entries.get("token"), entries.get("token_id")
+    if (token is None) == (token_id is None):
+        got = "neither" if token is None else "both"
+        reader.problem(location, f"must have exactly one of `token` (the text) and `token_id` (the id), got {got}")
     if token is not None:
-        token = findings.text(token, f"{place}.token", "the text of a token, in quotes")
-    if number is not None:
-        number = _read_number(number, f"{place}.token_id", 0, findings)
-    return ModelToken(model, token, number)
+        token = reader.text(token, f"{location}.token", "the text of a token, in quotes")
+    if token_id is not None:
+        token_id = _read_integer(token_id, f"{location}.token_id", 0, reader)
+    return ModelToken(model, token, token_id)
 
 
-def _read_number(value: Any, place: str, least: int, findings: Findings) -> int | None:
-    number = _converted(value, int, place, Findings())
-    if number is not None and not isinstance(value, bool) and least <= number < MOST_IDS:
+def _read_integer(value: Any, location: str, minimum: int, reader: Reader) -> int | None:
+    number = _converted(value, int, location, Reader())
+    if number is not None and not isinstance(value, bool) and minimum <= number < MAX_IDS:
         return int(number)
-    findings.problem(place, f"must be a whole number from {least} to {MOST_IDS - 1}, got {shown(value)}")
+    reader.problem(location, f"must be a whole number from {minimum} to {MAX_IDS - 1}, got {shown(value)}")
     return None
 
 
-def _converted(value: Any, kind: Kind, place: str, findings: Findings) -> float | None:
-    """`value` as a parameter of this kind would be read, text that spells it included."""
+def _converted(value: Any, kind: Kind, location: str, reader: Reader) -> float | None:
+    """`value` as a value of this kind, as for parameters of methods."""
     try:
-        return convert(value, kind, place)
+        return convert(value, kind, location)
     except ArcmergeError as error:
-        findings.problems.extend(error.problems)
+        reader.extend(error)
     return None

@@ -1,7 +1,7 @@
-"""The YAML document behind a recipe, and what is found wrong or useless in it.
+"""The YAML document of a recipe, and a reader that collects all of its problems and warnings.
 
-A recipe is checked whole: each reader notes what it finds at the place it finds it and goes on with a harmless
-stand-in, so that one run tells a user everything there is to mend.
+A recipe is checked as a whole: each function that reads a part adds the problems it finds and continues with an empty
+value, so that one run reports everything that is wrong.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from arcmerge.errors import ArcmergeError
+from arcmerge.errors import ArcmergeError, Problems
 
 _SHOWN_CHARACTERS = 60
-_MOST_NODES = 1_000_000
+_MAX_NODES = 1_000_000
 
-# Never looks at more of a value than a sentence can show: dicts from Python, too, may be deep or hold themselves.
+# Visits no more of a value than a message can show, because mappings from Python may be deep or contain themselves.
 _BRIEFLY = reprlib.Repr()
 _BRIEFLY.maxlevel = 4
 _BRIEFLY.maxlist = _BRIEFLY.maxtuple = _BRIEFLY.maxdict = 12
@@ -27,28 +26,30 @@ _BRIEFLY.maxstring = _BRIEFLY.maxother = _BRIEFLY.maxlong = 2 * _SHOWN_CHARACTER
 
 
 def parse(text: str) -> Mapping[Any, Any]:
-    """The mapping that the YAML document `text` holds.
+    """Parse a YAML document that is a mapping.
 
-    Raises ArcmergeError for a syntax error, a key given twice, more than one document, or anything but a mapping.
+    Raises:
+        ArcmergeError: for a syntax error, a duplicate key, more than one document, or another type than a mapping.
     """
     try:
         document = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        position = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = error.problem or error.context or "not valid YAML"
-        raise ArcmergeError(f"the recipe must be one valid YAML document: {position}: {problem}") from error
+        raise ArcmergeError(f"'recipe' must be one valid YAML document, got {position}{problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ArcmergeError(f"the recipe must be one valid YAML document: {' '.join(str(error).split())}") from error
+        problem = " ".join(str(error).split())
+        raise ArcmergeError(f"'recipe' must be one valid YAML document, got {problem}") from error
     if not isinstance(document, Mapping):
         raise ArcmergeError(
-            f"the recipe must be a mapping that starts with lines like `merge_method: slerp`, got {shown(document)}"
+            f"'recipe' must be a mapping that starts with lines like `merge_method: slerp`, got {shown(document)}"
         )
     return document
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, made to refuse what it takes: equal keys, and aliases that hold themselves or multiply."""
+    """PyYAML's safe loader, which also refuses duplicate keys and aliases that contain themselves or multiply."""
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
@@ -62,16 +63,16 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
                     raise yaml.composer.ComposerError(
-                        None, None, f"the key `{key.value}` is given twice; keep one", key.start_mark
+                        None, None, f"the key `{key.value}` twice; keep one", key.start_mark
                     )
                 seen.add((key.tag, key.value))
         return node
 
 
 def _check_size(node: yaml.Node | None, sizes: dict[yaml.Node, int]) -> int:
-    """How many nodes `node` stands for once its aliases are written out.
+    """The number of nodes of `node` with its aliases written out.
 
-    sizes: of the nodes met before, 0 for those that hold this one.
+    sizes: the numbers for the nodes visited before, 0 for those that contain this one.
     """
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1
@@ -79,14 +80,14 @@ def _check_size(node: yaml.Node | None, sizes: dict[yaml.Node, int]) -> int:
         sizes[node] = 0
         parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
         sizes[node] = 1 + sum(_check_size(part, sizes) for part in parts)
-    if not 0 < sizes[node] <= _MOST_NODES:
-        rule = f"stands for more than {_MOST_NODES:,} values" if sizes[node] else "holds an alias of itself"
-        raise yaml.composer.ComposerError(None, None, f"this {rule}; write it without aliases", node.start_mark)
+    if not 0 < sizes[node] <= _MAX_NODES:
+        fault = f"more than {_MAX_NODES:,} values" if sizes[node] else "a value that contains an alias of itself"
+        raise yaml.composer.ComposerError(None, None, f"{fault}; write it without aliases", node.start_mark)
     return sizes[node]
 
 
 def shown(value: object) -> str:
-    """`value` as a sentence quotes it: short, on one line, YAML's words for the constants."""
+    """`value` as a message quotes it: short, on one line, with YAML's words for the constants."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
@@ -96,70 +97,88 @@ def shown(value: object) -> str:
 
 
 def did_you_mean(word: object, known: Collection[str]) -> str:
-    """`; did you mean X?` when one of `known` is close to `word`, else nothing."""
+    """`; did you mean X?` if one of `known` is close to `word`, else the empty text."""
     close = difflib.get_close_matches(str(word), known, n=1)
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
-@dataclass
-class Findings:
-    """What has been found in a recipe so far. problems: forbid the merge; warnings: do not.
+class Reader:
+    """Reads values of a YAML document and collects the problems and the warnings.
 
-    The readers return the value when it has the right type; otherwise they note a problem and return an empty one.
+    The methods return the value if it has the right type. Otherwise they add a problem and return an empty value.
+
+    Attributes:
+        problems: errors that forbid the merge.
+        warnings: sentences about parts that have no effect.
     """
 
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.problems = Problems()
+        self.warnings: list[str] = []
 
-    def problem(self, place: str, rule: str) -> None:
-        self.problems.append(f"{place}: {rule}")
+    def problem(self, location: str, rule: str) -> None:
+        """Add a problem.
 
-    def warning(self, place: str, fact: str) -> None:
-        self.warnings.append(f"{place}: {fact}")
+        Args:
+            location: path of the value in the document, such as `slices[0].sources[1].model`.
+            rule: the rest of the message, such as "must be text, got 7".
+        """
+        self.problems.add(f"'{location}' {rule}")
+
+    def extend(self, error: ArcmergeError) -> None:
+        """Add the problems of an error."""
+        for problem in error.problems:
+            self.problems.add(problem)
+
+    def warning(self, location: str, fact: str) -> None:
+        self.warnings.append(f"{location}: {fact}")
 
     def mapping(
-        self, value: object, place: str, known: Collection[str] | None = None, unused: Collection[str] = ()
+        self, value: object, location: str, known: Collection[str] | None = None, unused: Collection[str] = ()
     ) -> Mapping[str, Any]:
-        """A mapping with text keys, with a warning for each key that is not in `known` (None: any key is).
+        """Read a mapping with text keys.
 
-        unused: keys that the language has and no merge reads.
+        Args:
+            value: the value.
+            location: path of the value in the document.
+            known: keys that are read; other keys give a warning. None: all keys are read.
+            unused: keys of the language that have no effect on a merge.
         """
         if not isinstance(value, Mapping):
-            self.problem(place, f"must be a mapping of names to values, got {shown(value)}")
+            self.problem(location, f"must be a mapping of names to values, got {shown(value)}")
             return {}
         for key in value:
             if not isinstance(key, str):
-                self.problem(place, f"keys must be text, got {shown(key)}; put it in quotes")
+                self.problem(location, f"must have keys that are text, got {shown(key)}; put it in quotes")
             elif key in unused:
-                self.warning(_inside(place, key), "this key has no effect on a merge; remove it")
+                self.warning(_inside(location, key), "this key has no effect on a merge; remove it")
             elif known is not None and key not in known:
-                self.warning(_inside(place, key), f"unknown key, ignored{did_you_mean(key, known)}")
+                self.warning(_inside(location, key), f"unknown key, ignored{did_you_mean(key, known)}")
         return {key: entry for key, entry in value.items() if isinstance(key, str)}
 
     def mappings(
-        self, value: object, place: str, what: str, known: Collection[str], unused: Collection[str] = ()
+        self, value: object, location: str, what: str, known: Collection[str], unused: Collection[str] = ()
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Place and content of each mapping in a list of at least one; `what` names the entries in the plural."""
+        """Read a non-empty list of mappings, as (location, mapping) pairs.
+
+        what: plural noun for the entries in messages. Other arguments: as for `mapping`.
+        """
         if not isinstance(value, list) or not value:
             got = "an empty list" if isinstance(value, list) else shown(value)
-            self.problem(place, f"must be a list of at least one of {what}, got {got}")
+            self.problem(location, f"must be a list of one or more {what}, got {got}")
             return
         for index, entry in enumerate(value):
-            entries = self.mapping(entry, f"{place}[{index}]", known, unused)
+            entries = self.mapping(entry, f"{location}[{index}]", known, unused)
             if isinstance(entry, Mapping):
-                yield f"{place}[{index}]", entries
+                yield f"{location}[{index}]", entries
 
-    def text(self, value: object, place: str, what: str) -> str:
+    def text(self, value: object, location: str, what: str) -> str:
+        """Read text that is not empty. what: noun phrase for the value in the message."""
         if not isinstance(value, str) or not value:
-            self.problem(place, f"must be {what}, got {shown(value)}")
+            self.problem(location, f"must be {what}, got {shown(value)}")
             return ""
         return value
 
-    def finish(self) -> None:
-        """Raise everything found to forbid the merge, if anything was."""
-        if self.problems:
-            raise ArcmergeError(self.problems)
 
-
-def _inside(place: str, key: str) -> str:
-    return key if place == "recipe" else f"{place}.{key}"
+def _inside(location: str, key: str) -> str:
+    return key if location == "recipe" else f"{location}.{key}"

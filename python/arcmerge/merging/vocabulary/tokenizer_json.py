@@ -16,7 +16,7 @@ from typing import Any
 
 from arcmerge.checkpoint.header import parse_object
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.recipe.tokenizer_block import MOST_IDS
+from arcmerge.merging.recipe.tokenizer_block import MAX_IDS
 
 # How `tokenizers` matches an added token, by the flags of its file format.
 PLAIN: Mapping[str, bool] = {
@@ -174,15 +174,15 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _vocabulary(model: Mapping[str, Any]) -> dict[str, int]:
     """The model's own tokens. Unigram stores a list of (token, score), the others a mapping.
 
-    Raises ValueError unless tokens are text and their ids whole numbers from 0 to below MOST_IDS.
+    Raises ValueError unless tokens are text and their ids whole numbers from 0 to below MAX_IDS.
     """
     vocab = model["vocab"]
     ids = vocab if isinstance(vocab, dict) else {token: number for number, (token, _) in enumerate(vocab)}
     if not ids:
         raise ValueError("its vocabulary must have a token, has none")
     for token, number in ids.items():
-        if not isinstance(token, str) or type(number) is not int or not 0 <= number < MOST_IDS:
-            rule = f"a whole number from 0 to {MOST_IDS - 1}"
+        if not isinstance(token, str) or type(number) is not int or not 0 <= number < MAX_IDS:
+            rule = f"a whole number from 0 to {MAX_IDS - 1}"
             raise ValueError(f"the id of a token must be {rule}, got {number!r:.40} for {token!r:.40}")
     return ids
 

@@ -1,0 +1,120 @@
+"""The public functions `plan` and `inspect`: a merge and its models examined without writing anything."""
+
+from __future__ import annotations
+
+import warnings
+
+from arcmerge.merging.execution.gram_pass import GramPass, sum_grams
+from arcmerge.merging.execution.processor import processor_for
+from arcmerge.merging.inspect.relations import Pair, pairs_of
+from arcmerge.merging.inspect.tables import pair_recipe
+from arcmerge.merging.options import Options, Progress, Warn
+from arcmerge.merging.plan.plan import Plan
+from arcmerge.merging.prepare import Prepared, prepare
+from arcmerge.merging.recipe.recipe import MergeConfig
+
+
+def plan(
+    config: MergeConfig,
+    *,
+    allow_crimes: bool = False,
+    unsafe_truncate_embeddings: bool = False,
+    transformers_cache: str | None = None,
+    warn: Warn = warnings.warn,
+) -> Plan:
+    """Plan a merge: check its configuration and its models, and decide every tensor. No weight is read.
+
+    Args:
+        config: path of a YAML file, YAML text, or the configuration as a mapping.
+        allow_crimes: accept models of different architectures.
+        unsafe_truncate_embeddings: truncate vocabularies of different sizes to the smallest one.
+        transformers_cache: cache folder for models from the hub. Default: the cache of huggingface_hub.
+        warn: called with a sentence for each warning, as in `merge`. Default: `warnings.warn`.
+
+    Returns:
+        The plan. `plan.jobs` has one job for each tensor of the result: its name, dtype and shape (`job.output`), the
+        tensors it is made of (`job.inputs`) and the values of its parameters (`job.values`).
+
+    Raises:
+        ArcmergeError: with one sentence for each problem, exactly where `merge` would raise it.
+
+    Example:
+        >>> for job in arcmerge.plan("recipe.yml").jobs:
+        ...     print(job.output.name, job.values.shared.get("t"))
+        model.embed_tokens.weight 0.5
+        model.layers.0.input_layernorm.weight 0.0
+        ...
+    """
+    options = Options(
+        device="cpu",
+        allow_crimes=allow_crimes,
+        unsafe_truncate_embeddings=unsafe_truncate_embeddings,
+        transformers_cache=transformers_cache,
+    )
+    return prepare(config, options, warn).plan
+
+
+def inspect(
+    a: str,
+    b: str,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    allow_crimes: bool = False,
+    unsafe_truncate_embeddings: bool = False,
+    transformers_cache: str | None = None,
+    progress: Progress | None = None,
+) -> list[Pair]:
+    """Compare two models: how each tensor of `b` relates to the same tensor of `a`.
+
+    Args:
+        a: folder of a model or its name on the hub.
+        b: folder of another model or its name on the hub.
+        device: "cpu", "cuda", "cuda:N", or "auto" for CUDA if there is a GPU, else the CPU.
+        threads: number of compute threads. Default: `arcmerge.get_num_threads()`.
+        allow_crimes: accept models of different architectures.
+        unsafe_truncate_embeddings: truncate vocabularies of different sizes to the smallest one.
+        transformers_cache: cache folder for models from the hub. Default: the cache of huggingface_hub.
+        progress: called with the bytes that are read and the bytes in total.
+
+    Returns:
+        One pair for each tensor of floating point, in the order of the network, with its 2 x 2 Gram matrix.
+        `arcmerge.merging.inspect.relations.relation(pairs)` gives the angle in degrees, the ratio of the lengths and
+        the near-collinear share of any selection of them.
+
+    Raises:
+        ArcmergeError: with one sentence for each problem: the models are the same, or do not match.
+
+    Example:
+        >>> from arcmerge.merging.inspect.relations import relation
+        >>> pairs = arcmerge.inspect("google/gemma-2-2b", "google/gemma-2-2b-it")
+        >>> relation(pair for pair in pairs if pair.layer == 0).angle  # in degrees
+    """
+    options = Options(
+        device=device,
+        threads=threads,
+        allow_nonfinite=True,
+        allow_crimes=allow_crimes,
+        unsafe_truncate_embeddings=unsafe_truncate_embeddings,
+        transformers_cache=transformers_cache,
+    )
+    prepared, grams = preview(pair_recipe(a, b), options, progress=progress, warn=lambda sentence: None)
+    return pairs_of(prepared.plan, grams)
+
+
+def preview(
+    config: MergeConfig, options: Options, *, progress: Progress | None = None, warn: Warn = warnings.warn
+) -> tuple[Prepared, GramPass]:
+    """Plan a merge and compute the coefficients of every tensor by the Gram pass, without merging."""
+    prepared = prepare(config, options, warn)
+    jobs = prepared.plan.jobs
+    with prepared.unchanged():
+        grams = sum_grams(
+            jobs,
+            processor_for(prepared),
+            range(len(jobs)),
+            threads=options.thread_count,
+            allow_nonfinite=options.allow_nonfinite,
+            tick=progress or (lambda done, total: None),
+        )
+    return prepared, grams
