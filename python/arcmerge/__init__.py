@@ -4,6 +4,7 @@
     arcmerge.plan("recipe.yml")                 the decisions of a merge, without merging
     arcmerge.inspect("a/", "b/")                how two models relate, tensor by tensor
     arcmerge.slerp(a, b, 0.3)                   tensors or state dicts in memory
+    arcmerge.merge_state_dicts([a, b], ...)     state dicts in memory, by any method
     arcmerge.Gemma2.from_pretrained("out/")     a Gemma-2 that generates and scores
 
 Importing this package imports nothing: each name is imported from its module on first access.
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from arcmerge.merging.report import MergeReport
     from arcmerge.sweeping.sweep import sweep
     from arcmerge.tensors import slerp
+    from arcmerge.tensors import merge_state_dicts, slerp
     from arcmerge.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -35,6 +37,7 @@ __all__ = [
     "get_num_threads",
     "inspect",
     "merge",
+    "merge_state_dicts",
     "plan",
     "set_num_threads",
     "slerp",
@@ -49,6 +52,7 @@ _HOMES = {
     "get_num_threads": "arcmerge.threads",
     "inspect": "arcmerge.merging.preview",
     "merge": "arcmerge.merging.merge",
+    "merge_state_dicts": "arcmerge.tensors",
     "plan": "arcmerge.merging.preview",
     "set_num_threads": "arcmerge.threads",
     "slerp": "arcmerge.tensors",

@@ -1,17 +1,25 @@
-"""Slerp of tensors and of state dicts in memory."""
+"""Merges of tensors and state dicts in memory: `slerp` and `merge_state_dicts`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, overload
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
-from arcmerge.errors import ArcmergeError
+import numpy as np
+
+from arcmerge import _C
+from arcmerge.errors import ArcmergeError, first_of
+from arcmerge.merging.execution.work_units import GRAM_ELEMENTS
+from arcmerge.merging.methods import registry
+from arcmerge.merging.methods.method import Arguments, Coefficients, Method, copy_of
+from arcmerge.merging.recipe.parameters import REQUIRED, Scalar, convert, finite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MISMATCH = "'a' and 'b' must both be tensors, with a number for t, or both be mappings of tensors"
 Curve = float | Callable[[str], float]
+Value = Scalar | Sequence[Scalar | None]
 
 
 @overload
@@ -23,48 +31,223 @@ def slerp(
 def slerp(
     a: Tensor | Mapping[str, Tensor], b: Tensor | Mapping[str, Tensor], t: Curve, *, slerp_normalize: bool = False
 ) -> Tensor | dict[str, Tensor]:
-    """Spherical interpolation from `a` (t = 0) to `b` (t = 1), as the merge method `slerp` has it.
+    """Interpolate spherically from `a` (t = 0) to `b` (t = 1), as the merge method `slerp` does.
 
-    a, b: tensors (*) of one shape and device, in bfloat16, float16 or float32; or mappings of names to such tensors.
-    t: not clamped; for mappings also a function of the tensor's name.
-    slerp_normalize: take the direction along the arc and the length linearly between the two lengths.
+    Args:
+        a: a tensor (*) in bfloat16, float16 or float32, or a state dict of such tensors.
+        b: a tensor of the same shape and device, or a state dict with the same names.
+        t: position between a and b. It is not clamped. For state dicts also a function of the name of the tensor.
+        slerp_normalize: interpolate the directions on the arc and the lengths linearly.
 
-    Returns new tensors of the promoted dtype, rounded once; t = 0 and t = 1 are copies to the bit. Raises
-    ArcmergeError for shapes, devices or names that do not match.
+    Returns:
+        New tensors of the promoted dtype, rounded once. t = 0 and t = 1 copy every bit.
+
+    Raises:
+        ArcmergeError: for shapes, devices or names that do not match.
+
+    Example:
+        >>> merged = arcmerge.slerp(a.state_dict(), b.state_dict(), lambda name: 0.7 if "mlp" in name else 0.3)
+        >>> model.load_state_dict(merged)
     """
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         if unmatched := sorted(a.keys() ^ b.keys()):
-            raise ArcmergeError(f"'b' must have the names of 'a', '{unmatched[0]}' is in one of them only")
+            raise ArcmergeError(f"'b' must have the names of 'a', got {first_of(unmatched)} in one of them only")
         return {name: _slerp(a[name], b[name], t(name) if callable(t) else t, slerp_normalize, name) for name in a}
     if isinstance(a, Mapping) or isinstance(b, Mapping) or callable(t):
-        raise ArcmergeError(_MISMATCH)
+        raise _mismatch(a, b, t)
     return _slerp(a, b, t, slerp_normalize, "b")
 
 
-def _slerp(a: Tensor, b: Tensor, given: float, slerp_normalize: bool, name: str) -> Tensor:
+def merge_state_dicts(
+    models: Sequence[Mapping[str, Tensor]],
+    method: str,
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    parameters: Mapping[str, Value | Callable[[str], Value]] | None = None,
+) -> dict[str, Tensor]:
+    """Merge state dicts by any merge method, one tensor at a time.
+
+    The result has the bits of `arcmerge.merge` for checkpoints with these tensors. Unlike that function, this one
+    knows nothing about architectures: tensors are matched by name, and a gradient over layers is a function of the
+    name. NaN and infinity are not refused.
+
+    Args:
+        models: state dicts with the same names, shapes and devices. Tensors of floating point must be in bfloat16,
+            float16 or float32; all others are copied from the base, or from the first model if there is none.
+        method: name of a merge method, such as "slerp", "linear" or "task_arithmetic".
+        base: the base model: one of `models`, or one more state dict.
+        parameters: parameters of the method by name. A value is a number or a switch, a sequence with one value for
+            each of `models` if the parameter has one for each input (such as `weight`), or a function from the name of
+            a tensor to such a value.
+
+    Returns:
+        A state dict of new tensors of the promoted dtypes, rounded once.
+
+    Raises:
+        ArcmergeError: for names, shapes, devices, or parameters that are wrong.
+
+    Example:
+        >>> merged = arcmerge.merge_state_dicts(
+        ...     [math.state_dict(), code.state_dict()],
+        ...     "task_arithmetic",
+        ...     base=pretrained.state_dict(),
+        ...     parameters={"weight": [1.0, 0.5], "lambda": 0.8},
+        ... )
+        >>> model.load_state_dict(merged)
+    """
+    chosen, given = registry.get(method), parameters or {}
+    base_index = next((index for index, model in enumerate(models) if model is base), None)
+    inputs = list(models)
+    if base is not None and base_index is None:
+        base_index = len(inputs)
+        inputs.append(base)
+    known = [parameter.name for parameter in chosen.parameters]
+    if unknown := [name for name in given if name not in known]:
+        raise ArcmergeError(f"'parameters' must be among {', '.join(known) or 'none'}, got {first_of(unknown)}")
+    if not models or len(inputs) > _C.MAX_OPERANDS:
+        raise ArcmergeError(f"'models' must have 1 to {_C.MAX_OPERANDS} state dicts with the base, got {len(inputs)}")
+    for model in inputs[1:]:
+        if unmatched := sorted(model.keys() ^ inputs[0].keys()):
+            raise ArcmergeError(f"'models' must have the same names, got {first_of(unmatched)} in some of them only")
+    merged = {}
+    for name in inputs[0]:
+        tensors = [model[name] for model in inputs]
+        arguments = _arguments(chosen, name, len(models), len(inputs), base_index, given)
+        if problems := chosen.check(arguments):
+            raise ArcmergeError([f"'{name}': {problem}" for problem in problems])
+        merged[name] = _merge(tensors, chosen, arguments, name)
+    return merged
+
+
+def _arguments(
+    method: Method,
+    name: str,
+    model_count: int,
+    count: int,
+    base: int | None,
+    given: Mapping[str, Value | Callable[[str], Value]],
+) -> Arguments:
+    """The arguments of a method for the tensor `name`."""
+    shared: dict[str, Any] = {}
+    per_input: dict[str, tuple[Any, ...]] = {}
+    for parameter in method.parameters:
+        value: Any = given.get(parameter.name)
+        value = value(name) if callable(value) else value
+        if value is None and parameter.default is REQUIRED:
+            raise ArcmergeError(f"'{parameter.name}' must have a value for {name}, got none")
+        value = parameter.default if value is None else value
+        values: list[Any] = [value] * count
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            if parameter.scope == "shared" or len(value) != model_count:
+                rule = "one value" if parameter.scope == "shared" else f"one value for each of {model_count} models"
+                raise ArcmergeError(f"'{parameter.name}' must have {rule}, got {len(value)} values")
+            values = [*value, *[None] * (count - model_count)]
+        converted = [
+            None if parameter.scope == "non_base" and index == base else convert(one, parameter.kind, parameter.name)
+            for index, one in enumerate(values)
+        ]
+        if parameter.scope == "shared":
+            shared[parameter.name] = converted[0]
+        else:
+            per_input[parameter.name] = tuple(converted)
+    return Arguments(count, base, shared, per_input)
+
+
+def _merge(tensors: Sequence[Tensor], method: Method, arguments: Arguments, name: str) -> Tensor:
+    """Merge the tensors that are called `name`, with the arithmetic and the bits of a merge of checkpoints."""
     import torch
 
-    from arcmerge.merging.methods.method import Arguments
-    from arcmerge.merging.methods.registry import METHODS
-    from arcmerge.merging.recipe.parameters import finite
-    from arcmerge.ops import combine, gram
+    from arcmerge.ops import combine
+
+    for tensor in tensors[1:]:
+        if tensor.shape != tensors[0].shape:
+            shapes = f"{tuple(tensors[0].shape)} and {tuple(tensor.shape)}"
+            raise ArcmergeError(f"'{name}' must have the same shape in all models, got {shapes}")
+        if tensor.device != tensors[0].device:
+            devices = f"{tensors[0].device} and {tensor.device}"
+            raise ArcmergeError(f"'{name}' must be on the same device in all models, got {devices}")
+    if not any(tensor.is_floating_point() for tensor in tensors):
+        return tensors[arguments.base or 0].clone()
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    constant = method.constant(arguments)
+    if method.idempotent and all(tensor is tensors[0] for tensor in tensors):
+        constant = copy_of(0, arguments)
+    if constant is not None:
+        # Inputs with the coefficient zero have no effect, whatever values they have.
+        kept = np.flatnonzero(constant.values) if constant.values.any() else np.array([0])
+        values, tensors = constant.values[kept].tolist(), [tensors[index] for index in kept]
+        if values == [1.0]:
+            return tensors[0].to(dtype, copy=True)
+        return combine(tensors, values, out_dtype=dtype)
+    if method.elementwise:
+        return _nearswap(tensors, arguments, dtype)
+    if not tensors[0].numel():
+        return torch.empty_like(tensors[0], dtype=dtype)
+    dim = method.dim(arguments) if tensors[0].ndim > 1 else None
+    if dim is not None:
+        rows = tensors[0].shape[: 1 if dim == 0 else -1].numel()
+        tensors, shape = [tensor.reshape(rows, -1) for tensor in tensors], tensors[0].shape
+    try:
+        coefficients = _coefficients(tensors, method, arguments, dim)
+    except ArcmergeError as error:
+        raise ArcmergeError([f"'{name}': {problem}" for problem in error.problems]) from error
+    if coefficients.values.ndim == 1:
+        merged = combine(tensors, coefficients.values.tolist(), out_dtype=dtype)
+    else:
+        merged = combine(tensors, torch.from_numpy(coefficients.values), dim=dim, out_dtype=dtype)
+    return merged if dim is None else merged.reshape(shape)
+
+
+def _coefficients(tensors: Sequence[Tensor], method: Method, arguments: Arguments, dim: int | None) -> Coefficients:
+    """The coefficients from the Gram matrix, which is summed over the same pieces as in a merge of checkpoints."""
+    from arcmerge.ops import gram
+
+    base, vectors = None, list(tensors)
+    if method.centered(arguments) and arguments.base is not None:
+        base = vectors.pop(arguments.base)
+    if dim is not None:
+        return method.coefficients(gram(vectors, base=base, dim=dim).numpy(force=True), arguments)
+    flat, base = [vector.reshape(-1) for vector in vectors], None if base is None else base.reshape(-1)
+    total = np.zeros(())
+    for first in range(0, flat[0].numel(), GRAM_ELEMENTS):
+        piece = slice(first, first + GRAM_ELEMENTS)
+        share = gram([vector[piece] for vector in flat], base=None if base is None else base[piece])
+        total = total + share.numpy(force=True)
+    return method.coefficients(total, arguments)
+
+
+def _nearswap(tensors: Sequence[Tensor], arguments: Arguments, dtype: Any) -> Tensor:
+    """The elementwise method, on the CPU."""
+    import torch
+
+    from arcmerge.dispatch.backend import native_dtype, operand, require_alike
+
+    require_alike(tensors)
+    on_cpu = [tensor.cpu().contiguous() for tensor in tensors]
+    base = arguments.base or 0
+    out = torch.empty(tensors[0].shape, dtype=dtype)
+    a, b, t = operand(on_cpu[base]), operand(on_cpu[1 - base]), float(arguments.shared["t"])
+    _C.nearswap(out.data_ptr(), native_dtype(dtype), a, b, t, 0, out.numel())
+    return out.to(tensors[0].device)
+
+
+def _slerp(a: Tensor, b: Tensor, t: float, slerp_normalize: bool, name: str) -> Tensor:
+    import torch
 
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        raise ArcmergeError(_MISMATCH)
-    if (t := finite(given)) is None:
-        raise ArcmergeError(f"'t' must be a finite number, got {given!r:.80}")
+        raise _mismatch(a, b, t)
+    if (number := finite(t)) is None:
+        raise ArcmergeError(f"'t' must be a finite number, got {t!r:.80}")
     if a.shape != b.shape:
         raise ArcmergeError(f"'{name}' must have the shape of 'a' {tuple(a.shape)}, got {tuple(b.shape)}")
     if a.device != b.device:
         raise ArcmergeError(f"'{name}' must be on the device of 'a' {a.device}, got {b.device}")
-    if not a.is_floating_point() and not b.is_floating_point():
-        return a.clone()  # a buffer of numbers that cannot be mixed: the base's is kept, as in a merge of checkpoints
-    inputs = Arguments(count=2, base=0, shared={"t": t, "slerp_normalize": slerp_normalize})
-    method, dtype = METHODS["slerp"], torch.promote_types(a.dtype, b.dtype)
-    if (end := method.constant(inputs)) is not None:
-        return (a, b)[int(end.values.argmax())].to(dtype, copy=True)
-    try:
-        coefficients = method.coefficients(gram([a, b]).numpy(force=True), inputs)
-        return combine([a, b], coefficients.values.tolist(), out_dtype=dtype)
-    except ArcmergeError as error:
-        raise ArcmergeError([f"'{name}': {problem}" for problem in error.problems]) from error
+    shared = {"t": number, "slerp_normalize": slerp_normalize}
+    return _merge([a, b], registry.get("slerp"), Arguments(count=2, base=0, shared=shared), name)
+
+
+def _mismatch(a: object, b: object, t: object) -> ArcmergeError:
+    kinds = ", ".join(type(value).__name__ for value in (a, b, t))
+    return ArcmergeError(
+        f"'a' and 'b' must both be tensors, with a number for t, or both be mappings of tensors, got {kinds}"
+    )

@@ -94,7 +94,11 @@ def test_inputs_are_left_alone() -> None:
     ("a", "b", "sentence"),
     [
         (torch.ones(3), torch.ones(4), "'b' must have the shape of 'a' (3,), got (4,)"),
-        ({"x": torch.ones(3)}, {"y": torch.ones(3)}, "'b' must have the names of 'a', 'x' is in one of them only"),
+        (
+            {"x": torch.ones(3)},
+            {"y": torch.ones(3)},
+            "'b' must have the names of 'a', got 'x' and 1 more",
+        ),
         ({"x": torch.ones(3)}, torch.ones(3), "must both be tensors"),
         (torch.ones(3), torch.ones(3, device="meta"), "'b' must be on the device of 'a' cpu, got meta"),
     ],
