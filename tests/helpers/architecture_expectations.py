@@ -4,32 +4,32 @@ from __future__ import annotations
 
 # Whole models.
 REFUSED = {
-    "causal/hrm_text": "must hold one stack of layers",
-    "causal/xlm": "must hold one stack of layers",
-    "base/t5": "an encoder and a decoder",
-    "sequence/bart": "an encoder and a decoder",
-    "sequence/t5": "an encoder and a decoder",
+    "causal/hrm_text": "must have one stack of layers",
+    "causal/xlm": "must have one stack of layers",
+    "base/t5": "'is_encoder_decoder' must be false",
+    "sequence/bart": "'is_encoder_decoder' must be false",
+    "sequence/t5": "'is_encoder_decoder' must be false",
 }
 
-_BY_NUMBER = "gives a layer its kind by its number"
+_BY_INDEX = "must give each layer the kind of its tensors"
 _SEVERAL = "serves several of the 4 layers"
 
 # Slices of another depth: the layers 0 to 3 and 1 to 3 once more.
 REFUSED_DEPTH = {
-    "causal/dory": "singles out layers by their number",
-    "causal/ernie4_5_moe": _BY_NUMBER,
+    "causal/dory": "must not select layers by index",
+    "causal/ernie4_5_moe": _BY_INDEX,
     "causal/gemma3n_text": _SEVERAL,
     "causal/gemma4": _SEVERAL,
     "causal/gemma4_text": _SEVERAL,
-    "causal/gpt_neox_japanese": "no layer between the ends",
+    "causal/gpt_neox_japanese": "because only this layer has",
     "causal/inkling2_loop_text": _SEVERAL,
     "causal/inkling2_text": _SEVERAL,
-    "causal/jamba": _BY_NUMBER,
+    "causal/jamba": _BY_INDEX,
     "causal/zamba": _SEVERAL,
     "causal/zamba2": _SEVERAL,
     "image/gemma4": _SEVERAL,
-    "masked/albert": "has layers 0 to 0",  # one layer that all share
-    "reward/jamba": _BY_NUMBER,
+    "masked/albert": "must be within the layers 0 to 0",  # one layer that all share
+    "reward/jamba": _BY_INDEX,
 }
 
 # What transformers cannot build here, or cannot run on text alone.

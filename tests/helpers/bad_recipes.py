@@ -73,9 +73,9 @@ RECIPES = {
     "slerp-of-three": Bad(("slerp", "1", "2"), three("slerp")),
     "no-base": Bad(("slerp", "base_model"), recipe(base_model=None)),
     "base-not-in-slice": Bad(("base_model", "llama-c"), {**sliced([0, 3], [0, 3]), "base_model": "models/llama-c"}),
-    "t-missing": Bad(("`t`",), recipe(parameters=None)),
-    "t-without-fallback": Bad(("`t`", tiny.EMBEDDING), recipe(parameters={"t": [{"filter": "mlp", "value": 0.5}]})),
-    "t-under-a-model": Bad(("`t`",), recipe(parameters=None, models=models("llama-a", "llama-b", t=0.3))),
+    "t-missing": Bad(("'t'",), recipe(parameters=None)),
+    "t-without-fallback": Bad(("'t'", tiny.EMBEDDING), recipe(parameters={"t": [{"filter": "mlp", "value": 0.5}]})),
+    "t-under-a-model": Bad(("'t'",), recipe(parameters=None, models=models("llama-a", "llama-b", t=0.3))),
     "t-is-a-word": Bad(("parameters.t", "half"), recipe(parameters={"t": "half"})),
     "t-is-null": Bad(("parameters.t",), "\n".join([yaml.safe_dump(recipe(parameters=None)), "parameters: {t: null}"])),
     "t-is-empty": Bad(("parameters.t",), recipe(parameters={"t": []})),
@@ -111,7 +111,7 @@ RECIPES = {
         ("pad_to_multiple_of", "0"), recipe(tokenizer={"source": "base", "pad_to_multiple_of": 0})
     ),
     "chat-template-unknown": Bad(("chat_template", "gemmma", "chatml"), recipe(chat_template="gemmma")),
-    "weight-missing": Bad(("`weight`",), recipe(merge_method="linear")),
+    "weight-missing": Bad(("'weight'",), recipe(merge_method="linear")),
     "weights-add-up-to-zero": Bad(
         ("normalize", "0"),
         recipe(merge_method="linear", models=models("llama-a", weight=1) + models("llama-b", weight=-1)),

@@ -169,7 +169,10 @@ CHECKPOINTS = {
     "vocabularies-differ": Bad(
         ("320", "336", "'tokenizer_source: union' (or base) in the recipe"), of_gemma("gemma-b-vocabulary")
     ),
-    "depths-differ": Bad(("models: all", "gemma-shallow", "6", "4", "under slices"), of_gemma("gemma-shallow")),
+    "depths-differ": Bad(
+        ("'models' must", "gemma-shallow", "6", "4", "under slices"),
+        of_gemma("gemma-shallow"),
+    ),
     "architectures-differ": Bad(
         ("LlamaForCausalLM", "Qwen2ForCausalLM", "--allow-crimes"), recipe(models=models("llama-a", "qwen2-a"))
     ),

@@ -11,7 +11,7 @@ import pytest
 import arcmerge
 import decoders
 from arcmerge.checkpoint.reader import Checkpoint
-from arcmerge.merging.plan.tensor_names import Names, is_before, kind_of, place, tower_of
+from arcmerge.merging.plan.tensor_names import TensorNames, is_before, kind_of, place, tower_of
 from decoders import TOKENS, WIDTH
 
 # Prefix of the layers, embedding, head, norm; as transformers, or the authors' own code, saves them.
@@ -82,8 +82,8 @@ TOWERS = (
 )
 
 
-def names_of(folder: Path, tensors: decoders.Tensors, **changes: Any) -> Names:
-    return Names(Checkpoint(decoders.write(folder, tensors, decoders.config(**changes))))
+def names_of(folder: Path, tensors: decoders.Tensors, **changes: Any) -> TensorNames:
+    return TensorNames(Checkpoint(decoders.write(folder, tensors, decoders.config(**changes))))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -173,11 +173,11 @@ def test_the_bias_of_a_tied_head_is_merged_with_the_rest(bias: str, tmp_path: Pa
     ("config", "stacks", "word"),
     [
         ({}, ("encoder.block.", "decoder.block."), "'encoder.block.N', 'decoder.block.N'"),
-        ({"is_encoder_decoder": True}, ("encoder.block.", "decoder.block."), "encoder and a decoder"),
-        ({}, ("vision_model.layers.",), "found none"),
+        ({"is_encoder_decoder": True}, ("encoder.block.", "decoder.block."), "'is_encoder_decoder' must be false"),
+        ({}, ("vision_model.layers.",), "got none"),
         ({}, ("encoder.blocks.0.",), "'encoder.blocks.N.M'"),
-        ({"n_layer": 5}, ("h.",), "num_hidden_layers 4 and n_layer 5 but the weights hold layers 0 to 2 .*incomplete"),
-        ({"num_hidden_layers": 2}, ("h.",), "hold layers 0 to 2 .*the two are not of one model"),
+        ({"n_layer": 5}, ("h.",), "num_hidden_layers 4 and n_layer 5, got layers 0 to 2 .*incomplete"),
+        ({"num_hidden_layers": 2}, ("h.",), "got layers 0 to 2 .*of different models"),
     ],
     ids=["two", "encoder-decoder", "none", "groups", "incomplete", "one too many"],
 )

@@ -14,7 +14,7 @@ from arcmerge.merging.methods import registry
 from arcmerge.merging.options import Options, Warn
 from arcmerge.merging.output.donor_files import code_files
 from arcmerge.merging.plan.agreement import disagreements
-from arcmerge.merging.plan.plan import Plan, make_plan
+from arcmerge.merging.plan.plan import Plan, Planner
 from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.recipe import MergeConfig, Recipe, load_recipe
 from arcmerge.merging.vocabulary.vocabulary import Vocabulary, build_vocabulary
@@ -87,14 +87,14 @@ def prepare(config: MergeConfig, options: Options, warn: Warn) -> Prepared:
 def _plan(
     recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpoint], vocabulary: Vocabulary | None, options: Options
 ) -> Plan:
-    return make_plan(
+    return Planner(
         recipe,
         registry.get(recipe.method),
         checkpoints,
         vocabulary_rows=vocabulary.size if vocabulary else None,
         truncate_embeddings=options.unsafe_truncate_embeddings,
         mix_architectures=options.allow_crimes,
-    )
+    ).plan()
 
 
 def _open(recipe: Recipe, options: Options) -> dict[ModelReference, Checkpoint]:

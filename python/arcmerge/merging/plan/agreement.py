@@ -1,7 +1,7 @@
-"""Where the configurations of the parents disagree on what their weights compute.
+"""Differences between the models' configurations that change the results of their weights.
 
-The result has one config.json, the donor's: weights of a parent with other settings are run with settings that they
-were not trained with.
+The result has the donor's config.json, so weights of a model with other settings run with settings that they were not
+trained with.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from arcmerge.merging.plan.config_layers import decoder_settings
 from arcmerge.merging.recipe.model_reference import ModelReference
 
-# Keys that change what the weights compute, where shapes do not show it.
+# Keys that change the results of the weights without changing shapes.
 _HEADS = r"n_heads?|n_head_kv|num_heads|num_(attention|key_value|kv)_heads|head_dim|kv_channels|multi_query_group_num"
 _ROTATION = (
     r"\w*rope_(theta|scaling|parameters|ratio|dim|interleave\w*|traditional|local_base_freq)"
@@ -30,10 +30,10 @@ _BLOCKS = (
     r"parallel_attn|use_parallel_residual|num_experts_per_tok|moe_top_?k|topk_group|n_group|norm_topk_prob|scoring_func"
 )
 _COMPUTES = re.compile("|".join((_HEADS, _ROTATION, _NORMS, _ACTIVATIONS, _SCALES, _ATTENTION, _KINDS, _BLOCKS)))
-# Of them, those whose null stands for what follows from other keys.
+# Keys of `_COMPUTES` whose null means a value that follows from other keys.
 _DERIVED = re.compile(r"head_dim|num_(key_value|kv)_heads")
 
-# What configurations that leave a key out may mean by it.
+# Values that a missing key may stand for.
 _DEFAULTS = {
     re.compile(r"rope_theta|rotary_emb_base"): (None, 10000),
     re.compile(r"rms_norm_eps"): (None, 1e-6),
@@ -41,12 +41,12 @@ _DEFAULTS = {
 }
 _UNSET: Any = object()
 
-# Under `rope_parameters` in newer configurations, keys of their own in older ones.
-_BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
+# Keys under `rope_parameters` in newer configurations, at the top level in older ones.
+_ROPE_KEYS = ("rope_theta", "partial_rotary_factor")
 
 
 def disagreements(configs: Mapping[ModelReference, Mapping[str, Any]], donor: ModelReference) -> list[str]:
-    """A sentence for each key by which models compute otherwise than the donor, whose value the result has."""
+    """Return a sentence for each key whose value in some model differs from the donor's, which the result has."""
     settings = {model: _computing(config) for model, config in configs.items()}
     found = []
     for key in dict.fromkeys(key for theirs in settings.values() for key in theirs):
@@ -63,14 +63,14 @@ def disagreements(configs: Mapping[ModelReference, Mapping[str, Any]], donor: Mo
 
 
 def _differ(key: str, one: Any, other: Any) -> bool:
-    """Whether a key's values in two configurations give two results.
+    """Whether a key's values in two configurations differ in effect.
 
-    A key that one of them lacks has the default of its class there; only of some keys is it known what that is.
+    A missing key has the default of the model's class, which is known for some keys only.
     """
     if one is _UNSET or other is _UNSET:
         given = other if one is _UNSET else one
         return any(name.fullmatch(key) and given not in usual for name, usual in _DEFAULTS.items())
-    if isinstance(one, list) and isinstance(other, list):  # an entry for each layer: the depths may differ
+    if isinstance(one, list) and isinstance(other, list):  # with an entry for each layer; the depths may differ
         return any(mine != theirs for mine, theirs in zip(one, other, strict=False))
     return bool(one != other)
 
@@ -80,7 +80,7 @@ def _shown(value: Any) -> str:
 
 
 def _computing(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that change what weights compute, those of the rotation under the names that they had first."""
+    """The settings that change the results of weights, with those of the rotation under their older names."""
     decoder = decoder_settings(config)
     attention = decoder.get("attn_config")  # MPT and DBRX
     every = {**decoder, **(attention if isinstance(attention, dict) else {})}
@@ -90,8 +90,8 @@ def _computing(config: Mapping[str, Any]) -> dict[str, Any]:
         settings.pop("sliding_window", None)
     rope = settings.pop("rope_parameters", None)
     if isinstance(rope, dict) and rope and not all(isinstance(value, dict) for value in rope.values()):
-        settings |= {key: rope[key] for key in _BESIDE_ROPE if rope.get(key) is not None}
-        settings["rope_scaling"] = {key: value for key, value in rope.items() if key not in _BESIDE_ROPE}
+        settings |= {key: rope[key] for key in _ROPE_KEYS if rope.get(key) is not None}
+        settings["rope_scaling"] = {key: value for key, value in rope.items() if key not in _ROPE_KEYS}
     elif rope:
         settings["rope_parameters"] = rope
     if "rope_scaling" in settings or "rope_theta" in settings:
@@ -100,7 +100,7 @@ def _computing(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(value: Any) -> Any:
-    """A rope_scaling with one name for its kind, None for none."""
+    """A rope_scaling with one name for its kind; None if it does not scale."""
     if not isinstance(value, dict):
         return value
     kind = value.get("rope_type", value.get("type", "default"))

@@ -1,9 +1,9 @@
-"""From the names of the tensors that meet to a job: their types and shapes checked, their parameters resolved."""
+"""Makes jobs: checks dtypes and shapes of the tensors that are merged, and resolves the parameters of the method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,73 +18,81 @@ from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.recipe import Recipe, Slice
 
 
+@dataclass(frozen=True)
 class JobMaker:
-    """vocabulary_rows: rows that tensors with one for each token get, None where rows meet by their number.
-    truncate_embeddings: cut those of unequal length to their common rows. problems: where what is wrong is noted.
+    """Makes the jobs of a plan.
+
+    Args:
+        recipe: the recipe.
+        method: the merge method.
+        checkpoints: a checkpoint for each model.
+        donor: the model that config.json and tensors that are not merged come from.
+        vocabulary_rows: number of rows of tensors that are aligned by token; None if rows are matched by index.
+        truncate_embeddings: truncate embeddings of different lengths to the shortest.
+        problems: collector of error messages.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        method: Method,
-        checkpoints: Mapping[ModelReference, Checkpoint],
-        donor: ModelReference,
-        vocabulary_rows: int | None,
-        truncate_embeddings: bool,
-        problems: Problems,
-    ) -> None:
-        self._recipe = recipe
-        self._method = method
-        self._checkpoints = checkpoints
-        self._donor = donor
-        self._vocabulary_rows = vocabulary_rows
-        self._truncate_embeddings = truncate_embeddings
-        self._problems = problems
+    recipe: Recipe
+    method: Method
+    checkpoints: Mapping[ModelReference, Checkpoint]
+    donor: ModelReference
+    vocabulary_rows: int | None
+    truncate_embeddings: bool
+    problems: Problems
 
     def merged(
         self,
         output_name: str,
-        piece: Slice,
+        slice_: Slice,
         names: Sequence[str],
         u: float,
         *,
-        asked: Sequence[str] | None = None,
+        filter_names: Sequence[str] | None = None,
         vocabulary: bool = False,
     ) -> Job | None:
-        """The job of one output tensor, None where a problem was noted.
+        """Make the job of a merged tensor.
 
-        names: of its inputs. asked: those that filters of parameters look at, where they are not the same.
-        vocabulary: whether rows are tokens.
+        Args:
+            output_name: name of the output tensor.
+            slice_: the slice, whose sources give the inputs.
+            names: names of the input tensors.
+            u: depth of the layer in its slice, see `Recipe.value`.
+            filter_names: names that the filters of parameters match, if not `names`.
+            vocabulary: whether the tensor has one row for each token.
+
+        Returns:
+            The job; None if a problem was added.
         """
-        inputs = self._inputs(output_name, piece, names)
+        inputs = self._inputs(output_name, slice_, names)
         if inputs is None or (shape := self._shape(output_name, inputs, vocabulary)) is None:
             return None
         if not all(item.info.dtype.mergeable for item in inputs):
             return self._of_donor(output_name, inputs)
-        base = self._base_position(piece)
+        base = self._base_index(slice_)
         try:
-            values = self._values(piece, output_name, asked or names, u, base)
+            values = self._values(slice_, output_name, filter_names or names, u, base)
         except ArcmergeError as error:
             for sentence in error.problems:
-                self._problems.add(sentence, kind=sentence.replace(output_name, ""))
+                self.problems.add(sentence, kind=sentence.replace(output_name, ""))
             return None
-        if sentences := self._method.check(values):
+        if sentences := self.method.check(values):
             for sentence in sentences:
-                self._problems.add(f"{output_name}: {sentence}", kind=sentence)
+                message = f"{output_name}: {sentence}"
+                self.problems.add(message, kind=sentence)
             return None
-        vocabulary = vocabulary and self._vocabulary_rows is not None
+        vocabulary = vocabulary and self.vocabulary_rows is not None
         result = promote(item.dtype for item in inputs)
-        constant = self._method.constant(values)
-        if len({(item.model, item.info.name) for item in inputs}) == 1 and self._method.idempotent:
+        constant = self.method.constant(values)
+        if len({(item.model, item.info.name) for item in inputs}) == 1 and self.method.idempotent:
             constant = Coefficients(np.eye(len(inputs))[0], "copy")
-        if vocabulary:  # a row that one model lacks may come from any other, in its type
+        if vocabulary:  # a row that one model does not have may come from any other model, in that model's dtype
             inputs = tuple(replace(item, cast=result if result != item.info.dtype else None) for item in inputs)
         elif constant is not None:
             inputs, constant = _used(inputs, constant)
         return Job(
-            output=OutputTensor(output_name, self._recipe.out_dtype or result, shape),
+            output=OutputTensor(output_name, self.recipe.out_dtype or result, shape),
             inputs=inputs,
-            method=self._method,
+            method=self.method,
             values=values,
             result=result,
             constant=constant,
@@ -94,19 +102,27 @@ class JobMaker:
     def whole(
         self, output_name: str, model: ModelReference, name: str, *, vocabulary: bool = False, as_stored: bool = False
     ) -> Job:
-        """The job of a tensor that comes from one model, whatever the method. as_stored: and in the type it has."""
+        """Make the job of a tensor that is copied from one model.
+
+        Args:
+            output_name: name of the output tensor.
+            model: the model.
+            name: name of the tensor there.
+            vocabulary: whether the tensor has one row for each token.
+            as_stored: keep the stored dtype.
+        """
         item = self._input(model, name)
         dtype, count = item.info.dtype, item.info.count
-        rows = self._vocabulary_rows if vocabulary else None
+        rows = self.vocabulary_rows if vocabulary else None
         shape = item.info.shape if rows is None else (rows, *item.info.shape[1:])
         if as_stored or not dtype.mergeable:
             item = replace(item, cast=None)
         else:
-            dtype = self._recipe.out_dtype or item.dtype
+            dtype = self.recipe.out_dtype or item.dtype
         return Job(
             output=OutputTensor(output_name, dtype, shape),
             inputs=(item,),
-            method=self._method,
+            method=self.method,
             values=Arguments(count=1, base=None),
             result=item.dtype,
             constant=Coefficients(np.ones(1), "copy") if dtype.mergeable else None,
@@ -114,93 +130,87 @@ class JobMaker:
             setting=as_stored or count == 1,
         )
 
-    def _inputs(self, output_name: str, piece: Slice, names: Sequence[str]) -> tuple[Input, ...] | None:
-        for source, name in zip(piece.sources, names, strict=True):
-            if name not in self._checkpoints[source.model].tensors:
+    def _inputs(self, output_name: str, slice_: Slice, names: Sequence[str]) -> tuple[Input, ...] | None:
+        for source, name in zip(slice_.sources, names, strict=True):
+            if name not in self.checkpoints[source.model].tensors:
                 owner = next(
                     other.model
-                    for other, owned in zip(piece.sources, names, strict=True)
-                    if owned in self._checkpoints[other.model].tensors
+                    for other, owned in zip(slice_.sources, names, strict=True)
+                    if owned in self.checkpoints[other.model].tensors
                 )
-                self._problems.add(
-                    f"{output_name}: every model must have this tensor, {source.model} has no '{name}' while "
-                    f"{owner} has; a file of {source.model} is missing, or the two are not of one architecture",
+                self.problems.add(
+                    f"'{output_name}' must be in every model, got no '{name}' in {source.model} but one in {owner}; "
+                    f"a file of {source.model} is missing, or the two are of different architectures",
                     kind=f"missing in {source.model}",
                 )
                 return None
-        return tuple(self._input(source.model, name) for source, name in zip(piece.sources, names, strict=True))
+        return tuple(self._input(source.model, name) for source, name in zip(slice_.sources, names, strict=True))
 
     def _input(self, model: ModelReference, name: str) -> Input:
-        checkpoint = self._checkpoints[model]
+        checkpoint = self.checkpoints[model]
         info = checkpoint.tensors[name]
-        cast = self._recipe.dtype if self._recipe.dtype != info.dtype and info.dtype.mergeable else None
+        cast = self.recipe.dtype if self.recipe.dtype != info.dtype and info.dtype.mergeable else None
         return Input(model, checkpoint, info, cast)
 
     def _shape(self, output_name: str, inputs: Sequence[Input], vocabulary: bool) -> tuple[int, ...] | None:
         shapes = [item.info.shape for item in inputs]
         if vocabulary and len({shape[1:] for shape in shapes}) == 1:
-            if self._vocabulary_rows is not None:
-                return (self._vocabulary_rows, *shapes[0][1:])
-            if self._truncate_embeddings:
+            if self.vocabulary_rows is not None:
+                return (self.vocabulary_rows, *shapes[0][1:])
+            if self.truncate_embeddings:
                 return (min(shape[0] for shape in shapes), *shapes[0][1:])
         if len(set(shapes)) == 1:
             return shapes[0]
         found = ", ".join(f"{list(item.info.shape)} in {item.model}" for item in inputs)
         if vocabulary and len({shape[1:] for shape in shapes}) == 1:
-            self._problems.add(
-                f"{output_name}: the vocabularies differ in length: {found}; match rows by token with "
-                "'tokenizer_source: union' (or base) in the recipe, or cut to the common rows with "
-                "--unsafe-truncate-embeddings"
+            self.problems.add(
+                f"'{output_name}' must have the same number of rows in all models, got {found}; align the rows by "
+                "token with 'tokenizer_source: union' (or base) in the recipe, or truncate to the smallest vocabulary "
+                "with --unsafe-truncate-embeddings"
             )
         else:
-            self._problems.add(
-                f"{output_name}: all models must have one shape, got {found}; models of different size cannot be "
-                "merged",
+            self.problems.add(
+                f"'{output_name}' must have the same shape in all models, got {found}; models of different sizes "
+                "cannot be merged",
                 kind="shape",
             )
         return None
 
     def _of_donor(self, output_name: str, inputs: tuple[Input, ...]) -> Job | None:
-        """A buffer that is not of floating point cannot be mixed: the base's is kept."""
-        if any(item.info.dtype != inputs[0].info.dtype for item in inputs):
-            self._problems.add(
-                f"{output_name}: stored as {', '.join(sorted({item.info.dtype.name for item in inputs}))}; "
-                "only bfloat16, float16 and float32 can be merged",
+        """Tensors of integers cannot be mixed: the base's is kept."""
+        dtypes = sorted({item.info.dtype.name for item in inputs})
+        if len(dtypes) > 1 or dtypes[0].startswith("float"):
+            self.problems.add(
+                f"'{output_name}' must be stored as bfloat16, float16 or float32 to be merged, "
+                f"got {', '.join(dtypes)}; convert the checkpoint first",
                 kind="dtype",
             )
             return None
-        if inputs[0].info.dtype.name.startswith("float"):
-            self._problems.add(
-                f"{output_name}: stored as {inputs[0].info.dtype.name}; only bfloat16, float16 and float32 can be "
-                "merged, convert the checkpoint first",
-                kind="dtype",
-            )
-            return None
-        kept = next((item for item in inputs if item.model == self._donor), inputs[0])
+        kept = next((item for item in inputs if item.model == self.donor), inputs[0])
         return self.whole(output_name, kept.model, kept.info.name, as_stored=True)
 
-    def _base_position(self, piece: Slice) -> int | None:
-        base = piece.base_model or self._recipe.base_model
-        return next((position for position, source in enumerate(piece.sources) if source.model == base), None)
+    def _base_index(self, slice_: Slice) -> int | None:
+        base = slice_.base_model or self.recipe.base_model
+        return next((index for index, source in enumerate(slice_.sources) if source.model == base), None)
 
-    def _values(self, piece: Slice, output_name: str, names: Sequence[str], u: float, base: int | None) -> Arguments:
+    def _values(self, slice_: Slice, output_name: str, names: Sequence[str], u: float, base: int | None) -> Arguments:
         shared: dict[str, Any] = {}
         per_input: dict[str, tuple[Any, ...]] = {}
-        for parameter in self._method.parameters:
+        for parameter in self.method.parameters:
             if parameter.scope == "shared":
-                shared[parameter.name] = self._recipe.value(parameter, piece, None, output_name, u)
+                shared[parameter.name] = self.recipe.value(parameter, slice_, None, output_name, u)
             else:
                 per_input[parameter.name] = tuple(
                     None
-                    if position == base and parameter.scope == "non_base"
-                    else self._recipe.value(parameter, piece, source, name, u)
-                    for position, (source, name) in enumerate(zip(piece.sources, names, strict=True))
+                    if index == base and parameter.scope == "non_base"
+                    else self.recipe.value(parameter, slice_, source, name, u)
+                    for index, (source, name) in enumerate(zip(slice_.sources, names, strict=True))
                 )
-        models = tuple(str(source.model) for source in piece.sources)
+        models = tuple(str(source.model) for source in slice_.sources)
         return Arguments(len(names), base, shared, per_input, models)
 
 
 def _used(inputs: tuple[Input, ...], constant: Coefficients) -> tuple[tuple[Input, ...], Coefficients]:
-    """Only the inputs that count: one with the coefficient zero need not be read, whatever it holds."""
+    """The inputs whose coefficient is not zero, and these coefficients. Other inputs need not be read."""
     kept = np.flatnonzero(constant.values) if constant.values.any() else np.array([0])
-    return tuple(inputs[place] for place in kept), Coefficients(constant.values[kept], constant.branch)
+    return tuple(inputs[index] for index in kept), Coefficients(constant.values[kept], constant.branch)

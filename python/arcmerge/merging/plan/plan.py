@@ -1,8 +1,8 @@
-"""Recipe and headers -> a job per output tensor.
+"""The plan of a merge: one job for each output tensor, from the recipe and the headers of the checkpoints.
 
-Everything that can be known before a weight is read is decided and checked here: which tensors meet, under which
-parameters, in which type, and which of them need no arithmetic at all. Problems are collected and raised together,
-one line each; nothing has been written by then.
+The planner decides and checks everything that can be known before a weight is read: which tensors are merged, with
+which parameters, in which dtype, and which of them need no arithmetic. Problems are collected and raised together, one
+line each, before anything is written.
 """
 
 from __future__ import annotations
@@ -17,22 +17,31 @@ from arcmerge.errors import Problems
 from arcmerge.merging.methods.method import Method
 from arcmerge.merging.plan.config_layers import at, change_layers, levels
 from arcmerge.merging.plan.job_maker import JobMaker
-from arcmerge.merging.plan.outside_layers import Beside
-from arcmerge.merging.plan.parents import fault, says_tied
+from arcmerge.merging.plan.model_checks import check_model, says_tied
+from arcmerge.merging.plan.outside_layers import OutsideLayers
 from arcmerge.merging.plan.slices import are_in_place, layers, length, with_layers
 from arcmerge.merging.plan.tensor_job import Job
-from arcmerge.merging.plan.tensor_names import Names, is_before
+from arcmerge.merging.plan.tensor_names import TensorNames, is_before
 from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.recipe import Recipe, Slice
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs in the order of the network, and what the output's config.json has to say of them.
+    """The jobs of a merge, and the facts that config.json of the result needs.
 
-    source_layers: for every output layer the model and its layer that it descends from, the donor's where it has one.
-    depth: layers of the donor. vocab_size: rows of the embedding, None for as many as the donor's. tied: whether the
-    head is the embedding, None for as the donor says. notes: what was not merged, and what became of it.
+    Args:
+        recipe: the recipe.
+        method: its merge method.
+        donor: the model that config.json and tensors that are not merged come from: the base model, or else the first.
+        jobs: one job for each output tensor, in the order of the network.
+        source_layers: for each output layer the model and the layer it comes from; the donor's if the donor is one of
+            the sources.
+        depth: number of layers of the donor.
+        vocab_size: number of rows of the embedding; None if it is that of the donor.
+        tied: whether the head is the embedding; None if it is as the donor's config.json says.
+        notes: sentences about tensors that are not merged, and where they come from.
+        warnings: sentences about doubtful entries of config.json.
     """
 
     recipe: Recipe
@@ -47,53 +56,45 @@ class Plan:
     warnings: tuple[str, ...]
 
 
-def make_plan(
-    recipe: Recipe,
-    method: Method,
-    checkpoints: Mapping[ModelReference, Checkpoint],
-    *,
-    vocabulary_rows: int | None = None,
-    truncate_embeddings: bool = False,
-    mix_architectures: bool = False,
-) -> Plan:
-    """Decide every output tensor of `recipe`.
+@dataclass
+class Planner:
+    """Plans the merge of a recipe.
 
-    checkpoints: one for every model the recipe names.
-    vocabulary_rows: rows of the vocabulary the inputs are aligned to, None where rows meet by their number.
-    truncate_embeddings: cut vocabularies of unequal length to their common rows instead of refusing them.
-    mix_architectures: let checkpoints of different architectures meet (mergekit's --allow-crimes).
-
-    Raises ArcmergeError with one line per problem.
+    Args:
+        recipe: the recipe.
+        method: its merge method.
+        checkpoints: a checkpoint for each model of the recipe.
+        vocabulary_rows: number of rows that inputs are aligned to; None if rows are matched by index.
+        truncate_embeddings: truncate vocabularies of different sizes instead of refusing them.
+        mix_architectures: accept checkpoints of different architectures (mergekit's --allow-crimes).
     """
-    return _Planner(recipe, method, checkpoints, vocabulary_rows, truncate_embeddings, mix_architectures).plan()
 
+    recipe: Recipe
+    method: Method
+    checkpoints: Mapping[ModelReference, Checkpoint]
+    vocabulary_rows: int | None = None
+    truncate_embeddings: bool = False
+    mix_architectures: bool = False
 
-class _Planner:
-    def __init__(
-        self,
-        recipe: Recipe,
-        method: Method,
-        checkpoints: Mapping[ModelReference, Checkpoint],
-        vocabulary_rows: int | None,
-        truncate_embeddings: bool,
-        mix_architectures: bool,
-    ) -> None:
-        self.recipe = recipe
-        self.method = method
-        self.checkpoints = checkpoints
-        self.vocabulary_rows = vocabulary_rows
-        self.mix_architectures = mix_architectures
-        self.names = {model: Names(checkpoint) for model, checkpoint in checkpoints.items()}
-        self.donor = recipe.base_model or recipe.slices[0].sources[0].model
+    def __post_init__(self) -> None:
+        self.names = {model: TensorNames(checkpoint) for model, checkpoint in self.checkpoints.items()}
+        self.donor = self.recipe.base_model or self.recipe.slices[0].sources[0].model
         self.problems = Problems()
         self.warnings: list[str] = []
         self.jobs = JobMaker(
-            recipe, method, checkpoints, self.donor, vocabulary_rows, truncate_embeddings, self.problems
+            self.recipe,
+            self.method,
+            self.checkpoints,
+            self.donor,
+            self.vocabulary_rows,
+            self.truncate_embeddings,
+            self.problems,
         )
 
     def plan(self) -> Plan:
+        """Decide every output tensor. Raises ArcmergeError with one sentence for each problem."""
         for model in self.checkpoints:
-            self._check_parent(model)
+            self._check_model(model)
         self.problems.raise_if_any()
         depths = {model: names.depth for model, names in self.names.items()}
         slices = with_layers(self.recipe, self.method, depths, self.problems)
@@ -103,19 +104,19 @@ class _Planner:
         jobs: list[Job | None] = []
         source_layers: list[tuple[ModelReference, int]] = []
         jobs += self._outer(slices[0], before=True)
-        for piece in slices:
-            count = length(piece)
-            origin = next((source for source in piece.sources if source.model == self.donor), piece.sources[0])
+        for slice_ in slices:
+            count = length(slice_)
+            origin = next((source for source in slice_.sources if source.model == self.donor), slice_.sources[0])
             for step in range(count):
                 u = step / (count - 1) if count > 1 else 1.0
                 source_layers.append((origin.model, layers(origin)[0] + step))
-                jobs += self._layer(piece, step, u, len(source_layers) - 1, source_layers[-1][1])
+                jobs += self._layer(slice_, step, u, len(source_layers) - 1, source_layers[-1][1])
         jobs += self._outer(slices[-1], before=False)
         head, tied = self._head(slices[-1])
         jobs.append(head)
-        beside = Beside(self.names, self.donor, self.jobs)
-        jobs += beside.prediction(slices[-1], len(source_layers), in_place)
-        jobs += beside.whole()
+        outside = OutsideLayers(self.names, self.donor, self.jobs)
+        jobs += outside.prediction(slices[-1], len(source_layers), in_place)
+        jobs += outside.whole()
         self._check_layers(source_layers, in_place)
         made = tuple(job for job in jobs if job is not None)
         vocab_size = self._check_vocabulary(made)
@@ -129,34 +130,33 @@ class _Planner:
             depth=depths[self.donor],
             vocab_size=vocab_size,
             tied=tied,
-            notes=tuple(beside.notes),
+            notes=tuple(outside.notes),
             warnings=tuple(self.warnings),
         )
 
-    def _check_parent(self, model: ModelReference) -> None:
-        if sentence := fault(self.checkpoints[model], self.names[model]):
-            self.problems.add(f"{model}: {sentence}")
+    def _check_model(self, model: ModelReference) -> None:
+        if not check_model(model, self.checkpoints[model], self.names[model], self.problems):
             return
         ours, theirs = (self.checkpoints[name].config.get("architectures") for name in (self.donor, model))
         if ours != theirs and not self.mix_architectures:
             self.problems.add(
-                f"{model} is a {_listed(theirs)} and {self.donor} a {_listed(ours)}; models of one architecture can be "
-                "merged (--allow-crimes tries all the same)"
+                f"{model} must have the architecture of {self.donor}, {_listed(ours)}, got {_listed(theirs)}; merge "
+                "models of one architecture, or pass --allow-crimes to try it anyway"
             )
 
     def _check_layers(self, source_layers: Sequence[tuple[ModelReference, int]], in_place: bool) -> None:
-        """What the donor's config.json and tensors outside the layers say of single layers must hold for these."""
+        """Check that entries for single layers in the donor's config.json, and shared tensors, fit these layers."""
         donor = self.names[self.donor]
         if not in_place and (names := donor.of_each_layer()):
             self.problems.add(
-                f"{names[0]}: serves several of the {donor.depth} layers of {self.donor}, so that whole models can be "
-                "merged, but no slices of them; leave the layer ranges out"
+                f"'{names[0]}' must not be in models that are merged in slices, because it serves several of the "
+                f"{donor.depth} layers, got one in {self.donor}; leave the layer ranges out to merge whole models"
             )
-        for name, has in self._misplaced(source_layers):
-            found = "no layer between the ends of {} has such a tensor" if has else "only this layer of {} has none"
+        for layer, name, has in self._misplaced(source_layers):
             self.problems.add(
-                f"{name}: {found.format(self.donor)}, so its layer must stay where it is, and be there once; "
-                "give other layer ranges"
+                f"{self.donor}: 'layer_range' must keep layer {layer} at its end of the network, once, because only "
+                f"this layer {'has' if has else 'lacks'} '{name}', got slices that move or repeat it; give other layer "
+                "ranges"
             )
         config = self.checkpoints[self.donor].config
         kinds = (
@@ -166,31 +166,33 @@ class _Planner:
         for path in levels(config):
             sources = [(at(self.checkpoints[model].config, path), layer) for model, layer in source_layers]
             change = change_layers(at(config, path), donor.depth, sources, kinds)
-            for sentence in change.problems:
-                self.problems.add(f"{self.donor}: config.json's {sentence}; give other layer ranges")
-            self.warnings += [f"{self.donor}: config.json's {sentence}" for sentence in change.warnings]
+            for key, rule, got in change.problems:
+                self.problems.add(
+                    f"config.json of {self.donor}: '{key}' must {rule}, got {got}; give other layer ranges"
+                )
+            self.warnings += [f"config.json of {self.donor}: {sentence}" for sentence in change.warnings]
 
-    def _misplaced(self, source_layers: Sequence[tuple[ModelReference, int]]) -> list[tuple[str, bool]]:
-        """Tensors that the first or last layer of the donor has beside those of all others, or has not, and whether.
+    def _misplaced(self, source_layers: Sequence[tuple[ModelReference, int]]) -> list[tuple[int, str, bool]]:
+        """First and last layers that these slices move or repeat although their tensors differ from all other layers'.
 
-        Of layers that are not where they were.
+        Each with the name of a tensor that only this layer has (True) or lacks (False).
         """
         donor = self.names[self.donor]
         inner = [donor.layers[layer] for layer in range(1, donor.depth - 1)]
         if not inner or any(rests != inner[0] for rests in inner):
             return []
         found = []
-        for end, place in ((0, 0), (donor.depth - 1, len(source_layers) - 1)):
-            places = [position for position, (_, layer) in enumerate(source_layers) if layer == end]
+        for end, expected in ((0, 0), (donor.depth - 1, len(source_layers) - 1)):
+            indices = [index for index, (_, layer) in enumerate(source_layers) if layer == end]
             more, less = donor.layers[end] - inner[0], inner[0] - donor.layers[end]
-            if bool(more) != bool(less) and places != [place]:
-                found.append((donor.in_layer(end, min(more or less)), bool(more)))
+            if bool(more) != bool(less) and indices != [expected]:
+                found.append((end, donor.in_layer(end, min(more or less)), bool(more)))
         return found
 
     def _check_vocabulary(self, jobs: Iterable[Job]) -> int | None:
-        """One vocabulary for the whole network: its embedding comes from the first slice, its head from the last.
+        """Check that embedding and head have the same rows: the one is from the first slice, the other from the last.
 
-        Returns the rows of the embedding, None for as many as the donor's.
+        Returns the number of rows of the embedding, None if it is that of the donor.
         """
         donor, tensors = self.names[self.donor], self.checkpoints[self.donor].tensors
         rows = {
@@ -198,66 +200,66 @@ class _Planner:
             for job in jobs
             if any(self.names[item.model].is_vocabulary(item.info.name) for item in job.inputs)
         }
-        # Some embeddings have rows for more than tokens: images, prompts, a start of the text.
+        # Some embeddings have further rows, such as for images, prompts, or the start of the text.
         ends = [tensors[name].shape[0] for name in (donor.embedding, donor.head) if name]
         more = len(set(ends)) > 1
         if self.vocabulary_rows is not None and not rows:
             self.problems.add(
-                "tokenizer: no tensor is called '...embed_tokens.weight' or by another name of an embedding, so none "
-                "can be aligned by token; leave the tokenizer block out"
+                "'tokenizer' must not be set for models without an embedding, got no tensor '...embed_tokens.weight' "
+                "or with another name of an embedding; leave the tokenizer block out"
             )
         if len(set(rows.values())) > 1 and not more:
             found = ", ".join(f"{name} {count}" for name, count in rows.items())
             self.problems.add(
-                f"the embedding and the head must have a row for each token, got rows {found}; "
-                "add 'tokenizer_source: union' (or base), or end in a slice of models with the vocabulary of the first"
+                f"'embedding' and 'head' must have one row for each token, got rows {found}; add 'tokenizer_source: "
+                "union' (or base), or end with a slice of models with the vocabulary of the first slice"
             )
         unlike = [name for name in donor.outer.values() if "embed" in name and "per_layer" in name]
         unlike += [donor.embedding] if donor.embedding and more else []
         if self.vocabulary_rows is not None and unlike:
             self.problems.add(
-                f"tokenizer: {unlike[0]} has other rows than one for each token, which cannot be aligned; leave the "
-                "tokenizer block out"
+                f"'{unlike[0]}' must have one row for each token to be aligned by token, got other rows; "
+                "leave the tokenizer block out"
             )
         count = rows.get(donor.embedding or donor.head or "")
         return None if not ends or count == ends[0] else count
 
-    def _outer(self, piece: Slice, *, before: bool) -> Iterator[Job | None]:
-        """The tensors before or after the layers, the head left out."""
+    def _outer(self, slice_: Slice, *, before: bool) -> Iterator[Job | None]:
+        """The jobs of the tensors before or after the layers, without the head."""
         stored: dict[str, tuple[ModelReference, str]] = {}
-        for model in dict.fromkeys([self.donor, *(source.model for source in piece.sources)]):
+        for model in dict.fromkeys([self.donor, *(source.model for source in slice_.sources)]):
             for role, name in self.names[model].outer.items():
                 stored.setdefault(role, (model, name))
-        used = {role for source in piece.sources for role in self.names[source.model].outer}
+        used = {role for source in slice_.sources for role in self.names[source.model].outer}
         for role, (owner, name) in stored.items():
             if role in used and is_before(name) == before:
-                names = [self.names[source.model].stored(role, name) for source in piece.sources]
+                names = [self.names[source.model].stored(role, name) for source in slice_.sources]
                 output = self.names[self.donor].stored(role, name)
                 vocabulary = self.names[owner].is_vocabulary(name)
-                yield self.jobs.merged(output, piece, names, 0.0, vocabulary=vocabulary)
+                yield self.jobs.merged(output, slice_, names, 0.0, vocabulary=vocabulary)
 
-    def _layer(self, piece: Slice, step: int, u: float, output_layer: int, origin: int) -> Iterator[Job | None]:
-        found = [(self.names[source.model], layers(source)[0] + step) for source in piece.sources]
+    def _layer(self, slice_: Slice, step: int, u: float, output_layer: int, origin: int) -> Iterator[Job | None]:
+        found = [(self.names[source.model], layers(source)[0] + step) for source in slice_.sources]
         rests = dict.fromkeys(rest for names, layer in found for rest in sorted(names.layers[layer]))
         donor = self.names[self.donor]
         for rest in rests:
             names = [names.in_layer(layer, rest) for names, layer in found]
-            yield self.jobs.merged(donor.in_layer(output_layer, rest), piece, names, u)
+            yield self.jobs.merged(donor.in_layer(output_layer, rest), slice_, names, u)
         for rest in sorted(donor.buffers.get(origin, ())):
             name = donor.in_layer(origin, rest)
             yield self.jobs.whole(donor.in_layer(output_layer, rest), self.donor, name, as_stored=True)
 
-    def _head(self, piece: Slice) -> tuple[Job | None, bool | None]:
-        """The job of the output head, and what config.json has to say of it, None for what it says.
+    def _head(self, slice_: Slice) -> tuple[Job | None, bool | None]:
+        """The job of the output head, and `tie_word_embeddings` of the result, None to keep the donor's entry.
 
-        A head is a tensor of its own only where some parent has one that differs from its embedding; the tied
-        parents then stand in with their embedding.
+        The result has a head only if some model has one that differs from its embedding. Models with tied embeddings
+        then take part with their embedding.
         """
         donor = self.names[self.donor]
         says = says_tied(self.checkpoints[self.donor].config)
-        models = [source.model for source in piece.sources]
+        models = [source.model for source in slice_.sources]
         own = [self._has_own_head(model) for model in models]
-        # Where the embedding of the result comes from. A model with a head of its own has none that is a head.
+        # The embedding of the result comes from these. That of a model with its own head cannot be used as a head.
         first = [source.model for source in self.recipe.slices[0].sources]
         if not any(own) and not any(map(self._has_own_head, first)):
             left_out = donor.head is not None and donor.embedding is not None
@@ -268,10 +270,10 @@ class _Planner:
             (self.names[model].head if of_its_own else self.names[model].embedding) or output
             for model, of_its_own in zip(models, own, strict=True)
         ]
-        # An embedding that stands in for a head is set as the head it is here, filters of the recipe included.
-        job = self.jobs.merged(output, piece, names, 0.0, asked=[output] * len(names), vocabulary=True)
-        # A head of other shape than the embedding, as of CPM-Ant, is none that the key speaks of. Nor are those of
-        # BigBird-Pegasus, whose parents all say that they are tied and store heads that are not.
+        # An embedding that takes part as a head has the parameters of the head, including filters by name.
+        job = self.jobs.merged(output, slice_, names, 0.0, filter_names=[output] * len(names), vocabulary=True)
+        # The key does not apply to a head with another shape than the embedding, as in CPM-Ant, nor to those of
+        # BigBird-Pegasus, whose checkpoints say that they are tied and store heads that are not.
         tensors = self.checkpoints[self.donor].tensors
         alike = donor.head and donor.embedding and tensors[donor.head].shape == tensors[donor.embedding].shape
         untied = any(says_tied(self.checkpoints[model].config) is not True for model in models)

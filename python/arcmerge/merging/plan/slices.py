@@ -1,4 +1,4 @@
-"""The slices of a recipe laid against the models: which layers meet at which place of the result."""
+"""The slices of a recipe with explicit layer ranges, checked against the models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def with_layers(
     recipe: Recipe, method: Method, depths: Mapping[ModelReference, int], problems: Problems
 ) -> list[Slice]:
     """The slices with the layer ranges of whole models filled in, checked against the models and the method."""
-    return [_with_layers(recipe, method, number, piece, depths, problems) for number, piece in enumerate(recipe.slices)]
+    return [_with_layers(recipe, method, index, slice_, depths, problems) for index, slice_ in enumerate(recipe.slices)]
 
 
 def layers(source: Source) -> tuple[int, int]:
@@ -24,61 +24,61 @@ def layers(source: Source) -> tuple[int, int]:
     return source.layer_range
 
 
-def length(piece: Slice) -> int:
-    start, end = layers(piece.sources[0])
+def length(slice_: Slice) -> int:
+    start, end = layers(slice_.sources[0])
     return end - start
 
 
 def are_in_place(slices: Sequence[Slice], depths: Mapping[ModelReference, int]) -> bool:
-    """Whether whole models meet, every layer at its own place: all else of them fits together, too."""
+    """Whether whole models are merged, every layer at its own index. All their other tensors then match, too."""
     expected = 0
     models = [source.model for source in slices[0].sources]
-    for piece in slices:
-        if [source.model for source in piece.sources] != models:
+    for slice_ in slices:
+        if [source.model for source in slice_.sources] != models:
             return False
-        if any(layers(source)[0] != expected for source in piece.sources):
+        if any(layers(source)[0] != expected for source in slice_.sources):
             return False
-        expected += length(piece)
+        expected += length(slice_)
     return all(depths[model] == expected for model in models)
 
 
 def _with_layers(
     recipe: Recipe,
     method: Method,
-    number: int,
-    piece: Slice,
+    index: int,
+    slice_: Slice,
     depths: Mapping[ModelReference, int],
     problems: Problems,
 ) -> Slice:
     sources = []
-    for position, source in enumerate(piece.sources):
+    for position, source in enumerate(slice_.sources):
         depth = depths[source.model]
         start, end = source.layer_range or (0, depth)
         if end > depth:
             problems.add(
-                f"slices[{number}].sources[{position}].layer_range: {source.model} has layers 0 to {depth - 1}, "
-                f"got [{start}, {end}]; the end is exclusive, so at most {depth}"
+                f"'slices[{index}].sources[{position}].layer_range' must be within the layers 0 to {depth - 1} of "
+                f"{source.model}, got [{start}, {end}]; the end is exclusive, so at most {depth}"
             )
         sources.append(Source(source.model, (start, end), source.parameters))
     found = {f"{source.model} {end - start}": end - start for source in sources for start, end in [layers(source)]}
     if len(set(found.values())) > 1:
-        listed = all(source.layer_range is None for source in piece.sources)
-        place, advice = ("models", "name them under slices and ") if listed else (f"slices[{number}]", "")
+        listed = all(source.layer_range is None for source in slice_.sources)
+        location, advice = ("models", "list them under slices and ") if listed else (f"slices[{index}]", "")
         problems.add(
-            f"{place}: all must have the same number of layers, got {', '.join(found)}; {advice}give each source a "
-            "layer_range of one length"
+            f"'{location}' must have the same number of layers in all sources, got {', '.join(found)}; {advice}give "
+            "the sources layer ranges of the same length"
         )
     if len(sources) > MAX_OPERANDS:
         problems.add(
-            f"slices[{number}]: at most {MAX_OPERANDS} models can be merged at once, got {len(sources)}; "
+            f"'slices[{index}].sources' must have at most {MAX_OPERANDS} models, got {len(sources)}; "
             "merge some of them first, then the result with the rest"
         )
-    base = piece.base_model or recipe.base_model
+    base = slice_.base_model or recipe.base_model
     if method.base != "ignored" and base is not None and len(sources) > 1:
         models = [source.model for source in sources]
         if base not in models:
             problems.add(
-                f"slices[{number}]: base_model must be one of its sources {', '.join(map(str, models))}, "
-                f"got {base}; add it to them or give the slice a base_model of its own"
+                f"slices[{index}]: 'base_model' must be one of the sources {', '.join(map(str, models))}, "
+                f"got {base}; add it to the sources or set another base_model in the slice"
             )
-    return Slice(tuple(sources), piece.base_model, piece.parameters)
+    return Slice(tuple(sources), slice_.base_model, slice_.parameters)

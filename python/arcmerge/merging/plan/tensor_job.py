@@ -1,4 +1,4 @@
-"""A job: one output tensor, what it is made of, and how."""
+"""The job of an output tensor: its inputs, its method and its dtypes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from arcmerge.merging.recipe.model_reference import ModelReference
 
 @dataclass(frozen=True)
 class Input:
-    """One stored tensor that goes into an output tensor.
+    """A stored tensor that is an input of an output tensor.
 
-    cast: the type its values are rounded to before any arithmetic (the recipe's `dtype`), None for as stored.
+    Args:
+        model: the model.
+        checkpoint: its checkpoint.
+        info: name, dtype and shape of the tensor.
+        cast: dtype that its values are rounded to before the arithmetic (the recipe's `dtype`); None for the stored.
     """
 
     model: ModelReference
@@ -26,17 +30,23 @@ class Input:
 
     @property
     def dtype(self) -> DType:
-        """The type of the values that enter the arithmetic."""
+        """The dtype of the values in the arithmetic."""
         return self.cast or self.info.dtype
 
 
 @dataclass(frozen=True)
 class Job:
-    """One output tensor: its inputs, what the method needs to know of them, and where it is rounded.
+    """The job of an output tensor.
 
-    result: the type the method's result has, which is that of the inputs; the file stores `output.dtype`.
-    constant: the coefficients, where they do not depend on the weights. vocabulary: whether rows are matched by token.
-    setting: whether it is a buffer or bound that is no weight and may be infinite.
+    Args:
+        output: name, dtype and shape of the output tensor.
+        inputs: the input tensors.
+        method: the merge method.
+        values: the arguments of the method.
+        result: dtype of the method's result, which is that of the inputs. The file stores `output.dtype`.
+        constant: the coefficients, if they do not depend on the weights.
+        vocabulary: whether rows are aligned by token.
+        setting: whether the tensor is a buffer or a bound rather than a weight, and may be infinite.
     """
 
     output: OutputTensor
@@ -58,19 +68,19 @@ class Job:
 
     @property
     def along(self) -> int | None:
-        """The axis of the vectors that get coefficients of their own, None for one set for the whole tensor."""
+        """The dim of the vectors that have coefficients each; None if the whole tensor has one set."""
         return self.method.dim(self.values) if len(self.output.shape) > 1 else None
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns) of the tensor as the per-vector kernels see it."""
+        """(rows, columns) of the tensor in the kernels for vectors."""
         shape = self.output.shape or (1,)
         split = 1 if self.along == 0 else len(shape) - 1
         return prod(shape[:split]), prod(shape[split:])
 
     @property
     def copied(self) -> bool:
-        """Whether the bytes of the only input are the output: there is no arithmetic to do."""
+        """Whether the output has the bytes of the only input, so that there is no arithmetic."""
         if not self.output.dtype.mergeable:
             return True
         if self.constant is None or self.vocabulary or self.constant.values.tolist() != [1.0]:
