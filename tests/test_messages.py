@@ -17,7 +17,17 @@ RAISED = {"ArcmergeError", "MissingPackage", "ValueError", "TypeError"}
 COLLECTED = {"add", "problem"}
 # "{}" stands for a value. The name, or the place, in front of "must" is quoted or is a value of its own.
 FORM = re.compile(r"(?:\S.*: )?(?:'[^']+'|\{\})[^;]* must [^;]+, got [^;]+(?:; .+)?(?<![.!])", re.DOTALL)
-ROOMS = ("cli", "dispatch", "ops", "sweeping")
+ROOMS = (
+    "cli",
+    "dispatch",
+    "merging/methods",
+    "merging/output",
+    "merging/plan",
+    "merging/recipe",
+    "merging/vocabulary",
+    "ops",
+    "sweeping",
+)
 
 
 def template(node: ast.expr) -> str | None:

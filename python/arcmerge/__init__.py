@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from arcmerge.merging.preview import inspect, plan
     from arcmerge.merging.report import MergeReport
     from arcmerge.sweeping.sweep import sweep
-    from arcmerge.tensors import slerp
     from arcmerge.tensors import merge_state_dicts, slerp
     from arcmerge.threads import get_num_threads, set_num_threads
 

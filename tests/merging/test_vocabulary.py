@@ -194,12 +194,14 @@ def load(vocabulary: Vocabulary, folder: Path) -> Any:
 class TestErrors(ThreeModels):
     def test_base_without_a_tokenizer(self, base: Model) -> None:
         (base.folder / "tokenizer.json").unlink()
-        with pytest.raises(ArcmergeError, match=r"a tokenizer\.json is needed"):
+        with pytest.raises(ArcmergeError, match=r"base: 'tokenizer\.json' must exist to align rows by token, got none"):
             build(TokenizerRecipe(), base)
 
     def test_sentencepiece_only(self, base: Model, chat: Model) -> None:
         (chat.folder / "tokenizer.json").rename(chat.folder / "tokenizer.model")
-        with pytest.raises(ArcmergeError, match=r"found only tokenizer\.model; convert it once"):
+        with pytest.raises(
+            ArcmergeError, match=r"chat: 'tokenizer\.json' must exist, got only tokenizer\.model; convert it"
+        ):
             build(TokenizerRecipe(), base, chat)
 
     @pytest.mark.parametrize(
@@ -207,11 +209,11 @@ class TestErrors(ThreeModels):
         [
             ("{", r"tokenizer\.json: is not valid JSON"),
             ("[]", r"tokenizer\.json: must hold a JSON object"),
-            ('{"model": {}}', "a tokenizer of the `tokenizers` library is needed"),
-            ('{"model": {"vocab": 1}}', "a tokenizer of the `tokenizers` library is needed"),
-            ('{"model": {"vocab": {}}}', "its vocabulary must have a token"),
+            ('{"model": {}}', "must be a tokenizer of the `tokenizers` library"),
+            ('{"model": {"vocab": 1}}', "must be a tokenizer of the `tokenizers` library"),
+            ('{"model": {"vocab": {}}}', "'vocab' must have tokens, got none"),
             *(
-                (f'{{"model": {{"vocab": {{"a": {number}}}}}}}', "the id of a token must be a whole number from 0 to")
+                (f'{{"model": {{"vocab": {{"a": {number}}}}}}}', "'vocab' must give each token a whole number from 0")
                 for number in ("1.5", "-1", "true", '"0"', "null", "[1]", "16777216", "1" + 400 * "0")
             ),
             ('{"model": {"vocab": {"a\\ud800": 0}}}', "holds half a character"),
@@ -233,15 +235,19 @@ class TestErrors(ThreeModels):
         del document["model"]["merges"]
         document["model"]["type"] = "WordLevel"
         (model.folder / "tokenizer.json").write_text(json.dumps(document))
-        with pytest.raises(ArcmergeError, match=r"only a BPE tokenizer .* \(9 from number 4\), got WordLevel"):
+        with pytest.raises(ArcmergeError, match=r"must be a BPE .* 9 tokens with ids of 4 or more, got WordLevel"):
             build(TokenizerRecipe(), model)
 
     @pytest.mark.parametrize(
         ("source", "message"),
         [
-            pytest.param(ModelReference("elsewhere"), "takes part in the merge, got elsewhere", id="model not merged"),
-            pytest.param("chat", r"chat has no row for token '<new>' among its 18", id="token not there"),
-            pytest.param(18, r"chat has no row for token number 18 among its 18", id="number not there"),
+            pytest.param(
+                ModelReference("elsewhere"),
+                "must be a model whose embed is merged, got elsewhere",
+                id="model not merged",
+            ),
+            pytest.param("chat", r"must be one of the 18 rows of .*chat, got token '<new>'", id="token not there"),
+            pytest.param(18, r"must be one of the 18 rows of .*chat, got token id 18", id="id not there"),
         ],
     )
     def test_rule_that_names_no_row(self, base: Model, chat: Model, source: Any, message: str) -> None:
@@ -255,13 +261,13 @@ class TestErrors(ThreeModels):
     def test_fewer_rows_than_the_config_says(self, base: Model, chat: Model) -> None:
         vocabulary = build(TokenizerRecipe(), base, chat)
         short = Table(base.table.address, BF16, 5, COLUMNS)
-        with pytest.raises(ArcmergeError, match="base has 5 rows but tokens up to number 14"):
+        with pytest.raises(ArcmergeError, match=r"base: 'embed' must have more than 14 rows, .*, got 5"):
             align(vocabulary, "embed", {base.reference: short, chat.reference: chat.table})
 
     def test_rows_of_other_length(self, base: Model, chat: Model) -> None:
         vocabulary = build(TokenizerRecipe(), base, chat)
         wide = Table(chat.table.address, BF16, chat.rows, 7)
-        with pytest.raises(ArcmergeError, match=r"rows must be of one length, got 24 in .*base and 7 in .*chat"):
+        with pytest.raises(ArcmergeError, match=r"rows of the same length .*, got 24 in .*base and 7 in .*chat"):
             align(vocabulary, "embed", {base.reference: base.table, chat.reference: wide})
 
 

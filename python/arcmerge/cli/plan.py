@@ -23,8 +23,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from arcmerge.merging.inspect import tables
-    from arcmerge.merging.preview import preview
     from arcmerge.merging.options import Options
+    from arcmerge.merging.preview import preview
 
     options = Options.of({**merge_options(arguments), "allow_nonfinite": True})
     with progress_bar(arguments.quiet, "measuring") as progress:

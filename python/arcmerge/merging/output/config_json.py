@@ -1,8 +1,8 @@
-"""config.json of the result: the donor's, with what the merge has changed. It has the keys of the donor and no other.
+"""config.json of the result: the donor's, changed where the merge changes the network.
 
-The exceptions are keys without which a loader would build another network than the weights are of: `num_hidden_layers`
-where the donor leaves its depth to a default and the merge has another, `tie_word_embeddings` where it leaves that to a
-default and the merge has made or left out the head, `vocab_size` where it does so and the rows are others.
+The result has the keys of the donor and no others, except for keys without which a loader would build a network that
+does not fit the weights: `num_hidden_layers`, `tie_word_embeddings` and `vocab_size`, if the donor leaves them to a
+default and the merge changes the value.
 """
 
 from __future__ import annotations
@@ -30,19 +30,23 @@ def output_config(
     vocab_size: int | None = None,
     tied: bool | None = None,
 ) -> dict[str, Any]:
-    """The configuration of a checkpoint whose weights are stored as `dtype`.
+    """Make config.json of the result.
 
-    source_layers: for each layer of the result the layer it descends from, of which it keeps what config.json says.
-    models: the configuration of the model of each of these, None for the donor's. depth: layers that the donor has,
-    None for as many as it claims. vocab_size: rows of the embedding, None for as many as the donor's. tied: whether
-    the head is the embedding, None for as the donor says.
+    Args:
+        donor: config.json of the donor.
+        source_layers: for each layer of the result the index of the layer it comes from, whose entries it keeps.
+        dtype: dtype of the stored weights.
+        models: config.json of the model of each source layer; None if all are of the donor.
+        depth: number of layers of the donor; None for the number in its config.json.
+        vocab_size: number of rows of the embedding; None for that of the donor.
+        tied: whether the head is the embedding; None for the donor's entry.
     """
     config = deepcopy({key: value for key, value in donor.items() if key != "_name_or_path"})
     claimed = claimed_depths(donor)
     depth = depth or next(iter(claimed.values()), len(source_layers))
     decoders = []
     for path in levels(donor):
-        sources = [(at(model, path), n) for model, n in zip(models or repeat(donor), source_layers, strict=False)]
+        sources = [(at(model, path), i) for model, i in zip(models or repeat(donor), source_layers, strict=False)]
         decoders.append(decoder := at(config, path))
         decoder.update(change_layers(at(donor, path), depth, sources).values)
         if "layer_types" in decoder and list(source_layers) != list(range(depth)):
@@ -64,13 +68,13 @@ def output_config(
 
 
 def _set(objects: Iterable[dict[str, Any]], keys: Sequence[str], value: Any) -> None:
-    """Set those of `keys` that an object has."""
+    """Set the keys of `keys` that an object has."""
     for entries in objects:
         entries.update((key, value) for key in keys if key in entries)
 
 
 def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The configuration and those of its parts, towers included: all weights are stored by one recipe."""
+    """The configuration and those of its parts, including towers: one recipe decides the dtype of all weights."""
     yield config
     for key, value in config.items():
         if key.endswith("_config") and isinstance(value, dict):
@@ -78,8 +82,10 @@ def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _set_unclaimed_depth(decoder: dict[str, Any], depth: int, new: int) -> None:
-    """Of a donor that has none of the usual keys: any that speaks of as many layers; or a list that has an entry for
-    each, as with Nemotron-H, has been set by then; else the donor left its depth to the default of its class.
+    """Set the number of layers for a donor without any of the usual keys.
+
+    Other keys with a matching name and value are set. If there are none, and no list has an entry for each layer (as in
+    Nemotron-H), the donor has the default number of its class, and `num_hidden_layers` is added.
     """
     keys = [key for key, value in decoder.items() if _DEPTH.search(key) and type(value) is int and value == depth]
     decoder.update(dict.fromkeys(keys, new))
@@ -88,9 +94,9 @@ def _set_unclaimed_depth(decoder: dict[str, Any], depth: int, new: int) -> None:
 
 
 def _alternate(decoder: dict[str, Any], depth: int) -> None:
-    """Gemma 2 and 3: every n-th layer attends to everything and the others to a window, by position.
+    """Set `layer_types` of Gemma 2 and 3, in which every n-th layer has full attention and the others a window.
 
-    Runtimes that do not read `layer_types` derive it from the layer's number, so the list must agree with them.
+    Runtimes that do not read `layer_types` derive the type from the layer's index, so the list must agree with that.
     """
     match decoder.get("model_type"):
         case "gemma2":

@@ -1,7 +1,7 @@
-"""The small files that travel with the weights: read from the donor, written beside the result.
+"""The small files that are copied from the donor.
 
-Among them the Python files that `auto_map` names, by which transformers runs a model that it does not know itself. They
-are copied as bytes; nothing here runs or imports them.
+They include the Python files that `auto_map` names, with which transformers runs models that it does not have itself.
+They are copied as bytes and are never run or imported here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# True of the result whatever happens to the vocabulary.
+# Files that stay valid if the vocabulary changes.
 KEPT_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -39,12 +39,12 @@ KEPT_FILES = (
 
 
 def donor_files(donor: Path, *, tokenizer: bool) -> dict[str, bytes]:
-    """The contents of those files that the folder `donor` has, by name. tokenizer: with those of its tokenizer."""
+    """Read the small files that a folder has, by name. tokenizer: include the files of the tokenizer."""
     names = (*TOKENIZER_FILES, *KEPT_FILES) if tokenizer else KEPT_FILES
     return {name: (donor / name).read_bytes() for name in names if (donor / name).is_file()}
 
 
-# A class of a file in the model's own folder, as `modeling_x.XForCausalLM`; others are `owner/repository--file.Class`.
+# A class in the model's own folder, such as `modeling_x.XForCausalLM`. Others are `owner/repository--file.Class`.
 _CLASS = re.compile(r"(?P<module>[A-Za-z_]\w*)\.[A-Za-z_]\w*", re.ASCII)
 _IMPORT = re.compile(
     r"^[ \t]*(?:from|import)[ \t]+\.(?P<module>[\w.]*)(?:[ \t]+import[ \t(]+(?P<names>[\w, \t]+))?", re.M
@@ -52,9 +52,14 @@ _IMPORT = re.compile(
 
 
 def code_files(donor: Path, *, tokenizer: bool) -> tuple[dict[str, bytes], list[str]]:
-    """The Python files that `auto_map` names, and those that these import from their folder, by name.
+    """Read the Python files that `auto_map` names, and the files that they import from their folder.
 
-    tokenizer: with those of its tokenizer. Returns with them a sentence for each that cannot be copied.
+    Args:
+        donor: the folder of the model.
+        tokenizer: include the files of the tokenizer.
+
+    Returns:
+        The contents of the files by name, and a warning for each file that cannot be copied.
     """
     found: dict[str, bytes] = {}
     warnings: list[str] = []
@@ -64,20 +69,18 @@ def code_files(donor: Path, *, tokenizer: bool) -> tuple[dict[str, bytes], list[
             if match := _CLASS.fullmatch(reference):
                 waiting.append((match["module"], f"auto_map of {file}"))
             elif "--" in reference:
-                warnings.append(f"auto_map of {file} names code of another repository, '{reference}', left there")
+                warnings.append(f"auto_map of {file} names code of another repository, '{reference}'; not copied")
             else:
                 warnings.append(
                     f"auto_map of {file} must name a file of its folder, got {reference!r:.120}; not copied"
                 )
     while waiting:
-        module, namer = waiting.pop()
+        module, user = waiting.pop()
         path = donor / f"{module}.py"
         if path.name in found:
             continue
         if "." in module or not path.is_file():
-            warnings.append(
-                f"{path.name}, which {namer} needs, is no file of {donor}; the result may not load without it"
-            )
+            warnings.append(f"{path.name}, which {user} needs, is not in {donor}; the result may not load without it")
             continue
         found[path.name] = path.read_bytes()
         for match in _IMPORT.finditer(found[path.name].decode(errors="replace")):
@@ -86,7 +89,7 @@ def code_files(donor: Path, *, tokenizer: bool) -> tuple[dict[str, bytes], list[
 
 
 def _references(path: Path) -> list[str]:
-    """The classes that `auto_map` of a file names; none where there is no such file, or none that can be read."""
+    """The classes that `auto_map` of a file names; none if the file does not exist or cannot be read."""
     try:
         auto_map = parse_object(path.read_bytes(), path).get("auto_map")
     except (OSError, ArcmergeError):
@@ -97,7 +100,7 @@ def _references(path: Path) -> list[str]:
 
 
 def _imported(match: re.Match[str], folder: Path) -> list[str]:
-    """The modules of an import from the file's own folder: `from .x import y`, or `from . import x` of a file x.py."""
+    """The modules of an import from the file's own folder: `from .x import y`, or `from . import x` for a file x.py."""
     if match["module"]:
         return [match["module"]]
     names = [name.split()[0] for name in (match["names"] or "").split(",") if name.strip()]

@@ -1,4 +1,4 @@
-"""README.md of the result: what was merged, how, and from what recipe."""
+"""README.md of the result: the models, the method and the recipe of the merge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arcmerge.merging.recipe.model_reference import ModelReference
 
 _PROJECT = "arcmerge"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# People look for merges on the hub by the first tag, whatever tool made them.
+# Merges of all tools have the first tag on the hub.
 _TAGS = ["mergekit", "merge", _PROJECT]
 
 _CARD = """\
@@ -45,7 +45,15 @@ The following YAML configuration was used to produce this model:
 def model_card(
     name: str, method: str, models: Sequence[ModelReference], base: ModelReference | None, recipe: str
 ) -> str:
-    """The card in Markdown. name: of the result; models: all of them, in order; recipe: the YAML as it was written."""
+    """Make the model card in Markdown.
+
+    Args:
+        name: name of the result.
+        method: title of the merge method.
+        models: all models in order.
+        base: the base model, if there is one.
+        recipe: the YAML text of the recipe.
+    """
     hub_names = list(dict.fromkeys(model.path for model in models if is_hub_name(model)))
     front_matter = {"base_model": hub_names, "library_name": "transformers", "tags": _TAGS}
     return _CARD.format(
@@ -60,8 +68,7 @@ def model_card(
 
 
 def is_hub_name(model: ModelReference) -> bool:
-    """Whether a reference names a repository on the Hugging Face hub, told without asking it: it has the form of such a
-    name, and there is no folder of that name here."""
+    """Whether a reference has the form of a repository's name on the hub, and no local folder has that name."""
     return _HUB_NAME.fullmatch(model.path) is not None and not Path(model.path).exists()
 
 
@@ -70,7 +77,7 @@ def _linked(model: ModelReference) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any in the text."""
+    """A code block with a fence that is longer than any in the text."""
     longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -123,7 +123,8 @@ class Reader:
             location: path of the value in the document, such as `slices[0].sources[1].model`.
             rule: the rest of the message, such as "must be text, got 7".
         """
-        self.problems.add(f"'{location}' {rule}")
+        message = f"'{location}' {rule}"
+        self.problems.add(message)
 
     def extend(self, error: ArcmergeError) -> None:
         """Add the problems of an error."""

@@ -1,8 +1,8 @@
-"""A tokenizer, as far as a merge needs it: which token has which number, and how to write it out with tokens added.
+"""tokenizer.json as a merge needs it: the id of each token, and the files of a tokenizer with tokens added.
 
-Numbers are those that transformers gives on loading: the model's vocabulary as stored, then the added tokens in the
-order of the file, then the special tokens that only tokenizer_config.json names. Merges are two thirds of a
-tokenizer.json and nothing here looks into them, so they stay undecoded and are written back as they came.
+Token ids are those that transformers assigns on loading: the model's vocabulary as stored, then the added tokens in the
+order of the file, then the special tokens that only tokenizer_config.json names. The merges are two thirds of a
+tokenizer.json and are not needed here, so they are not decoded and are written back unchanged.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from arcmerge.checkpoint.header import parse_object
-from arcmerge.errors import ArcmergeError
+from arcmerge.errors import ArcmergeError, counted
 from arcmerge.merging.recipe.tokenizer_block import MAX_IDS
 
-# How `tokenizers` matches an added token, by the flags of its file format.
+# The flags of an added token in the file format of `tokenizers`, which say how it is matched.
 PLAIN: Mapping[str, bool] = {
     "single_word": False,
     "lstrip": False,
@@ -29,9 +29,9 @@ PLAIN: Mapping[str, bool] = {
 _SPECIAL: Mapping[str, bool] = {**PLAIN, "normalized": False, "special": True}
 
 _SPECIAL_KEYS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# Read by transformers beside tokenizer.json, and still true of a tokenizer that has gained tokens.
+# Files that transformers reads with tokenizer.json, and that stay valid if tokens are added.
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
-# Other forms of the same vocabulary, which are out of date once tokenizer.json has changed.
+# Other forms of the same vocabulary, which are outdated if tokenizer.json changes.
 _SAME_VOCABULARY = ("tokenizer.model", "added_tokens.json", "merges.txt", "vocab.json")
 
 _MERGES = re.compile(rb'"merges"\s*:\s*(?=\[)')
@@ -40,12 +40,16 @@ _END_OF_FILE = re.compile(rb"\]\s*\}\s*\}\s*\Z")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What the files in `folder` say.
+    """A tokenizer.
 
-    document: tokenizer.json with its merges taken out; merges: these, as JSON, None for a model without any.
-    config: tokenizer_config.json, with special_tokens_map.json under it.
-    ids: the number of each token; added: the flags of those that are matched before the model sees the text.
-    changed: whether tokens have been added or left out since it was read.
+    Args:
+        folder: the folder of its files.
+        document: tokenizer.json without its merges.
+        merges: the merges as JSON; None for a model without merges.
+        config: tokenizer_config.json, with missing entries from special_tokens_map.json.
+        ids: the id of each token.
+        added: the flags of the added tokens, which are matched before the model reads the text.
+        changed: whether tokens have been added or removed since it was read.
     """
 
     folder: Path
@@ -58,35 +62,36 @@ class Tokenizer:
 
     @classmethod
     def read(cls, folder: Path) -> Tokenizer | None:
-        """The tokenizer of a checkpoint folder, None if there is none.
+        """Read the tokenizer of a checkpoint folder; None if it has none.
 
-        Raises ArcmergeError for one that is stored in another form than tokenizer.json, or is not valid.
+        Raises:
+            ArcmergeError: for a tokenizer that is not valid or is stored in another form than tokenizer.json.
         """
         file = folder / "tokenizer.json"
         if not file.exists():
             if other := next((name for name in _SAME_VOCABULARY if (folder / name).exists()), None):
                 raise ArcmergeError(
-                    f"{folder}: a tokenizer is needed as tokenizer.json, found only {other}; convert it once with "
+                    f"{folder}: 'tokenizer.json' must exist, got only {other}; convert it with "
                     "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
                 )
             return None
         try:
             document, merges = _decode(file)
             config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
-            tokenizer = cls(folder, document, merges, config, *_numbers(document))
+            tokenizer = cls(folder, document, merges, config, *_ids(document))
             return replace(tokenizer.with_tokens(_listed(config))._with_named_tokens(), changed=False)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ArcmergeError(
-                f"{file}: a tokenizer of the `tokenizers` library is needed, reading it fails with "
-                f"{type(error).__name__}: {error}; fetch the file again"
+                f"'{file}' must be a tokenizer of the `tokenizers` library, got {type(error).__name__} in reading it: "
+                f"{error}; download the file again"
             ) from None
 
     def first(self, limit: int) -> Tokenizer:
-        """This tokenizer without the tokens numbered `limit` and up, for which the model has no rows.
+        """This tokenizer without the tokens with ids of `limit` or more, for which the model has no rows.
 
-        Special tokens that tokenizer_config.json names are numbered anew, as transformers does on loading.
+        Special tokens that tokenizer_config.json names get new ids, as transformers assigns them on loading.
         """
-        left_out = {token for token, number in self.ids.items() if number >= limit}
+        left_out = {token for token, token_id in self.ids.items() if token_id >= limit}
         if not left_out:
             return self
         model = dict(self.document["model"])
@@ -94,24 +99,24 @@ class Tokenizer:
         if left_out & _vocabulary(model).keys():
             if merges is None:
                 raise ArcmergeError(
-                    f"{self.folder}: only a BPE tokenizer can lose the tokens that its model has no rows for "
-                    f"({len(left_out)} from number {limit}), got {model.get('type')}; "
+                    f"{self.folder}: 'tokenizer.json' must be a BPE tokenizer, because the model has no rows for the "
+                    f"{counted(len(left_out), 'token')} with ids of {limit} or more, got {model.get('type')}; "
                     "resize the model's embedding to its tokenizer first"
                 )
-            model["vocab"] = {token: number for token, number in model["vocab"].items() if number < limit}
+            model["vocab"] = {token: token_id for token, token_id in model["vocab"].items() if token_id < limit}
             merges = _encode([merge for merge in json.loads(merges) if not _makes_any(merge, left_out)])
         kept = replace(
             self,
             document={**self.document, "model": model},
             merges=merges,
-            ids={token: number for token, number in self.ids.items() if number < limit},
+            ids={token: token_id for token, token_id in self.ids.items() if token_id < limit},
             added={token: flags for token, flags in self.added.items() if token not in left_out},
             changed=True,
         )
         return kept._with_named_tokens()
 
     def with_tokens(self, tokens: Mapping[str, Mapping[str, bool]]) -> Tokenizer:
-        """This tokenizer with `tokens` (text: flags) added. One that it knows keeps its number, and flags it has."""
+        """This tokenizer with `tokens` (text: flags) added. Tokens that it has keep their ids and flags."""
         tokens = {token: flags for token, flags in tokens.items() if token not in self.added}
         if not tokens:
             return self
@@ -123,7 +128,7 @@ class Tokenizer:
         return self.with_tokens({token: flags for token, flags in _named(self.config).items() if token not in self.ids})
 
     def files(self) -> dict[str, bytes]:
-        """The tokenizer as files by name, which transformers loads with the same numbers."""
+        """The files of the tokenizer by name, which transformers loads with the same ids."""
         names = _SETTINGS if self.changed else ("tokenizer.json", *_SETTINGS, *_SAME_VOCABULARY)
         files = {name: (self.folder / name).read_bytes() for name in names if (self.folder / name).exists()}
         if self.changed:
@@ -148,7 +153,7 @@ class Tokenizer:
 
 
 def _decode(file: Path) -> tuple[dict[str, Any], bytes | None]:
-    """tokenizer.json without its merges, and the merges as they stand in it."""
+    """tokenizer.json without its merges, and the merges as bytes."""
     data = file.read_bytes()
     start = _MERGES.search(data)
     end = _END_OF_FILE.search(data, max(len(data) - 64, 0))
@@ -172,22 +177,23 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _vocabulary(model: Mapping[str, Any]) -> dict[str, int]:
-    """The model's own tokens. Unigram stores a list of (token, score), the others a mapping.
+    """The ids of the model's own tokens. Unigram stores a list of (token, score), other models store a mapping.
 
-    Raises ValueError unless tokens are text and their ids whole numbers from 0 to below MAX_IDS.
+    Raises:
+        ValueError: unless tokens are text and their ids are whole numbers from 0 to MAX_IDS - 1.
     """
     vocab = model["vocab"]
-    ids = vocab if isinstance(vocab, dict) else {token: number for number, (token, _) in enumerate(vocab)}
+    ids = vocab if isinstance(vocab, dict) else {token: token_id for token_id, (token, _) in enumerate(vocab)}
     if not ids:
-        raise ValueError("its vocabulary must have a token, has none")
-    for token, number in ids.items():
-        if not isinstance(token, str) or type(number) is not int or not 0 <= number < MAX_IDS:
+        raise ValueError("'vocab' must have tokens, got none")
+    for token, token_id in ids.items():
+        if not isinstance(token, str) or type(token_id) is not int or not 0 <= token_id < MAX_IDS:
             rule = f"a whole number from 0 to {MAX_IDS - 1}"
-            raise ValueError(f"the id of a token must be {rule}, got {number!r:.40} for {token!r:.40}")
+            raise ValueError(f"'vocab' must give each token {rule} as its id, got {token_id!r:.40} for {token!r:.40}")
     return ids
 
 
-def _numbers(document: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Mapping[str, bool]]]:
+def _ids(document: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Mapping[str, bool]]]:
     vocabulary = _vocabulary(document["model"])
     ids = dict(vocabulary)
     added: dict[str, Mapping[str, bool]] = {}
@@ -202,8 +208,8 @@ def _add(
     added: dict[str, Mapping[str, bool]],
     vocabulary_size: int,
 ) -> None:
-    """Number `tokens` as `tokenizers` does, whatever number the file gives them: after the highest added token, but not
-    before the end of the model's vocabulary."""
+    """Assign ids to `tokens` as `tokenizers` does, whatever ids the file has: after the highest added token, and after
+    the model's vocabulary."""
     after = max([vocabulary_size, *(ids[token] + 1 for token in added)])
     for token, flags in tokens.items():
         if token not in ids:
@@ -213,13 +219,13 @@ def _add(
 
 
 def _listed(config: Mapping[str, Any]) -> dict[str, Mapping[str, bool]]:
-    """The added tokens of tokenizer_config.json, where releases of transformers before 5 repeat them."""
+    """The added tokens of tokenizer_config.json, where transformers before version 5 repeats them."""
     decoder = config.get("added_tokens_decoder") or {}
-    return {decoder[number]["content"]: _flags(decoder[number], PLAIN) for number in sorted(decoder, key=int)}
+    return {decoder[token_id]["content"]: _flags(decoder[token_id], PLAIN) for token_id in sorted(decoder, key=int)}
 
 
 def _named(config: Mapping[str, Any]) -> dict[str, Mapping[str, bool]]:
-    """The tokens that have a role in tokenizer_config.json; transformers adds those that are missing."""
+    """The tokens with a role in tokenizer_config.json. transformers adds those that are missing."""
     tokens: dict[str, Mapping[str, bool]] = {}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
     extra = extra.values() if isinstance(extra, dict) else extra
@@ -237,6 +243,6 @@ def _flags(entry: Mapping[str, Any], default: Mapping[str, bool]) -> Mapping[str
 
 
 def _makes_any(merge: str | list[str], tokens: set[str]) -> bool:
-    """Whether a merge has one of `tokens` as a part or as its result."""
+    """Whether one of `tokens` is a part of a merge or its result."""
     parts = merge.split(" ") if isinstance(merge, str) else merge
     return "".join(parts) in tokens or not tokens.isdisjoint(parts)

@@ -1,8 +1,8 @@
-"""The vocabulary of the result, and which row of each model belongs to which of its tokens.
+"""The vocabulary of the result, and the row of each of its tokens in each model.
 
-It is that of the base, that of one model, or that of all together: the base's tokens with their numbers, then the
-tokens that the other models' tokenizers know, then those that were added to them, each in the order of the models and
-of their numbers. Tokens that the recipe names come last.
+The vocabulary is that of the base, that of one model, or the union of all: the base's tokens with their ids, then the
+tokens of the other models' tokenizers, then the tokens that were added to those, each in the order of the models and of
+their ids. Tokens that the recipe names come last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcmerge.checkpoint.header import parse_object
-from arcmerge.errors import ArcmergeError
+from arcmerge.errors import ArcmergeError, counted
 from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.tokenizer_block import TokenizerRecipe, TokenRule
 from arcmerge.merging.vocabulary.tokenizer_json import PLAIN, Tokenizer
@@ -25,12 +25,17 @@ from arcmerge.merging.vocabulary.tokenizer_json import PLAIN, Tokenizer
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The vocabulary of the result and what each model has of it.
+    """The vocabulary of the result.
 
-    size: rows of the result, padding included: the vocab_size of its config.json.
-    ids: the number of each token in the result, and in each model, its tokenizer's own.
-    rows: for each model an int64 for each row of the result, the model's row of that token or -1.
-    files: the tokenizer of the result.
+    Args:
+        size: number of rows of the result including padding, which is `vocab_size` in its config.json.
+        ids: the id of each token in the result.
+        model_ids: the id of each token in each model.
+        rows: for each model the row of each token of the result, int64 (size,), -1 if the model does not have it.
+        rules: rules of the recipe by token.
+        base: the base model.
+        files: the files of the result's tokenizer by name.
+        warnings: sentences about models without tokenizer, and about tokens without rows.
     """
 
     size: int
@@ -43,15 +48,15 @@ class Vocabulary:
     warnings: tuple[str, ...]
 
     def renumbered(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The base's config.json or generation_config.json with `*_token_id` entries in this vocabulary's numbers."""
-        texts = {number: token for token, number in self.model_ids[self.base].items()}
+        """The base's config.json or generation_config.json with the `*_token_id` entries of this vocabulary."""
+        texts = {token_id: token for token, token_id in self.model_ids[self.base].items()}
 
-        def number(old: Any) -> Any:
+        def renumber(old: Any) -> Any:
             if isinstance(old, list):
-                return [number(item) for item in old]
+                return [renumber(item) for item in old]
             return self.ids.get(texts.get(old, ""), old)
 
-        return {key: number(value) if key.endswith("_token_id") else value for key, value in settings.items()}
+        return {key: renumber(value) if key.endswith("_token_id") else value for key, value in settings.items()}
 
 
 def build_vocabulary(
@@ -60,21 +65,25 @@ def build_vocabulary(
     base: ModelReference,
     source: Path | None = None,
 ) -> Vocabulary:
-    """Read the tokenizers of all models and make the result's.
+    """Read the tokenizers of all models and make the vocabulary of the result.
 
-    folders: of the models to merge, the base among them. source: that of the model whose tokenizer `recipe` names, if
-    it is none of them.
+    Args:
+        recipe: the tokenizer block of the recipe.
+        folders: the folders of the models, including the base.
+        base: the base model.
+        source: the folder of the model whose tokenizer the recipe names, if it is not one of `folders`.
 
-    Raises ArcmergeError if the base has no tokenizer.json or one is not valid.
+    Raises:
+        ArcmergeError: if the base has no tokenizer.json, or a tokenizer is not valid.
     """
     warnings: list[str] = []
     order = [base, *(model for model in folders if model != base)]
     tokenizers = _read_all({model: folders[model] for model in order}, base, warnings)
     limits = {model: _rows_of(folders[model], tokenizers[model]) for model in order}
     for model, limit in limits.items():
-        beyond = [token for token, number in tokenizers[model].ids.items() if number >= limit]
+        beyond = [token for token, token_id in tokenizers[model].ids.items() if token_id >= limit]
         if beyond:
-            warnings.append(f"{model}: has {limit} rows, none for {_some(beyond)} of its tokenizer")
+            warnings.append(f"{model}: has {limit} rows, and none for {_some(beyond)} of its tokenizer")
     tokenizers[base] = tokenizers[base].first(limits[base])
 
     if isinstance(recipe.source, ModelReference):
@@ -89,7 +98,7 @@ def build_vocabulary(
     size += -size % (recipe.pad_to_multiple_of or 1)
     rows = {model: _rows(output.ids, tokenizers[model].ids, limits[model], size) for model in order}
     nowhere = np.all([own < 0 for own in rows.values()], axis=0)
-    without = [token for token, number in output.ids.items() if nowhere[number] and token not in recipe.tokens]
+    without = [token for token, token_id in output.ids.items() if nowhere[token_id] and token not in recipe.tokens]
     if without:
         warnings.append(f"no model has {_some(without)}; their rows are zeros")
     return Vocabulary(
@@ -107,7 +116,7 @@ def build_vocabulary(
 def _read_all(
     folders: Mapping[ModelReference, Path], base: ModelReference, warnings: list[str]
 ) -> dict[ModelReference, Tokenizer]:
-    """A tokenizer for each model. Models with the same files share one, as most fine-tunes of one model do."""
+    """A tokenizer for each model. Models with the same files share one, as most fine-tunes of a model do."""
     read: dict[tuple[bytes | None, ...], Tokenizer | None] = {}
     tokenizers: dict[ModelReference, Tokenizer] = {}
     for model, folder in folders.items():
@@ -118,11 +127,11 @@ def _read_all(
         tokenizer = read[content]
         if tokenizer is None and model == base:
             raise ArcmergeError(
-                f"{base}: a tokenizer.json is needed to match vocabularies by, found none; "
-                "copy the one it was trained with into its folder"
+                f"{base}: 'tokenizer.json' must exist to align rows by token, got none; "
+                "copy the one that the model was trained with into its folder"
             )
         if tokenizer is None:
-            warnings.append(f"{model}: has no tokenizer; its rows are taken to be numbered as those of {base}")
+            warnings.append(f"{model}: has no tokenizer; its rows are assumed to be in the order of {base}")
         tokenizers[model] = replace(tokenizer, folder=folder) if tokenizer else tokenizers[base]
     return tokenizers
 
@@ -131,13 +140,13 @@ def _read_source(model: ModelReference, folder: Path | None) -> Tokenizer:
     tokenizer = Tokenizer.read(folder) if folder else None
     if tokenizer is None:
         raise ArcmergeError(
-            f"{model}: the source of the tokenizer must have a tokenizer.json, found none; name another model"
+            f"{model}: 'tokenizer.json' must exist in the source of the tokenizer, got none; name another model"
         )
     return tokenizer
 
 
 def _rows_of(folder: Path, tokenizer: Tokenizer) -> int:
-    """The rows a model has for tokens: the vocab_size of its config.json, else as many as its tokenizer numbers."""
+    """The number of a model's rows for tokens: vocab_size of its config.json, else the ids of its tokenizer."""
     file = folder / "config.json"
     config = parse_object(file.read_bytes(), file) if file.exists() else {}
     nested = config.get("text_config")
@@ -146,7 +155,7 @@ def _rows_of(folder: Path, tokenizer: Tokenizer) -> int:
 
 
 def _union(tokenizers: Mapping[ModelReference, Tokenizer], limits: Mapping[ModelReference, int]) -> Tokenizer:
-    """The first tokenizer with the tokens of the others: those of their models, then those added to their models."""
+    """The first tokenizer with the tokens of the others: the tokens of their models, then their added tokens."""
     base = next(iter(tokenizers.values()))
     added: dict[str, Mapping[str, bool]] = {}
     for model, tokenizer in tokenizers.items():
@@ -164,15 +173,15 @@ def _in_order(tokens: Iterable[str], ids: Mapping[str, int], limit: int) -> list
 
 
 def _rows(ids: Mapping[str, int], model_ids: Mapping[str, int], limit: int, size: int) -> NDArray[np.int64]:
-    """For each of `size` rows of the result the model's row of the same token, -1 where there is none below `limit`."""
+    """For each of `size` rows of the result the model's row of the same token, -1 if there is none below `limit`."""
     rows = np.full(size, -1, np.int64)
-    numbers = np.fromiter(ids.values(), np.int64, len(ids))
+    token_ids = np.fromiter(ids.values(), np.int64, len(ids))
     own = np.fromiter(map(model_ids.get, ids, repeat(-1)), np.int64, len(ids))
-    rows[numbers] = np.where(own < limit, own, -1)
+    rows[token_ids] = np.where(own < limit, own, -1)
     return rows
 
 
 def _some(tokens: Sequence[str]) -> str:
-    """Some of the tokens, and how many there are."""
+    """The number of tokens and the first few of them."""
     shown = ", ".join(map(repr, tokens[:3])) + (", ..." if len(tokens) > 3 else "")
-    return f"{len(tokens)} token{'s' if len(tokens) > 1 else ''} ({shown})"
+    return f"{counted(len(tokens), 'token')} ({shown})"
