@@ -220,7 +220,8 @@ def _nearswap(tensors: Sequence[Tensor], arguments: Arguments, dtype: Any) -> Te
     """The elementwise method, on the CPU."""
     import torch
 
-    from arcmerge.dispatch.backend import native_dtype, operand, require_alike
+    from arcmerge.dispatch.checks import require_alike
+    from arcmerge.dispatch.native import native_dtype, operand
 
     require_alike(tensors)
     on_cpu = [tensor.cpu().contiguous() for tensor in tensors]
