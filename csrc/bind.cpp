@@ -270,6 +270,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("variant", &arcmerge::variant);
   module.def("use_variant", &arcmerge::use_variant, "name"_a);
 
+  module.attr("MAX_THREADS") = arcmerge::kMaxThreads;
   module.def("threads", &arcmerge::threads);
   module.def("quota_threads", &arcmerge::quota_threads, "root"_a = "");
   module.def("set_threads", &arcmerge::set_threads, "threads"_a, no_gil);

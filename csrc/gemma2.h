@@ -14,6 +14,9 @@
 
 namespace arcmerge {
 
+// More threads than any machine has use for, and few enough to start.
+constexpr int kMaxThreads = 1024;
+
 // How many threads work, the calling one among them: at first default_threads().
 int threads();
 void set_threads(int threads);

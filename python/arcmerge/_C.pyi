@@ -7,6 +7,7 @@ The GIL is released while an operation runs. Wrong arguments raise ValueError.
 from collections.abc import Sequence
 
 MAX_OPERANDS: int
+MAX_THREADS: int
 
 class Operand:
     """One input tensor, row-major; every value is widened to float32 when it is read.

@@ -10,7 +10,7 @@ import numpy as np
 
 from arcmerge import _C
 from arcmerge.errors import ArcmergeError, first_of
-from arcmerge.merging.execution.work_units import GRAM_ELEMENTS
+from arcmerge.merging.execution.work_units import PIECE_ELEMENTS
 from arcmerge.merging.methods import registry
 from arcmerge.merging.methods.method import Arguments, Coefficients, Method, copy_of
 from arcmerge.merging.recipe.parameters import REQUIRED, Scalar, convert, finite
@@ -209,8 +209,8 @@ def _coefficients(tensors: Sequence[Tensor], method: Method, arguments: Argument
         return method.coefficients(gram(vectors, base=base, dim=dim).numpy(force=True), arguments)
     flat, base = [vector.reshape(-1) for vector in vectors], None if base is None else base.reshape(-1)
     total = np.zeros(())
-    for first in range(0, flat[0].numel(), GRAM_ELEMENTS):
-        piece = slice(first, first + GRAM_ELEMENTS)
+    for first in range(0, flat[0].numel(), PIECE_ELEMENTS):
+        piece = slice(first, first + PIECE_ELEMENTS)
         share = gram([vector[piece] for vector in flat], base=None if base is None else base[piece])
         total = total + share.numpy(force=True)
     return method.coefficients(total, arguments)

@@ -155,7 +155,7 @@ def test_an_interrupt_waits_in_a_held_block() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_threads_that_the_system_does_not_give_end_the_team(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_the_system_does_not_give_stop_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     start, started = threading.Thread.start, []
 
     def scarce(self: threading.Thread) -> None:
@@ -164,15 +164,15 @@ def test_threads_that_the_system_does_not_give_end_the_team(monkeypatch: pytest.
         started.append(self)
         start(self)
 
-    team = Workers()
+    workers = Workers()
 
     def work() -> None:
-        while team.failure is None:
+        while workers.failure is None:
             time.sleep(0.01)
 
     monkeypatch.setattr(threading.Thread, "start", scarce)
     with pytest.raises(RuntimeError, match="new thread"):
-        team.run(lambda: None, (work, 3))
+        workers.run(lambda: None, (work, 3))
     started[0].join(5)
     assert not started[0].is_alive()
 

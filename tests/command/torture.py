@@ -251,13 +251,13 @@ def test_parents_that_shrink_at_any_moment(bench: Bench) -> None:
     content = source.read_bytes()
     original: Any = DiskMerge.run
 
-    def shrinking(self: Any, tick: Any) -> None:
+    def shrinking(self: Any, progress: Any) -> None:
         child = os.fork()
         if not child:
             time.sleep(draw.uniform(0, 0.02))
             os.truncate(source, draw.randrange(len(content)))
             os._exit(0)
-        original(self, tick)
+        original(self, progress)
         os.waitpid(child, 0)
 
     DiskMerge.run = shrinking  # type: ignore[method-assign]

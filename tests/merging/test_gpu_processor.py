@@ -1,4 +1,4 @@
-"""The GPU's pipeline on CPU tensors: the Triton interpreter runs the kernels, everything round them is as on a GPU."""
+"""The code of the GPU on CPU tensors: the Triton interpreter runs the kernels, everything else is as on a GPU."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 import arcmerge
 import tiny
 from arcmerge.merging.execution import in_memory, memory
+from arcmerge.merging.execution.choose import aligned_rows
 from arcmerge.merging.execution.memory import GpuMemory
-from arcmerge.merging.execution.processor import aligned_rows
 from arcmerge.merging.prepare import Prepared
 
 MODELS = ("gemma-a", "gemma-b", "gemma-c", "gemma-b-f32", "gemma-b-vocabulary")
-# What each case takes beside kernels and plain copies of weights to the device.
+# Changes to a plain slerp of two models; each case needs more than kernels and plain copies to the GPU.
 CASES: dict[str, dict[str, Any]] = {
     "slerp": {"parameters": {"t": [0, 0.4, 1]}},
     "cast while staged": {"models": ["gemma-a", "gemma-b-f32"]},
@@ -59,11 +59,11 @@ def configuration(models: Path, case: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_device_pipeline_makes_what_the_cpu_makes(
+def test_the_gpu_gives_the_result_of_the_cpu(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     config = configuration(models, case)
-    arcmerge.merge(config, tmp_path / "host", device="cpu")
+    arcmerge.merge(config, tmp_path / "cpu", device="cpu")
 
     from arcmerge.merging.execution.gpu import GpuProcessor
 
@@ -73,23 +73,23 @@ def test_the_device_pipeline_makes_what_the_cpu_makes(
 
     monkeypatch.setattr("arcmerge.merging.merge.processor_for", on_device)
     # The interpreter replaces parts of triton while a kernel runs: one thread only.
-    arcmerge.merge(config, tmp_path / "device", threads=1)
-    host, device = (load_file(tmp_path / name / "model.safetensors") for name in ("host", "device"))
-    assert host.keys() == device.keys()
-    for name in host:
-        assert_alike(device[name], host[name])
+    arcmerge.merge(config, tmp_path / "gpu", threads=1)
+    on_cpu, on_gpu = (load_file(tmp_path / name / "model.safetensors") for name in ("cpu", "gpu"))
+    assert on_cpu.keys() == on_gpu.keys()
+    for name in on_cpu:
+        assert_alike(on_gpu[name], on_cpu[name])
 
 
-def assert_alike(device: torch.Tensor, host: torch.Tensor) -> None:
+def assert_alike(on_gpu: torch.Tensor, on_cpu: torch.Tensor) -> None:
     # The interpreter cuts bf16 results off where a GPU rounds them: one unit in the last place at most.
-    tolerance = 2**-7 if host.dtype == torch.bfloat16 else 2**-22
-    torch.testing.assert_close(device, host, rtol=tolerance, atol=2**-120)
+    tolerance = 2**-7 if on_cpu.dtype == torch.bfloat16 else 2**-22
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=tolerance, atol=2**-120)
 
 
 # ---- a merge in memory
 
 GB = 1e9
-# What each case is changed to, beside itself.
+# Other parameters for cases without t.
 OTHERWISE: dict[str, dict[str, Any]] = {
     "three inputs and a base": {"filter_wise": True},
     "vectors, on the CPU": {"weight": 0.25, "nuslerp_flatten": True},
@@ -97,46 +97,48 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 }
 
 
-def live_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_memory, "residence_of", lambda plans, nbytes, tick: GpuMemory(plans, nbytes, "cpu", tick))
+def merge_in_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        in_memory, "allocate", lambda plans, nbytes, progress: GpuMemory(plans, nbytes, "cpu", progress)
+    )
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["parents on the device", "parents pinned"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["parents on the GPU", "parents pinned"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_residence_on_the_device_holds_what_one_on_the_cpu_holds(
+def test_a_merge_in_gpu_memory_has_the_weights_of_one_on_the_cpu(
     models: Path, monkeypatch: pytest.MonkeyPatch, case: str, streamed: bool
 ) -> None:
     config = configuration(models, case)
-    host = arcmerge.Gemma2.from_merge(config, "cpu")
+    on_cpu = arcmerge.Gemma2.from_merge(config, "cpu")
     monkeypatch.setattr(memory, "must_stream", lambda *_: streamed)
-    live_on_the_device(monkeypatch)
-    device = arcmerge.Gemma2.from_merge(config, "cpu", threads=1)
-    before = [tensor.data_ptr() for tensor in device.network.weights.tensors]
+    merge_in_gpu_memory(monkeypatch)
+    on_gpu = arcmerge.Gemma2.from_merge(config, "cpu", threads=1)
+    before = [tensor.data_ptr() for tensor in on_gpu.network.weights.tensors]
 
     def compare() -> None:
-        pairs = zip(device.network.weights.tensors, host.network.weights.tensors, strict=True)
+        pairs = zip(on_gpu.network.weights.tensors, on_cpu.network.weights.tensors, strict=True)
         for ours, expected in pairs:
             assert_alike(ours, expected)
 
     compare()
     for parameters in (OTHERWISE.get(case, {"t": [0, 1, 0.25]}), OTHERWISE.get(case, {"t": 1})):
-        assert device.set_t(parameters) == host.set_t(parameters)
+        assert on_gpu.set_t(parameters) == on_cpu.set_t(parameters)
         compare()
-    assert [tensor.data_ptr() for tensor in device.network.weights.tensors] == before
+    assert [tensor.data_ptr() for tensor in on_gpu.network.weights.tensors] == before
 
 
-def test_copies_on_the_device_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_on_the_gpu_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tiny.make("gemma-a", tmp_path) / "model.safetensors"
     weights = load_file(file)
     weights["model.norm.weight"][3] = float("inf")
     save_file(weights, file, metadata={"format": "pt"})
     config = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "gemma-a")}]}
-    live_on_the_device(monkeypatch)
+    merge_in_gpu_memory(monkeypatch)
     with pytest.raises(arcmerge.ArcmergeError, match=r"model\.norm\.weight: weights must be finite"):
         arcmerge.Gemma2.from_merge(config, "cpu", threads=1)
 
 
-def test_memory_that_a_device_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, free = torch.device("cpu"), {"device": 20 * GB, "machine": 30 * GB}
     monkeypatch.setattr(memory, "free_memory", lambda device: free["device"])
     monkeypatch.setattr(memory, "available_memory", lambda: free["machine"])
@@ -145,19 +147,19 @@ def test_memory_that_a_device_lacks_is_named(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(arcmerge.ArcmergeError) as caught:
         memory.must_stream(int(21 * GB), int(1 * GB), cpu)
     assert str(caught.value) == (
-        "the merged weights and what runs them take 22.1 GB of the memory of cpu and 20.0 GB are free: "
-        "2.1 GB are missing; end other programs, or use --device cpu"
+        "the memory of cpu must have 22.1 GB free for the merged weights and what runs them, got 20.0 GB, "
+        "2.1 GB too little; end other programs, or use --device cpu"
     )
     free["machine"] = 10 * GB
     with pytest.raises(arcmerge.ArcmergeError) as caught:
         memory.must_stream(int(6 * GB), int(15 * GB), cpu)
     assert str(caught.value) == (
-        "the models, which do not fit on cpu, take 15.0 GB of pinned memory and 10.0 GB are free: 5.0 GB are missing; "
-        "end other programs, or use --device cpu, or a GPU of 22 GB"
+        "pinned memory must have 15.0 GB free for the models, which do not fit on cpu, got 10.0 GB, "
+        "5.0 GB too little; end other programs, or use --device cpu, or a GPU of 22 GB"
     )
 
 
-def test_a_device_that_is_not_there_is_named(models: Path, tmp_path: Path) -> None:
+def test_a_missing_device_is_named(models: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     config = {"merge_method": "passthrough", "models": [{"model": str(models / "gemma-a")}]}

@@ -96,7 +96,7 @@ def test_a_gram_matrix_is_summed_over_the_same_pieces(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("merging.execution.work_units", "tensors"):
-        monkeypatch.setattr(f"arcmerge.{module}.GRAM_ELEMENTS", 100)
+        monkeypatch.setattr(f"arcmerge.{module}.PIECE_ELEMENTS", 100)
     test_bits_are_those_of_a_merge_of_files(models, tmp_path, "karcher")
 
 

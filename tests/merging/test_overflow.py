@@ -1,7 +1,8 @@
-"""Values that are not finite, by what made them so: a parent, a type that is too narrow, or the arithmetic."""
+"""Results that are not finite, by cause: a parent, a dtype that is too narrow, or the arithmetic."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 import arcmerge
 import tiny
-from arcmerge.merging.execution import processor
+from arcmerge.merging.execution import choose
 from arcmerge.merging.execution.gpu import GpuProcessor
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepare import prepare
@@ -20,12 +21,15 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 SMALL = tiny.Geometry(8, 16, 2, 2, 1, 4, 288)
 PAIR = {"models": [{"model": "A"}, {"model": "B"}], "base_model": "A"}
 SLERP = {**PAIR, "merge_method": "slerp", "parameters": {"t": 0.4}}
-TO_FLOAT16 = "float16 holds up to 65504, but -99840 in A overflows it"
+CAST_TO_FLOAT16 = (
+    "weights must fit into float16 (up to 65504), to which 'dtype' casts the inputs, got -99840 in A; "
+    "set dtype: bfloat16"
+)
 
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Writes the parents, A with `value` at one place, and C, which is another B."""
+    """Writes the parents A, with `value` as one of its weights, B and C."""
     monkeypatch.chdir(tmp_path)
 
     def written(value: float, dtype: str = "BF16", name: str = NAME) -> None:
@@ -64,7 +68,7 @@ def refusal(config: dict[str, Any]) -> str:
 def test_a_value_that_dtype_cannot_hold(make: Callable[..., None], changes: dict[str, Any]) -> None:
     make(-1e5)
     sentence = refusal({**SLERP, "dtype": "float16", **changes})
-    assert sentence == f"{TO_FLOAT16} where `dtype` casts the inputs; set dtype: bfloat16"
+    assert sentence == CAST_TO_FLOAT16
 
 
 @pytest.mark.parametrize(
@@ -81,7 +85,8 @@ def test_a_value_that_out_dtype_cannot_hold(make: Callable[..., None], changes: 
     make(-2e5)
     sentence = refusal({**SLERP, "out_dtype": "float16", **changes})
     assert sentence == (
-        "float16 holds up to 65504, but -199680 in A overflows it where the result is stored; set out_dtype: bfloat16"
+        "weights must fit into float16 (up to 65504), in which the result is stored, got -199680 in A; "
+        "set out_dtype: bfloat16"
     )
 
 
@@ -89,14 +94,14 @@ def test_rows_that_are_matched_by_token(make: Callable[..., None], monkeypatch: 
     make(-1e5, name=tiny.EMBEDDING)
     monkeypatch.setattr("test_overflow.NAME", tiny.EMBEDDING)
     sentence = refusal({**SLERP, "dtype": "float16", "tokenizer_source": "union"})
-    assert sentence == f"{TO_FLOAT16} where `dtype` casts the inputs; set dtype: bfloat16"
+    assert sentence == CAST_TO_FLOAT16
 
 
-def test_through_the_buffers_of_a_device(make: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_through_the_slots_of_a_gpu(make: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     make(-1e5)
-    monkeypatch.setattr(processor, "CpuProcessor", lambda jobs, rows: GpuProcessor(jobs, rows, "cpu", 1))
+    monkeypatch.setattr(choose, "CpuProcessor", lambda jobs, rows: GpuProcessor(jobs, rows, "cpu", 1))
     sentence = refusal({**SLERP, "dtype": "float16"})
-    assert sentence == f"{TO_FLOAT16} where `dtype` casts the inputs; set dtype: bfloat16"
+    assert sentence == CAST_TO_FLOAT16
 
 
 @pytest.mark.parametrize(("dtype", "key"), [("F16", "dtype"), ("BF16", "out_dtype")])
@@ -106,37 +111,37 @@ def test_arithmetic_that_overflows(make: Callable[..., None], dtype: str, key: s
     sentence = refusal({**config, **({"out_dtype": "float16"} if key == "out_dtype" else {})})
     largest = {"F16": "60000", "BF16": "59904"}[dtype]
     assert sentence == (
-        "float16 holds up to 65504, which the arithmetic of linear overflows although no input does "
-        f"(the largest is {largest} in A); lower `weight`, or set {key}: bfloat16"
+        "results of linear must fit into float16 (up to 65504), got an overflow although every input fits "
+        f"(the largest is {largest} in A); lower 'weight', or set {key}: bfloat16"
     )
 
 
 @pytest.mark.parametrize("changes", [{}, {"parameters": {"t": 0}}, {"out_dtype": "float16"}])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_parent_that_holds_what_is_not_finite(
+def test_a_parent_with_values_that_are_not_finite(
     make: Callable[..., None], value: float, changes: dict[str, Any]
 ) -> None:
     make(value)
     sentence = refusal({**SLERP, "dtype": "float16", **changes})
     assert sentence.startswith(
-        "weights must be finite, found NaN or infinity (1 in A); repair the checkpoint, or pass --allow-nonfinite"
+        "weights must be finite, got NaN or infinity (1 in A); repair the checkpoint, or pass --allow-nonfinite"
     )
 
 
-def test_what_rounds_down_to_the_largest_fits(make: Callable[..., None]) -> None:
+def test_a_value_that_rounds_down_to_the_largest_fits(make: Callable[..., None]) -> None:
     make(65519.0, "F32")
     arcmerge.merge({**SLERP, "dtype": "float16", "parameters": {"t": 0}}, "out", device="cpu")
 
 
-def test_what_rounds_up_from_it_does_not(make: Callable[..., None]) -> None:
+def test_a_value_that_rounds_up_to_infinity_does_not_fit(make: Callable[..., None]) -> None:
     make(65520.0, "F32")
-    assert "65520 in A overflows it" in refusal({**SLERP, "dtype": "float16"})
+    assert "got 65520 in A" in refusal({**SLERP, "dtype": "float16"})
 
 
-def test_a_merge_in_memory_says_the_same(make: Callable[..., None]) -> None:
+def test_a_merge_in_memory_raises_the_same_error(make: Callable[..., None]) -> None:
     from arcmerge.merging.execution.in_memory import InMemoryMerge
 
     make(-1e5)
     made = prepare({**SLERP, "dtype": "float16"}, Options(device="cpu"), lambda sentence: None)
-    with pytest.raises(arcmerge.ArcmergeError, match=TO_FLOAT16):
+    with pytest.raises(arcmerge.ArcmergeError, match=re.escape(CAST_TO_FLOAT16)):
         InMemoryMerge(made)

@@ -100,7 +100,8 @@ def test_cards_and_sentences_say_what_was_written(here: Path, tmp_path: Path) ->
 def test_inspection_of_one_folder_by_two_names(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "A", "A/"]) == 1
     assert capsys.readouterr().err == (
-        "arcmerge: A and B must be two models, got 'A' and 'A/', which are one folder; name another one to compare\n"
+        "arcmerge: 'A' and 'B' must be two models, got 'A' and 'A/', which are one folder; "
+        "name another model to compare\n"
     )
 
 

@@ -80,7 +80,7 @@ def test_a_proposal_that_was_lost_leaves_no_name_twice(models: Path) -> None:
 
 def test_a_search_needs_numbers_and_bounds(models: Path, tmp_path: Path) -> None:
     linear = {"merge_method": "linear", "models": recipe(models)["models"], "parameters": {"weight": 0.5}}
-    with pytest.raises(arcmerge.ArcmergeError, match="`linear` has no parameter `t`"):
+    with pytest.raises(arcmerge.ArcmergeError, match=r"'parameters' must be those of 'linear' \(.*\), got 't'"):
         score_candidates(linear, [], LeastT(), tmp_path / "out", optimize=Optimize(2), device="cpu")
     silent = recipe(models)
     del silent["parameters"]

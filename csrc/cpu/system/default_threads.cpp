@@ -26,15 +26,15 @@ int processors() {
   return std::max(1, int(std::thread::hardware_concurrency()));
 }
 
-// The first number of the variable, which may be a list for nested regions; kMostThreads if it is none.
+// The first number of the variable, which may be a list for nested regions; kMaxThreads if it is none.
 int openmp_threads() {
   const char* text = std::getenv("OMP_NUM_THREADS");
-  if (!text) return kMostThreads;
+  if (!text) return kMaxThreads;
   char* end = nullptr;
   const long count = std::strtol(text, &end, 10);
   while (*end == ' ') ++end;
-  const bool valid = end != text && (*end == '\0' || *end == ',') && count >= 1 && count <= kMostThreads;
-  return valid ? int(count) : kMostThreads;
+  const bool valid = end != text && (*end == '\0' || *end == ',') && count >= 1 && count <= kMaxThreads;
+  return valid ? int(count) : kMaxThreads;
 }
 
 // Processors that a control group may use: version 2 has "QUOTA PERIOD" or "max PERIOD" in one file, version 1 has two
@@ -68,7 +68,7 @@ bool group_of(const std::string& line, bool& is_version_2, std::string& path) {
 }  // namespace
 
 int quota_threads(const std::string& root) {
-  double least = kMostThreads;
+  double least = kMaxThreads;
   std::ifstream groups(root + "/proc/self/cgroup");
   for (std::string group; std::getline(groups, group);) {
     bool is_version_2;

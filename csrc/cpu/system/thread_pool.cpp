@@ -189,8 +189,8 @@ void parallel(std::int64_t count, std::int64_t grain, const Range& body) {
 int threads() { return pool->threads(); }
 
 void set_threads(int threads) {
-  if (threads < 1 || threads > kMostThreads)
-    throw std::invalid_argument("'threads' must be 1 to " + std::to_string(kMostThreads) + ", got " +
+  if (threads < 1 || threads > kMaxThreads)
+    throw std::invalid_argument("'threads' must be 1 to " + std::to_string(kMaxThreads) + ", got " +
                                 std::to_string(threads));
   pool->set_threads(threads);
 }

@@ -6,8 +6,6 @@
 
 namespace arcmerge {
 
-constexpr int kMostThreads = 1024;
-
 using Range = std::function<void(std::int64_t first, std::int64_t last)>;
 
 // Calls body on ranges that together are [0, count), each but the last a multiple of `grain` long, on the calling

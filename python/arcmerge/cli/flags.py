@@ -79,10 +79,10 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def count(text: str) -> int:
-    from arcmerge.merging.execution.workers import MOST_THREADS
+    from arcmerge._C import MAX_THREADS
 
-    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MOST_THREADS}, got '{text}'")
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MAX_THREADS}, got '{text}'")
     return int(text)
 
 

@@ -12,8 +12,8 @@ from arcmerge.checkpoint.layout import INDEX_NAME, index_json, parse_size, shard
 from arcmerge.checkpoint.output_folder import OutputFolder
 from arcmerge.checkpoint.writer import ShardFile
 from arcmerge.interrupts import check, held, say
+from arcmerge.merging.execution.choose import processor_for
 from arcmerge.merging.execution.gram_pass import GramPass
-from arcmerge.merging.execution.processor import processor_for
 from arcmerge.merging.execution.to_disk import DiskMerge
 from arcmerge.merging.options import Options, Progress, Warn
 from arcmerge.merging.output.files import small_files
@@ -128,7 +128,7 @@ def merge(
         method=plan.method.name,
         nbytes=total,
         seconds=time.monotonic() - started,
-        branches=Counter(branch(job, work.sums, index) for index, job in enumerate(plan.jobs)),
+        branches=Counter(branch(job, work.gram_pass, index) for index, job in enumerate(plan.jobs)),
         warnings=tuple(warnings),
         notes=plan.notes,
     )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from arcmerge._C import MAX_THREADS
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.execution.workers import MOST_THREADS
 from arcmerge.merging.recipe.yaml_document import shown
 from arcmerge.threads import get_num_threads
 
@@ -58,9 +58,9 @@ class Options:
         for name, value in vars(self).items():
             if isinstance(getattr(Options, name), bool) and not isinstance(value, bool):
                 raise ArcmergeError(f"'{name}' must be True or False, got {shown(value)}")
-        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= MOST_THREADS):
+        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= MAX_THREADS):
             raise ArcmergeError(
-                f"'threads' must be a whole number from 1 to {MOST_THREADS} or None, got {shown(self.threads)}"
+                f"'threads' must be a whole number from 1 to {MAX_THREADS} or None, got {shown(self.threads)}"
             )
         if not isinstance(self.device, str):
             raise ArcmergeError(f"'device' must be auto, cpu, cuda or cuda:N, got {shown(self.device)}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 
+from arcmerge.merging.execution.choose import processor_for
 from arcmerge.merging.execution.gram_pass import GramPass, sum_grams
-from arcmerge.merging.execution.processor import processor_for
 from arcmerge.merging.inspect.relations import Pair, pairs_of
 from arcmerge.merging.inspect.tables import pair_recipe
 from arcmerge.merging.options import Options, Progress, Warn
@@ -115,6 +115,6 @@ def preview(
             range(len(jobs)),
             threads=options.thread_count,
             allow_nonfinite=options.allow_nonfinite,
-            tick=progress or (lambda done, total: None),
+            progress=progress or (lambda done, total: None),
         )
     return prepared, grams

@@ -1,7 +1,7 @@
-"""Gram matrices that are kept from one run to the next, in a small file beside a parent.
+"""Gram matrices that are kept from one run to the next, in a small file next to a parent.
 
-A matrix belongs to tensors, not to parameters, so that every `t` of a recipe has the same one. The file names the
-shards that it was summed from, by size, time and header; where one has changed, nothing in the file is trusted.
+A Gram matrix depends on tensors alone, so every `t` of a recipe has the same one. The file names the shards that its
+matrices were computed from, by size, modification time and header; if a shard has changed, the file is not used.
 """
 
 from __future__ import annotations
@@ -25,39 +25,42 @@ _FORMAT = 1
 
 
 class GramCache:
-    """The matrices of whole tensors of some checkpoints.
+    """The Gram matrices of whole tensors of some checkpoints.
 
-    folder: of the parent that the file lies in. A file that is missing, damaged or out of date is an empty one; where
-    none can be written there is none the next time.
+    A file that is missing, damaged or out of date counts as empty. If no file can be written, nothing is kept.
+
+    Args:
+        checkpoints: all checkpoints of a recipe.
+        folder: the parent's folder that the file lies in.
     """
 
     def __init__(self, checkpoints: Collection[Checkpoint], folder: Path) -> None:
-        self._names = {one.folder: str(one.folder.resolve()) for one in checkpoints}
-        self._shards = {self._names[one.folder]: one.fingerprint() for one in checkpoints}
+        self._folders = {one.folder: str(one.folder.resolve()) for one in checkpoints}
+        self._shards = {self._folders[one.folder]: one.fingerprint() for one in checkpoints}
         name = hashlib.sha256("\n".join(sorted(self._shards)).encode()).hexdigest()[:16]
         self._path = folder / f".arcmerge-grams-{name}.json"
         self._grams = self._read()
-        self._passing: set[str] = set()
+        self._not_saved: set[str] = set()
 
     def get(self, job: Job) -> NDArray[np.float64] | None:
-        """The Gram matrix of the inputs of a job, if it is known. Those of vectors never are."""
+        """The Gram matrix (k, k) of a job's inputs if it is known; None for a job with one per row or column."""
         return self._grams.get(self._key(job)) if job.along is None else None
 
     def add(self, job: Job, gram: NDArray[np.float64]) -> None:
-        """Keep a matrix (k, k), unless it is not finite, as JSON has no number for that."""
+        """Keep a matrix (k, k), unless it has NaN or infinity, which JSON cannot hold."""
         if np.isfinite(gram).all():
             self._grams[self._key(job)] = gram
-            if job.vocabulary:  # tokenizers say which rows met, and they are not in the fingerprint
-                self._passing.add(self._key(job))
+            if job.vocabulary:  # it depends on tokenizers too, which the fingerprints do not cover
+                self._not_saved.add(self._key(job))
 
     def save(self) -> None:
-        """Write the file, complete or not at all."""
+        """Write the file atomically."""
         content = {
             "format": _FORMAT,
             "shards": self._shards,
-            "grams": {key: gram.tolist() for key, gram in self._grams.items() if key not in self._passing},
+            "grams": {key: gram.tolist() for key, gram in self._grams.items() if key not in self._not_saved},
         }
-        with suppress(OSError):  # a folder that only others may write to
+        with suppress(OSError):  # the folder may not be writable
             handle, name = tempfile.mkstemp(prefix=".arcmerge-", dir=self._path.parent)
             try:
                 with os.fdopen(handle, "w") as file:
@@ -76,8 +79,8 @@ class GramCache:
         return {}
 
     def _key(self, job: Job) -> str:
-        """What a Gram matrix is of: tensors, the type of their values, and the base that is taken off them."""
-        inputs = [[self._names[item.checkpoint.folder], item.info.name, item.dtype.name] for item in job.inputs]
+        """A Gram matrix depends on the tensors, the dtype of their values, the base, and whether rows are matched."""
+        inputs = [[self._folders[item.checkpoint.folder], item.info.name, item.dtype.name] for item in job.inputs]
         return json.dumps([inputs, job.base if job.method.centered(job.values) else None, job.vocabulary])
 
 

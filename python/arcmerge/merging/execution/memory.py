@@ -1,21 +1,20 @@
-"""Where a merge in memory lies: its result at addresses that stay, and its parents, mapped or beside a GPU."""
+"""The memory of a merge in memory: the result at fixed addresses, and on a GPU also the parents."""
 
 from __future__ import annotations
 
 import weakref
-from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from arcmerge.checkpoint.writer import address_of, aligned_buffer
 from arcmerge.errors import ArcmergeError
+from arcmerge.merging.execution.choose import aligned_rows, processor_for
 from arcmerge.merging.execution.cpu import CpuProcessor
-from arcmerge.merging.execution.gpu import GpuProcessor, Slot, widest_piece
-from arcmerge.merging.execution.gram_pass import Filling, Processor
-from arcmerge.merging.execution.processor import aligned_rows, processor_for
-from arcmerge.merging.execution.work_units import GRAM_ELEMENTS, Piece
-from arcmerge.merging.execution.workers import Workers
+from arcmerge.merging.execution.gpu import GpuProcessor, Slot, SlotPool, slot_bytes, slot_count
+from arcmerge.merging.execution.processor import FillTask, Processor
+from arcmerge.merging.execution.work_units import PIECE_ELEMENTS, Piece, cut
+from arcmerge.merging.execution.workers import Progress, drain
 from arcmerge.merging.prepare import Prepared
 
 if TYPE_CHECKING:
@@ -23,19 +22,18 @@ if TYPE_CHECKING:
 
     from arcmerge.merging.plan.tensor_job import Job
 
-Tick = Callable[[int, int], None]
 Key = TypeVar("Key", bound=Hashable)
 
-# Tensors begin at multiples of as many bytes: a line of any cache.
+# Tensors start at multiples of so many bytes, which covers the cache lines of all processors.
 ALIGNMENT = 256
-# What a GPU keeps free for the cache and the activations of a model that runs.
+# GPU memory that is left free for the KV cache and the activations of a model that runs.
 _FREE_BYTES = 1 << 30
-# Launches of as many pieces keep a GPU busy while the next are put together.
-_PIECES_ON_DEVICE = 64
+# A launch of so many pieces keeps a GPU busy while the next launch is prepared.
+_GPU_BATCH_SIZE = 64
 
 
-def places(sizes: Mapping[Key, int]) -> tuple[dict[Key, int], int]:
-    """Where things of so many bytes begin that lie one after another, and where the last one ends."""
+def offsets_of(sizes: Mapping[Key, int]) -> tuple[dict[Key, int], int]:
+    """The offset of each item when items of these sizes (bytes) lie one after another, and the end of the last."""
     offsets, end = {}, 0
     for key, nbytes in sizes.items():
         offsets[key] = end
@@ -43,254 +41,279 @@ def places(sizes: Mapping[Key, int]) -> tuple[dict[Key, int], int]:
     return offsets, end
 
 
-class Residence(Protocol):
-    """pieces_at_once: that a processor takes in one call. address: where the result begins."""
+class Memory(Protocol):
+    """The memory of a merge.
 
-    pieces_at_once: int
+    Attributes:
+        batch_size: the number of tasks that a processor should get in one call.
+        address: the address of the result.
+    """
+
+    batch_size: int
     address: int
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of the result, not copied."""
+        """Bytes of the result, uint8 (nbytes,), not copied."""
         ...
 
     def processor(self, prepared: Prepared) -> Processor:
-        """For the plan of `prepared`, whose results go to addresses in here."""
+        """A processor for the plan of `prepared`, whose results are written to this memory."""
         ...
 
     def wait(self) -> None:
-        """Until nothing reads the result any more."""
+        """Wait until nothing reads the result any more."""
         ...
 
 
-def residence_of(plans: Sequence[Prepared], nbytes: int, tick: Tick) -> Residence:
-    """A residence of `nbytes` of result, on the device of the plans, for whatever models any of them reads.
+def allocate(plans: Sequence[Prepared], nbytes: int, progress: Progress) -> Memory:
+    """Memory on the device of the plans.
 
-    tick: told of the bytes of the models that are brought there, and of all. Raises ArcmergeError where memory is too
-    small, and says how much is missing.
+    Args:
+        plans: every plan that will be merged; they differ in their parameters alone.
+        nbytes: the size of the result.
+        progress: called with the bytes of the parents that were loaded, and the bytes in total.
+
+    Raises:
+        ArcmergeError: there is too little memory; it says how much is missing.
     """
     if (device := plans[0].options.resolved_device) == "cpu":
         return CpuMemory(nbytes)
-    return GpuMemory(plans, nbytes, device, tick)
+    return GpuMemory(plans, nbytes, device, progress)
 
 
 class CpuMemory:
-    """The result in the memory of the machine. The parents stay mapped."""
+    """The result in RAM. The parents stay mapped."""
 
-    pieces_at_once = 1
+    batch_size = 1
 
     def __init__(self, nbytes: int) -> None:
-        _require("the merged weights", nbytes, available_memory(), "memory", "merge to disk")
+        _require_memory("memory", nbytes, available_memory(), "the merged weights", "merge to disk")
         self._memory = aligned_buffer(nbytes)
         self.address = address_of(self._memory)
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
+        """See Memory.tensor."""
         import torch
 
         return torch.frombuffer(self._memory[offset : offset + nbytes], dtype=torch.uint8)
 
     def processor(self, prepared: Prepared) -> Processor:
+        """See Memory.processor."""
         return processor_for(prepared)
 
     def wait(self) -> None:
-        """What reads it, waits for it."""
+        """Do nothing: operations on the CPU have ended when they return."""
+
+
+class _Parent(NamedTuple):
+    """A tensor of a parent: input `input_index` of jobs[job_index], which is `job`, of the plan that `reader` reads."""
+
+    reader: CpuProcessor
+    job: Job
+    job_index: int
+    input_index: int
+
+
+class _LoadTask(NamedTuple):
+    parent: _Parent
+    piece: Piece
+    target: torch.Tensor
 
 
 class GpuMemory:
-    """The result in the memory of a GPU, and the parents there too if they fit, else in pinned memory of the machine.
+    """The result in GPU memory, and the parents there too if they fit, else in pinned memory.
 
-    device: a torch device name. "cpu" does the same with CPU tensors, which the Triton interpreter takes.
+    Args:
+        plans: every plan that will be merged.
+        nbytes: the size of the result.
+        device: a torch device name. With "cpu" the same code runs on CPU tensors, which the Triton interpreter accepts.
+        progress: called with the bytes of the parents that were loaded, and the bytes in total.
+
+    Attributes:
+        streamed: whether the parents are in pinned memory, from which they pass through the GPU at every merge.
     """
 
-    def __init__(self, plans: Sequence[Prepared], nbytes: int, device: str, tick: Tick) -> None:
+    def __init__(self, plans: Sequence[Prepared], nbytes: int, device: str, progress: Progress) -> None:
         import torch
 
         self._torch = torch
         self._device = torch.device(device)
-        # Four slots keep the bus busy both ways.
-        self._slots = min(plans[0].options.thread_count, 4)
-        parents = {key: found for plan in plans for key, found in _inputs(plan).items()}
-        offsets, end = places(
-            {key: job.count * job.inputs[at].dtype.itemsize for key, (_, job, _, at) in parents.items()}
+        threads = plans[0].options.thread_count
+        parents = {key: parent for plan in plans for key, parent in _parents(plan).items()}
+        offsets, end = offsets_of(
+            {key: job.count * job.inputs[index].dtype.itemsize for key, (_, job, _, index) in parents.items()}
         )
-        slot_bytes = self._slots * max(widest_piece(plan.plan.jobs) for plan in plans)
-        self.streamed = must_stream(nbytes + slot_bytes, end, self._device)
-        self.pieces_at_once = 1 if self.streamed else _PIECES_ON_DEVICE
+        slots = slot_count(threads) * max(slot_bytes(plan.plan.jobs) for plan in plans)
+        self.streamed = must_stream(nbytes + slots, end, self._device)
+        self.batch_size = 1 if self.streamed else _GPU_BATCH_SIZE
         self._result = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
         self.address = self._result.data_ptr()
-        memory, self._parents = self._memory(end), {}
-        for key, (_, job, _, at) in parents.items():
-            dtype = job.inputs[at].dtype
+        memory, self._parents = self._allocate_parents(end), {}
+        for key, (_, job, _, index) in parents.items():
+            dtype = job.inputs[index].dtype
             part = memory[offsets[key] : offsets[key] + job.count * dtype.itemsize]
             self._parents[key] = part.view(getattr(torch, dtype.name))
-        self._bring(parents, plans[0].options.thread_count, tick)
+        self._load(parents, threads, progress)
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
+        """See Memory.tensor."""
         return self._result[offset : offset + nbytes]
 
-    def at(self, address: int, nbytes: int) -> torch.Tensor:
-        """Bytes of the result from an address on."""
-        return self.tensor(address - self.address, nbytes)
-
-    def parent(self, prepared: Prepared, number: int, place: int) -> torch.Tensor | None:
-        """All elements of an input of a job, cast and gathered; None for what is not mergeable."""
-        return self._parents.get(_key(prepared, prepared.plan.jobs[number], place))
+    def parent(self, prepared: Prepared, job: int, index: int) -> torch.Tensor | None:
+        """All elements of an input of a job, cast and with rows matched by token; None if it is not mergeable."""
+        return self._parents.get(_key(prepared, prepared.plan.jobs[job], index))
 
     def processor(self, prepared: Prepared) -> Processor:
-        return _ResidentProcessor(prepared, self, str(self._device), self._slots)
+        """See Memory.processor."""
+        return _GpuMemoryProcessor(prepared, self, str(self._device))
 
     def wait(self) -> None:
+        """See Memory.wait."""
         if self._device.type == "cuda":
             self._torch.cuda.synchronize(self._device)
 
-    def _memory(self, nbytes: int) -> torch.Tensor:
-        """For the parents."""
+    def _allocate_parents(self, nbytes: int) -> torch.Tensor:
         if not self.streamed:
             return self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device)
-        # torch's own pinned memory comes in powers of two.
+        # torch rounds the size of its own pinned memory up to a power of two.
         memory = self._torch.frombuffer(aligned_buffer(nbytes), dtype=self._torch.uint8)
         if self._device.type == "cuda":
             runtime = self._torch.cuda.cudart()
             error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
             if error != runtime.cudaError.success:
-                size = f"{nbytes / 1e9:.1f} GB"
-                raise ArcmergeError(f"{size} cannot be pinned: {error}; raise `ulimit -l`, or use --device cpu")
+                raise ArcmergeError(
+                    f"'ulimit -l' must allow {nbytes / 1e9:.1f} GB of pinned memory, got {error}; raise it, or use "
+                    "--device cpu"
+                )
             weakref.finalize(self, runtime.cudaHostUnregister, memory.data_ptr())
         return memory
 
-    def _bring(self, parents: _Inputs, threads: int, tick: Tick) -> None:
-        """Read the parents to where they stay."""
-        tasks: deque[tuple[CpuProcessor, Piece, int, torch.Tensor]] = deque()
-        for key, (processor, job, number, place) in parents.items():
-            target = self._parents[key]
-            for first in range(0, job.count, GRAM_ELEMENTS):
-                piece = Piece(number, first, min(GRAM_ELEMENTS, job.count - first))
-                tasks.append((processor, piece, place, target[first : first + piece.count]))
-        total = sum(target.numel() * target.element_size() for *_, target in tasks)
-        done, team = 0, Workers()
+    def _load(self, parents: Mapping[object, _Parent], threads: int, progress: Progress) -> None:
+        """Read the parents into their memory."""
+        tasks = [
+            _LoadTask(parent, piece, self._parents[key][piece.first : piece.first + piece.count])
+            for key, parent in parents.items()
+            for piece in cut(parent.job_index, parent.job.count)
+        ]
+        slots = SlotPool(self._device, PIECE_ELEMENTS * 4, 0 if self.streamed else threads)
 
-        def work() -> None:
-            nonlocal done
-            slot = Slot(self._device, GRAM_ELEMENTS * 4)
-            while team.failure is None:
-                try:
-                    processor, piece, place, target = tasks.popleft()
-                except IndexError:
-                    return
-                if self.streamed:
-                    processor.stage(piece, place, target.data_ptr())
-                else:
-                    with slot.stream():
-                        staged = slot.take(piece.count, target.dtype)
-                        processor.stage(piece, place, staged.host.data_ptr())
-                        target.copy_(staged.host, non_blocking=True)
-                    slot.clear()
-                with team.changed:
-                    done += target.numel() * target.element_size()
+        def load(task: _LoadTask) -> None:
+            parent, piece, target = task
+            if self.streamed:
+                parent.reader.stage(piece, parent.input_index, target.data_ptr())
+            else:
+                with slots.take() as slot:
+                    staged = slot.allocate(piece.count, target.dtype)
+                    parent.reader.stage(piece, parent.input_index, staged.pinned.data_ptr())
+                    target.copy_(staged.pinned, non_blocking=True)
 
-        team.run(lambda: tick(done, total), (work, threads))
+        drain(tasks, load, lambda task: task.target.nbytes, threads, progress)
 
 
-class _ResidentProcessor(GpuProcessor):
-    """Reads parents and writes results where they are."""
+class _GpuMemoryProcessor(GpuProcessor):
+    """Reads the parents and writes the results where GpuMemory has them."""
 
-    def __init__(self, prepared: Prepared, residence: GpuMemory, device: str, slots: int) -> None:
+    def __init__(self, prepared: Prepared, memory: GpuMemory, device: str) -> None:
         rows = aligned_rows(prepared.plan, prepared.vocabulary)
-        super().__init__(prepared.plan.jobs, rows, device, slots)
+        super().__init__(prepared.plan.jobs, rows, device, prepared.options.thread_count)
         self._prepared = prepared
-        self._residence = residence
+        self._memory = memory
 
-    def _input(self, slot: Slot, piece: Piece, place: int) -> torch.Tensor:
-        parent = self._residence.parent(self._prepared, piece.job, place)
+    def _input(self, slot: Slot, piece: Piece, index: int) -> torch.Tensor:
+        parent = self._memory.parent(self._prepared, piece.job, index)
         if parent is None:
-            return super()._input(slot, piece, place)
+            return super()._input(slot, piece, index)
         part = parent[piece.first : piece.first + piece.count]
-        if not self._residence.streamed:
+        if not self._memory.streamed:
             return part
-        there = slot.take(piece.count, part.dtype).device
-        there.copy_(part, non_blocking=True)
-        return there
+        on_gpu = slot.allocate(piece.count, part.dtype).gpu
+        on_gpu.copy_(part, non_blocking=True)
+        return on_gpu
 
-    def _output(self, slot: Slot, task: Filling) -> tuple[None, torch.Tensor]:
+    def _output(self, slot: Slot, task: FillTask) -> tuple[None, torch.Tensor]:
         return None, self._bytes(task).view(self._dtypes[self._jobs[task.piece.job].output.dtype.name])
 
-    def _fill_without_kernel(self, tasks: Sequence[Filling]) -> list[int]:
-        """Copies go from the parent to the result; what else has no kernel is computed by the CPU from mapped files."""
+    def _fill_without_kernel(self, tasks: Sequence[FillTask]) -> list[int]:
         return [self._copy(task) for task in tasks]
 
-    def _copy(self, task: Filling) -> int:
+    def _copy(self, task: FillTask) -> int:
+        """Copy a parent to the result, or compute the result on the CPU, from mapped files, and copy it."""
         piece = task.piece
-        with self._slot() as slot:
-            parent = self._residence.parent(self._prepared, piece.job, 0) if self._jobs[piece.job].copied else None
+        with self._slots.take() as slot:
+            parent = self._memory.parent(self._prepared, piece.job, 0) if self._jobs[piece.job].copied else None
             if parent is not None:
                 _, out = self._output(slot, task)
                 out.copy_(parent[piece.first : piece.first + piece.count], non_blocking=True)
                 return int((~out.isfinite()).sum())
-            there = self._bytes(task)
-            staged = slot.take(there.numel(), there.dtype)
-            (count,) = self._host.fill([Filling(piece, task.coefficients, staged.host.data_ptr())])
-            there.copy_(staged.host, non_blocking=True)
+            on_gpu = self._bytes(task)
+            staged = slot.allocate(on_gpu.numel(), on_gpu.dtype)
+            (count,) = self._cpu.fill([FillTask(piece, task.coefficients, staged.pinned.data_ptr())])
+            on_gpu.copy_(staged.pinned, non_blocking=True)
             return count
 
-    def _bytes(self, task: Filling) -> torch.Tensor:
+    def _bytes(self, task: FillTask) -> torch.Tensor:
         nbytes = task.piece.count * self._jobs[task.piece.job].output.dtype.itemsize
-        return self._residence.at(task.address, nbytes)
+        return self._memory.tensor(task.address - self._memory.address, nbytes)
 
 
-# By what an input is: what reads it, a job that has it, the number of the job, and its place there.
-_Inputs = dict[object, "tuple[CpuProcessor, Job, int, int]"]
-
-
-def _inputs(prepared: Prepared) -> _Inputs:
-    """The inputs of a plan that kernels can read."""
-    processor = CpuProcessor(prepared.plan.jobs, aligned_rows(prepared.plan, prepared.vocabulary))
+def _parents(prepared: Prepared) -> dict[object, _Parent]:
+    """The inputs of a plan that kernels can read, each once."""
+    reader = CpuProcessor(prepared.plan.jobs, aligned_rows(prepared.plan, prepared.vocabulary))
     return {
-        _key(prepared, job, place): (processor, job, number, place)
-        for number, job in enumerate(prepared.plan.jobs)
-        for place, item in enumerate(job.inputs)
+        _key(prepared, job, index): _Parent(reader, job, job_index, index)
+        for job_index, job in enumerate(prepared.plan.jobs)
+        for index, item in enumerate(job.inputs)
         if item.dtype.mergeable and job.count
     }
 
 
-def _key(prepared: Prepared, job: Job, place: int) -> object:
-    """What an input is: two that are equal have the same elements."""
-    item = job.inputs[place]
-    gathered = job.output.name if job.vocabulary and prepared.vocabulary is not None else None
-    return item.checkpoint.folder, item.info.name, item.dtype, gathered
+def _key(prepared: Prepared, job: Job, index: int) -> object:
+    """A key of an input: inputs with equal keys have equal elements."""
+    item = job.inputs[index]
+    matched = job.output.name if job.vocabulary and prepared.vocabulary is not None else None
+    return item.checkpoint.folder, item.info.name, item.dtype, matched
 
 
-def must_stream(least: int, parents: int, device: torch.device) -> bool:
-    """Whether parents of so many bytes must stay in the machine's memory, as a device has too little for them.
+def must_stream(required: int, parents: int, device: torch.device) -> bool:
+    """Whether the parents must stay in pinned memory, because the device has too little memory for them.
 
-    least: bytes that are on the device in any case, beside those of a running model. Raises ArcmergeError if they are
-    too many, or the machine has too little memory to pin.
+    Args:
+        required: bytes that are needed on the device in any case, apart from those of a model that runs.
+        parents: the size of the parents in bytes.
+        device: the device of the result.
+
+    Raises:
+        ArcmergeError: the required bytes do not fit on the device, or the parents do not fit into RAM.
     """
-    least += _FREE_BYTES
+    required += _FREE_BYTES
     free = free_memory(device)
-    if least + parents <= free:
+    if required + parents <= free:
         return False
-    _require("the merged weights and what runs them", least, free, f"the memory of {device}", "use --device cpu")
-    advice = f"use --device cpu, or a GPU of {(least + parents) / 1e9:.0f} GB"
-    _require(f"the models, which do not fit on {device},", parents, available_memory(), "pinned memory", advice)
+    _require_memory(
+        f"the memory of {device}", required, free, "the merged weights and what runs them", "use --device cpu"
+    )
+    advice = f"use --device cpu, or a GPU of {(required + parents) / 1e9:.0f} GB"
+    _require_memory("pinned memory", parents, available_memory(), f"the models, which do not fit on {device}", advice)
     return True
 
 
-def _require(what: str, nbytes: int, free: int, where: str, advice: str) -> None:
-    """Raises ArcmergeError unless there are so many bytes."""
+def _require_memory(memory: str, nbytes: int, free: int, content: str, advice: str) -> None:
+    """Raises ArcmergeError unless so many bytes are free."""
     if nbytes > free:
         raise ArcmergeError(
-            f"{what} take {nbytes / 1e9:.1f} GB of {where} and {free / 1e9:.1f} GB are free: "
-            f"{(nbytes - free) / 1e9:.1f} GB are missing; end other programs, or {advice}"
+            f"{memory} must have {nbytes / 1e9:.1f} GB free for {content}, got {free / 1e9:.1f} GB, "
+            f"{(nbytes - free) / 1e9:.1f} GB too little; end other programs, or {advice}"
         )
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a device has to give."""
+    """Bytes that can be allocated on a device."""
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def available_memory() -> int:
-    """Bytes that can be had without pushing others out, as Linux estimates it."""
+    """Bytes of RAM that can be allocated without swapping, as Linux estimates them."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -1,47 +1,54 @@
-"""The choice of the processor, and the row addresses that it needs for tensors that are aligned by token."""
+"""The contract between a merge and the hardware that computes it: the CPU (cpu.py) or a GPU (gpu.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.execution.cpu import CpuProcessor
-from arcmerge.merging.execution.gram_pass import Processor
-from arcmerge.merging.plan.plan import Plan
-from arcmerge.merging.prepare import Prepared
-from arcmerge.merging.vocabulary.embedding_rows import RowAddresses, Table, align
-from arcmerge.merging.vocabulary.vocabulary import Vocabulary
+from arcmerge.merging.execution.work_units import Piece
+from arcmerge.merging.methods.method import Coefficients
 
 
-def processor_for(prepared: Prepared) -> Processor:
-    """The processor for the device of a merge. Raises ArcmergeError for a device that does not exist."""
-    options, rows = prepared.options, aligned_rows(prepared.plan, prepared.vocabulary)
-    if (device := options.resolved_device) == "cpu":
-        return CpuProcessor(prepared.plan.jobs, rows)
-    from arcmerge.merging.execution.gpu import GpuProcessor
+@dataclass(frozen=True)
+class FillTask:
+    """One piece of a result that is to be computed.
 
-    # Four slots keep the bus busy in both directions; each holds 64 MB or more of pinned memory.
-    return GpuProcessor(prepared.plan.jobs, rows, device, min(options.thread_count, 4))
+    Attributes:
+        piece: the elements to compute.
+        coefficients: those of the piece's job; None for copies and elementwise methods, which need none.
+        address: where the result is written, in the dtype of the job's output.
+    """
+
+    piece: Piece
+    coefficients: Coefficients | None
+    address: int
 
 
-def aligned_rows(plan: Plan, vocabulary: Vocabulary | None) -> dict[tuple[int, int], RowAddresses]:
-    """The row addresses of the inputs of vocabulary tensors, by the index of the job and the index of the input."""
-    if vocabulary is None:
-        return {}
-    rows = {}
-    for index, job in enumerate(plan.jobs):
-        if not job.vocabulary:
-            continue
-        if len(job.output.shape) != 2:
-            raise ArcmergeError(
-                f"'{job.output.name}' must be a matrix with one row for each token to be aligned by token, "
-                f"got shape {list(job.inputs[0].info.shape)}; leave the tokenizer settings out"
-            )
-        tables = {
-            item.model: Table(
-                item.checkpoint.address(item.info.name), item.info.dtype, item.info.shape[0], job.matrix[1]
-            )
-            for item in job.inputs
-        }
-        base = job.inputs[job.base].model if job.base is not None else None
-        aligned = align(vocabulary, job.output.name, tables, base=base, cast=plan.recipe.dtype)
-        rows.update({(index, position): aligned[item.model] for position, item in enumerate(job.inputs)})
-    return rows
+class Processor(Protocol):
+    """Computes pieces of the jobs of one plan. Every method may be called from several threads at once."""
+
+    def gram(self, pieces: Sequence[Piece]) -> list[NDArray[np.float64]]:
+        """Sum products of the inputs of each piece.
+
+        Returns:
+            For each piece its share of the job's Gram matrix, (k, k), where k is the number of inputs (less the base,
+            for methods that subtract it). For a job with one matrix per row or column: all of them, (vectors, k, k).
+        """
+        ...
+
+    def fill(self, tasks: Sequence[FillTask]) -> list[int]:
+        """Write the result of each task to its address.
+
+        Returns:
+            For each task the number of results that are NaN or infinite.
+        """
+        ...
+
+    def not_finite(self, job: int) -> ArcmergeError:
+        """The error to raise for a job (by index) with a result that is NaN or infinite."""
+        ...

@@ -1,6 +1,6 @@
-"""How a plan is cut into the units that threads take: stretches of tensors to sum, stretches of files to fill.
+"""The units of work that threads take: pieces of tensors and chunks of files.
 
-Both cuts depend on the plan alone, never on the number of threads, so the result has the same bits on any machine.
+Units depend on the plan alone, never on the number of threads, so that a merge has the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from arcmerge.checkpoint.layout import Shard
 from arcmerge.merging.plan.tensor_job import Job
 
-# 16 MB of a bf16 pair, about a millisecond of work: long against the cost of handing it out, short against a tensor.
-GRAM_ELEMENTS = 1 << 22
-# What one direct write takes. Larger ones gained nothing, writes of 2 MB took a tenth longer.
+# 16 MB of two bf16 inputs take about a millisecond: long compared with taking a task, short compared with a tensor.
+PIECE_ELEMENTS = 1 << 22
+# The size of one direct write. Larger writes gained nothing; writes of 2 MB took a tenth longer.
 CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements first .. first + count of the tensor of jobs[job]."""
+    """Elements first to first + count of the output tensor of jobs[job]."""
 
     job: int
     first: int
@@ -28,7 +28,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Bytes offset .. offset + nbytes of a shard: a part of its header, then pieces, each at its place in the chunk."""
+    """Bytes offset to offset + nbytes of a shard.
+
+    Attributes:
+        shard: index of the shard.
+        literal: the part of the shard's header that lies in the chunk, at its start.
+        pieces: the pieces of tensors that follow, each with its offset in the chunk, in bytes.
+    """
 
     shard: int
     offset: int
@@ -37,30 +43,43 @@ class Chunk:
     pieces: tuple[tuple[Piece, int], ...]
 
 
-def gram_batches(jobs: Sequence[Job], order: Iterable[int]) -> Iterator[tuple[Piece, ...]]:
-    """The Gram pass of the jobs in `order`, in batches of up to GRAM_ELEMENTS: many small tensors or a part of a large.
+def cut(job: int, count: int) -> list[Piece]:
+    """The `count` elements of a job's tensor as pieces of at most PIECE_ELEMENTS."""
+    return [Piece(job, first, min(PIECE_ELEMENTS, count - first)) for first in range(0, count, PIECE_ELEMENTS)]
 
-    A job whose vectors have matrices of their own is one piece, however large.
+
+def gram_batches(jobs: Sequence[Job], order: Iterable[int]) -> Iterator[tuple[Piece, ...]]:
+    """The Gram pass of some jobs as batches: many small tensors, or one piece of a large tensor.
+
+    A batch has up to PIECE_ELEMENTS elements. A job with one Gram matrix per row or column is a single piece, however
+    large it is.
+
+    Args:
+        jobs: all jobs of the plan.
+        order: indices of the jobs to sum, in this order.
     """
     batch: list[Piece] = []
-    room = GRAM_ELEMENTS
-    for number in order:
-        job = jobs[number]
-        step = GRAM_ELEMENTS if job.along is None else job.count
-        for first in range(0, job.count, step):
-            piece = Piece(number, first, min(step, job.count - first))
+    room = PIECE_ELEMENTS
+    for index in order:
+        job = jobs[index]
+        for piece in cut(index, job.count) if job.along is None else [Piece(index, 0, job.count)]:
             if batch and piece.count > room:
                 yield tuple(batch)
-                batch, room = [], GRAM_ELEMENTS
+                batch, room = [], PIECE_ELEMENTS
             batch.append(piece)
             room -= piece.count
     if batch:
         yield tuple(batch)
 
 
-def file_chunks(shards: Sequence[Shard], numbers: dict[str, int]) -> Iterator[Chunk]:
-    """All shards as chunks, in the order of the files. numbers: the job of each tensor name."""
-    for position, shard in enumerate(shards):
+def file_chunks(shards: Sequence[Shard], job_of: dict[str, int]) -> Iterator[Chunk]:
+    """The chunks of all shards, in the order of the files.
+
+    Args:
+        shards: the files to write.
+        job_of: the index of the job of each tensor name.
+    """
+    for index, shard in enumerate(shards):
         entries = iter(shard.entries)
         entry = next(entries, None)
         for offset in range(0, shard.nbytes, CHUNK_BYTES):
@@ -72,8 +91,8 @@ def file_chunks(shards: Sequence[Shard], numbers: dict[str, int]) -> Iterator[Ch
                 stop = min(entry.offset + entry.nbytes, end)
                 if stop > start:
                     first, count = (start - entry.offset) // itemsize, (stop - start) // itemsize
-                    pieces.append((Piece(numbers[entry.tensor.name], first, count), start - offset))
+                    pieces.append((Piece(job_of[entry.tensor.name], first, count), start - offset))
                 if entry.offset + entry.nbytes > end:
                     break
                 entry = next(entries, None)
-            yield Chunk(position, offset, end - offset, shard.header[offset:end], tuple(pieces))
+            yield Chunk(index, offset, end - offset, shard.header[offset:end], tuple(pieces))

@@ -1,68 +1,80 @@
-"""Threads that work on one thing and fail as one."""
+"""Worker threads: the first exception, or an interrupt, stops all of them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from arcmerge.interrupts import check, held
 
-MOST_THREADS = 1024
-"""More than any machine has a use for, and few enough to start."""
-
 Work = Callable[[], None]
+Progress = Callable[[int, int], None]
+"""Called now and then with the bytes done and the bytes in total."""
+Task = TypeVar("Task")
 
 
 class Workers:
-    """Threads that take tasks until there are none left; the first failure, or an interrupt, stops them all.
+    """Threads that run until their functions return; the first exception, or an interrupt, stops all of them.
 
-    changed: to wait for what another thread does. failure: what stopped the team, at which its threads return.
+    Attributes:
+        changed: notified when a worker fails, and by workers for one another when shared state changes.
+        failure: the exception that stopped the workers. A function must return once it is set.
     """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
-        self._working = 0
+        self._running = 0
         self._ended = threading.Event()
 
-    def run(self, tick: Work, *works: tuple[Work, int]) -> None:
-        """Do each work by so many threads, calling `tick` ten times a second and at the end.
+    def run(self, report: Work, *functions: tuple[Work, int]) -> None:
+        """Run functions on threads and wait until every thread has ended.
 
-        Returns, or raises the first failure, when every thread has ended: none is left that writes to a folder which
-        is removed, or computes while the interpreter ends.
+        Waiting for all of them, even after a failure, means that no thread writes to a folder that is being removed, or
+        computes while the interpreter shuts down.
+
+        Args:
+            report: called on this thread ten times a second and once at the end.
+            functions: each function and the number of threads that run it.
+
+        Raises:
+            BaseException: the first exception of a function or of `report`, or an interrupt.
         """
         with held():
-            self._working = sum(count for _, count in works)
-            for work, count in works:
+            self._running = sum(count for _, count in functions)
+            for function, count in functions:
                 for _ in range(count):
-                    self._start(work)
+                    self._start(function)
             ended = False
             while not ended:
-                ended = not self._working or self._ended.wait(0.1)  # and once more when all is done
+                ended = not self._running or self._ended.wait(0.1)  # `report` is called once more after the end
                 if self.failure is None:
                     try:
                         check()
-                        tick()
+                        report()
                     except BaseException as error:
                         self.stop(error)
             if self.failure is not None:
                 raise self.failure
 
     def stop(self, error: BaseException) -> None:
+        """Make `error` the failure, unless there is one already."""
         with self.changed:
             self.failure = self.failure or error
             self.changed.notify_all()
 
-    def _start(self, work: Work) -> None:
+    def _start(self, function: Work) -> None:
         try:
-            threading.Thread(target=self._guarded, args=(work,), daemon=True).start()
-        except RuntimeError as error:  # the system gives no more threads
+            threading.Thread(target=self._guarded, args=(function,), daemon=True).start()
+        except RuntimeError as error:  # the system allows no more threads
             self.stop(error)
             self._leave()
 
-    def _guarded(self, work: Work) -> None:
+    def _guarded(self, function: Work) -> None:
         try:
-            work()
+            function()
         except BaseException as error:
             self.stop(error)
         finally:
@@ -70,6 +82,39 @@ class Workers:
 
     def _leave(self) -> None:
         with self.changed:
-            self._working -= 1
-            if not self._working:
+            self._running -= 1
+            if not self._running:
                 self._ended.set()
+
+
+def drain(
+    tasks: Iterable[Task], do: Callable[[Task], None], nbytes: Callable[[Task], int], threads: int, progress: Progress
+) -> None:
+    """Do every task once, on several threads.
+
+    Args:
+        tasks: taken in this order, each by the next free thread.
+        do: what to do with a task; called from all threads at once.
+        nbytes: the size of a task, the unit of progress.
+        threads: the number of threads.
+        progress: called on this thread ten times a second and once at the end.
+
+    Raises:
+        BaseException: the first exception of `do` or `progress`, or an interrupt. Tasks may be left undone then.
+    """
+    waiting = deque(tasks)
+    total, done = sum(map(nbytes, waiting)), 0
+    workers = Workers()
+
+    def work() -> None:
+        nonlocal done
+        while workers.failure is None:
+            try:
+                task = waiting.popleft()
+            except IndexError:
+                return
+            do(task)
+            with workers.changed:
+                done += nbytes(task)
+
+    workers.run(lambda: progress(done, total), (work, threads))

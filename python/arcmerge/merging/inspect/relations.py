@@ -1,7 +1,7 @@
-"""Two checkpoints compared: the angle, the ratio of lengths and the near-collinear share, by layer.
+"""The relation of two checkpoints by layer: the angle, the norm ratio, and the share of nearly collinear weights.
 
-All of it is read off the Gram matrices of the pairs of tensors; a group of tensors counts as one long vector, whose
-Gram matrix is the sum of theirs.
+All figures follow from the Gram matrices of the pairs of tensors. A group of tensors counts as one long vector, whose
+Gram matrix is the sum of the matrices of its tensors.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from arcmerge.merging.plan.tensor_names import place
 
 @dataclass(frozen=True)
 class Relation:
-    """How b lies to a. angle: degrees, NaN where one of them is zero; ratio: |b| / |a|.
+    """The relation of weights b to weights a.
 
-    collinear: the share of the elements in tensors whose |cos| is above the threshold of slerp's linear branch.
+    Attributes:
+        angle: the angle between them in degrees, 0 to 180; NaN if one of them is zero.
+        ratio: |b| / |a|; NaN if a is zero.
+        collinear: the share of elements in tensors with |cos(angle)| above slerp's threshold for linear interpolation.
+        elements: the number of elements.
     """
 
     angle: float
@@ -35,7 +39,16 @@ class Relation:
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair of tensors. layer: None for tensors outside the layers; kind: the name within its layer."""
+    """A tensor of model a and the tensor of the same name of model b.
+
+    Attributes:
+        name: the full name of the tensor.
+        layer: index of the layer, None outside the layers.
+        kind: the name within the layer.
+        module: the part of the layer, as "mlp".
+        gram: the Gram matrix (2, 2) of the pair.
+        elements: the number of elements.
+    """
 
     name: str
     layer: int | None
@@ -46,27 +59,28 @@ class Pair:
 
     @property
     def cosine(self) -> float:
-        lengths = math.sqrt(float(self.gram[0, 0])) * math.sqrt(float(self.gram[1, 1]))
-        return float(self.gram[0, 1]) / lengths if lengths else math.nan
+        """The cosine of the angle between the tensors; NaN if one of them is zero."""
+        norms = math.sqrt(float(self.gram[0, 0])) * math.sqrt(float(self.gram[1, 1]))
+        return float(self.gram[0, 1]) / norms if norms else math.nan
 
 
 def pairs_of(plan: Plan, grams: GramPass) -> list[Pair]:
-    """The pairs of tensors of a two-model plan whose Gram matrices have been summed."""
+    """The pairs of tensors of a plan with two models, as far as their Gram matrices were summed."""
     return [
-        Pair(job.output.name, *place(job.output.name), grams.grams[number], job.count)
-        for number, job in enumerate(plan.jobs)
-        if number in grams.grams
+        Pair(job.output.name, *place(job.output.name), grams.grams[index], job.count)
+        for index, job in enumerate(plan.jobs)
+        if index in grams.grams
     ]
 
 
 def relation(pairs: Iterable[Pair]) -> Relation:
-    """The relation of the long vectors that `pairs` make when laid end to end."""
+    """The relation of the two long vectors that the tensors of `pairs` make when they are concatenated."""
     pairs = list(pairs)
-    gram = np.sum([item.gram for item in pairs], axis=0)
-    elements = sum(item.elements for item in pairs)
+    gram = np.sum([pair.gram for pair in pairs], axis=0)
+    elements = sum(pair.elements for pair in pairs)
     a, b = math.sqrt(float(gram[0, 0])), math.sqrt(float(gram[1, 1]))
     cosine = float(gram[0, 1]) / (a * b) if a and b else math.nan
-    collinear = sum(item.elements for item in pairs if abs(item.cosine) > Slerp.THRESHOLD)
+    collinear = sum(pair.elements for pair in pairs if abs(pair.cosine) > Slerp.THRESHOLD)
     return Relation(
         angle=math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) if not math.isnan(cosine) else math.nan,
         ratio=b / a if a else math.nan,
@@ -75,16 +89,16 @@ def relation(pairs: Iterable[Pair]) -> Relation:
     )
 
 
-def by(pairs: Sequence[Pair], key: Callable[[Pair], Any]) -> dict[Any, Relation]:
-    """The relation of each group of `pairs` that shares a key."""
+def relations_by(pairs: Sequence[Pair], key: Callable[[Pair], Any]) -> dict[Any, Relation]:
+    """The relation of each group of pairs with the same key."""
     groups: dict[Any, list[Pair]] = {}
-    for item in pairs:
-        groups.setdefault(key(item), []).append(item)
+    for pair in pairs:
+        groups.setdefault(key(pair), []).append(pair)
     return {group: relation(members) for group, members in groups.items()}
 
 
 def as_json(pairs: Sequence[Pair]) -> Mapping[str, Any]:
-    """The whole inspection as plain data: every tensor, every (layer, module), and the models as a whole."""
+    """All relations as JSON values: of the whole models, of every (layer, module), and of every tensor."""
 
     def row(found: Relation) -> dict[str, Any]:
         return {
@@ -98,7 +112,7 @@ def as_json(pairs: Sequence[Pair]) -> Mapping[str, Any]:
         "model": row(relation(pairs)),
         "layers": [
             {"layer": layer, "module": module, **row(found)}
-            for (layer, module), found in by(pairs, lambda item: (item.layer, item.module)).items()
+            for (layer, module), found in relations_by(pairs, lambda pair: (pair.layer, pair.module)).items()
         ],
-        "tensors": {item.name: row(relation([item])) for item in pairs},
+        "tensors": {pair.name: row(relation([pair])) for pair in pairs},
     }
