@@ -25,7 +25,7 @@ def test_a_changed_file_ends_in_a_result_or_a_sentence(world: World, name: str) 
     target = TARGETS[name]
     start = target.seed(world.folder)
     if name == "adapter":
-        with pytest.raises(ArcmergeError, match="is a LoRA adapter"):
+        with pytest.raises(ArcmergeError, match="got a LoRA adapter"):
             world.run(name, start)
     else:
         world.run(name, start)

@@ -18,8 +18,11 @@ COLLECTED = {"add", "problem"}
 # "{}" stands for a value. The name, or the place, in front of "must" is quoted or is a value of its own.
 FORM = re.compile(r"(?:\S.*: )?(?:'[^']+'|\{\})[^;]* must [^;]+, got [^;]+(?:; .+)?(?<![.!])", re.DOTALL)
 ROOMS = (
+    "checkpoint",
     "cli",
     "dispatch",
+    "merging/execution",
+    "merging/inspect",
     "merging/methods",
     "merging/output",
     "merging/plan",

@@ -1,4 +1,4 @@
-"""The reader against the safetensors library, and one clear sentence for each kind of broken checkpoint."""
+"""The reader against the safetensors library, and one clear error for each kind of broken checkpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_index(folder: Path, weight_map: Any) -> None:
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"") -> None:
-    """A file with this header, padded to whole 8 bytes unless it is given as bytes."""
+    """Write a file with this header, which is padded to a multiple of 8 bytes unless it is given as bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     text += b"" if isinstance(header, bytes) else b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -74,17 +74,15 @@ def test_reads_what_safetensors_wrote(tmp_path: Path, form: str) -> None:
         assert (info.shape, info.count, info.nbytes) == (expected.shape, expected.size, expected.nbytes)
         assert info.dtype.name == expected.dtype.name
         assert bytes(checkpoint.tensor_bytes(name)) == expected.tobytes()
-    checkpoint.close()
 
 
-def test_address_is_where_the_bytes_are(tmp_path: Path) -> None:
+def test_the_address_of_a_tensor_has_its_bytes(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_model(tmp_path))
     for name, expected in TENSORS.items():
         assert ctypes.string_at(checkpoint.address(name), expected.nbytes) == expected.tobytes()
-    checkpoint.close()
 
 
-def test_tensors_outside_the_index_are_left_alone(tmp_path: Path) -> None:
+def test_tensors_outside_the_index_are_ignored(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
     write_index(folder, {"model.scalar": "model-00002-of-00002.safetensors"})
     assert set(Checkpoint(folder).tensors) == {"model.scalar"}
@@ -121,13 +119,12 @@ def test_forget_unmaps_whole_pages_inside_the_range_only(tmp_path: Path) -> None
     checkpoint.forget("big", 1, values.nbytes - 1)
     assert resident_bytes(start) <= 3 * 4096
     assert bytes(checkpoint.tensor_bytes("big")) == values.tobytes()
-    checkpoint.close()
 
 
-def test_close_spares_a_view_that_is_still_held(tmp_path: Path) -> None:
+def test_a_view_outlives_its_checkpoint(tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_model(tmp_path))
     view = checkpoint.tensor_bytes("model.scalar")
-    checkpoint.close()
+    del checkpoint
     assert bytes(view) == TENSORS["model.scalar"].tobytes()
 
 
@@ -144,26 +141,42 @@ def test_a_header_of_300_tensors_opens_in_milliseconds(tmp_path: Path) -> None:
 
 
 HEADERS: dict[str, tuple[Any, bytes, str]] = {
-    "not JSON": (b"{not json", b"", "is not valid JSON"),
-    "not UTF-8": (b'{"\xff": 1}', b"", "is not valid JSON"),
-    "nested too deep": (b'{"a":' * 100_000, b"", "is not valid JSON"),
-    # What json reads, and functions of Python's that recurse cannot copy or write again.
-    "nested deep": (b'{"a":' * 500 + b"1" + b"}" * 500, b"", "is nested more than 100 levels deep"),
-    "a list": ([], b"", "must hold a JSON object, holds []"),
-    "key twice": (b'{"a": {}, "a": {}}', b"", "JSON key 'a' occurs twice"),
-    "entry is a number": ({"w": 1}, b"", "tensor 'w' needs dtype, shape and data_offsets"),
-    "unknown dtype": ({"w": entry("F4")}, b"1234", "tensor 'w' has dtype 'F4', known are BF16"),
-    "dtype is a list": ({"w": entry(["F16"])}, b"1234", "tensor 'w' has dtype"),
-    "negative shape": ({"w": entry(shape=[-2])}, b"1234", "whole numbers >= 0, has [-2]"),
-    "boolean shape": ({"w": entry(shape=[True, 2])}, b"1234", "whole numbers >= 0, has [True, 2]"),
-    "no offsets": ({"w": {"dtype": "F16", "shape": [2]}}, b"1234", "needs data_offsets [begin, end], has None"),
-    "offsets backwards": ({"w": entry(offsets=[4, 0])}, b"1234", "needs data_offsets [begin, end], has [4, 0]"),
-    "shape against bytes": ({"w": entry(shape=[3])}, b"1234", "needs 6 bytes, its data_offsets span 4"),
-    "overlap": ({"v": entry(), "w": entry(offsets=[2, 6])}, b"123456", "tensor 'w' overlaps 'v'"),
-    "hole": ({"v": entry(), "w": entry(offsets=[6, 10])}, b"1234567890", "tensor 'w' leaves a hole behind 'v'"),
-    "hole at the start": ({"w": entry(offsets=[2, 6])}, b"123456", "leaves a hole behind the header"),
-    "truncated data": ({"w": entry()}, b"123", "is truncated: its header promises 76 bytes, it has 75"),
-    "bytes behind": ({"w": entry()}, b"12345", "has 1 bytes behind the last tensor (77, not 76)"),
+    "not JSON": (b"{not json", b"", "must be valid JSON, got an error ("),
+    "not UTF-8": (b'{"\xff": 1}', b"", "must be valid JSON, got an error ("),
+    "nested too deep": (b'{"a":' * 100_000, b"", "must be valid JSON, got an error ("),
+    # The json module reads it, but recursive functions of Python could neither copy nor write it.
+    "nested deep": (b'{"a":' * 500 + b"1" + b"}" * 500, b"", "must be nested at most 100 levels deep, got more"),
+    "a list": ([], b"", "must hold a JSON object, got []"),
+    "key twice": (b'{"a": {}, "a": {}}', b"", "JSON key 'a' must occur once, got it twice"),
+    "entry is a number": ({"w": 1}, b"", "tensor 'w' must have dtype, shape and data_offsets, got 1"),
+    "unknown dtype": ({"w": entry("F4")}, b"1234", "tensor 'w' must have one of the dtypes BF16"),
+    "dtype is a list": ({"w": entry(["F16"])}, b"1234", "got ['F16']; convert"),
+    "negative shape": ({"w": entry(shape=[-2])}, b"1234", "whole numbers >= 0, got [-2]"),
+    "boolean shape": ({"w": entry(shape=[True, 2])}, b"1234", "whole numbers >= 0, got [True, 2]"),
+    "no offsets": ({"w": {"dtype": "F16", "shape": [2]}}, b"1234", "must have data_offsets [begin, end], got None"),
+    "offsets backwards": ({"w": entry(offsets=[4, 0])}, b"1234", "must have data_offsets [begin, end], got [4, 0]"),
+    "shape against bytes": ({"w": entry(shape=[3])}, b"1234", "must have data_offsets of 6 bytes, got 4 bytes"),
+    "overlap": (
+        {"v": entry(), "w": entry(offsets=[2, 6])},
+        b"123456",
+        "which overlaps it",
+    ),
+    "hole": (
+        {"v": entry(), "w": entry(offsets=[6, 10])},
+        b"1234567890",
+        "which leaves a hole",
+    ),
+    "hole at the start": (
+        {"w": entry(offsets=[2, 6])},
+        b"123456",
+        "at the end of the header, got byte",
+    ),
+    "truncated data": (
+        {"w": entry()},
+        b"123",
+        "header promises (76 bytes), got a truncated file of 75 bytes",
+    ),
+    "bytes behind": ({"w": entry()}, b"12345", "must end with its last tensor (76 bytes), got 77 bytes, 1 too many"),
 }
 
 
@@ -214,57 +227,69 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n"
 SECOND = "model-00002-of-00002.safetensors"
 
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: remove(f, "config.json"), "has no config.json"),
-    "adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "is a LoRA adapter, not a model"),
-    "config broken": (lambda f: replace(f, "config.json", '{"a": '), "config.json: is not valid JSON"),
-    "config a list": (lambda f: replace(f, "config.json", "[]"), "config.json: must hold a JSON object"),
-    "config a pointer": (lambda f: replace(f, "config.json", LFS), "config.json: is a Git LFS pointer"),
-    "quantised by config": (
+    "no config": (lambda f: remove(f, "config.json"), "must have a config.json, got none"),
+    "adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "must be a model, got a LoRA adapter"),
+    "config broken": (lambda f: replace(f, "config.json", '{"a": '), "config.json must be valid JSON"),
+    "config a list": (lambda f: replace(f, "config.json", "[]"), "config.json must hold a JSON object"),
+    "config a pointer": (
+        lambda f: replace(f, "config.json", LFS),
+        "config.json must be the file itself, got a Git",
+    ),
+    "quantized by config": (
         lambda f: replace(f, "config.json", '{"quantization_config": {"quant_method": "awq"}}'),
-        "is quantised (awq)",
+        "got quantized ones (awq)",
     ),
-    "quantised, GPTQ": (
+    "quantized, GPTQ": (
         lambda f: add_shard(f, "layers.0.q_proj.qweight"),
-        "is quantised (tensor 'layers.0.q_proj.qweight')",
+        "got quantized ones (tensor 'layers.0.q_proj.qweight')",
     ),
-    "quantised, bitsandbytes": (
+    "quantized, bitsandbytes": (
         lambda f: add_shard(f, "layers.0.q_proj.weight.quant_state.bitsandbytes__nf4"),
-        "is quantised (tensor 'layers.0.q_proj.weight.quant_state.bitsandbytes__nf4')",
+        "got quantized ones (tensor 'layers.0.q_proj.weight.quant_state.bitsandbytes__nf4')",
     ),
-    "shard missing from index": (lambda f: remove(f, SECOND), f"shard '{SECOND}' of 2 is missing"),
-    "shard missing, no index": (lambda f: remove(f, SECOND, INDEX_NAME), f"shard '{SECOND}' of 2 is missing"),
-    "shard a folder": (lambda f: make_folder(f, SECOND), "is no file, or a link to none"),
-    "shard a pointer": (lambda f: replace(f, SECOND, LFS), f"{SECOND}: is a Git LFS pointer"),
-    "shard empty": (lambda f: replace(f, SECOND, b""), "starts with 8 bytes of length, it has 0"),
-    "shard a zip": (lambda f: replace(f, SECOND, b"PK\3\4" + b" " * 99), "is not a safetensors file: a header may"),
+    "shard missing from index": (lambda f: remove(f, SECOND), f"all of its 2 shards, got no '{SECOND}'"),
+    "shard missing, no index": (
+        lambda f: remove(f, SECOND, INDEX_NAME),
+        f"all of its 2 shards, got no '{SECOND}'",
+    ),
+    "shard a folder": (lambda f: make_folder(f, SECOND), "must be a file, or a link to one, got neither"),
+    "shard a pointer": (lambda f: replace(f, SECOND, LFS), f"{SECOND} must be the file itself, got a Git LFS pointer"),
+    "shard empty": (lambda f: replace(f, SECOND, b""), "the length of its header (8 bytes), got a file of 0 bytes"),
+    "shard a zip": (
+        lambda f: replace(f, SECOND, b"PK\3\4" + b" " * 99),
+        "must be a safetensors file with",
+    ),
     "shard cut in header": (
         lambda f: replace(f, SECOND, struct.pack("<Q", 500) + b"{" * 100),
-        "is truncated inside its header, which needs 508 bytes of 108",
+        "must hold its whole header (508 bytes), got a truncated file of 108 bytes",
     ),
-    "index broken": (lambda f: replace(f, INDEX_NAME, "{"), f"{INDEX_NAME}: is not valid JSON"),
-    "index without map": (lambda f: write_index(f, None), "needs a 'weight_map'"),
-    "index of numbers": (lambda f: write_index(f, {"w": 1}), "needs a 'weight_map'"),
-    "index leaves by ..": (lambda f: write_index(f, {"w": "../x.safetensors"}), "found '../x.safetensors'"),
-    "index absolute": (lambda f: write_index(f, {"w": "/x.safetensors"}), "found '/x.safetensors'"),
-    "index into sub-folder": (lambda f: write_index(f, {"w": "a/x.safetensors"}), "found 'a/x.safetensors'"),
-    "index of pickles": (lambda f: write_index(f, {"w": "x.bin"}), "found 'x.bin'"),
+    "index broken": (lambda f: replace(f, INDEX_NAME, "{"), f"{INDEX_NAME} must be valid JSON"),
+    "index without map": (lambda f: write_index(f, None), "'weight_map' must map tensor names to file names, got None"),
+    "index of numbers": (
+        lambda f: write_index(f, {"w": 1}),
+        "must map tensor names to file names, got {'w': 1}",
+    ),
+    "index leaves by ..": (lambda f: write_index(f, {"w": "../x.safetensors"}), "got '../x.safetensors'"),
+    "index absolute": (lambda f: write_index(f, {"w": "/x.safetensors"}), "got '/x.safetensors'"),
+    "index into sub-folder": (lambda f: write_index(f, {"w": "a/x.safetensors"}), "got 'a/x.safetensors'"),
+    "index of pickles": (lambda f: write_index(f, {"w": "x.bin"}), "got 'x.bin'"),
     "index names absent tensors": (
         lambda f: write_index(f, {"w": SECOND, "v": SECOND}),
-        f"{SECOND}: lacks tensor 'w' (and 1 more)",
+        f"{SECOND} must have all tensors that {INDEX_NAME} lists, got no 'w' and 1 more",
     ),
     "index and single file": (
         lambda f: save_file(TENSORS, f / "model.safetensors"),
-        "has model.safetensors and an index of other shards",
+        "must have either model.safetensors or an index of other shards, got both",
     ),
     "tensor in two shards": (
         lambda f: add_shard(f, "model.scalar"),
-        f"tensor 'model.scalar' is in extra.safetensors and in {SECOND}",
+        f"a tensor must be in one file, got 'model.scalar' in extra.safetensors and in {SECOND}",
     ),
     "pickles only": (lambda f: leave_only(f, "pytorch_model.bin", b"PK"), "loading a pickle can run any code"),
-    "no weights": (lambda f: leave_only(f, "tokenizer.json", b"{}"), "has no *.safetensors file"),
+    "no weights": (lambda f: leave_only(f, "tokenizer.json", b"{}"), "must have *.safetensors files, got none"),
     "no tensors": (
         lambda f: leave_only(f, "model.safetensors", struct.pack("<Q", 2) + b"{}"),
-        "hold no tensors",
+        "must have tensors, got safetensors files without any",
     ),
 }
 
@@ -278,14 +303,14 @@ def test_broken_folder(tmp_path: Path, case: str) -> None:
         Checkpoint(folder)
     assert sentence in str(caught.value)
     assert len(caught.value.problems) == 1
-    assert caught.value.problems[0].endswith((".", ")"))
+    assert not caught.value.problems[0].endswith(".")
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ArcmergeError, match="no such folder"):
+    with pytest.raises(ArcmergeError, match="must be an existing folder, got none"):
         Checkpoint(tmp_path / "absent")
     (tmp_path / "file").touch()
-    with pytest.raises(ArcmergeError, match="is a file; give the folder that holds it"):
+    with pytest.raises(ArcmergeError, match="must be a folder, got a file; give the folder that holds it"):
         Checkpoint(tmp_path / "file")
 
 
@@ -295,4 +320,4 @@ def test_every_broken_shard_is_named(tmp_path: Path) -> None:
         (folder / file).write_bytes(b"1")
     with pytest.raises(ArcmergeError) as caught:
         Checkpoint(folder)
-    assert [Path(problem.split(": ")[0]).name for problem in caught.value.problems] == list(SHARDS)
+    assert [Path(problem.split(" must ")[0]).name for problem in caught.value.problems] == list(SHARDS)

@@ -1,4 +1,4 @@
-"""Finding a model: local folders as they stand, hub names through the hub's client, a sentence for each failure."""
+"""Finding a model: local folders, hub names through the hub's client, and one error for each failure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def replace_download(monkeypatch: pytest.MonkeyPatch, result: Path | Exception) 
 
 
 def http_error(kind: type[errors.HfHubHTTPError], message: str = "refused") -> Exception:
-    """An error of the hub's client without the response that some versions demand."""
+    """An error of the hub's client without the response that some versions require."""
     error = kind.__new__(kind)
     Exception.__init__(error, message)
     return error
@@ -52,20 +52,20 @@ def test_a_path_without_folder_is_not_looked_for_on_the_hub(monkeypatch: pytest.
     calls = replace_download(monkeypatch, ValueError())
     with pytest.raises(ArcmergeError) as caught:
         locate(path)
-    assert str(caught.value) == f"model '{path}' is a path, and there is no such folder: check it for a slip."
+    assert str(caught.value) == f"'model' must be an existing folder or a hub name, got '{path}'; check its spelling"
     assert not calls
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "./" + "x" * 300, "~nobody-of-this-name/model"])
-def test_a_path_that_cannot_be_looked_at_is_a_sentence(path: str) -> None:
-    with pytest.raises(ArcmergeError, match="cannot be opened: ") as caught:
+def test_a_path_that_cannot_be_opened_is_an_error(path: str) -> None:
+    with pytest.raises(ArcmergeError, match="must be a folder that can be opened, got ") as caught:
         locate(path)
     assert len(str(caught.value)) < 250
 
 
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ArcmergeError, match="must be a folder, it is a file"):
+    with pytest.raises(ArcmergeError, match="must be a folder, got the file"):
         locate(str(tmp_path / "model.safetensors"))
 
 
@@ -82,27 +82,36 @@ def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (errors.HFValidationError("bad"), "neither a local folder nor a hub name"),
-        (http_error(errors.GatedRepoError), "is gated: accept its terms"),
-        (http_error(errors.RepositoryNotFoundError), "no local folder and no hub repository you may read"),
-        (http_error(errors.RevisionNotFoundError), "has no revision 'v9' on the hub"),
-        (errors.LocalEntryNotFoundError("not cached"), "the hub cannot be reached: connect, unset HF_HUB_OFFLINE"),
-        (errors.OfflineModeIsEnabled("offline"), "the hub cannot be reached"),
-        (ConnectionResetError(), "the hub cannot be reached"),
+        (
+            errors.HFValidationError("bad"),
+            "must be a local folder or a hub name, got 'owner/name'; write",
+        ),
+        (http_error(errors.GatedRepoError), "got 'owner/name', which is gated; accept its terms"),
+        (http_error(errors.RepositoryNotFoundError), "must be a local folder or a hub repository that you may read"),
+        (
+            http_error(errors.RevisionNotFoundError),
+            "must be a branch, tag or commit of 'owner/name' .*, got 'v9'",
+        ),
+        (
+            errors.LocalEntryNotFoundError("not cached"),
+            "can be reached, got 'owner/name'; connect, unset HF_HUB_OFFLINE",
+        ),
+        (errors.OfflineModeIsEnabled("offline"), "a hub that can be reached"),
+        (ConnectionResetError(), "a hub that can be reached"),
         (
             http_error(errors.HfHubHTTPError, "503 Unavailable\nrequest 7"),
-            r"could not be downloaded \(503 Unavailable\)",
+            r"can be downloaded, got 'owner/name' \(503 Unavailable\)",
         ),
-        (OSError(28, "No space left on device"), "could not be downloaded .*No space left"),
-        (RuntimeError(), r"could not be downloaded \(RuntimeError\)"),
+        (OSError(28, "No space left on device"), "can be downloaded, got .*No space left"),
+        (RuntimeError(), r"can be downloaded, got 'owner/name' \(RuntimeError\)"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_each_failure_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str) -> None:
+def test_each_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str) -> None:
     replace_download(monkeypatch, error)
     with pytest.raises(ArcmergeError, match=sentence) as caught:
         locate("owner/name", "v9")
-    assert str(caught.value).startswith("model 'owner/name' ")
+    assert "'owner/name'" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -115,9 +124,7 @@ def test_offline_for_real(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert (
-        "ArcmergeError: model 'owner/no-such-model' is no local folder, the hub's cache does not hold it" in run.stderr
-    )
+    assert "ArcmergeError: 'model' must be a local folder, complete in the hub's cache, or on a hub" in run.stderr
 
 
 def test_a_local_folder_needs_no_hub_client(tmp_path: Path) -> None:

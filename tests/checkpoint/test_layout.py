@@ -168,5 +168,5 @@ def test_sizes(text: str | int, size: int) -> None:
     "text", ["", "B", "five", "5GiB", "-2", -5, "1.5", "0.0001K", "5 5", "1e9", "nan", "9" * 400, "٣M"]
 )
 def test_nonsense_sizes(text: str | int) -> None:
-    with pytest.raises(ArcmergeError, match="a shard size is a number of bytes such as 5B"):
+    with pytest.raises(ArcmergeError, match="'out_shard_size' must be a number of bytes such as 5B"):
         parse_size(text)

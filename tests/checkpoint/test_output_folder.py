@@ -141,18 +141,18 @@ def test_a_failed_rename_leaves_the_older_output(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(output_folder, "_exchange", failing_exchange)
     monkeypatch.setattr(Path, "rename", failing_rename)
-    with pytest.raises(ArcmergeError, match="cannot be put in place: No such file or directory"):
+    with pytest.raises(ArcmergeError, match="must be put in place, got 'No such file or directory'"):
         write_newer(target)
     assert read(target) == OLDER
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_came_during_the_work_is_not_replaced(tmp_path: Path) -> None:
+def test_files_that_appear_during_the_work_are_not_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with OutputFolder(target) as folder:
         fill(folder.path, NEWER)
         fill(target, {"notes.odt": b"mine"})
-        with pytest.raises(ArcmergeError, match=r"it holds 'notes\.odt'"):
+        with pytest.raises(ArcmergeError, match=r"got a folder with 'notes\.odt'"):
             folder.commit()
     assert read(target) == {"notes.odt": b"mine"}
 
@@ -169,7 +169,7 @@ with OutputFolder(Path(sys.argv[1])) as folder, ShardFile(folder.path / "model.s
 """
 
 
-def test_a_killed_run_leaves_the_older_output_and_the_next_clears_up(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_the_older_output_and_the_next_run_removes_the_rest(tmp_path: Path) -> None:
     target = fill(tmp_path / "out", OLDER)
     with subprocess.Popen([sys.executable, "-c", CHILD, str(target)], stdout=subprocess.PIPE, text=True) as child:
         try:
@@ -177,7 +177,7 @@ def test_a_killed_run_leaves_the_older_output_and_the_next_clears_up(tmp_path: P
             assert child.stdout.readline() == "half\n"
             (partial,) = tmp_path.glob(".out.partial-*")
             with OutputFolder(target):
-                assert partial.exists(), "a folder of a living run was cleared"
+                assert partial.exists(), "the folder of a run that is not finished was removed"
         finally:
             child.send_signal(signal.SIGKILL)
     assert read(target) == OLDER
@@ -199,13 +199,19 @@ def test_a_neighbour_with_a_longer_name_is_not_cleared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({**OLDER, "thesis.docx": b""}, "it holds 'thesis.docx': move that away"),
-        ({**OLDER, "recipe.yml": b""}, "it holds 'recipe.yml'"),
-        ({"data.json": b"", "more.json": b""}, "it holds 'data.json' but no model"),
-        ({"a.safetensors": b""}, "no merge wrote its 'a.safetensors'"),
-        ({**OLDER, "model.safetensors": save({}, {"format": "pt"})}, "no merge wrote its 'model.safetensors'"),
-        ({**OLDER, "adapter_model.safetensors": save({}, {"format": "pt"})}, "no merge wrote its 'adapter_model"),
-        ({**OLDER, "trainer_state.json": b"{}"}, "it holds 'trainer_state.json'"),
+        ({**OLDER, "thesis.docx": b""}, "got a folder with 'thesis.docx'; move that away"),
+        ({**OLDER, "recipe.yml": b""}, "got a folder with 'recipe.yml'"),
+        ({"data.json": b"", "more.json": b""}, "got a folder with 'data.json' but no model"),
+        ({"a.safetensors": b""}, "got a folder with 'a.safetensors', which no merge wrote"),
+        (
+            {**OLDER, "model.safetensors": save({}, {"format": "pt"})},
+            "'model.safetensors', which no merge wrote",
+        ),
+        (
+            {**OLDER, "adapter_model.safetensors": save({}, {"format": "pt"})},
+            "'adapter_model.safetensors', which no",
+        ),
+        ({**OLDER, "trainer_state.json": b"{}"}, "got a folder with 'trainer_state.json'"),
     ],
     ids=["unknown file", "a recipe", "json only", "weights", "fine-tune", "adapter", "trained here"],
 )
@@ -220,13 +226,13 @@ def test_a_folder_that_is_no_output_is_refused(tmp_path: Path, files: dict[str, 
 def test_a_folder_with_sub_folders_is_refused(tmp_path: Path) -> None:
     target = fill(tmp_path / "out", OLDER)
     (target / "checkpoint-100").mkdir()
-    with pytest.raises(ArcmergeError, match="it holds 'checkpoint-100'"):
+    with pytest.raises(ArcmergeError, match="got a folder with 'checkpoint-100'"):
         OutputFolder(target)
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("kept")
-    with pytest.raises(ArcmergeError, match="a file of this name exists"):
+    with pytest.raises(ArcmergeError, match="must be a folder, got a file of this name"):
         OutputFolder(tmp_path / "out")
 
 
@@ -237,7 +243,7 @@ def test_the_parent_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("later", "extra"), [(False, {}), (True, {}), (False, {"trainer_state.json": b"{}"})])
-def test_an_output_of_mergekit_is_replaced_and_what_was_saved_over_one_is_not(
+def test_an_output_of_mergekit_is_replaced_unless_a_model_was_saved_over_it(
     tmp_path: Path, later: bool, extra: dict[str, bytes]
 ) -> None:
     """mergekit writes its weights first and mergekit_config.yml after them."""
@@ -246,7 +252,7 @@ def test_an_output_of_mergekit_is_replaced_and_what_was_saved_over_one_is_not(
     os.utime(target / "mergekit_config.yml", (10, 10))
     os.utime(target / "model.safetensors", (11, 11) if later else (9, 9))
     if later or extra:
-        with pytest.raises(ArcmergeError, match="only an empty folder or an earlier merge is replaced"):
+        with pytest.raises(ArcmergeError, match="must be empty or an earlier merge to be replaced"):
             write_newer(target)
         assert read(target) == files
     else:
@@ -255,7 +261,7 @@ def test_an_output_of_mergekit_is_replaced_and_what_was_saved_over_one_is_not(
 
 
 def test_the_disk_must_have_room(tmp_path: Path) -> None:
-    with pytest.raises(ArcmergeError, match=r"needs 1,000,000,000,000\.0 MB, .* MB are free"):
+    with pytest.raises(ArcmergeError, match=r"must have 1,000,000,000,000\.0 MB free for the output, got .* MB"):
         OutputFolder(tmp_path / "out", nbytes=10**18)
     assert not list(tmp_path.iterdir())
 
@@ -263,10 +269,10 @@ def test_the_disk_must_have_room(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "relation"),
     [
-        ("A", "is an input"),
+        ("A", "is the input"),
         ("A/merged", "lies inside the input"),
-        ("link", "is an input"),
-        ("models", "holds the input"),
+        ("link", "is the input"),
+        ("models", "contains the input"),
     ],
 )
 def test_inputs_are_protected(tmp_path: Path, target: str, relation: str) -> None:

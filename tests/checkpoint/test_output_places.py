@@ -1,4 +1,4 @@
-"""Where an output may go: below parents that are not there, into folders that cannot be renamed."""
+"""Output folders whose parents do not exist yet, and folders that cannot be renamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arcmerge.checkpoint.output_folder import OutputFolder
 from arcmerge.errors import ArcmergeError
 
 
-def test_parents_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parents_are_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_newer(Path("results/run1/merged/"))
     assert read(tmp_path / "results/run1/merged") == NEWER
@@ -21,7 +21,7 @@ def test_parents_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt])
-def test_parents_are_taken_away_again_but_for_those_that_were_there(
+def test_after_a_failure_only_the_parents_that_existed_remain(
     tmp_path: Path, interruption: type[BaseException]
 ) -> None:
     (tmp_path / "results").mkdir()
@@ -30,7 +30,7 @@ def test_parents_are_taken_away_again_but_for_those_that_were_there(
     assert not list((tmp_path / "results").iterdir())
 
 
-def test_a_parent_that_another_run_takes_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parent_that_another_run_removes_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mkdir, taken = Path.mkdir, []
 
     def raced(self: Path, *arguments: int, **options: bool) -> None:
@@ -46,7 +46,7 @@ def test_a_parent_that_another_run_takes_away_is_made_again(tmp_path: Path, monk
 
 def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("mine")
-    with pytest.raises(ArcmergeError, match=r"its parent .*/results must be a folder, is a file"):
+    with pytest.raises(ArcmergeError, match=r"its parent .*/results must be a folder, got a file"):
         OutputFolder(tmp_path / "results/run1/merged")
 
 
@@ -84,7 +84,7 @@ def test_an_empty_folder_that_cannot_be_renamed_is_filled(fixed: Path) -> None:
         OutputFolder(fixed)
 
 
-def test_a_move_that_fails_leaves_it_empty_and_one_that_was_killed_is_made_good(
+def test_a_failed_move_leaves_it_empty_and_a_killed_one_is_repaired(
     fixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename, moved = Path.rename, []
@@ -98,7 +98,7 @@ def test_a_move_that_fails_leaves_it_empty_and_one_that_was_killed_is_made_good(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", failing)
-        with pytest.raises(ArcmergeError, match="cannot be put in place: Input/output error"):
+        with pytest.raises(ArcmergeError, match="must be put in place, got 'Input/output error'"):
             write_newer(fixed)
     assert moved[-1] == "config.json"
     assert not visible(fixed)
@@ -109,8 +109,8 @@ def test_a_move_that_fails_leaves_it_empty_and_one_that_was_killed_is_made_good(
     assert {path.name for path in fixed.iterdir()} - {"lost+found"} == NEWER.keys()
 
 
-def test_what_is_a_users_own_stays_in_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_the_user_stay_in_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_folder, "_is_mount", lambda folder: True)
     target = fill(tmp_path / "out", {"notes.odt": b"mine"})
-    with pytest.raises(ArcmergeError, match=r"it holds 'notes\.odt'"):
+    with pytest.raises(ArcmergeError, match=r"got a folder with 'notes\.odt'"):
         OutputFolder(target)

@@ -1,4 +1,4 @@
-"""What happens around a running merge: inputs that change, files that cannot be written past the page cache, misuse."""
+"""Merges whose inputs change, whose files cannot be written past the page cache, and with wrong options."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def weights(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("change", ["written", "replaced", "removed"])
-def test_an_input_that_changes_while_it_is_read_spoils_no_output(
+def test_an_input_that_changes_during_a_merge_leaves_the_older_output(
     recipe: Recipe, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arcmerge.merge(recipe, tmp_path / "out")
@@ -44,8 +44,8 @@ def test_an_input_that_changes_while_it_is_read_spoils_no_output(
     source = tmp_path / "gemma-b" / "model.safetensors"
     run = DiskMerge.run
 
-    def run_and_change(self: DiskMerge, tick: Any) -> None:
-        run(self, tick)
+    def run_and_change(self: DiskMerge, progress: Any) -> None:
+        run(self, progress)
         content = source.read_bytes()
         if change != "written":
             source.unlink()
@@ -53,7 +53,7 @@ def test_an_input_that_changes_while_it_is_read_spoils_no_output(
             source.write_bytes(content)
 
     monkeypatch.setattr(DiskMerge, "run", run_and_change)
-    with pytest.raises(ArcmergeError, match=r"gemma-b/model\.safetensors: has changed while it was read"):
+    with pytest.raises(ArcmergeError, match=r"gemma-b/model\.safetensors must stay .* has changed while it was read"):
         arcmerge.merge({**recipe, "parameters": {"t": 0.9}}, tmp_path / "out")
     assert weights(tmp_path / "out") == before
     assert not list(tmp_path.glob(".out*"))
@@ -66,7 +66,7 @@ def test_buffered_writes_give_the_same_bits(recipe: Recipe, tmp_path: Path, monk
     assert weights(tmp_path / "buffered") == weights(tmp_path / "direct")
 
 
-def test_merges_may_run_beside_each_other(recipe: Recipe, tmp_path: Path) -> None:
+def test_merges_may_run_at_the_same_time(recipe: Recipe, tmp_path: Path) -> None:
     """Four into one folder and two into others, from threads of one process."""
     arcmerge.merge(recipe, tmp_path / "alone")
     names = ["out", "out", "out", "out", "b", "c"]
@@ -88,7 +88,7 @@ def test_merges_may_run_beside_each_other(recipe: Recipe, tmp_path: Path) -> Non
         ({"device": None}, "'device' must be"),
         ({"device": "tpu"}, "'device' must be"),
         ({"allow_nonfinite": "no"}, "'allow_nonfinite' must be True or False"),
-        ({"out_shard_size": None}, "a shard size is"),
+        ({"out_shard_size": None}, "'out_shard_size' must be a number of bytes"),
     ],
     ids=str,
 )
@@ -102,17 +102,17 @@ SHRINKING = """
 import os, sys
 from arcmerge.merging.execution.to_disk import DiskMerge
 run = DiskMerge.run
-def shrink_and_run(self, tick):
+def shrink_and_run(self, progress):
     os.truncate(sys.argv[1], 4096)
-    run(self, tick)
+    run(self, progress)
 DiskMerge.run = shrink_and_run
 from arcmerge.cli import main
 sys.exit(main(["merge", *sys.argv[2:]]))
 """
 
 
-def test_an_input_that_shrinks_is_named_and_the_older_output_stays(recipe: Recipe, tmp_path: Path) -> None:
-    """The system would end a process that reads what a mapped file no longer has."""
+def test_an_input_that_shrinks_during_a_merge_leaves_the_older_output(recipe: Recipe, tmp_path: Path) -> None:
+    """The system would end the process with SIGBUS, as the mapped file no longer has the bytes that it reads."""
     source, out = tmp_path / "gemma-b" / "model.safetensors", tmp_path / "out"
     arcmerge.merge(recipe, out)
     before, content = weights(out), source.read_bytes()
@@ -120,7 +120,7 @@ def test_an_input_that_shrinks_is_named_and_the_older_output_stays(recipe: Recip
     call = [sys.executable, "-c", SHRINKING, str(source), str(tmp_path / "recipe.yml"), str(out)]
     ended = subprocess.run(call, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
-    assert f"{source}: has changed while it was read" in ended.stderr
+    assert f"{source} must stay the same" in ended.stderr
     assert weights(out) == before
     source.write_bytes(content)
     arcmerge.merge(recipe, out)

@@ -1,4 +1,4 @@
-"""The shard file: every way to write it gives the same bytes, and what cannot be written is said in a sentence."""
+"""The shard file: every way to write it gives the same bytes, and every failure is one error."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_header_may_lie_anywhere_in_memory(tmp_path: Path) -> None:
     assert (tmp_path / "shard").read_bytes() == data
 
 
-def test_mode_is_0644_less_the_umask(tmp_path: Path) -> None:
+def test_the_mode_is_0644_minus_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         ShardFile(tmp_path / "shard", 10).close()
@@ -159,23 +159,23 @@ def test_partial_blocks_inside_the_file_are_refused(tmp_path: Path, offset: int,
 def test_an_unfinished_file_is_not_finished(tmp_path: Path) -> None:
     with ShardFile(tmp_path / "shard", 2 * BLOCK) as file:
         file.write(0, aligned_buffer(BLOCK))
-        with pytest.raises(ValueError, match="4096 of 8192 bytes were not written"):
+        with pytest.raises(ValueError, match="must be written completely, got 4096 of 8192 bytes"):
             file.finish()
 
 
-def test_too_small_a_disk_is_known_before_a_byte_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ArcmergeError, match=r"the output needs 1,000,000,000,000\.0 MB, .* MB are free"):
+def test_too_small_a_disk_is_an_error_before_a_byte_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ArcmergeError, match=r"must have 1,000,000,000,000\.0 MB free for the output, got .* MB"):
         ShardFile(tmp_path / "shard", 10**18)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fdatasync"])
-def test_a_full_or_broken_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_full_or_broken_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def fail(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(ArcmergeError, match="shard: cannot be written: No space left on device"):
+    with pytest.raises(ArcmergeError, match="shard must be writable, got 'No space left on device'"):
         write_file(tmp_path / "shard", content(BLOCK))
 
 
@@ -191,7 +191,7 @@ def test_a_file_system_without_allocation_still_works(tmp_path: Path, monkeypatc
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "shard").write_text("kept")
-    with pytest.raises(ArcmergeError, match="cannot be written: File exists"):
+    with pytest.raises(ArcmergeError, match="must be writable, got 'File exists'"):
         ShardFile(tmp_path / "shard", 4)
     assert (tmp_path / "shard").read_text() == "kept"
 

@@ -114,7 +114,7 @@ def test_a_head_that_is_the_embedding_takes_no_memory(plain: Path, tmp_path: Pat
         (
             lambda found: found,
             {"quantization_config": {"quant_method": "awq"}},
-            r"is quantised \(awq\): weights in bf16",
+            r"must have weights in bf16, f16 or f32, got quantized ones \(awq\)",
         ),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",

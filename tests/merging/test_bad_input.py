@@ -113,7 +113,7 @@ CHECKPOINTS = {
         spoil=edit_config(lambda config: config.update(text_config={"vocab_size": "320"})),
     ),
     "half-a-character": Bad(
-        ("config.json", "half a character", r"\ud800"), spoil=edit_config(lambda config: config.update(x="\ud800"))
+        ("config.json", "unpaired surrogate", r"\ud800"), spoil=edit_config(lambda config: config.update(x="\ud800"))
     ),
     "generation-config-no-object": Bad(
         ("generation_config.json", "object", "[]"),
@@ -128,8 +128,8 @@ CHECKPOINTS = {
         recipe(tokenizer_source="base"),
         lambda: [reshape_embedding(f"llama-{letter}") for letter in "ab"],
     ),
-    "quantised": Bad(
-        ("llama-b", "quantised", "weights in bf16, f16 or f32 are needed"),
+    "quantized": Bad(
+        ("llama-b", "quantized", "must have weights in bf16, f16 or f32"),
         spoil=edit_config(lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"})),
     ),
     "no-weights": Bad(("llama-b", "safetensors"), spoil=WEIGHTS.unlink),

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: safetensors headers, shards, the index, an output folder that appears whole or not at all.
+"""Reading and writing checkpoints: safetensors headers, shards, the index, and the output folder.
 
-This room moves bytes. It knows no ops, no recipes and no torch.
+This package moves bytes. It does not import ops, recipes or torch.
 """

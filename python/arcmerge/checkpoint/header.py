@@ -1,9 +1,12 @@
-"""The safetensors header: read with suspicion, written plainly.
+"""The header of a safetensors file: read without trusting it, and written.
 
 A file is the header's length N (8 bytes, little-endian), N bytes of JSON, then the data. The JSON maps each tensor's
-name to {"dtype", "shape", "data_offsets": [begin, end]}, the offsets counted from the start of the data; "__metadata__"
-holds strings. Tensors must fill the data exactly: no overlap, no hole, nothing after the last.
+name to {"dtype", "shape", "data_offsets": [begin, end]}, with offsets counted from the start of the data;
+"__metadata__" maps strings to strings. Tensors must fill the data exactly: no overlap, no hole, nothing after the last.
 Format: https://huggingface.co/docs/safetensors
+
+The safetensors library is not used here because it does not tell where in the file a tensor lies. Mapping single pages
+of a checkpoint, and writing a result directly to the disk, need these offsets.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from arcmerge.dtypes import BY_CODE, DType
 from arcmerge.errors import ArcmergeError
 
 _LENGTH_BYTES = 8
-_LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
-_MOST_DIMENSIONS = 64  # the limit of torch
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_DIMENSIONS = 64  # the limit of torch
 _MAX_NESTING = 100  # of JSON; published files have up to 10, and Python's own functions recurse up to about 300
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # what JSON may spell and no UTF-8 file can hold on its own
-_MARK = "arcmerge"  # the key of the metadata that tells a file of ours
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # JSON may spell a lone surrogate, but no UTF-8 file can hold one
+_MARK = "arcmerge"  # the metadata key that marks a file written by a merge
 _LFS_POINTER = b"version https://git-lfs"
 _COPY_AGAIN = "download or copy the file again"
 _SAVE_AGAIN = "save it again with the safetensors library"
@@ -33,7 +36,7 @@ _SAVE_AGAIN = "save it again with the safetensors library"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes at byte `offset`, counted from the start of the file called `file`."""
+    """The location of a tensor: `nbytes` bytes from byte `offset` of the file named `file`, counted from its start."""
 
     name: str
     dtype: DType
@@ -44,14 +47,21 @@ class TensorInfo:
 
     @property
     def count(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, in the order in which they lie. Reads the header only.
+    """Read the header of a safetensors file.
 
-    Raises ArcmergeError naming the file and the broken rule.
+    Args:
+        path: the file. Only its header is read.
+
+    Returns:
+        The tensors by name, in the order in which they lie in the file.
+
+    Raises:
+        ArcmergeError: the file cannot be read or breaks a rule of the format.
     """
     try:
         size = path.stat().st_size
@@ -63,7 +73,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             _check_length(path, start, length, size)
             text = file.read(length)
     except OSError as error:
-        raise ArcmergeError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise unreadable(path, error) from error
     entries = parse_object(text, path)
     entries.pop("__metadata__", None)
     tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
@@ -79,16 +89,17 @@ def header_digest(path: Path) -> str:
         return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
 
 
-def files_beside(path: Path) -> set[str] | None:
-    """The file names that a merge recorded in the metadata of this shard: the other files that it wrote to the folder.
+def recorded_files(path: Path) -> set[str] | None:
+    """The names of the other files of an output folder, which a merge records in the metadata of every shard.
 
-    Returns None if no merge wrote the shard. Programs that save a model again, for example after training it, do not
-    keep the metadata.
+    Returns:
+        The names, or None if no merge wrote the shard. Programs that save a model again, for example after training,
+        do not keep the metadata.
     """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            metadata = parse_object(file.read(min(length, _LONGEST_HEADER)), path).get("__metadata__")
+            metadata = parse_object(file.read(min(length, _MAX_HEADER_BYTES)), path).get("__metadata__")
         names = json.loads(metadata[_MARK]) if isinstance(metadata, dict) else None
     except (ArcmergeError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -96,13 +107,16 @@ def files_beside(path: Path) -> set[str] | None:
 
 
 def encode_header(
-    tensors: Sequence[tuple[str, DType, tuple[int, ...]]], alignment: int, beside: Iterable[str] = ()
+    tensors: Sequence[tuple[str, DType, tuple[int, ...]]], alignment: int, other_files: Iterable[str] = ()
 ) -> bytes:
-    """The first bytes of a file that holds `tensors` (name, dtype, shape) one behind the other.
+    """Encode the header of a file.
 
-    Padded with spaces, so that the data starts at a multiple of `alignment` bytes. beside: see files_beside.
+    Args:
+        tensors: (name, dtype, shape) of each tensor, in the order in which they will lie in the file.
+        alignment: the header is padded with spaces to a multiple of so many bytes.
+        other_files: the names of the other files of the output folder; see `recorded_files`.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", _MARK: json.dumps(sorted(beside))}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", _MARK: json.dumps(sorted(other_files))}}
     end = 0
     for name, dtype, shape in tensors:
         begin, end = end, end + math.prod(shape) * dtype.itemsize
@@ -113,10 +127,15 @@ def encode_header(
 
 
 def parse_object(text: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in `text`, the content of `path`.
+    """Parse a JSON object.
 
-    Raises ArcmergeError for what is not valid JSON or no object, a key that occurs twice, an unpaired surrogate, and
-    more than 100 levels of nesting.
+    Args:
+        text: the content of a file.
+        path: the file, for errors.
+
+    Raises:
+        ArcmergeError: `text` is not valid JSON or not an object, has a key twice or an unpaired surrogate, or is nested
+            more than 100 levels deep.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -124,27 +143,33 @@ def parse_object(text: bytes, path: Path) -> dict[str, Any]:
         if len(mapping) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ArcmergeError(f"{path}: the JSON key '{twice}' occurs twice: {_COPY_AGAIN}.")
+            raise ArcmergeError(f"{path}: the JSON key '{twice}' must occur once, got it twice; {_COPY_AGAIN}")
         return mapping
 
     if text.startswith(_LFS_POINTER):
-        raise ArcmergeError(_lfs_problem(path))
+        raise _lfs_pointer(path)
     try:
         value = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ArcmergeError(f"{path}: is not valid JSON ({error}): {_COPY_AGAIN}.") from error
+        raise ArcmergeError(f"{path} must be valid JSON, got an error ({error}); {_COPY_AGAIN}") from error
     if not isinstance(value, dict):
-        raise ArcmergeError(f"{path}: must hold a JSON object, holds {value!r:.40}: {_COPY_AGAIN}.")
+        raise ArcmergeError(f"{path} must hold a JSON object, got {value!r:.40}; {_COPY_AGAIN}")
     if _nested_deeper(value, _MAX_NESTING):
-        raise ArcmergeError(f"{path}: is nested more than {_MAX_NESTING} levels deep: {_COPY_AGAIN}.")
+        raise ArcmergeError(f"{path} must be nested at most {_MAX_NESTING} levels deep, got more; {_COPY_AGAIN}")
     if _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ArcmergeError(
-                f"{path}: holds half a character, {error.object[error.start]!r}: {_COPY_AGAIN}."
+                f"{path} must hold valid Unicode, got an unpaired surrogate, {error.object[error.start]!r}; "
+                f"{_COPY_AGAIN}"
             ) from error
     return value
+
+
+def unreadable(path: Path, error: OSError) -> ArcmergeError:
+    """The error to raise for a file that the system cannot read."""
+    return ArcmergeError(f"{path} must be readable, got '{error.strerror}'; check its permissions and its disk")
 
 
 def _nested_deeper(value: Any, levels: int) -> bool:
@@ -155,51 +180,54 @@ def _nested_deeper(value: Any, levels: int) -> bool:
     return bool(level)
 
 
-def _lfs_problem(path: Path) -> str:
-    return f"{path}: is a Git LFS pointer, not the file itself: run 'git lfs pull' in its folder."
+def _lfs_pointer(path: Path) -> ArcmergeError:
+    return ArcmergeError(f"{path} must be the file itself, got a Git LFS pointer; run 'git lfs pull' in its folder")
 
 
 def _check_length(path: Path, start: bytes, length: int, size: int) -> None:
     if start == _LFS_POINTER:
-        raise ArcmergeError(_lfs_problem(path))
+        raise _lfs_pointer(path)
     if size < _LENGTH_BYTES:
         raise ArcmergeError(
-            f"{path}: a safetensors file starts with {_LENGTH_BYTES} bytes of length, it has {size}: {_COPY_AGAIN}."
+            f"{path} must start with the length of its header ({_LENGTH_BYTES} bytes), got a file of {size} bytes; "
+            f"{_COPY_AGAIN}"
         )
-    if length > _LONGEST_HEADER:
+    if length > _MAX_HEADER_BYTES:
         raise ArcmergeError(
-            f"{path}: is not a safetensors file: a header may have {_LONGEST_HEADER:,} bytes, it claims {length:,}."
+            f"{path} must be a safetensors file with a header of up to {_MAX_HEADER_BYTES:,} bytes, got a length of "
+            f"{length:,} bytes"
         )
     if _LENGTH_BYTES + length > size:
         raise ArcmergeError(
-            f"{path}: is truncated inside its header, which needs {_LENGTH_BYTES + length:,} bytes of {size:,}: "
-            f"{_COPY_AGAIN}."
+            f"{path} must hold its whole header ({_LENGTH_BYTES + length:,} bytes), got a truncated file of {size:,} "
+            f"bytes; {_COPY_AGAIN}"
         )
 
 
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    where = f"{path}: tensor '{name}'"
+    tensor = f"{path}: tensor '{name}'"
     if not isinstance(entry, dict):
-        raise ArcmergeError(f"{where} needs dtype, shape and data_offsets, its entry is {entry!r:.80}: {_SAVE_AGAIN}.")
+        raise ArcmergeError(f"{tensor} must have dtype, shape and data_offsets, got {entry!r:.80}; {_SAVE_AGAIN}")
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     dtype = BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise ArcmergeError(
-            f"{where} has dtype {code!r:.80}, known are {', '.join(BY_CODE)}: convert it to one of them."
+            f"{tensor} must have one of the dtypes {', '.join(BY_CODE)}, got {code!r:.80}; convert it to one of them"
         )
-    if not _are_counts(shape) or len(shape) > _MOST_DIMENSIONS:
+    if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
         raise ArcmergeError(
-            f"{where} needs a shape of up to {_MOST_DIMENSIONS} whole numbers >= 0, has {shape!r:.80}: {_SAVE_AGAIN}."
+            f"{tensor} must have a shape of up to {_MAX_DIMENSIONS} whole numbers >= 0, got {shape!r:.80}; "
+            f"{_SAVE_AGAIN}"
         )
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ArcmergeError(f"{where} needs data_offsets [begin, end], has {offsets!r:.80}: {_SAVE_AGAIN}.")
-    tensor = TensorInfo(name, dtype, tuple(shape), path.name, data_start + offsets[0], offsets[1] - offsets[0])
-    if tensor.count * dtype.itemsize != tensor.nbytes:
+        raise ArcmergeError(f"{tensor} must have data_offsets [begin, end], got {offsets!r:.80}; {_SAVE_AGAIN}")
+    info = TensorInfo(name, dtype, tuple(shape), path.name, data_start + offsets[0], offsets[1] - offsets[0])
+    if info.count * dtype.itemsize != info.nbytes:
         raise ArcmergeError(
-            f"{where} of shape {shape!r:.80} and dtype {code} needs {tensor.count * dtype.itemsize:,} bytes, "
-            f"its data_offsets span {tensor.nbytes:,}: {_SAVE_AGAIN}."
+            f"{tensor} of shape {shape!r:.80} and dtype {code} must have data_offsets of "
+            f"{info.count * dtype.itemsize:,} bytes, got {info.nbytes:,} bytes; {_SAVE_AGAIN}"
         )
-    return tensor
+    return info
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:
@@ -210,15 +238,19 @@ def _check_filled(path: Path, tensors: Sequence[TensorInfo], data_start: int, si
     end, before = data_start, "the header"
     for tensor in tensors:
         if tensor.offset != end:
-            rule = "overlaps" if tensor.offset < end else "leaves a hole behind"
+            fault = "overlaps it" if tensor.offset < end else "leaves a hole"
             raise ArcmergeError(
-                f"{path}: tensor '{tensor.name}' {rule} {before}: it starts at byte {tensor.offset:,}, "
-                f"not {end:,}: {_SAVE_AGAIN}."
+                f"{path}: tensor '{tensor.name}' must start at byte {end:,}, at the end of {before}, got byte "
+                f"{tensor.offset:,}, which {fault}; {_SAVE_AGAIN}"
             )
         end, before = tensor.offset + tensor.nbytes, f"'{tensor.name}'"
     if size < end:
-        raise ArcmergeError(f"{path}: is truncated: its header promises {end:,} bytes, it has {size:,}: {_COPY_AGAIN}.")
+        raise ArcmergeError(
+            f"{path} must be as long as its header promises ({end:,} bytes), got a truncated file of {size:,} bytes; "
+            f"{_COPY_AGAIN}"
+        )
     if size > end:
         raise ArcmergeError(
-            f"{path}: has {size - end:,} bytes behind the last tensor ({size:,}, not {end:,}): {_COPY_AGAIN}."
+            f"{path} must end with its last tensor ({end:,} bytes), got {size:,} bytes, {size - end:,} too many; "
+            f"{_COPY_AGAIN}"
         )

@@ -1,4 +1,4 @@
-"""Where a model's folder is: a local path as it stands, or a hub name, downloaded into the hub's own cache."""
+"""The folder of a model: a local folder, or one that is downloaded into the cache of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ _UNWANTED = ["*/*", "consolidated*.safetensors"]  # sub-folders and Mistral's se
 
 
 def locate(path: str, revision: str | None = None, cache_dir: Path | None = None) -> Path:
-    """The folder of a model.
+    """Find the folder of a model, and download the model if it is not there.
 
-    path: a local folder, '~' allowed, to which `revision` means nothing; else a hub name, 'owner/name' or 'name'.
-    revision: branch, tag or commit on the hub; None for its main branch.
-    cache_dir: the hub's cache, None for its usual place.
+    Args:
+        path: a local folder, which may start with '~', or a hub name, 'owner/name' or 'name'.
+        revision: branch, tag or commit on the hub, None for its main branch. A local folder has none.
+        cache_dir: the folder of the hub's cache, None for its usual one.
 
-    Raises ArcmergeError: no such folder, no such repository or revision, no permission, no network.
+    Raises:
+        ArcmergeError: the folder, repository or revision does not exist, may not be read, or cannot be reached.
     """
     try:
         folder = Path(path).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be read; no such user
+    except (OSError, RuntimeError) as error:  # the name is too long, a parent may not be read, no such user
         cause = error.strerror if isinstance(error, OSError) else error
-        raise ArcmergeError(f"model '{path:.80}' cannot be opened: {cause}: check its path.") from error
+        raise ArcmergeError(
+            f"'model' must be a folder that can be opened, got '{path:.80}' ({cause}); check its path"
+        ) from error
     if is_folder:
         return folder
     if exists:
-        raise ArcmergeError(f"model '{path}' must be a folder, it is a file: give the folder that holds it.")
+        raise ArcmergeError(f"'model' must be a folder, got the file '{path}'; give the folder that holds it")
     if path.startswith((".", "~")) or not _HUB_NAME.fullmatch(path):
-        raise ArcmergeError(f"model '{path}' is a path, and there is no such folder: check it for a slip.")
+        raise ArcmergeError(f"'model' must be an existing folder or a hub name, got '{path}'; check its spelling")
     return _download(path, revision, cache_dir)
 
 
@@ -47,7 +51,6 @@ def _download(name: str, revision: str | None, cache_dir: Path | None) -> Path:
         RevisionNotFoundError,
     )
 
-    model = f"model '{name}'"
     try:
         return Path(
             snapshot_download(
@@ -55,20 +58,31 @@ def _download(name: str, revision: str | None, cache_dir: Path | None) -> Path:
             )
         )
     except HFValidationError as error:
-        raise ArcmergeError(f"{model} is neither a local folder nor a hub name: write it as owner/name.") from error
+        raise ArcmergeError(
+            f"'model' must be a local folder or a hub name, got '{name}'; write it as owner/name"
+        ) from error
     except GatedRepoError as error:
-        raise ArcmergeError(f"{model} is gated: accept its terms on its hub page and run 'hf auth login'.") from error
+        raise ArcmergeError(
+            f"'model' must be one that you may download, got '{name}', which is gated; accept its terms on its hub "
+            "page and run 'hf auth login'"
+        ) from error
     except RepositoryNotFoundError as error:
         raise ArcmergeError(
-            f"{model} is no local folder and no hub repository you may read: check the name, or run 'hf auth login'."
+            f"'model' must be a local folder or a hub repository that you may read, got '{name}'; check the name, or "
+            "run 'hf auth login'"
         ) from error
     except RevisionNotFoundError as error:
-        raise ArcmergeError(f"{model} has no revision '{revision}' on the hub: check its branches and tags.") from error
+        raise ArcmergeError(
+            f"'revision' must be a branch, tag or commit of '{name}' on the hub, got '{revision}'; check its branches "
+            "and tags"
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         raise ArcmergeError(
-            f"{model} is no local folder, the hub's cache does not hold it whole and the hub cannot be reached: "
-            "connect, unset HF_HUB_OFFLINE, or give a local folder."
+            f"'model' must be a local folder, complete in the hub's cache, or on a hub that can be reached, got "
+            f"'{name}'; connect, unset HF_HUB_OFFLINE, or give a local folder"
         ) from error
-    except Exception as error:  # The hub's HTTP library, and with it the classes of its errors, changes by version.
+    except Exception as error:  # the hub's HTTP library, and with it the classes of its errors, changes by version
         cause = str(error).partition("\n")[0] or type(error).__name__
-        raise ArcmergeError(f"{model} could not be downloaded ({cause}): try again, or give a local folder.") from error
+        raise ArcmergeError(
+            f"'model' must be one that can be downloaded, got '{name}' ({cause}); try again, or give a local folder"
+        ) from error

@@ -1,4 +1,4 @@
-"""Which output tensor goes where: natural order, shards of a given size, their headers and the index."""
+"""The layout of an output: the order of its tensors, shards of a given size, their headers and the index."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor that will be written."""
+    """A tensor to write."""
 
     name: str
     dtype: DType
@@ -30,12 +30,13 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor's place: `nbytes` bytes at byte `offset`, counted from the start of the file."""
+    """The location of a tensor: `nbytes` bytes from byte `offset` of the file on, counted from its start."""
 
     tensor: OutputTensor
     offset: int
@@ -44,9 +45,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file of `nbytes` bytes: the header, then the entries one behind the other, without a gap.
+    """One output file of `nbytes` bytes: the header, then the entries without gaps.
 
-    The header is a whole number of blocks long, so that it and the data can be written past the page cache.
+    The header is a whole number of blocks long, so that the header and the data can be written past the page cache.
     """
 
     file_name: str
@@ -55,19 +56,22 @@ class Shard:
     nbytes: int
 
 
-def shard(tensors: Sequence[OutputTensor], shard_bytes: int, beside: Iterable[str] = ()) -> list[Shard]:
-    """Lays tensors out in natural order: the embedding, the layers by number, the final norm, the head.
+def shard(tensors: Sequence[OutputTensor], shard_bytes: int, other_files: Iterable[str] = ()) -> list[Shard]:
+    """Lay tensors out in shards, in natural order: the embedding, the layers by index, the final norm, the lm_head.
 
-    A shard ends before the tensor that would take its data beyond `shard_bytes`; a tensor larger than that has a shard
-    of its own; 0 or less means one shard. Inside a shard of mixed dtypes the wider come first, as the safetensors
-    library does it, so that every tensor is aligned to its own item size.
+    In a shard of mixed dtypes the wider dtypes come first, as in the safetensors library, so that every tensor is
+    aligned to its item size.
 
-    beside: the names of the other files of the output, which every header notes.
+    Args:
+        tensors: the tensors of the output, in any order.
+        shard_bytes: the maximum size of a shard's data; a larger tensor gets a shard of its own. 0 or less: one shard.
+        other_files: the names of the other files of the output, which every header records.
 
-    Raises ValueError if two tensors have one name.
+    Raises:
+        ValueError: two tensors have the same name.
     """
     if len({tensor.name for tensor in tensors}) < len(tensors):
-        raise ValueError("two output tensors have one name")
+        raise ValueError("'tensors' must have different names, got one name twice")
     groups: list[list[OutputTensor]] = [[]]
     filled = 0
     for tensor in sorted(tensors, key=lambda tensor: natural_order(tensor.name)):
@@ -77,13 +81,13 @@ def shard(tensors: Sequence[OutputTensor], shard_bytes: int, beside: Iterable[st
         groups[-1].append(tensor)
         filled += tensor.nbytes
     if len(groups) == 1:
-        return [_shard(SINGLE_NAME, groups[0], beside)]
+        return [_shard(SINGLE_NAME, groups[0], other_files)]
     names = (f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1))
-    return [_shard(name, group, beside) for name, group in zip(names, groups, strict=True)]
+    return [_shard(name, group, other_files) for name, group in zip(names, groups, strict=True)]
 
 
 def index_json(shards: Sequence[Shard]) -> bytes | None:
-    """The content of model.safetensors.index.json, None for a single shard, which needs none."""
+    """The content of model.safetensors.index.json; None for a single shard, which needs no index."""
     if len(shards) == 1:
         return None
     total = sum(entry.nbytes for shard in shards for entry in shard.entries)
@@ -92,7 +96,7 @@ def index_json(shards: Sequence[Shard]) -> bytes | None:
 
 
 def natural_order(name: str) -> tuple[int, list[tuple[int, str]]]:
-    """A sort key for tensor names that puts layer 2 before layer 10 and the network's ends at its ends."""
+    """A sort key for tensor names: the embedding first, layer 2 before layer 10, the final norm and lm_head last."""
     parts = name.split(".")
     if any(part.isdecimal() for part in parts):
         rank = 1
@@ -104,7 +108,18 @@ def natural_order(name: str) -> tuple[int, list[tuple[int, str]]]:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes in '5B', '500M', '1.5G', '5GB' or 5000000000, B for a billion as in mergekit; 0 (one file) in 0 or -1."""
+    """Parse a shard size.
+
+    Args:
+        text: a number of bytes, as '5B', '500M', '1.5G', '5GB' or 5000000000, where B is 10^9 as in mergekit; 0 or -1
+            for a single file.
+
+    Returns:
+        The number of bytes, 0 for a single file.
+
+    Raises:
+        ArcmergeError: `text` is anything else.
+    """
     stripped = str(text).strip()
     match = _SIZE.fullmatch(stripped)
     size = Decimal(match[1]) * _UNITS[(match[2] or match[3]).upper()] if match else None
@@ -112,14 +127,14 @@ def parse_size(text: str | int) -> int:
         return 0
     if size is None or size != int(size):
         raise ArcmergeError(
-            f"a shard size is a number of bytes such as 5B, 500M or 5000000000 (0: one file), got '{text}'."
+            f"'out_shard_size' must be a number of bytes such as 5B, 500M or 5000000000 (0: one file), got '{text}'"
         )
     return int(size)
 
 
-def _shard(file_name: str, tensors: Sequence[OutputTensor], beside: Iterable[str]) -> Shard:
+def _shard(file_name: str, tensors: Sequence[OutputTensor], other_files: Iterable[str]) -> Shard:
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header = encode_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in ordered], BLOCK, beside)
+    header = encode_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in ordered], BLOCK, other_files)
     entries = []
     end = len(header)
     for tensor in ordered:

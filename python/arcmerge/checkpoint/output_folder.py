@@ -1,10 +1,10 @@
-"""The output folder: it appears complete or not at all.
+"""The output folder, which appears complete or not at all.
 
-Everything is written into a hidden sibling, made durable, and put in place by one rename (by an exchange where an older
-output stands there). Whatever ends the work earlier, even the power, leaves the older output as it was.
+All files are written into a hidden folder next to it and synced; one rename then puts that folder in place, or one
+exchange if an older output is there. If the work ends earlier, even by a power failure, the older output is unchanged.
 
-An empty folder that cannot be renamed, as a mount point, is filled from a hidden folder inside it, config.json last:
-without that file it is no model yet.
+A folder that exists, is empty and cannot be renamed, for example a mount point, is filled in place: files are written
+into a hidden folder inside it and moved out at the end, config.json last, because without it the folder is no model.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from arcmerge.checkpoint.header import files_beside
+from arcmerge.checkpoint.header import recorded_files
 from arcmerge.checkpoint.layout import INDEX_NAME
 from arcmerge.checkpoint.writer import require_space
 from arcmerge.errors import ArcmergeError
 from arcmerge.interrupts import held
 
-# What mergekit writes beside weights, and what training does there; hubs and people add the rest.
+# Files that mergekit writes, that training adds to them, and that hubs and people add to any folder.
 _MERGEKIT_CONFIG = "mergekit_config.yml"
-_MERGEKIT_KINDS = {".safetensors", ".json", ".model", ".txt", ".md", ".jinja"}
-_OF_TRAINING = {"trainer_state.json", "train_results.json", "eval_results.json", "all_results.json"}
-_OF_HUBS = {".gitattributes", "LICENSE", "NOTICE"}
+_MERGEKIT_SUFFIXES = {".safetensors", ".json", ".model", ".txt", ".md", ".jinja"}
+_TRAINING_FILES = {"trainer_state.json", "train_results.json", "eval_results.json", "all_results.json"}
+_HUB_FILES = {".gitattributes", "LICENSE", "NOTICE"}
 _LOST_AND_FOUND = "lost+found"
+# Files that are moved in last, config.json as the very last.
 _LAST = ("config.json", INDEX_NAME)
 
 _AT_FDCWD = -100
@@ -41,45 +42,49 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class OutputFolder:
-    """A folder to fill: write into `path`, then commit(), and `target` is there.
+    """A folder to fill: write files into `path`, then call `commit` to put them at `target`.
 
-    target: the folder wanted. It may exist if it is empty or an earlier merge, which is then replaced; where it does
-    not exist, neither need its parents.
-    inputs: files and folders the work reads; target must not be, hold or lie inside one of them.
-    nbytes: what will be written.
+    The constructor checks its arguments without writing to the disk. Entering the context creates `path` and removes
+    what killed runs have left for this target; leaving it removes `path`, unless it was committed.
 
-    The constructor checks all of that, without touching the disk, and raises ArcmergeError. Entering the context makes
-    `path` and clears what killed runs left of this target; leaving it removes `path`, unless committed.
+    Args:
+        target: the folder that is wanted. If it exists, it must be empty or an earlier merge, which is then replaced.
+            If not, its parents need not exist either.
+        inputs: files and folders that the work reads. `target` must not be, contain or lie inside one of them.
+        nbytes: the size of all files that will be written.
+
+    Raises:
+        ArcmergeError: an argument breaks a rule, or the disk has too little space.
     """
 
     def __init__(self, target: Path, inputs: Iterable[Path] = (), nbytes: int = 0) -> None:
         try:
             self.target = target.expanduser().resolve()
             found = self.target.exists()
-        except (RuntimeError, OSError, ValueError) as error:  # no such user, links in a circle, a null character
-            raise ArcmergeError(f"{target}: is no path of a folder ({error}): give another one.") from error
-        if found and not self.target.is_dir():
+        except (RuntimeError, OSError, ValueError) as error:  # no such user, a loop of links, a null character
             raise ArcmergeError(
-                f"{self.target}: the output is a folder, but a file of this name exists: give another name."
-            )
-        self._stays = found and _stays(self.target)
-        self._room = self.target if self._stays else self.target.parent
-        _check_room(self.target, self._room)
+                f"{target} must be the path of a folder, got an error ({error}); give another"
+            ) from error
+        if found and not self.target.is_dir():
+            raise ArcmergeError(f"{self.target} must be a folder, got a file of this name; give another name")
+        self._in_place = found and _must_stay(self.target)
+        self._workspace = self.target if self._in_place else self.target.parent
+        _check_workspace(self.target, self._workspace)
         _check_apart(self.target, inputs)
         self._check_replaceable()
-        require_space(_existing(self._room), nbytes)
-        self.path = self._sibling("partial")
-        self._held: int | None = None
-        self._made: list[Path] = []
+        require_space(_existing(self._workspace), nbytes)
+        self.path = self._hidden("partial")
+        self._locked: int | None = None  # `path`, open and locked
+        self._created: list[Path] = []  # parents that this run has created
 
     def __enter__(self) -> OutputFolder:
         try:
-            self._make_room()
+            self._create_workspace()
             self._remove_abandoned()
-            self._make_locked()
+            self._create_locked()
         except BaseException as error:
             self._clear()
-            self._remove_made()
+            self._remove_created()
             if isinstance(error, OSError):
                 raise self._failure(error) from error
             raise
@@ -90,59 +95,62 @@ class OutputFolder:
     ) -> None:
         with held():
             self._clear()
-            self._remove_made()
+            self._remove_created()
 
     def commit(self) -> None:
-        """Makes every file durable and puts the folder in place of `target`."""
+        """Sync every file and put the folder at `target`. Raises ArcmergeError if that fails."""
         try:
             for file in self.path.iterdir():
                 _sync(file)
             _sync(self.path)
             self._check_replaceable()
-            if self._stays:
+            if self._in_place:
                 with held():
                     self._move_in()
             elif self.target.exists() and any(self.target.iterdir()):
                 self._replace()
             else:
                 self.path.rename(self.target)
-            _sync(self._room)
-            for made in self._made:
-                _sync(made.parent)
-            self._made = []
+            _sync(self._workspace)
+            for folder in self._created:
+                _sync(folder.parent)
+            self._created = []
         except OSError as error:
             raise self._failure(error) from error
 
-    def _make_room(self) -> None:
-        for parent in reversed([one for one in (self._room, *self._room.parents) if not one.exists()]):
+    def _create_workspace(self) -> None:
+        for parent in reversed([one for one in (self._workspace, *self._workspace.parents) if not one.exists()]):
             with suppress(FileExistsError):
                 parent.mkdir()
-                self._made.append(parent)
+                self._created.append(parent)
 
-    def _make_locked(self) -> None:
-        """Makes `path` and locks it. Another run may take it, not locked yet, for an abandoned one, and one that ends
-        may take away a parent that it had made: then again."""
+    def _create_locked(self) -> None:
+        """Create `path` and lock it.
+
+        Another run may remove it before it is locked, as it looks abandoned, and a run that ends may remove a parent
+        that it had created. Then try again.
+        """
         for _ in range(100):
             with suppress(FileNotFoundError):
-                self._make_room()
+                self._create_workspace()
                 self.path.mkdir()
-                self._held = _lock(self.path, fcntl.LOCK_EX)
+                self._locked = _lock(self.path, fcntl.LOCK_EX)
                 if self.path.exists():
                     return
-            if self._held is not None:
-                os.close(self._held)
-                self._held = None
+            if self._locked is not None:
+                os.close(self._locked)
+                self._locked = None
         raise OSError(errno.EBUSY, "other runs remove its folders all the time")
 
-    def _remove_made(self) -> None:
-        """Takes away the parents that this run has made, as far as they are empty."""
-        for parent in reversed(self._made):
+    def _remove_created(self) -> None:
+        """Remove the parents that this run has created, as far as they are empty."""
+        for folder in reversed(self._created):
             with suppress(OSError):
-                parent.rmdir()
+                folder.rmdir()
 
     def _move_in(self) -> None:
-        """The files one by one, that by which a model is known last; all of them out again if one cannot be moved."""
-        for file in self._contents():  # of a run that was killed here
+        """Move the files one by one, config.json last; if one cannot be moved, remove them all."""
+        for file in self._contents():  # left by a run that was killed here
             file.unlink()
         names = sorted((file.name for file in self.path.iterdir()), key=lambda name: (name in _LAST, name == _LAST[0]))
         try:
@@ -156,30 +164,31 @@ class OutputFolder:
             raise
 
     def _contents(self) -> list[Path]:
-        """What is in `target`, but for what runs that work inside it keep there."""
+        """The files in `target`, without the hidden folders of runs that fill it in place."""
         hidden = f".{self.target.name}."
         return [
             file
             for file in sorted(self.target.iterdir())
-            if not (self._stays and (file.name == _LOST_AND_FOUND or file.name.startswith(hidden)))
+            if not (self._in_place and (file.name == _LOST_AND_FOUND or file.name.startswith(hidden)))
         ]
 
     def _check_replaceable(self) -> None:
         files = self._contents() if self.target.is_dir() else []
         if not files:
             return
-        _check_earlier(self.target, files)
-        if self._stays and any(file.name == _LAST[0] for file in files):
+        _check_earlier_merge(self.target, files)
+        if self._in_place and any(file.name == _LAST[0] for file in files):
             raise ArcmergeError(
-                f"{self.target}: cannot be replaced in one step, because it is a mount point or the current folder, or "
-                "its parent is read-only, and it holds an earlier merge: give a folder inside it, or empty it first."
+                f"{self.target} must be empty, because it cannot be replaced in one step (it is a mount point or the "
+                "current folder, or its parent is read-only), got an earlier merge; give a folder inside it, or empty "
+                "it first"
             )
 
     def _replace(self) -> None:
         if _exchange(self.path, self.target):
             return
-        # Two renames, and a kill between them leaves the older output under this name, which nothing clears.
-        older = self._sibling("replaced")
+        # Two renames. If the run is killed between them, the older output keeps this name, which nothing removes.
+        older = self._hidden("replaced")
         self.target.rename(older)
         try:
             self.path.rename(self.target)
@@ -189,18 +198,18 @@ class OutputFolder:
         shutil.rmtree(older, ignore_errors=True)
 
     def _clear(self) -> None:
-        # After an exchange it is the older output that goes by this name.
+        # After an exchange, the folder of this name is the older output.
         shutil.rmtree(self.path, ignore_errors=True)
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
 
-    def _sibling(self, state: str) -> Path:
-        return self._room / f".{self.target.name}.{state}-{secrets.token_hex(4)}"
+    def _hidden(self, state: str) -> Path:
+        return self._workspace / f".{self.target.name}.{state}-{secrets.token_hex(4)}"
 
     def _remove_abandoned(self) -> None:
-        """A run holds a lock on its folder for as long as it lives; a folder that can be locked has lost its run."""
-        for folder in self._room.glob(f".{glob.escape(self.target.name)}.partial-*"):
+        """Remove the hidden folders of killed runs: a run locks its folder until it ends, so these can be locked."""
+        for folder in self._workspace.glob(f".{glob.escape(self.target.name)}.partial-*"):
             with suppress(OSError):
                 lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if lock is not None:
@@ -209,19 +218,20 @@ class OutputFolder:
 
     def _failure(self, error: OSError) -> ArcmergeError:
         return ArcmergeError(
-            f"{self.target}: cannot be put in place: {error.strerror}: check {_existing(self._room)} and its disk."
+            f"{self.target}: the output must be put in place, got '{error.strerror}'; "
+            f"check {_existing(self._workspace)} and its disk"
         )
 
 
-def _stays(target: Path) -> bool:
-    """Whether an existing folder cannot be renamed, or must not: then its files are."""
+def _must_stay(target: Path) -> bool:
+    """Whether an existing folder cannot or must not be renamed, so that its files are moved instead."""
     return target == Path.cwd() or _is_mount(target) or not os.access(target.parent, os.W_OK | os.X_OK)
 
 
 def _is_mount(folder: Path) -> bool:
     if folder.is_mount():
         return True
-    try:  # a folder of the same file system that is mounted here, as containers do
+    try:  # bind mounts of the same file system, as in containers
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return False
@@ -230,43 +240,51 @@ def _is_mount(folder: Path) -> bool:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest of its parents that is there."""
+    """The folder, or the nearest of its parents that exists."""
     return next(one for one in (folder, *folder.parents) if one.exists())
 
 
-def _check_room(target: Path, room: Path) -> None:
-    existing = _existing(room)
+def _check_workspace(target: Path, workspace: Path) -> None:
+    existing = _existing(workspace)
     if not existing.is_dir():
-        raise ArcmergeError(f"{target}: its parent {existing} must be a folder, is a file: give another folder.")
+        raise ArcmergeError(f"{target}: its parent {existing} must be a folder, got a file; give another folder")
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        raise ArcmergeError(f"{target}: {existing} must be writable: change its permissions or write elsewhere.")
+        raise ArcmergeError(
+            f"{target}: {existing} must be writable, got no permission; change its permissions or write elsewhere"
+        )
 
 
-def _check_earlier(target: Path, files: Sequence[Path]) -> None:
-    """ArcmergeError unless merges have written all of `files`, which `target` holds."""
-    rule = f"{target}: only an empty folder or an earlier merge is replaced, and"
+def _check_earlier_merge(target: Path, files: Sequence[Path]) -> None:
+    """Raises ArcmergeError unless all of `files`, the content of `target`, were written by a merge."""
     weights = [file for file in files if file.suffix == ".safetensors" and file.is_file()]
     if not weights:
-        raise ArcmergeError(f"{rule} it holds '{files[0].name}' but no model: empty it or give another folder.")
-    noted = {file: files_beside(file) for file in weights}
-    if all(names is None for names in noted.values()) and _is_of_mergekit(target, weights):
-        kinds = {file.name for file in files if file.suffix in _MERGEKIT_KINDS}
-        known = (kinds - _OF_TRAINING) | {_MERGEKIT_CONFIG}
+        raise ArcmergeError(
+            f"{target} must be empty or an earlier merge to be replaced, got a folder with '{files[0].name}' but no "
+            "model; empty it or give another folder"
+        )
+    recorded = {file: recorded_files(file) for file in weights}
+    if all(names is None for names in recorded.values()) and _is_from_mergekit(target, weights):
+        known = {file.name for file in files if file.suffix in _MERGEKIT_SUFFIXES}
+        known = (known - _TRAINING_FILES) | {_MERGEKIT_CONFIG}
     else:
-        unknown = next((file for file, names in noted.items() if names is None), None)
+        unknown = next((file for file, names in recorded.items() if names is None), None)
         if unknown is not None:
             raise ArcmergeError(
-                f"{rule} no merge wrote its '{unknown.name}', which may be the only copy of a trained model: give "
-                "another folder, or move this one away."
+                f"{target} must be empty or an earlier merge to be replaced, got a folder with '{unknown.name}', which "
+                "no merge wrote and which may be the only copy of a trained model; give another folder, or move this "
+                "one away"
             )
-        known = {file.name for file in weights}.union(*(names or () for names in noted.values()))
-    strange = next((file for file in files if file.name not in known | _OF_HUBS or not file.is_file()), None)
+        known = {file.name for file in weights}.union(*(names or () for names in recorded.values()))
+    strange = next((file for file in files if file.name not in known | _HUB_FILES or not file.is_file()), None)
     if strange is not None:
-        raise ArcmergeError(f"{rule} it holds '{strange.name}': move that away or give another folder.")
+        raise ArcmergeError(
+            f"{target} must be empty or an earlier merge to be replaced, got a folder with '{strange.name}'; move that "
+            "away or give another folder"
+        )
 
 
-def _is_of_mergekit(target: Path, weights: Iterable[Path]) -> bool:
-    """mergekit writes its configuration after the weights; weights that were saved later are of something else."""
+def _is_from_mergekit(target: Path, weights: Iterable[Path]) -> bool:
+    """mergekit writes its configuration after the weights; weights with a later time come from something else."""
     config = target / _MERGEKIT_CONFIG
     return config.is_file() and all(file.stat().st_mtime_ns <= config.stat().st_mtime_ns for file in weights)
 
@@ -275,21 +293,21 @@ def _check_apart(target: Path, inputs: Iterable[Path]) -> None:
     for given in inputs:
         source = given.expanduser().resolve()
         if source == target:
-            relation = "is an input"
+            relation = "is the input"
         elif source in target.parents:
             relation = "lies inside the input"
         elif target in source.parents:
-            relation = "holds the input"
+            relation = "contains the input"
         else:
             continue
         raise ArcmergeError(
-            f"{target}: {relation} {source} of this merge, which must stay as it is: give another folder."
+            f"{target} must be apart from all inputs, which stay as they are, got a folder that {relation} {source}; "
+            "give another folder"
         )
 
 
 def _lock(folder: Path, how: int) -> int | None:
-    """An open, locked folder; None where another process holds it and `how` does not wait, or where the file system
-    has no locks."""
+    """Open and lock a folder; None if another process holds the lock and `how` does not wait, or without locks."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(file, how)
@@ -303,7 +321,7 @@ def _lock(folder: Path, how: int) -> int | None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one step: man 2 renameat2. False where the system cannot."""
+    """Exchange two folders in one step, with renameat2(2); False if the system cannot."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         return False

@@ -1,8 +1,8 @@
-"""One output file: allocated whole, written in blocks from any thread past the page cache, durable when finished.
+"""Writes one output file: allocated at once, written past the page cache by any number of threads, and then synced.
 
-Direct writes leave no dirty pages behind, so that the end of the last write is nearly the end of the work; through the
-page cache the same bytes are copied once more and still have to reach the disk. A file system that refuses direct
-writes (some network file systems) gets buffered ones, made durable by the same closing fdatasync.
+Direct writes leave no dirty pages behind, so that the work ends almost with the last write. Through the page cache the
+same bytes would be copied once more and would still have to reach the disk. Some network file systems refuse direct
+writes and get buffered ones; the same fdatasync at the end makes them durable.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ import numpy as np
 from arcmerge.errors import ArcmergeError
 
 BLOCK = 4096
-"""Bytes to which direct writes are aligned, in the file and in memory: no disk in use asks for more."""
+"""Direct writes are aligned to so many bytes, in the file and in memory. No disk in use needs more."""
 
 _HUGE_PAGE = 1 << 21
 _NO_ALLOCATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 def aligned_buffer(nbytes: int) -> memoryview:
-    """Zeroed private memory that starts at a page; its length is `nbytes` rounded up to whole blocks.
+    """Allocate zeroed memory that starts at a page, `nbytes` rounded up to whole blocks.
 
-    In huge pages where the system has them: a direct write of 4 MB is then handed to the disk as two stretches instead
-    of 1,024. Merging 5.2 GB took 1.5 s with them and 2.7 s without (a virtual disk, 4 and 16 writes in flight).
+    It is made of huge pages if the system has them: then the kernel hands a direct write of 4 MB to the disk in two
+    segments instead of 1,024. Merging 5.2 GB took 1.5 s with huge pages and 2.7 s without (a virtual disk, 4 and 16
+    writes in flight).
     """
     length = _whole_blocks(nbytes)
     memory = mmap.mmap(-1, length + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
+    with suppress(OSError):  # the kernel has no huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(memory)
     start = -address_of(view) % _HUGE_PAGE
@@ -44,7 +45,7 @@ def aligned_buffer(nbytes: int) -> memoryview:
 
 
 def address_of(buffer: memoryview | bytes) -> int:
-    """Where the first byte of a buffer lies in memory."""
+    """The memory address of the first byte of a buffer."""
     address: int = np.frombuffer(buffer, np.uint8).ctypes.data
     return address
 
@@ -54,18 +55,28 @@ def require_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise ArcmergeError(
-            f"{folder}: the output needs {nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free: make room there."
+            f"{folder} must have {nbytes / 1e6:,.1f} MB free for the output, got {free / 1e6:,.1f} MB; make room there"
         )
 
 
 class ShardFile:
-    """A new file of `nbytes` bytes at `path`, mode 0644 less the umask.
+    """A new file, with mode 0644 minus the umask.
 
-    direct: whether writes go past the page cache. write() may be called from several threads; finish() once, after all
-    of them. As a context manager it closes the file on the way out; only finish() completes it.
+    `write` may be called from several threads, `finish` once after all writes. As a context manager it closes the file
+    at the end of the block, but only `finish` completes it.
 
-    The file is open from its first write until it is finished: a merge may have more of them than a process may have
-    open files, 1,024 on most systems.
+    The file is open from its first write until it is finished, because a merge may have more files than a process may
+    have open, 1,024 on most systems.
+
+    Args:
+        path: the file, which must not exist.
+        nbytes: its size.
+
+    Attributes:
+        direct: whether writes go past the page cache.
+
+    Raises:
+        ArcmergeError: the disk is full, or the file cannot be created.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
@@ -87,18 +98,27 @@ class ShardFile:
             self.close()
 
     def write(self, offset: int, data: memoryview | bytes) -> bool:
-        """Writes `data` at byte `offset`, a multiple of BLOCK, as is its length unless it ends the file.
+        """Write a range of the file.
 
-        Returns whether it was all that the file lacked still: one write does, which calls for finish().
+        Data that starts at a page (a slice of an aligned_buffer) is written without a copy. Other data, as a header,
+        and a partial block at the end are copied first.
 
-        Data that starts at a page (a slice of an aligned_buffer) is written from where it lies; other data, a header
-        for one, is copied first, as is a last partial block.
+        Args:
+            offset: the first byte of the range, a multiple of BLOCK.
+            data: the bytes. Their number is a multiple of BLOCK unless they end the file.
+
+        Returns:
+            Whether the file is complete now, so that `finish` must be called; True for one write alone.
+
+        Raises:
+            ArcmergeError: the disk fails.
+            ValueError: the range is not made of whole blocks.
         """
         view = memoryview(data)
         end = offset + len(view)
         if offset % BLOCK or end > self.nbytes or (len(view) % BLOCK and end != self.nbytes):
             raise ValueError(
-                f"a write must cover whole blocks of {BLOCK} bytes, got {offset} to {end} of {self.nbytes}"
+                f"'data' must cover whole blocks of {BLOCK} bytes, got bytes {offset} to {end} of {self.nbytes}"
             )
         with self._lock:
             if self._file < 0:
@@ -114,9 +134,11 @@ class ShardFile:
             return not self._missing
 
     def finish(self) -> None:
-        """Cuts the file to its length, waits until the disk has it, closes it."""
+        """Cut the file to its size, wait until it is durable, and close it. Raises ArcmergeError if the disk fails."""
         if self._missing:
-            raise ValueError(f"{self.path}: {self._missing} of {self.nbytes} bytes were not written")
+            raise ValueError(
+                f"{self.path} must be written completely, got {self.nbytes - self._missing} of {self.nbytes} bytes"
+            )
         try:
             os.ftruncate(self._file, self.nbytes)
             os.fdatasync(self._file)
@@ -125,7 +147,7 @@ class ShardFile:
         self.close()
 
     def close(self) -> None:
-        """Closes the file, finished or not; a second call does nothing."""
+        """Close the file, finished or not. A second call does nothing."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -146,7 +168,7 @@ class ShardFile:
             raise self._failure(error) from error
 
     def _allocate(self) -> None:
-        """Allocation first: a full disk shows before the work, and no write has to grow the file."""
+        """Allocate the file, so that a full disk is found before the work and no write has to grow the file."""
         try:
             os.posix_fallocate(self._file, 0, _whole_blocks(self.nbytes))
         except OSError as error:
@@ -178,7 +200,7 @@ class ShardFile:
         return direct
 
     def _failure(self, error: OSError) -> ArcmergeError:
-        return ArcmergeError(f"{self.path}: cannot be written: {error.strerror}: check the disk and its quota.")
+        return ArcmergeError(f"{self.path} must be writable, got '{error.strerror}'; check the disk and its quota")
 
 
 def _whole_blocks(nbytes: int) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arcmerge.checkpoint.header import TensorInfo
 from arcmerge.checkpoint.layout import OutputTensor
-from arcmerge.checkpoint.reader import Checkpoint, TensorInfo
+from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.config import Config
 

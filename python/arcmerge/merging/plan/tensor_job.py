@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 
+from arcmerge.checkpoint.header import TensorInfo
 from arcmerge.checkpoint.layout import OutputTensor
-from arcmerge.checkpoint.reader import Checkpoint, TensorInfo
+from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.dtypes import DType
 from arcmerge.merging.methods.method import Arguments, Coefficients, Method
 from arcmerge.merging.recipe.model_reference import ModelReference

@@ -14,7 +14,8 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-from arcmerge.checkpoint.reader import Checkpoint, TensorInfo
+from arcmerge.checkpoint.header import TensorInfo
+from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.merging.plan.config_layers import claimed_depths, predicted_layers
 
 # Last parts of the names of modules, in the order in which they are searched; `.weight` follows.
