@@ -1,5 +1,5 @@
-// arcmerge._C: the operations of merge.h and gemma2.h for Python, with addresses as integers. The only file that
-// knows Python. python/arcmerge/_C.pyi has the signatures. Every operation runs without the GIL.
+// arcmerge._C: the operations of merge.h and gemma2.h for Python, with addresses as integers. No other file knows
+// Python. The signatures are documented in python/arcmerge/_C.pyi. Every operation runs without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <unistd.h>
@@ -42,7 +42,7 @@ DType dtype_of(int code, const char* name) {
 
 Operand make_operand(Address address, int dtype, int cast, Address rows, Count columns) {
   if (rows != 0 && columns < 1)
-    throw std::invalid_argument("'columns' must be at least 1 where 'rows' is given, got " + std::to_string(columns));
+    throw std::invalid_argument("'columns' must be 1 or more with 'rows', got " + std::to_string(columns));
   Operand operand;
   operand.address = at<const char>(address);
   operand.dtype = dtype_of(dtype, "dtype");
@@ -53,11 +53,11 @@ Operand make_operand(Address address, int dtype, int cast, Address rows, Count c
   return operand;
 }
 
-bool vectors_are_rows(int along) {
-  if (along != 0 && along != 1)
-    throw std::invalid_argument("'along' must be 0 (vectors are columns) or 1 (vectors are rows), got " +
-                                std::to_string(along));
-  return along == 1;
+// Whether the vectors of dimension `dim` of a matrix are its rows.
+bool are_rows(int dim) {
+  if (dim != 0 && dim != 1)
+    throw std::invalid_argument("'dim' must be 0 (columns) or 1 (rows), got " + std::to_string(dim));
+  return dim == 1;
 }
 
 const Operand* pointer(const std::optional<Operand>& operand) { return operand ? &*operand : nullptr; }
@@ -70,8 +70,8 @@ std::vector<double> gram(const std::vector<Operand>& operands, const std::option
 }
 
 void gram_vectors(const std::vector<Operand>& operands, const std::optional<Operand>& base, Count rows, Count columns,
-                  int along, Address out) {
-  const auto op = vectors_are_rows(along) ? arcmerge::gram_of_rows : arcmerge::gram_of_columns;
+                  int dim, Address out) {
+  const auto op = are_rows(dim) ? arcmerge::gram_of_rows : arcmerge::gram_of_columns;
   op(operands, pointer(base), rows, columns, at<double>(out));
 }
 
@@ -82,8 +82,8 @@ Count combine(Address out, int out_dtype, const std::vector<Operand>& operands, 
 }
 
 Count combine_vectors(Address out, int out_dtype, const std::vector<Operand>& operands, Address coefficients,
-                      Count first, Count count, Count columns, int along) {
-  const auto op = vectors_are_rows(along) ? arcmerge::combine_rows : arcmerge::combine_columns;
+                      Count first, Count count, Count columns, int dim) {
+  const auto op = are_rows(dim) ? arcmerge::combine_rows : arcmerge::combine_columns;
   return op(at<void>(out), dtype_of(out_dtype, "out_dtype"), operands, at<const float>(coefficients), first, count,
             columns);
 }
@@ -110,7 +110,7 @@ void column_sums(const Operand& operand, Count rows, Count columns, Address out)
 
 // ---- gemma2.h
 
-// Calls of operations, to be made again without Python.
+// Calls of operations that can be repeated without Python.
 struct Recording {
   std::vector<std::string> names;
   std::vector<std::function<void()>> calls;
@@ -120,9 +120,9 @@ struct Recording {
   }
 };
 
-thread_local Recording* recording = nullptr;  // that the calls of this thread are added to
+thread_local Recording* recording = nullptr;  // the recording to which calls of this thread are added
 
-// The operation, which adds each of its calls to what is being recorded.
+// Wraps an operation so that its calls are added to the current recording.
 template <class... Arguments>
 auto recorded(const char* name, void (*operation)(Arguments...)) {
   return [name, operation](Arguments... arguments) {
@@ -169,8 +169,8 @@ void rmsnorm_add_rmsnorm(Address total, Address normed, Address branch, Address 
                                 at<const void>(pre_weight), activation_of(dtype, "dtype"), rows, columns, eps);
 }
 
-arcmerge::Cache make_cache(Address key, Address value, Count sequences, Count heads, Count slots, Count head_dim,
-                           int dtype) {
+arcmerge::KvCache make_kv_cache(Address key, Address value, Count sequences, Count heads, Count slots, Count head_dim,
+                                int dtype) {
   return {at<char>(key), at<char>(value), sequences, heads, slots, head_dim, activation_of(dtype, "dtype")};
 }
 
@@ -178,7 +178,7 @@ using AddressAndStride = std::pair<Address, Count>;
 
 void rope_cache(Address out, AddressAndStride query, Count heads, AddressAndStride key, AddressAndStride value,
                 Count count, Address table, int table_dtype, Address positions, Address sequences,
-                const arcmerge::Cache& cache) {
+                const arcmerge::KvCache& cache) {
   const auto rows = [](const AddressAndStride& pair) {
     return arcmerge::Rows{at<const char>(pair.first), pair.second};
   };
@@ -187,40 +187,41 @@ void rope_cache(Address out, AddressAndStride query, Count heads, AddressAndStri
                        at<const Count>(sequences), cache);
 }
 
-void attention(Address out, Address query, Count heads, const arcmerge::Cache& cache, Address query_start,
+void attention(Address out, Address query, Count heads, const arcmerge::KvCache& cache, Address query_start,
                Address lengths, double scale, double softcap, Count window) {
   arcmerge::attention(at<void>(out), at<const void>(query), heads, cache, at<const std::int32_t>(query_start),
                       at<const std::int32_t>(lengths), scale, softcap, window);
 }
 
 void attention_decode(Address out, Address qkv, Count heads, Address table, int table_dtype, Address lengths,
-                      const arcmerge::Cache& cache, double scale, double softcap, Count window) {
+                      const arcmerge::KvCache& cache, double scale, double softcap, Count window) {
   arcmerge::attention_decode(at<void>(out), at<const void>(qkv), heads, at<const void>(table),
                              activation_of(table_dtype, "table_dtype"), at<const std::int32_t>(lengths), cache, scale,
                              softcap, window);
 }
 
-arcmerge::Head make_head(Address x, Address weight, Count count, Count ids, Count length, int dtype, double softcap) {
+arcmerge::LmHead make_lm_head(Address x, Address weight, Count count, Count ids, Count length, int dtype,
+                              double softcap) {
   return {at<const char>(x), at<const char>(weight), count, ids, length, activation_of(dtype, "dtype"), float(softcap)};
 }
 
-void lm_head_logprob(Address out, Address best, const arcmerge::Head& head, Address ids) {
+void lm_head_logprob(Address out, Address best, const arcmerge::LmHead& head, Address ids) {
   arcmerge::lm_head_logprob(at<float>(out), at<Count>(best), head, at<const Count>(ids));
 }
 
-void head_scores(Address out, Address maxima, const arcmerge::Head& head, Address seen, double penalty,
-                 double temperature) {
-  arcmerge::head_scores(at<float>(out), at<float>(maxima), head,
-                        {at<const std::uint32_t>(seen), float(penalty), float(temperature)});
+void lm_head_scores(Address out, Address maxima, const arcmerge::LmHead& head, Address seen, double penalty,
+                    double temperature) {
+  arcmerge::lm_head_scores(at<float>(out), at<float>(maxima), head,
+                           {at<const std::uint32_t>(seen), float(penalty), float(temperature)});
 }
 
-void head_draw(Address out, Address scores, Count count, Count ids, std::uint64_t seed, Address steps) {
-  arcmerge::head_draw(at<Count>(out), at<const float>(scores), count, ids, seed, at<const Count>(steps));
+void lm_head_draw(Address out, Address scores, Count count, Count ids, std::uint64_t seed, Address steps) {
+  arcmerge::lm_head_draw(at<Count>(out), at<const float>(scores), count, ids, seed, at<const Count>(steps));
 }
 
-// ---- the end of the interpreter
+// ---- the shutdown of the interpreter
 
-bool interpreter_ends() {
+bool is_finalizing() {
 #if PY_VERSION_HEX >= 0x030D0000
   return Py_IsFinalizing();
 #else
@@ -228,22 +229,23 @@ bool interpreter_ends() {
 #endif
 }
 
-std::terminate_handler terminate_before = nullptr;
+std::terminate_handler previous_terminate = nullptr;
 
-// Up to Python 3.13 a daemon thread that wants the GIL back while the interpreter ends is unwound by pthread_exit. The
-// destructors that take the GIL back, pybind11's here and in torch, let nothing through, so that the whole process
-// would abort. Such a thread waits instead, as since Python 3.14, and ends with the process.
-[[noreturn]] void wait_for_the_end() {
-  if (!std::current_exception() && interpreter_ends())
+// Up to Python 3.13, a daemon thread that waits for the GIL while the interpreter shuts down is unwound by
+// pthread_exit. The destructors that reacquire the GIL, those of pybind11 here and in torch, are noexcept, so that the
+// unwinding would abort the whole process. Such a thread waits here instead, as since Python 3.14, and ends with the
+// process.
+[[noreturn]] void wait_for_exit() {
+  if (!std::current_exception() && is_finalizing())
     for (;;) ::pause();
-  if (terminate_before) terminate_before();
+  if (previous_terminate) previous_terminate();
   std::abort();
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  terminate_before = std::set_terminate(&wait_for_the_end);
+  previous_terminate = std::set_terminate(&wait_for_exit);
   using namespace py::literals;
   const py::call_guard<py::gil_scoped_release> no_gil;
 
@@ -258,10 +260,10 @@ PYBIND11_MODULE(_C, module) {
         return py::buffer_info(reinterpret_cast<std::uint8_t*>(self.address()), py::ssize_t(self.size()), true);
       });
   module.def("gram", &gram, "operands"_a, "base"_a, "first"_a, "count"_a, no_gil);
-  module.def("gram_vectors", &gram_vectors, "operands"_a, "base"_a, "rows"_a, "columns"_a, "along"_a, "out"_a, no_gil);
+  module.def("gram_vectors", &gram_vectors, "operands"_a, "base"_a, "rows"_a, "columns"_a, "dim"_a, "out"_a, no_gil);
   module.def("combine", &combine, "out"_a, "out_dtype"_a, "operands"_a, "coefficients"_a, "first"_a, "count"_a, no_gil);
   module.def("combine_vectors", &combine_vectors, "out"_a, "out_dtype"_a, "operands"_a, "coefficients"_a, "first"_a,
-             "count"_a, "columns"_a, "along"_a, no_gil);
+             "count"_a, "columns"_a, "dim"_a, no_gil);
   module.def("nearswap", &nearswap, "out"_a, "out_dtype"_a, "a"_a, "b"_a, "t"_a, "first"_a, "count"_a, no_gil);
   module.def("copy", &copy, "out"_a, "source"_a, "bytes"_a, no_gil);
   module.def("count_nonfinite", &arcmerge::count_nonfinite, "operand"_a, "first"_a, "count"_a, no_gil);
@@ -296,8 +298,8 @@ PYBIND11_MODULE(_C, module) {
              "branch"_a, "residual"_a, "residual_dtype"_a, "post_weight"_a, "pre_weight"_a, "dtype"_a, "rows"_a,
              "columns"_a, "eps"_a, no_gil);
 
-  py::class_<arcmerge::Cache>(module, "Cache")
-      .def(py::init(&make_cache), "key"_a, "value"_a, "sequences"_a, "heads"_a, "slots"_a, "head_dim"_a, "dtype"_a);
+  py::class_<arcmerge::KvCache>(module, "KvCache")
+      .def(py::init(&make_kv_cache), "key"_a, "value"_a, "sequences"_a, "heads"_a, "slots"_a, "head_dim"_a, "dtype"_a);
   module.def("rope_cache", recorded("rope_cache", &rope_cache), "out"_a, "query"_a, "heads"_a, "key"_a, "value"_a,
              "count"_a, "table"_a, "table_dtype"_a, "positions"_a, "sequences"_a, "cache"_a, no_gil);
   module.def("attention", recorded("attention", &attention), "out"_a, "query"_a, "heads"_a, "cache"_a, "query_start"_a,
@@ -305,13 +307,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("attention_decode", recorded("attention_decode", &attention_decode), "out"_a, "qkv"_a, "heads"_a,
              "table"_a, "table_dtype"_a, "lengths"_a, "cache"_a, "scale"_a, "softcap"_a, "window"_a, no_gil);
 
-  module.attr("HEAD_TILE") = arcmerge::kHeadTile;
-  py::class_<arcmerge::Head>(module, "Head")
-      .def(py::init(&make_head), "x"_a, "weight"_a, "count"_a, "ids"_a, "length"_a, "dtype"_a, "softcap"_a);
+  module.attr("LM_HEAD_TILE") = arcmerge::kLmHeadTile;
+  py::class_<arcmerge::LmHead>(module, "LmHead")
+      .def(py::init(&make_lm_head), "x"_a, "weight"_a, "count"_a, "ids"_a, "length"_a, "dtype"_a, "softcap"_a);
   module.def("lm_head_logprob", &lm_head_logprob, "out"_a, "best"_a, "head"_a, "ids"_a, no_gil);
-  module.def("head_scores", &head_scores, "out"_a, "maxima"_a, "head"_a, "seen"_a, "penalty"_a, "temperature"_a,
+  module.def("lm_head_scores", &lm_head_scores, "out"_a, "maxima"_a, "head"_a, "seen"_a, "penalty"_a, "temperature"_a,
              no_gil);
-  module.def("head_draw", &head_draw, "out"_a, "scores"_a, "count"_a, "ids"_a, "seed"_a, "steps"_a, no_gil);
+  module.def("lm_head_draw", &lm_head_draw, "out"_a, "scores"_a, "count"_a, "ids"_a, "seed"_a, "steps"_a, no_gil);
 
   if (const char* forced = std::getenv("ARCMERGE_CPU")) arcmerge::use_variant(forced);
 }

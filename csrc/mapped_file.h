@@ -1,4 +1,4 @@
-// A file in memory that may shrink or fail while it is read.
+// A mapped file that may shrink or fail while it is read.
 #pragma once
 
 #include <atomic>
@@ -6,14 +6,14 @@
 
 namespace arcmerge {
 
-// The first `size` bytes of an open file, read-only and shared with the page cache. The file may be closed.
+// The first `size` bytes of an open file, mapped read-only. The file may be closed afterwards.
 //
-// The system answers a read of what the disk cannot give, or of what the file no longer has, with SIGBUS, which ends
-// the process. A handler, installed with the first file, puts zeros in place of the rest of the file that was read,
-// and `lost` tells that what came of it is void. SIGBUS from anywhere else goes to the handler that was there before.
+// If a process reads mapped bytes that the disk cannot read, or that the file has lost, the system sends SIGBUS, which
+// ends the process. A handler, installed with the first file, instead replaces the rest of that file by zeros, and
+// `lost` tells that results are invalid. SIGBUS with another cause goes to the handler that was installed before.
 class MappedFile {
  public:
-  // Throws std::system_error where the system cannot map the file.
+  // Throws std::system_error if the system cannot map the file.
   MappedFile(int file, std::size_t size);
   ~MappedFile();
   MappedFile(const MappedFile&) = delete;
@@ -23,7 +23,7 @@ class MappedFile {
   std::size_t size() const { return size_; }
   bool lost() const;
 
-  // Unmaps the whole pages between two bytes; they are mapped again when they are read.
+  // Unmaps the whole pages in [begin, end); they are mapped again when they are read.
   void forget(std::size_t begin, std::size_t end);
 
   struct Range;

@@ -1,7 +1,9 @@
-"""The native operations, on raw addresses; csrc/merge.h and csrc/gemma2.h say what each computes, where it rounds.
+"""The native operations, on raw addresses. csrc/merge.h and csrc/gemma2.h define their results and roundings.
 
-Addresses are of memory that the caller keeps alive; they need no alignment, and outputs must not overlap inputs.
+The caller keeps the memory at all addresses alive. Addresses need no alignment, and outputs must not overlap inputs.
 The GIL is released while an operation runs. Wrong arguments raise ValueError.
+
+In shapes, k is the number of operands and `vectors` the number of rows or columns.
 """
 
 from collections.abc import Sequence
@@ -10,40 +12,48 @@ MAX_OPERANDS: int
 MAX_THREADS: int
 
 class Operand:
-    """One input tensor, row-major; every value is widened to float32 when it is read.
+    """One input tensor, row-major. Every value is widened to float32 when it is read.
 
-    dtype, cast: 0 bfloat16, 1 float16, 2 float32 (DType.native). cast: round every value to this type first; -1 not.
-    rows: 0, or the address of one uint64 address for each row of `columns` elements; `address` is then ignored.
+    Args:
+        address: the first element.
+        dtype: 0 for bfloat16, 1 for float16, 2 for float32, as DType.native.
+        cast: the dtype to which every value is rounded before it is used, -1 for none.
+        rows: 0, or the address of uint64 addresses, one for each row of `columns` elements, which replace `address`.
+        columns: the number of elements of a row, with `rows`.
     """
 
     def __init__(self, address: int, dtype: int, cast: int = -1, rows: int = 0, columns: int = 0) -> None: ...
 
 class MappedFile:
-    """The first `size` bytes of an open file as a read-only buffer; the file may be closed.
+    """The first `size` bytes of an open file as a read-only buffer. The file may be closed afterwards.
 
-    What cannot be read, or is gone from the file, reads as zeros and sets `lost`.
+    Bytes that cannot be read, or that the file has lost, are read as zeros and set `lost`.
+
+    Args:
+        file: the file descriptor.
+        size: the number of bytes.
     """
 
     def __init__(self, file: int, size: int) -> None: ...
     @property
     def lost(self) -> bool: ...
     def forget(self, begin: int, end: int) -> None:
-        """Unmap the whole pages between two bytes; they are mapped again when they are read."""
+        """Unmap the whole pages in [begin, end), in bytes. They are mapped again when they are read."""
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def gram(operands: Sequence[Operand], base: Operand | None, first: int, count: int) -> list[float]:
-    """The k * k sums of x_i * x_j, less base each, over elements first to first + count."""
+    """The k * k sums of x_i * x_j, or of (x_i - base) * (x_j - base), over elements [first, first + count)."""
 
 def gram_vectors(
-    operands: Sequence[Operand], base: Operand | None, rows: int, columns: int, along: int, out: int
+    operands: Sequence[Operand], base: Operand | None, rows: int, columns: int, dim: int, out: int
 ) -> None:
-    """The same for each row (along=1) or column (along=0) of (rows, columns). out: float64 [vectors][k][k]."""
+    """`gram` for each row (dim=1) or column (dim=0) of matrices (rows, columns). out: float64 [vectors][k][k]."""
 
 def combine(
     out: int, out_dtype: int, operands: Sequence[Operand], coefficients: Sequence[float], first: int, count: int
 ) -> int:
-    """out[i] = sum of c_j * x_j[first + i], rounded once; returns how many outputs are not finite."""
+    """out[i] = the sum of c_j * x_j[first + i], rounded once. Returns the number of outputs that are not finite."""
 
 def combine_vectors(
     out: int,
@@ -53,67 +63,74 @@ def combine_vectors(
     first: int,
     count: int,
     columns: int,
-    along: int,
+    dim: int,
 ) -> int:
-    """The same with coefficients (address of float32 [vectors][k]) for each row (along=1) or column (along=0)."""
+    """`combine` with coefficients for each row (dim=1) or column (dim=0). coefficients: float32 [vectors][k]."""
 
 def nearswap(out: int, out_dtype: int, a: Operand, b: Operand, t: float, first: int, count: int) -> int:
-    """out = w * b + (1 - w) * a, w = clamp(t / max(|b - a|, 1e-6), 0, 1); returns as combine does."""
+    """out = w * b + (1 - w) * a with w = clamp(t / max(|b - a|, 1e-6), 0, 1). Returns as `combine`."""
 
 def copy(out: int, source: int, bytes: int) -> None:
-    """memcpy."""
+    """Copy bytes, as memcpy."""
 
 def count_nonfinite(operand: Operand, first: int, count: int) -> int:
-    """How many elements, once cast, are infinite or not a number."""
+    """The number of elements that are infinite or NaN after the operand's cast."""
 
 def column_sums(operand: Operand, rows: int, columns: int, out: int) -> None:
-    """The sum of every column. out: float64 [columns]."""
+    """The sum of every column of a matrix (rows, columns). out: float64 [columns]."""
 
 def variants() -> list[str]:
-    """What this processor can run of "avx512bf16", "avx512", "avx2", "baseline", best first.
+    """Those of "avx512bf16", "avx512", "avx2" and "baseline" that this processor can run, best first.
 
-    All give the same bits, matrix products excepted.
+    All give the same bits, except for matrix products and the softmax of a network.
     """
 
 def variant() -> str:
-    """The one in use: the best, or what ARCMERGE_CPU named when the module was loaded."""
+    """The variant in use: by default the best, or ARCMERGE_CPU of the environment when the module was loaded."""
 
 def use_variant(name: str) -> None:
-    """Use another one from now on, in all threads."""
+    """Use another variant from now on, in all threads."""
 
 def threads() -> int:
-    """How many threads work on each operation below: at first one for each CPU that the process may run on."""
+    """The number of threads that work on each operation below; see arcmerge.get_num_threads."""
 
-def quota_threads(root: str = "") -> int: ...
+def quota_threads(root: str = "") -> int:
+    """The number of threads that the CPU quota of the control group allows. root: a prefix of file paths, for tests."""
+
 def set_threads(threads: int) -> None:
-    """Use another number from now on, 1 to 1024. It changes no result."""
+    """Use another number of threads from now on, from 1 to MAX_THREADS. It changes no result."""
 
 def read(address: int, count: int) -> None:
-    """Read `count` bytes with all threads and do nothing with them: for comparing speeds."""
+    """Read `count` bytes with all threads and drop them, to measure the bandwidth of memory."""
 
 class Recording:
-    """Calls of the operations below, down to attention_decode, to be made again with the same arguments.
+    """Calls of the operations below, up to attention_decode, that can be repeated with the same arguments.
 
-    names: of the operations, in order. begin, end: the calls that this thread makes in between are added. What their
-    addresses point at must live as long as they are replayed.
+    The memory at their addresses must stay alive as long as they are replayed.
     """
 
     def __init__(self) -> None: ...
     @property
-    def names(self) -> list[str]: ...
-    def begin(self) -> None: ...
-    def end(self) -> None: ...
+    def names(self) -> list[str]:
+        """The operations, in order."""
+
+    def begin(self) -> None:
+        """Add the calls that this thread makes from now on."""
+
+    def end(self) -> None:
+        """Stop adding calls."""
+
     def replay(self) -> None:
-        """Make the calls again, in order."""
+        """Repeat the calls, in order."""
 
 def linear(out: int, x: int, count: int, length: int, weights: Sequence[tuple[int, int]], dtype: int) -> None:
-    """out[count][sum of rows] = x[count][length] times every row of the weights, each (address, rows).
+    """out[count][sum of rows] = the products of x[count][length] with every row of the weights, each (address, rows).
 
-    dtype, of all of them: 0 bfloat16, 2 float32, here and below.
+    dtype: of all tensors, 0 for bfloat16 or 2 for float32, here and below.
     """
 
 def linear_geglu(out: int, x: int, count: int, length: int, gate: int, up: int, rows: int, dtype: int) -> None:
-    """out[count][rows] = gelu(x times gate) * (x times up), rounded once."""
+    """out[count][rows] = gelu(x gate^T) * (x up^T), rounded once. gate, up: [rows][length]."""
 
 def geglu(
     out: int,
@@ -126,7 +143,10 @@ def geglu(
     dtype: int,
     stepwise: bool,
 ) -> None:
-    """out[rows][columns] = gelu(gate) * up; strides, in elements, are from row to row."""
+    """out[rows][columns] = gelu(gate) * up.
+
+    gate_stride, up_stride: the number of elements from one row to the next. stepwise: round the gelu to dtype.
+    """
 
 def rmsnorm(out: int, x: int, x_dtype: int, weight: int, dtype: int, rows: int, columns: int, eps: float) -> None:
     """out = x / sqrt(mean(x^2) + eps) * (1 + weight) for every row. dtype: of out and weight."""
@@ -146,11 +166,11 @@ def rmsnorm_add_rmsnorm(
 ) -> None:
     """total = residual + rmsnorm(branch, post_weight), normed = rmsnorm(total, pre_weight).
 
-    residual_dtype: of residual and total, to which all between the norms is rounded. dtype: of the others.
+    residual_dtype: of residual and total; all values between the norms are rounded to it. dtype: of all others.
     """
 
-class Cache:
-    """Keys and values, each [sequences][heads][slots][head_dim]; position p of a sequence lies in slot p % slots."""
+class KvCache:
+    """Keys and values, each [sequences][heads][slots][head_dim]. Position p of a sequence is in slot p % slots."""
 
     def __init__(
         self, key: int, value: int, sequences: int, heads: int, slots: int, head_dim: int, dtype: int
@@ -167,25 +187,25 @@ def rope_cache(
     table_dtype: int,
     positions: int,
     sequences: int,
-    cache: Cache,
+    cache: KvCache,
 ) -> None:
-    """out[count][heads][head_dim] = rotated query; rotated key and value go to the cache.
+    """out[count][heads][head_dim] = the rotated query. The rotated key and the value are written to the cache.
 
-    query, key, value: an address and the bytes from row to row. positions, sequences: int64.
+    query, key, value: an address and the number of bytes from one row to the next. positions, sequences: int64 [count].
     """
 
 def attention(
     out: int,
     query: int,
     heads: int,
-    cache: Cache,
+    cache: KvCache,
     query_start: int,
     lengths: int,
     scale: float,
     softcap: float,
     window: int,
 ) -> None:
-    """out[tokens][heads][head_dim], of the same query. query_start, lengths: int32."""
+    """out[tokens][heads][head_dim]. query: as out. query_start: int32 [sequences + 1]. lengths: int32 [sequences]."""
 
 def attention_decode(
     out: int,
@@ -194,17 +214,17 @@ def attention_decode(
     table: int,
     table_dtype: int,
     lengths: int,
-    cache: Cache,
+    cache: KvCache,
     scale: float,
     softcap: float,
     window: int,
 ) -> None:
-    """out[sequences][heads][head_dim] of a new token each, after rope_cache of its part of qkv. lengths: int32."""
+    """out[sequences][heads][head_dim] of one new token each: rope_cache, then attention. lengths: int32 [sequences]."""
 
-HEAD_TILE: int
+LM_HEAD_TILE: int
 
-class Head:
-    """Logits of x[count][length] and weight[ids][length], capped; softcap 0: not."""
+class LmHead:
+    """The logits of x[count][length] and weight[ids][length]. softcap: their cap, 0 for none."""
 
     def __init__(
         self,
@@ -217,14 +237,14 @@ class Head:
         softcap: float,
     ) -> None: ...
 
-def lm_head_logprob(out: int, best: int, head: Head, ids: int) -> None:
-    """best, int64: the id of the greatest logit. Unless `ids` is 0 also out, float32: the log of the softmax there."""
+def lm_head_logprob(out: int, best: int, head: LmHead, ids: int) -> None:
+    """best, int64 [count]: the ids of the largest logits. out, float32 [count]: logprobs of ids, unless ids is 0."""
 
-def head_scores(out: int, maxima: int, head: Head, seen: int, penalty: float, temperature: float) -> None:
-    """out[count][ids], float32: logits, penalised if `seen` is not 0, divided by the temperature.
+def lm_head_scores(out: int, maxima: int, head: LmHead, seen: int, penalty: float, temperature: float) -> None:
+    """out[count][ids], float32: the logits, penalized unless `seen` is 0, and divided by the temperature.
 
-    maxima, unless 0: float32 [count][tiles of HEAD_TILE ids], the greatest scores.
+    maxima: 0, or float32 [count][tiles of LM_HEAD_TILE ids], the largest score of each tile.
     """
 
-def head_draw(out: int, scores: int, count: int, ids: int, seed: int, steps: int) -> None:
-    """out[count], int64: the id of the greatest score + noise of the seed and steps[count], int64."""
+def lm_head_draw(out: int, scores: int, count: int, ids: int, seed: int, steps: int) -> None:
+    """out[count], int64: the ids with the largest score + noise, which follows from seed and steps, int64 [count]."""

@@ -8,7 +8,7 @@
 namespace fuzz {
 namespace {
 
-using arcmerge::Cache;
+using arcmerge::KvCache;
 using arcmerge::item_size;
 
 // Two caches whose elements are NaN until they are set.
@@ -37,8 +37,8 @@ struct Caches {
   Count element(Count sequence, Count head, Count position) const {
     return ((sequence * heads + head) * slots + position % slots) * dim;
   }
-  Cache all() const { return {key.address, value.address, sequences, heads, slots, dim, dtype}; }
-  Cache one(Count sequence) const {
+  KvCache all() const { return {key.address, value.address, sequences, heads, slots, dim, dtype}; }
+  KvCache one(Count sequence) const {
     const Count skip = element(sequence, 0, 0) * item_size(dtype);
     return {key.address + skip, value.address + skip, 1, heads, slots, dim, dtype};
   }
@@ -76,7 +76,7 @@ void require_attention(const char* out, const char* query, Count row, Count head
   for (Count head = 0; head < heads; ++head) {
     const Count of = head / (heads / caches.heads), at = (row * heads + head) * dim;
     std::vector<double> weights(keys), mixed(dim);
-    double greatest = -INFINITY, sum = 0;
+    double max = -INFINITY, sum = 0;
     for (Count key = 0; key < keys; ++key) {
       double product = 0;
       for (Count d = 0; d < dim; ++d)
@@ -84,10 +84,10 @@ void require_attention(const char* out, const char* query, Count row, Count head
                    value_of(caches.key.address, caches.dtype, caches.element(sequence, of, first + key) + d);
       product *= how.scale;
       weights[key] = how.softcap ? how.softcap * std::tanh(product / how.softcap) : product;
-      greatest = std::max(greatest, weights[key]);
+      max = std::max(max, weights[key]);
     }
     for (Count key = 0; key < keys; ++key) {
-      const double weight = std::exp(weights[key] - greatest);
+      const double weight = std::exp(weights[key] - max);
       sum += weight;
       for (Count d = 0; d < dim; ++d)
         mixed[d] +=

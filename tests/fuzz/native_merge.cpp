@@ -3,7 +3,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "cpu/matmul/gemm.h"
+#include "cpu/matmul/transpose.h"
 #include "native.h"
 
 namespace fuzz {

@@ -166,8 +166,8 @@ void head(Input& in) {
   const Count length = in.count(std::min<Count>(600, 60000 / (1 + count * ids)));
   const Memory x = tensor(in, count * length, dtype, wild, in.below(4));
   const Memory weight = tensor(in, ids * length, dtype, wild, in.below(4));
-  const arcmerge::Head head{x.address, weight.address, count, ids, length, dtype, in.flag() ? 30.0f : 0.0f};
-  const Count tiles = (ids + arcmerge::kHeadTile - 1) / arcmerge::kHeadTile, words = (ids + 31) / 32;
+  const arcmerge::LmHead head{x.address, weight.address, count, ids, length, dtype, in.flag() ? 30.0f : 0.0f};
+  const Count tiles = (ids + arcmerge::kLmHeadTile - 1) / arcmerge::kLmHeadTile, words = (ids + 31) / 32;
   const Memory plain(count * ids * 4), scores(plain.bytes), maxima(count * tiles * 4), best(count * 8);
   const Memory logprob(count * 4), chosen(count * 8), seen(count * words * 4);
   for (Count i = 0; i < seen.bytes; ++i) seen.address[i] = char(in.random());
@@ -177,9 +177,9 @@ void head(Input& in) {
 
   use_any_variant(in);
   use_threads(in, false);
-  arcmerge::head_scores(plain.as<float>(), nullptr, head, {});
+  arcmerge::lm_head_scores(plain.as<float>(), nullptr, head, {});
   use_threads(in, true);
-  arcmerge::head_scores(scores.as<float>(), with_maxima ? maxima.as<float>() : nullptr, head,
+  arcmerge::lm_head_scores(scores.as<float>(), with_maxima ? maxima.as<float>() : nullptr, head,
                         {some_seen ? seen.as<std::uint32_t>() : nullptr, penalty, temperature});
   arcmerge::lm_head_logprob(logprob.as<float>(), best.as<Count>(), head, choose ? chosen.as<Count>() : nullptr);
   for (Count t = 0; t < count; ++t) {
@@ -193,18 +193,18 @@ void head(Input& in) {
       float expected = logits[id];
       if (some_seen && seen.as<std::uint32_t>()[t * words + id / 32] >> id % 32 & 1)
         expected = expected > 0 ? expected / penalty : expected * penalty;
-      require(score[id] == (temperature == 1 ? expected : expected / temperature), "head_scores");
+      require(score[id] == (temperature == 1 ? expected : expected / temperature), "lm_head_scores");
       if (id % 5 == t % 5) {
         double product = dot(x, t, weight, id, length, dtype);
         if (head.softcap) product = head.softcap * std::tanh(product / head.softcap);
-        require(close(logits[id], product, tolerance(product, length, DType::f32)), "head_scores: a logit");
+        require(close(logits[id], product, tolerance(product, length, DType::f32)), "lm_head_scores: a logit");
       }
       sum += std::exp(double(logits[id]) - logits[found]);
     }
     for (Count tile = 0; tile < tiles && with_maxima; ++tile)
       require(maxima.as<float>()[t * tiles + tile] ==
                   *std::max_element(score + tile * 128, score + std::min(ids, tile * 128 + 128)),
-              "head_scores: maxima");
+              "lm_head_scores: maxima");
     if (choose)
       require(
           close(logprob.as<float>()[t], double(logits[chosen.as<Count>()[t]]) - logits[found] - std::log(sum), 1e-3),
@@ -225,7 +225,7 @@ std::uint32_t philox(std::uint32_t id, std::uint64_t step, std::uint64_t seed) {
   return c[0];
 }
 
-void head_draw(Input& in) {
+void lm_head_draw(Input& in) {
   const Count count = in.below(5), ids = 1 + in.count(count < 3 ? 8200 : 300);
   const Memory scores = tensor(in, count * ids, DType::f32, false), steps(count * 8), out(count * 8);
   const std::uint64_t seed = in.random();
@@ -235,7 +235,7 @@ void head_draw(Input& in) {
   for (Count t = 0; t < count; ++t) steps.as<std::uint64_t>()[t] = in.random() >> in.below(64);
   use_any_variant(in);
   use_threads(in, true);
-  arcmerge::head_draw(out.as<Count>(), scores.as<float>(), count, ids, seed, steps.as<Count>());
+  arcmerge::lm_head_draw(out.as<Count>(), scores.as<float>(), count, ids, seed, steps.as<Count>());
   for (Count t = 0; t < count; ++t) {
     Count expected = 0;
     float best = -std::numeric_limits<float>::infinity();
@@ -246,7 +246,7 @@ void head_draw(Input& in) {
       const float noisy = score - std::log(-std::log1p(-(value < 1 ? value : 1 - 0x1p-24f)));
       if (noisy > best) best = noisy, expected = id;
     }
-    require(out.as<Count>()[t] == expected, "head_draw");
+    require(out.as<Count>()[t] == expected, "lm_head_draw");
   }
 }
 
@@ -260,7 +260,7 @@ void read(Input& in) {
 }  // namespace
 
 void model_operation(Input& in) {
-  constexpr void (*kOperations[])(Input&) = {linear, linear_geglu, geglu, rmsnorm, head, head_draw, read};
+  constexpr void (*kOperations[])(Input&) = {linear, linear_geglu, geglu, rmsnorm, head, lm_head_draw, read};
   kOperations[in.below(std::size(kOperations))](in);
 }
 

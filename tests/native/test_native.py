@@ -98,7 +98,7 @@ def test_the_environment_forces_a_variant(variant):
 
 def test_an_unknown_variant_is_refused():
     known = ", ".join(_C.variants())
-    sentence = f"the variant must be one that this processor can run ({known}), got 'mmx'"
+    sentence = f"'name' must be a variant that this processor can run ({known}), got 'mmx'"
     with pytest.raises(ValueError, match="got 'mmx'") as caught:
         _C.use_variant("mmx")
     assert str(caught.value) == sentence
@@ -110,8 +110,8 @@ def test_an_unknown_variant_is_refused():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        pytest.param(lambda x: _C.gram([], None, 0, 1), "the number of operands must be 1 to 8, got 0", id="none"),
-        pytest.param(lambda x: _C.gram([x] * 9, None, 0, 1), "the number of operands must be 1 to 8, got 9", id="nine"),
+        pytest.param(lambda x: _C.gram([], None, 0, 1), "'operands' must have 1 to 8 entries, got 0", id="none"),
+        pytest.param(lambda x: _C.gram([x] * 9, None, 0, 1), "'operands' must have 1 to 8 entries, got 9", id="nine"),
         pytest.param(
             lambda x: _C.gram([x], None, -1, 1),
             "'first' and 'count' must not be negative, got -1 and 1",
@@ -119,7 +119,7 @@ def test_an_unknown_variant_is_refused():
         ),
         pytest.param(
             lambda x: _C.combine(0, 0, [x], [1.0, 2.0], 0, 1),
-            "there must be as many coefficients as operands (1), got 2",
+            "'coefficients' must be as many as the operands (1), got 2",
             id="coefficients",
         ),
         pytest.param(
@@ -131,17 +131,17 @@ def test_an_unknown_variant_is_refused():
         pytest.param(lambda x: _C.Operand(0, 0, 7), "'cast' must be 0 (bf16), 1 (f16) or 2 (f32), got 7", id="cast"),
         pytest.param(
             lambda x: _C.Operand(0, 0, -1, 64, 0),
-            "'columns' must be at least 1 where 'rows' is given, got 0",
+            "'columns' must be 1 or more with 'rows', got 0",
             id="columns",
         ),
         pytest.param(
             lambda x: _C.gram_vectors([x], None, 1, 1, 2, 0),
-            "'along' must be 0 (vectors are columns) or 1 (vectors are rows), got 2",
+            "'dim' must be 0 (columns) or 1 (rows), got 2",
             id="along",
         ),
         pytest.param(
             lambda x: _C.gram_vectors([x], None, 1, 0, 1, 0),
-            "a matrix must have 'rows' >= 0 and 'columns' >= 1, got 1 and 0",
+            "'rows' must be 0 or more and 'columns' 1 or more, got 1 and 0",
             id="matrix",
         ),
     ],

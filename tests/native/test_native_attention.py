@@ -218,18 +218,16 @@ def test_caches_at_any_address(variant: str, dtype: torch.dtype) -> None:
         expected = attention(query, key, value, starts, lengths, max_seqlen_q=20, scale=0.2, softcap=50.0)
         moved = [at_offset(tensor.flatten(), 3) for tensor in (query, key, value)]
         at = [buffer.data_ptr() + 3 for buffer in moved]
-        cache = _C.Cache(at[1], at[2], 1, 1, 40, 16, 0 if dtype == BF16 else 2)
+        cache = _C.KvCache(at[1], at[2], 1, 1, 40, 16, 0 if dtype == BF16 else 2)
         _C.attention(out.data_ptr(), at[0], 2, cache, starts.data_ptr(), lengths.data_ptr(), 0.2, 50.0, 0)
     assert same_bits(out, expected)
 
 
 def test_wrong_calls_are_refused_in_a_sentence() -> None:
-    cache = _C.Cache(0, 0, 1, 2, 64, 16, 0)
-    with pytest.raises(ValueError, match=r"^heads of queries must be a multiple of the 2 heads of keys, got 3$"):
+    cache = _C.KvCache(0, 0, 1, 2, 64, 16, 0)
+    with pytest.raises(ValueError, match=r"^'heads' must be a multiple of the cache's 2, got 3$"):
         _C.attention(0, 0, 3, cache, 0, 0, 1.0, 0.0, 0)
-    with pytest.raises(
-        ValueError, match=r"^a cache must have heads, slots and an even number of columns, got 1, 0 and"
-    ):
-        _C.attention_decode(0, 0, 1, 0, 0, 0, _C.Cache(0, 0, 1, 1, 0, 16, 0), 1.0, 0.0, 0)
+    with pytest.raises(ValueError, match=r"^'cache' must have heads, slots and an even head_dim, got 1, 0 and"):
+        _C.attention_decode(0, 0, 1, 0, 0, 0, _C.KvCache(0, 0, 1, 1, 0, 16, 0), 1.0, 0.0, 0)
     with pytest.raises(ValueError, match=r"^'dtype' must be 0 \(bf16\) or 2 \(f32\), got 1$"):
-        _C.Cache(0, 0, 1, 1, 8, 16, 1)
+        _C.KvCache(0, 0, 1, 1, 8, 16, 1)

@@ -259,8 +259,8 @@ def test_there_is_a_thread_for_each_cpu_that_the_process_may_run_on():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: _C.set_threads(0), "'threads' must be 1 to 1024, got 0"),
-        (lambda: _C.set_threads(1025), "'threads' must be 1 to 1024, got 1025"),
+        (lambda: _C.set_threads(0), "'threads' must be a whole number from 1 to 1024, got 0"),
+        (lambda: _C.set_threads(1025), "'threads' must be a whole number from 1 to 1024, got 1025"),
         (lambda: _C.linear(0, 0, 1, 1, [(0, 1)], 1), "'dtype' must be 0 (bf16) or 2 (f32), got 1"),
         (
             lambda: _C.linear(0, 0, 1, 1, [(0, 1), (0, -1)], 0),

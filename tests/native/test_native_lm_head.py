@@ -177,8 +177,8 @@ def test_draws_are_those_of_the_reference(
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 @pytest.mark.parametrize("spread", [12.0, 3.0, 0.1])
 def test_filters_keep_nothing_unlikely(filters: tuple[int, float, float], spread: float) -> None:
-    for scores in spread * normal(6, 200 * _C.HEAD_TILE, dtype=F32):
-        likely, mass = _likely(scores, scores.unflatten(0, (200, _C.HEAD_TILE)).amax(1), *filters)
+    for scores in spread * normal(6, 200 * _C.LM_HEAD_TILE, dtype=F32):
+        likely, mass = _likely(scores, scores.unflatten(0, (200, _C.LM_HEAD_TILE)).amax(1), *filters)
         every, few = kept(scores[None], *filters)[0], kept(scores[likely][None], *filters, mass)[0]
         assert torch.equal(every[likely], few)
         assert (every > -torch.inf).sum() == (few > -torch.inf).sum()
@@ -197,7 +197,7 @@ def test_noise_is_that_of_the_reference(variant: str, seed: int, threads: Callab
     for number in (1, 2):
         threads(number)
         with using(variant):
-            _C.head_draw(drawn.data_ptr(), scores.data_ptr(), 10, 20001, seed, steps.data_ptr())
+            _C.lm_head_draw(drawn.data_ptr(), scores.data_ptr(), 10, 20001, seed, steps.data_ptr())
         noisy = scores + gumbel(seed, steps[:, None], ids)
         assert torch.equal(drawn, noisy.argmax(dim=1))
 
@@ -206,13 +206,13 @@ def test_draws_follow_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     # Where scores differ as much as noise does, an estimate of the noise that is too low would lose the winner.
     scores = 3 * normal(64, 4096, dtype=F32)
     drawn, steps = torch.full((64,), -1), torch.arange(64)
-    _C.head_draw(drawn.data_ptr(), scores.data_ptr(), 64, 4096, 9, steps.data_ptr())
+    _C.lm_head_draw(drawn.data_ptr(), scores.data_ptr(), 64, 4096, 9, steps.data_ptr())
     noisy = (scores + gumbel(9, steps[:, None], torch.arange(4096))).double()
     assert torch.equal(drawn, first_greatest(noisy, torch.full_like(noisy, 2.0**-21)).value)
 
 
 def test_wrong_calls_are_refused_in_a_sentence() -> None:
-    with pytest.raises(ValueError, match=r"^a head must have tokens, columns and ids, got 1, 8 and 0$"):
-        _C.lm_head_logprob(0, 0, _C.Head(0, 0, 1, 0, 8, 0, 30.0), 0)
+    with pytest.raises(ValueError, match=r"^'head' must have tokens, columns and ids, got 1, 8 and 0$"):
+        _C.lm_head_logprob(0, 0, _C.LmHead(0, 0, 1, 0, 8, 0, 30.0), 0)
     with pytest.raises(ValueError, match=r"^'dtype' must be 0 \(bf16\) or 2 \(f32\), got 1$"):
-        _C.Head(0, 0, 1, 1, 8, 1, 30.0)
+        _C.LmHead(0, 0, 1, 1, 8, 1, 30.0)

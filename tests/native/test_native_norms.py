@@ -177,7 +177,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         (lambda: _C.rmsnorm(0, 0, 0, 0, 3, 1, 1, 0.0), "'dtype' must be 0 (bf16) or 2 (f32), got 3"),
         (
             lambda: _C.rmsnorm(0, 0, 0, 0, 0, 1, 0, 0.0),
-            "a matrix must have 'rows' >= 0 and 'columns' >= 1, got 1 and 0",
+            "'rows' must be 0 or more and 'columns' 1 or more, got 1 and 0",
         ),
         (
             lambda: _C.rmsnorm_add_rmsnorm(0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0.0),

@@ -84,5 +84,5 @@ def test_a_number_that_is_set_is_that_of_merges_too() -> None:
         assert Options(threads=3).thread_count == 3
     finally:
         arcmerge.set_num_threads(before)
-    with pytest.raises(ValueError, match="must be 1 to 1024, got 0"):
+    with pytest.raises(ValueError, match="must be a whole number from 1 to 1024, got 0"):
         arcmerge.set_num_threads(0)

@@ -68,7 +68,7 @@ Result one_row() {
 
 Result attended() {
   std::vector<float> key = kWeight, value = kUp;  // [1, 1, slots, head_dim]
-  Cache cache;
+  KvCache cache;
   cache.key = reinterpret_cast<char*>(key.data());
   cache.value = reinterpret_cast<char*>(value.data());
   cache.sequences = cache.heads = 1;
@@ -82,7 +82,7 @@ Result attended() {
 }
 
 Result scored() {
-  Head head;
+  LmHead head;
   head.x = bytes(kX);
   head.weight = bytes(kWeight);
   head.count = kTokens;

@@ -1,12 +1,12 @@
-// attention_decode: keys and values at the speed of memory, in splits of a fixed size that are combined in order.
+// attention_decode: reads keys and values at the bandwidth of memory, in splits of a fixed size whose results are
+// combined in order.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <vector>
 
-#include "cpu/gemma2/kv_cache.h"
-#include "cpu/gemma2/rotate.h"
+#include "cpu/gemma2/rope_cache.h"
 #include "cpu/gemma2/softmax.h"
 #include "cpu/matmul/gemv.h"
 #include "cpu/simd/fma.h"
@@ -17,15 +17,15 @@
 namespace arcmerge {
 namespace {
 
-// With heads of 256, half a megabyte of keys and values: 30 us.
-constexpr std::int64_t kKeys = 512;
+// The keys of a split. With a head_dim of 256 its keys and values take half a megabyte, and 30 us.
+constexpr std::int64_t kSplitKeys = 512;
 
-// Positions [first, last) of a sequence, of one head of keys.
+// Positions [first, last) of one head of keys of a sequence.
 struct Split {
   std::int64_t sequence, head, first, last;
 };
 
-// ---- sums of values: in 32-bit words, of which bf16 takes two sums, for even elements and for odd ones
+// ---- sums of values, by 32-bit words; a word of bf16 belongs to two sums, of even and of odd elements
 
 constexpr int kUnroll = 8;
 
@@ -48,7 +48,7 @@ struct Word {
   }
 };
 
-// sums[head][parity][word] += weights[head][key] * the word of `kRows` rows of values.
+// sums[head][parity][word] += weights[head][key] * values[key][word], for kRows keys.
 template <class Isa, DType dtype, int kRows>
 inline void add_rows(float* sums, const char* value, std::int64_t words, const float* weights, std::int64_t group) {
   using W = Word<Isa, dtype>;
@@ -62,12 +62,12 @@ inline void add_rows(float* sums, const char* value, std::int64_t words, const f
     }
     for (std::int64_t head = 0; head < group; ++head)
       for (int part = 0; part < W::kSums; ++part) {
-        float* at = sums + (head * W::kSums + part) * words + word;
+        float* address = sums + (head * W::kSums + part) * words + word;
         F32 sum;
-        std::memcpy(&sum, at, sizeof sum);
+        std::memcpy(&sum, address, sizeof sum);
         for (int i = 0; i < kRows; ++i)
-          sum = Fused<Isa>::multiply_add(row[i].value[part], every_lane<Isa>(weights[head * kKeys + i]), sum);
-        std::memcpy(at, &sum, sizeof sum);
+          sum = Fma<Isa>::multiply_add(row[i].value[part], broadcast<Isa>(weights[head * kSplitKeys + i]), sum);
+        std::memcpy(address, &sum, sizeof sum);
       }
   }
 }
@@ -81,10 +81,10 @@ inline void add_values(float* sums, const char* value, std::int64_t keys, std::i
   for (; key < keys; ++key) add_rows<Isa, dtype, 1>(sums, value + key * words * 4, words, weights + key, group);
 }
 
-// Heads too short for the registers of a variant take the shortest ones.
+// Heads that do not fill the registers of a variant use the narrowest registers.
 template <class Isa, DType dtype>
-inline void add_values_of(float* sums, const char* value, std::int64_t keys, std::int64_t words, const float* weights,
-                          std::int64_t group) {
+inline void add_values_any_width(float* sums, const char* value, std::int64_t keys, std::int64_t words,
+                                 const float* weights, std::int64_t group) {
   if (words % (Isa::kBytes / 4) == 0)
     add_values<Isa, dtype>(sums, value, keys, words, weights, group);
   else
@@ -92,27 +92,27 @@ inline void add_values_of(float* sums, const char* value, std::int64_t keys, std
 }
 
 template <class Isa>
-inline void bf16_values_body(float* sums, const char* value, std::int64_t keys, std::int64_t words,
-                             const float* weights, std::int64_t group) {
-  add_values_of<Isa, DType::bf16>(sums, value, keys, words, weights, group);
+inline void add_bf16_values_body(float* sums, const char* value, std::int64_t keys, std::int64_t words,
+                                 const float* weights, std::int64_t group) {
+  add_values_any_width<Isa, DType::bf16>(sums, value, keys, words, weights, group);
 }
 
 template <class Isa>
-inline void f32_values_body(float* sums, const char* value, std::int64_t keys, std::int64_t words, const float* weights,
-                            std::int64_t group) {
-  add_values_of<Isa, DType::f32>(sums, value, keys, words, weights, group);
+inline void add_f32_values_body(float* sums, const char* value, std::int64_t keys, std::int64_t words,
+                                const float* weights, std::int64_t group) {
+  add_values_any_width<Isa, DType::f32>(sums, value, keys, words, weights, group);
 }
 
-ARCMERGE_VARIANTS(void, bf16_values,
+ARCMERGE_VARIANTS(void, add_bf16_values,
                   (float* sums, const char* value, std::int64_t keys, std::int64_t words, const float* weights,
                    std::int64_t group),
                   (sums, value, keys, words, weights, group))
-ARCMERGE_VARIANTS(void, f32_values,
+ARCMERGE_VARIANTS(void, add_f32_values,
                   (float* sums, const char* value, std::int64_t keys, std::int64_t words, const float* weights,
                    std::int64_t group),
                   (sums, value, keys, words, weights, group))
 
-// out[i] = sum over splits of factors[s] * sums[s * stride + i].
+// out[i] = the sum over splits s of factors[s] * sums[s * stride + i].
 template <class>
 ARCMERGE_INLINE void combine_splits_body(float* out, const float* sums, std::int64_t stride, const float* factors,
                                          std::int64_t splits, std::int64_t count) {
@@ -128,62 +128,63 @@ ARCMERGE_VARIANTS(void, combine_splits,
 
 // ---- the operation
 
+// The arguments of a call and the results of its splits.
 struct Decode {
-  const Cache& cache;
-  Sight sight;
+  const KvCache& cache;
+  ScoreParameters scoring;
   std::int64_t heads, group, head_bytes;
-  std::vector<char> query;  // rotated, [sequences][heads]
+  std::vector<char> query;  // [sequences][heads], rotated
   std::vector<Split> splits;
-  std::unique_ptr<float[]> sums;  // of a split, for each head of the group: [head][parity][word]
-  std::vector<Statistics> statistics;
+  std::unique_ptr<float[]> sums;  // [split][head of the group][parity][word]
+  std::vector<SoftmaxStatistics> statistics;
 
   std::int64_t dim() const { return cache.head_dim; }
 };
 
-// Positions of one split that lie in one piece of a ring, one piece after another.
+// Calls body(first, count) for each range of positions of a split that is contiguous in the ring of slots.
 template <class Body>
-void for_pieces(const Split& split, std::int64_t slots, const Body& body) {
+void for_ranges(const Split& split, std::int64_t slots, const Body& body) {
   for (std::int64_t first = split.first, next; first < split.last; first = next) {
     next = std::min(split.last, (first / slots + 1) * slots);
     body(first, next - first);
   }
 }
 
-void attend(Decode& decode, std::int64_t number) {
-  const Split& split = decode.splits[number];
-  const Cache& cache = decode.cache;
+void attend(Decode& decode, std::int64_t index) {
+  const Split& split = decode.splits[index];
+  const KvCache& cache = decode.cache;
   const std::int64_t group = decode.group, keys = split.last - split.first;
-  std::vector<float> products(kKeys * group), weights(kKeys * group);
+  std::vector<float> products(kSplitKeys * group), weights(kSplitKeys * group);
   const char* query = decode.query.data() + (split.sequence * decode.heads + split.head * group) * decode.head_bytes;
-  for_pieces(split, cache.slots, [&](std::int64_t first, std::int64_t count) {
-    dot_rows(cache.key + cache.offset(split.sequence, split.head, first), count, query, group, cache.head_dim,
-             cache.dtype, products.data() + (first - split.first) * group);
+  for_ranges(split, cache.slots, [&](std::int64_t first, std::int64_t count) {
+    gemv(cache.key + cache.offset(split.sequence, split.head, first), count, query, group, cache.head_dim, cache.dtype,
+         products.data() + (first - split.first) * group);
   });
   for (std::int64_t head = 0; head < group; ++head) {
-    float* row = weights.data() + head * kKeys;
+    float* row = weights.data() + head * kSplitKeys;
     for (std::int64_t key = 0; key < keys; ++key) row[key] = products[key * group + head];
-    decode.statistics[number * group + head] = softmax_row(row, keys, decode.sight, cache.dtype);
+    decode.statistics[index * group + head] = softmax_row(row, keys, decode.scoring, cache.dtype);
   }
-  float* sums = decode.sums.get() + number * group * decode.dim();
+  float* sums = decode.sums.get() + index * group * decode.dim();
   std::fill_n(sums, group * decode.dim(), 0.0f);
-  for_pieces(split, cache.slots, [&](std::int64_t first, std::int64_t count) {
-    (cache.dtype == DType::f32 ? f32_values : bf16_values)(
+  for_ranges(split, cache.slots, [&](std::int64_t first, std::int64_t count) {
+    (cache.dtype == DType::f32 ? add_f32_values : add_bf16_values)(
         sums, cache.value + cache.offset(split.sequence, split.head, first), count, decode.head_bytes / 4,
         weights.data() + (first - split.first), group);
   });
 }
 
-// What splits [first, first + count), all those of one head of keys, make of the heads of queries that share it.
+// Combines splits [first, first + count), all splits of one head of keys, for the query heads that share it.
 void combine(const Decode& decode, std::int64_t first, std::int64_t count, char* out) {
   const std::int64_t dim = decode.dim(), group = decode.group, words = decode.head_bytes / 4, parts = dim / words;
   std::vector<float> factors(count), mixed(dim), row(dim);
   for (std::int64_t head = 0; head < group; ++head) {
-    const auto of = [&](std::int64_t split) { return decode.statistics[(first + split) * group + head]; };
-    float greatest = kNone, sum = 0;
-    for (std::int64_t split = 0; split < count; ++split) greatest = std::max(greatest, of(split).greatest);
+    const auto statistics = [&](std::int64_t split) { return decode.statistics[(first + split) * group + head]; };
+    float max = kLowest, sum = 0;
+    for (std::int64_t split = 0; split < count; ++split) max = std::max(max, statistics(split).max);
     for (std::int64_t split = 0; split < count; ++split) {
-      factors[split] = std::exp2(of(split).greatest - greatest);
-      sum += factors[split] * of(split).sum;
+      factors[split] = std::exp2(statistics(split).max - max);
+      sum += factors[split] * statistics(split).sum;
     }
     combine_splits(mixed.data(), decode.sums.get() + (first * group + head) * dim, group * dim, factors.data(), count,
                    dim);
@@ -195,11 +196,12 @@ void combine(const Decode& decode, std::int64_t first, std::int64_t count, char*
 }  // namespace
 
 void attention_decode(void* out, const void* qkv, std::int64_t heads, const void* table, DType table_dtype,
-                      const std::int32_t* lengths, const Cache& cache, double scale, double softcap,
+                      const std::int32_t* lengths, const KvCache& cache, double scale, double softcap,
                       std::int64_t window) {
   require_cache(cache, heads);
   const std::int64_t head_bytes = cache.head_dim * item_size(cache.dtype), all_heads = heads + 2 * cache.heads;
-  Decode decode{cache, sight(scale, softcap, window), heads, heads / cache.heads, head_bytes, {}, {}, nullptr, {}};
+  Decode decode{
+      cache, score_parameters(scale, softcap, window), heads, heads / cache.heads, head_bytes, {}, {}, nullptr, {}};
   decode.query.resize(cache.sequences * heads * head_bytes);
   for (std::int64_t sequence = 0; sequence < cache.sequences; ++sequence) {
     const std::int64_t length = lengths[sequence];
@@ -210,19 +212,20 @@ void attention_decode(void* out, const void* qkv, std::int64_t heads, const void
       rotate(decode.query.data() + (sequence * heads + head) * head_bytes, states + head * head_bytes, cache.dtype,
              angles, table_dtype, cache.head_dim);
     for (std::int64_t head = 0; head < cache.heads; ++head) {
-      const std::int64_t to = cache.offset(sequence, head, length - 1);
-      rotate(cache.key + to, states + (heads + head) * head_bytes, cache.dtype, angles, table_dtype, cache.head_dim);
-      std::memcpy(cache.value + to, states + (heads + cache.heads + head) * head_bytes, head_bytes);
-      const std::int64_t seen = std::max<std::int64_t>(0, length - std::int64_t(decode.sight.reach));
-      for (std::int64_t first = seen / kKeys * kKeys; first < length; first += kKeys)
-        decode.splits.push_back({sequence, head, std::max(first, seen), std::min(first + kKeys, length)});
+      const std::int64_t offset = cache.offset(sequence, head, length - 1);
+      rotate(cache.key + offset, states + (heads + head) * head_bytes, cache.dtype, angles, table_dtype,
+             cache.head_dim);
+      std::memcpy(cache.value + offset, states + (heads + cache.heads + head) * head_bytes, head_bytes);
+      const std::int64_t first_seen = std::max<std::int64_t>(0, length - std::int64_t(decode.scoring.window));
+      for (std::int64_t first = first_seen / kSplitKeys * kSplitKeys; first < length; first += kSplitKeys)
+        decode.splits.push_back({sequence, head, std::max(first, first_seen), std::min(first + kSplitKeys, length)});
     }
   }
   const std::int64_t splits = decode.splits.size();
   decode.sums.reset(new float[splits * decode.group * cache.head_dim]);
   decode.statistics.resize(splits * decode.group);
   parallel(splits, 1, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t number = first; number < last; ++number) attend(decode, number);
+    for (std::int64_t index = first; index < last; ++index) attend(decode, index);
   });
 
   std::vector<std::int64_t> begin(cache.sequences * cache.heads + 1);
@@ -230,11 +233,11 @@ void attention_decode(void* out, const void* qkv, std::int64_t heads, const void
   for (std::size_t i = 1; i < begin.size(); ++i) begin[i] += begin[i - 1];
   parallel(cache.sequences * cache.heads, 1, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) {
-      char* to = static_cast<char*>(out) + i * decode.group * head_bytes;
+      char* target = static_cast<char*>(out) + i * decode.group * head_bytes;
       if (begin[i] == begin[i + 1])
-        std::memset(to, 0, decode.group * head_bytes);
+        std::memset(target, 0, decode.group * head_bytes);
       else
-        combine(decode, begin[i], begin[i + 1] - begin[i], to);
+        combine(decode, begin[i], begin[i + 1] - begin[i], target);
     }
   });
 }

@@ -1,4 +1,4 @@
-// The activation of Gemma-2's MLP on values in f32, for the operations that end in it.
+// The activation of the MLP of Gemma-2 on values in f32.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace arcmerge {
 
-// gate[i] = gelu(gate[i]) * up[i] for i < count, within a unit of the last place of f32 before any rounding to dtype.
-// stepwise: gate and up are rounded to dtype first, then gelu; the product is left to the caller in any case.
+// gate[i] = gelu(gate[i]) * up[i] for i < count, within a unit in the last place of f32. stepwise: gate, up and the
+// gelu are rounded to dtype. The caller rounds the product.
 void activate(float* gate, const float* up, std::int64_t count, DType dtype, bool stepwise);
 
 }  // namespace arcmerge

@@ -1,11 +1,12 @@
-// rmsnorm and rmsnorm_add_rmsnorm, row by row: a row fits in L1, so memory is read and written once.
+// rmsnorm and rmsnorm_add_rmsnorm. They work row by row: a row fits in L1, so that memory is read and written once.
 //
-// The squares of f32 are exact in f64, in which they are summed in 16 lanes; everything else is in f32, in plain
-// products and sums. So all variants give the same bits.
+// The squares are summed in f64, in which those of f32 values are exact, in kLanes lanes. All other arithmetic is in
+// f32, with plain products and sums. So all variants give the same bits.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "cpu/simd/constants.h"
 #include "cpu/simd/convert.h"
 #include "cpu/simd/tile.h"
 #include "cpu/simd/variant.h"
@@ -15,8 +16,7 @@
 namespace arcmerge {
 namespace {
 
-constexpr std::int64_t kLanes = 16;
-// Rows worth waking a thread for: 15 us of 2.6B's.
+// The rows for which waking a thread is worthwhile: 15 us for a 2.6B model.
 constexpr std::int64_t kRows = 16;
 
 template <class>
@@ -53,13 +53,13 @@ ARCMERGE_VARIANTS(void, multiply, (float* out, const float* x, float scale, cons
 ARCMERGE_VARIANTS(void, add, (float* sum, const float* x, DType dtype, std::int64_t count), (sum, x, dtype, count))
 ARCMERGE_VARIANTS(void, add_one, (float* x, std::int64_t count), (x, count))
 
-// The row of a tensor of rows as long as `values`, in f32.
-void read(const void* tensor, DType dtype, std::int64_t row, std::vector<float>& values) {
+// Reads a row of a tensor, whose rows are as long as `values`, in f32.
+void read_row(const void* tensor, DType dtype, std::int64_t row, std::vector<float>& values) {
   const std::int64_t columns = std::int64_t(values.size());
   widen({static_cast<const char*>(tensor), dtype}, row * columns, columns, values.data());
 }
 
-void write(const std::vector<float>& values, void* tensor, DType dtype, std::int64_t row) {
+void write_row(const std::vector<float>& values, void* tensor, DType dtype, std::int64_t row) {
   const std::int64_t columns = std::int64_t(values.size());
   narrow(values.data(), columns, dtype, static_cast<char*>(tensor) + row * columns * item_size(dtype));
 }
@@ -67,7 +67,7 @@ void write(const std::vector<float>& values, void* tensor, DType dtype, std::int
 // 1 + weight.
 std::vector<float> gain_of(const void* weight, DType dtype, std::int64_t columns) {
   std::vector<float> gain(columns);
-  read(weight, dtype, 0, gain);
+  read_row(weight, dtype, 0, gain);
   add_one(gain.data(), columns);
   return gain;
 }
@@ -89,9 +89,9 @@ void rmsnorm(void* out, const void* x, DType x_dtype, const void* weight, DType 
   parallel(rows, kRows, [&](std::int64_t first, std::int64_t last) {
     std::vector<float> values(columns), normed(columns);
     for (std::int64_t row = first; row < last; ++row) {
-      read(x, x_dtype, row, values);
+      read_row(x, x_dtype, row, values);
       normalize(normed, values, gain, eps);
-      write(normed, out, dtype, row);
+      write_row(normed, out, dtype, row);
     }
   });
 }
@@ -104,13 +104,13 @@ void rmsnorm_add_rmsnorm(void* total, void* normed, const void* branch, const vo
   parallel(rows, kRows, [&](std::int64_t first, std::int64_t last) {
     std::vector<float> values(columns), sums(columns), scaled(columns);
     for (std::int64_t row = first; row < last; ++row) {
-      read(branch, dtype, row, values);
-      read(residual, residual_dtype, row, sums);
+      read_row(branch, dtype, row, values);
+      read_row(residual, residual_dtype, row, sums);
       normalize(scaled, values, post, eps);
       add(sums.data(), scaled.data(), residual_dtype, columns);
-      write(sums, total, residual_dtype, row);
+      write_row(sums, total, residual_dtype, row);
       normalize(scaled, sums, pre, eps);
-      write(scaled, normed, dtype, row);
+      write_row(scaled, normed, dtype, row);
     }
   });
 }

@@ -1,8 +1,8 @@
-// rope_cache: a row of projections at a time.
+// rope_cache: rotates queries and keys, and stores keys and values, one row of projections at a time.
+#include "cpu/gemma2/rope_cache.h"
+
 #include <cstring>
 
-#include "cpu/gemma2/kv_cache.h"
-#include "cpu/gemma2/rotate.h"
 #include "cpu/simd/convert.h"
 #include "cpu/simd/variant.h"
 #include "cpu/system/thread_pool.h"
@@ -49,10 +49,10 @@ ARCMERGE_INLINE void rotate_head(char* out, const char* x, const char* table, st
 }
 
 template <class>
-ARCMERGE_INLINE void rotate_body(void* to, const void* from, DType dtype, const void* angles, DType table_dtype,
+ARCMERGE_INLINE void rotate_body(void* out_head, const void* x_head, DType dtype, const void* angles, DType table_dtype,
                                  std::int64_t dim) {
-  char* out = static_cast<char*>(to);
-  const char *x = static_cast<const char*>(from), *table = static_cast<const char*>(angles);
+  char* out = static_cast<char*>(out_head);
+  const char *x = static_cast<const char*>(x_head), *table = static_cast<const char*>(angles);
   if (dtype == DType::f32)
     rotate_head<DType::f32, DType::f32>(out, x, table, dim / 2);
   else if (table_dtype == DType::f32)
@@ -69,7 +69,7 @@ ARCMERGE_VARIANTS(void, rotate,
 
 void rope_cache(void* out, const Rows& query, std::int64_t heads, const Rows& key, const Rows& value,
                 std::int64_t count, const void* table, DType table_dtype, const std::int64_t* positions,
-                const std::int64_t* sequences, const Cache& cache) {
+                const std::int64_t* sequences, const KvCache& cache) {
   require_cache(cache, heads);
   const std::int64_t head_bytes = cache.head_dim * item_size(cache.dtype);
   parallel(count, 4, [&](std::int64_t first, std::int64_t last) {
@@ -84,9 +84,9 @@ void rope_cache(void* out, const Rows& query, std::int64_t heads, const Rows& ke
         rotate(rotated + head * head_bytes, query.row(t) + head * head_bytes, cache.dtype, angles, table_dtype,
                cache.head_dim);
       for (std::int64_t head = 0; head < cache.heads; ++head) {
-        const std::int64_t to = cache.offset(sequences[t], head, positions[t]);
-        rotate(cache.key + to, key.row(t) + head * head_bytes, cache.dtype, angles, table_dtype, cache.head_dim);
-        std::memcpy(cache.value + to, value.row(t) + head * head_bytes, head_bytes);
+        const std::int64_t offset = cache.offset(sequences[t], head, positions[t]);
+        rotate(cache.key + offset, key.row(t) + head * head_bytes, cache.dtype, angles, table_dtype, cache.head_dim);
+        std::memcpy(cache.value + offset, value.row(t) + head * head_bytes, head_bytes);
       }
     }
   });

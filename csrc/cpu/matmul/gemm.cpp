@@ -1,5 +1,5 @@
-// products: eight rows by three registers of columns at a time in AVX-512, where 24 accumulators hide the latency of 4
-// cycles twice over and a step loads 11 values for 24 products.
+// gemm: multiplies tiles whose sums stay in registers. With AVX-512 a tile has eight rows by three registers of
+// columns: its 24 sums hide the latency of 4 cycles twice over, and a step loads 11 values for 24 products.
 #include "cpu/matmul/gemm.h"
 
 #include <algorithm>
@@ -12,15 +12,16 @@
 namespace arcmerge {
 namespace {
 
-// AVX2 has 16 registers: of f32, 12 sums, two factors and a left one; of bf16, half as many sums and twice the factors.
+// AVX2 has 16 registers. f32 takes 12 sums, two right words and a left word; bf16 takes 8 sums, but twice as many
+// words.
 template <class Isa, DType dtype>
-constexpr int kMostRows = Isa::kBytes == 64   ? 8
-                          : Isa::kBytes == 32 ? (dtype == DType::f32 ? 6 : 4)
-                                              : 2;
+constexpr int kMaxRows = Isa::kBytes == 64   ? 8
+                         : Isa::kBytes == 32 ? (dtype == DType::f32 ? 6 : 4)
+                                             : 2;
 template <class Isa>
-constexpr int kMostUnits = Isa::kBytes == 64 ? kColumns / kLanes : 1;
+constexpr int kMaxUnits = Isa::kBytes == 64 ? kColumns / kLanes : 1;
 
-// A register of words of the right operand, and its product with one word of the left.
+// A register of words of the right operand, and its product with one word of the left operand.
 template <class Isa, DType dtype>
 struct Factor {
   using F32 = typename Vector<Isa>::F32;
@@ -30,10 +31,10 @@ struct Factor {
   inline void add_product(F32& sum, std::uint32_t left) const {
     const U32 all = U32{} + left;
     if constexpr (dtype == DType::bf16) {
-      sum = Fused<Isa>::multiply_add((F32)(all & 0xffff0000u), (F32)(words & 0xffff0000u), sum);
-      sum = Fused<Isa>::multiply_add((F32)(all << 16), (F32)(words << 16), sum);
+      sum = Fma<Isa>::multiply_add((F32)(all & 0xffff0000u), (F32)(words & 0xffff0000u), sum);
+      sum = Fma<Isa>::multiply_add((F32)(all << 16), (F32)(words << 16), sum);
     } else {
-      sum = Fused<Isa>::multiply_add((F32)all, (F32)words, sum);
+      sum = Fma<Isa>::multiply_add((F32)all, (F32)words, sum);
     }
   }
 };
@@ -52,8 +53,8 @@ struct Factor<Avx512Bf16, DType::bf16> {
 #endif
 
 template <class Isa, DType dtype, int kRows, int kUnits>
-inline void tile(float* out, const char* left, const Words& strides, std::int64_t steps, const std::uint32_t* right,
-                 std::int64_t columns, const float* factors) {
+inline void tile(float* out, const char* left, const LeftOperand& strides, std::int64_t steps,
+                 const std::uint32_t* right, std::int64_t columns, const float* factors) {
   using F32 = typename Vector<Isa>::F32;
   constexpr int kWidth = Isa::kBytes / 4, kRegisters = kUnits * int(kLanes) / kWidth;
   F32 sum[kRows][kRegisters] = {};
@@ -66,74 +67,74 @@ inline void tile(float* out, const char* left, const Words& strides, std::int64_
         sum[i][r] *= factor;
       }
     }
-  for (std::int64_t step = 0; step < steps; ++step, left += strides.step, right += columns) {
+  for (std::int64_t step = 0; step < steps; ++step, left += strides.step_stride, right += columns) {
     Factor<Isa, dtype> factor[kRegisters];
     for (int r = 0; r < kRegisters; ++r) std::memcpy(&factor[r].words, right + r * kWidth, sizeof factor[r].words);
     for (int i = 0; i < kRows; ++i) {
       std::uint32_t word;
-      std::memcpy(&word, left + i * strides.row, sizeof word);
+      std::memcpy(&word, left + i * strides.row_stride, sizeof word);
       for (int r = 0; r < kRegisters; ++r) factor[r].add_product(sum[i][r], word);
     }
   }
   for (int i = 0; i < kRows; ++i) std::memcpy(out + i * columns, sum[i], sizeof sum[i]);
 }
 
-// Rows [row, rows) by kUnits units of columns: kRows at a time, then half as many, down to one.
+// Rows [row, rows) by kUnits units of kLanes columns: kRows rows at a time, then half as many, down to one.
 template <class Isa, DType dtype, int kRows, int kUnits>
-inline void all_rows(float* out, const Words& left, std::int64_t row, std::int64_t rows, std::int64_t steps,
+inline void all_rows(float* out, const LeftOperand& left, std::int64_t row, std::int64_t rows, std::int64_t steps,
                      const std::uint32_t* right, std::int64_t columns, const float* factors) {
   for (; row + kRows <= rows; row += kRows)
-    tile<Isa, dtype, kRows, kUnits>(out + row * columns, left.address + row * left.row, left, steps, right, columns,
-                                    factors);
+    tile<Isa, dtype, kRows, kUnits>(out + row * columns, left.address + row * left.row_stride, left, steps, right,
+                                    columns, factors);
   if constexpr (kRows > 1)
     all_rows<Isa, dtype, kRows / 2, kUnits>(out, left, row, rows, steps, right, columns, factors);
 }
 
 template <class Isa, DType dtype>
-inline void all_columns(float* out, const Words& left, std::int64_t rows, std::int64_t steps,
+inline void all_columns(float* out, const LeftOperand& left, std::int64_t rows, std::int64_t steps,
                         const std::uint32_t* right, std::int64_t columns, const float* factors) {
   for (std::int64_t column = 0; column < columns;) {
-    const std::int64_t units = std::min<std::int64_t>((columns - column) / kLanes, kMostUnits<Isa>);
-    const float* some = factors ? factors + column : nullptr;
-    const auto with = [&](auto count) {
-      all_rows<Isa, dtype, kMostRows<Isa, dtype>, decltype(count)::value>(out + column, left, 0, rows, steps,
-                                                                          right + column, columns, some);
+    const std::int64_t units = std::min<std::int64_t>((columns - column) / kLanes, kMaxUnits<Isa>);
+    const float* own_factors = factors ? factors + column : nullptr;
+    const auto multiply = [&](auto count) {
+      all_rows<Isa, dtype, kMaxRows<Isa, dtype>, decltype(count)::value>(out + column, left, 0, rows, steps,
+                                                                         right + column, columns, own_factors);
     };
-    if constexpr (kMostUnits<Isa> == 3) {
-      if (units == 3) with(std::integral_constant<int, 3>());
-      if (units == 2) with(std::integral_constant<int, 2>());
+    if constexpr (kMaxUnits<Isa> == 3) {
+      if (units == 3) multiply(std::integral_constant<int, 3>());
+      if (units == 2) multiply(std::integral_constant<int, 2>());
     }
-    if (units == 1) with(std::integral_constant<int, 1>());
+    if (units == 1) multiply(std::integral_constant<int, 1>());
     column += units * kLanes;
   }
 }
 
 template <class Isa>
-inline void bf16_products_body(float* out, const Words& left, std::int64_t rows, std::int64_t steps,
-                               const std::uint32_t* right, std::int64_t columns, const float* factors) {
+inline void bf16_gemm_body(float* out, const LeftOperand& left, std::int64_t rows, std::int64_t steps,
+                           const std::uint32_t* right, std::int64_t columns, const float* factors) {
   all_columns<Isa, DType::bf16>(out, left, rows, steps, right, columns, factors);
 }
 
 template <class Isa>
-inline void f32_products_body(float* out, const Words& left, std::int64_t rows, std::int64_t steps,
-                              const std::uint32_t* right, std::int64_t columns, const float* factors) {
+inline void f32_gemm_body(float* out, const LeftOperand& left, std::int64_t rows, std::int64_t steps,
+                          const std::uint32_t* right, std::int64_t columns, const float* factors) {
   all_columns<Isa, DType::f32>(out, left, rows, steps, right, columns, factors);
 }
 
-ARCMERGE_VARIANTS(void, bf16_products,
-                  (float* out, const Words& left, std::int64_t rows, std::int64_t steps, const std::uint32_t* right,
-                   std::int64_t columns, const float* factors),
+ARCMERGE_VARIANTS(void, bf16_gemm,
+                  (float* out, const LeftOperand& left, std::int64_t rows, std::int64_t steps,
+                   const std::uint32_t* right, std::int64_t columns, const float* factors),
                   (out, left, rows, steps, right, columns, factors))
-ARCMERGE_VARIANTS(void, f32_products,
-                  (float* out, const Words& left, std::int64_t rows, std::int64_t steps, const std::uint32_t* right,
-                   std::int64_t columns, const float* factors),
+ARCMERGE_VARIANTS(void, f32_gemm,
+                  (float* out, const LeftOperand& left, std::int64_t rows, std::int64_t steps,
+                   const std::uint32_t* right, std::int64_t columns, const float* factors),
                   (out, left, rows, steps, right, columns, factors))
 
 }  // namespace
 
-void products(float* out, const Words& left, std::int64_t rows, std::int64_t steps, const std::uint32_t* right,
-              std::int64_t columns, const float* factors, DType dtype) {
-  (dtype == DType::f32 ? f32_products : bf16_products)(out, left, rows, steps, right, columns, factors);
+void gemm(float* out, const LeftOperand& left, std::int64_t rows, std::int64_t steps, const std::uint32_t* right,
+          std::int64_t columns, const float* factors, DType dtype) {
+  (dtype == DType::f32 ? f32_gemm : bf16_gemm)(out, left, rows, steps, right, columns, factors);
 }
 
 }  // namespace arcmerge

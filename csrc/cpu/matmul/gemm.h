@@ -1,31 +1,28 @@
-// Products of many rows with many columns, for attention and for the logits of many tokens.
+// Matrix products of many rows with many columns.
 //
-// Operands are words of 4 bytes: one f32, or two bf16 of which the first is the low half.
+// Operands consist of words of 4 bytes: one f32, or two bf16 of which the first is the low half.
 #pragma once
 
 #include <cstdint>
 
+#include "cpu/simd/constants.h"
 #include "merge.h"
 
 namespace arcmerge {
 
-// Columns come in multiples of kLanes; kColumns of them are multiplied at once.
-constexpr std::int64_t kLanes = 16, kColumns = 48;
+// The number of columns must be a multiple of kLanes. kColumns of them are multiplied at once.
+constexpr std::int64_t kColumns = 48;
 
-// Word (i, step) of the left operand lies `row` bytes times i and `step` bytes times step past `address`.
-struct Words {
+// The left operand: word (i, step) is at address + i * row_stride + step * step_stride, in bytes.
+struct LeftOperand {
   const char* address;
-  std::int64_t row, step;
+  std::int64_t row_stride, step_stride;
 };
 
-// out[i * columns + j] = sum over step < steps of left(i, step) times right[step * columns + j], added to
-// out[i * columns + j] * factors[j] if there are factors. Sums in f32, in the order of the steps, of two bf16 the odd
-// one first: a sum depends on its own row and column alone.
-void products(float* out, const Words& left, std::int64_t rows, std::int64_t steps, const std::uint32_t* right,
-              std::int64_t columns, const float* factors, DType dtype);
-
-// out[word * columns + i] = word `word` of row i; the rows of `words` words begin `stride` bytes from one another.
-void transpose(std::uint32_t* out, std::int64_t columns, const void* source, std::int64_t stride, std::int64_t rows,
-               std::int64_t words);
+// out[i][j] = sum over steps of left(i, step) * right[step][j]; with factors, out[i][j] * factors[j] is added to it.
+// out: [rows][columns]. right: [steps][columns]. Products are summed in f32, in the order of the steps, for two bf16
+// the odd element first, so that a sum depends on its own row and column alone.
+void gemm(float* out, const LeftOperand& left, std::int64_t rows, std::int64_t steps, const std::uint32_t* right,
+          std::int64_t columns, const float* factors, DType dtype);
 
 }  // namespace arcmerge

@@ -1,17 +1,27 @@
-// dot_rows: weights read in the order in which they lie, as fast as they come.
+// gemv: reads weights in the order of their addresses, at the bandwidth of memory.
 //
-// A sum runs in 32 lanes of f32: 64 bytes of a row go to the first 16, the next 64 to the others; bf16 in pairs, the
-// odd element first, as vdpbf16ps takes them. Products of bf16 are exact in f32, so their sums have the same bits in
-// all variants, but that vdpbf16ps takes denormals for zeros; of f32 the baseline, which has no FMA, rounds products
-// too.
+// A sum runs in 2 * kLanes lanes of f32. Of every 128 bytes of a row, the first 64 go to the first kLanes lanes and the
+// others to the second. bf16 elements go in pairs, the odd element first, as in vdpbf16ps:
 //
-// One row of x, two threads of an EPYC 9004, as a share of what reading alone gets from memory: rows of 4.6 KB one by
-// one, prefetched a page ahead (where hardware prefetchers stop), 99 %; two pages ahead, 75 %; four at a time, 80 %. Of
-// rows of 18 KB, which push x out of L1 each time, four at a time, 98 %; one by one, 90 %.
+//     bytes of a row   0 .. 63            64 .. 127          128 .. 191         192 .. 255         ...
+//     lanes            0 .. 15            16 .. 31           0 .. 15            16 .. 31           ...
+//
+// Products of bf16 are exact in f32, so that their sums have the same bits in all variants, except that vdpbf16ps
+// treats denormals as zeros. For f32, the baseline has no FMA and rounds the products too.
+//
+// The order of reads was measured for one row of x on two threads of an EPYC 9004, as a share of the bandwidth of
+// `read`:
+//
+//     rows of 4.6 KB   one by one, prefetched one page ahead (where hardware prefetchers stop)   99 %
+//                      one by one, prefetched two pages ahead                                    75 %
+//                      four at a time                                                            80 %
+//     rows of 18 KB    four at a time (each row pushes x out of L1)                              98 %
+//                      one by one                                                                90 %
 #include "cpu/matmul/gemv.h"
 
 #include <cstring>
 
+#include "cpu/simd/constants.h"
 #include "cpu/simd/fma.h"
 #include "cpu/simd/variant.h"
 
@@ -22,12 +32,11 @@
 namespace arcmerge {
 namespace {
 
-constexpr int kLanes = 16;
 constexpr std::int64_t kLine = 64, kStep = 2 * kLine, kPage = 4096;
-// Below: heads of keys. Four of 512 bytes at a time, read 2 KB ahead, come at half the speed.
+// Rows shorter than kShortRow are heads of keys: four of 512 bytes at a time, read 2 KB ahead, reach half the speed.
 constexpr std::int64_t kShortRow = 2048, kLongRow = 10240;
 
-// 16 sums, to which a line of a row and of x adds one product each, or two if they are bf16.
+// kLanes sums. A line of a row and of x adds one product to each, or two for bf16.
 template <class Isa, DType dtype>
 struct Lanes {
   using F32 = typename Vector<Isa>::F32;
@@ -41,10 +50,10 @@ struct Lanes {
       std::memcpy(&a, row + i * sizeof a, sizeof a);
       std::memcpy(&b, x + i * sizeof b, sizeof b);
       if constexpr (dtype == DType::bf16) {
-        part[i] = Fused<Isa>::multiply_add((F32)(a & 0xffff0000u), (F32)(b & 0xffff0000u), part[i]);
-        part[i] = Fused<Isa>::multiply_add((F32)(a << 16), (F32)(b << 16), part[i]);
+        part[i] = Fma<Isa>::multiply_add((F32)(a & 0xffff0000u), (F32)(b & 0xffff0000u), part[i]);
+        part[i] = Fma<Isa>::multiply_add((F32)(a << 16), (F32)(b << 16), part[i]);
       } else {
-        part[i] = Fused<Isa>::multiply_add((F32)a, (F32)b, part[i]);
+        part[i] = Fma<Isa>::multiply_add((F32)a, (F32)b, part[i]);
       }
     }
   }
@@ -83,20 +92,20 @@ struct Sum {
   }
 };
 
-// Where lines that come ahead of their use go: into L2; in AVX2 past it, as the L2 of an EPYC 7003 is half as large and
-// all that Python has in it would go (a step of decoding: 222 ms, by way of L2 233).
+// The cache for prefetched lines: L2, but not with AVX2. The L2 of an EPYC 7003 is half as large, and Python's own data
+// would be evicted from it (a decoding step takes 222 ms, and 233 ms with L2).
 template <class Isa>
 constexpr int kLocality = Isa::kBytes == 64 ? 2 : 0;
 
-// `kRows` rows of `bytes` bytes by `kCount` of x, while what lies a page or a tile further on comes.
+// `kRows` rows of `bytes` bytes times `kCount` rows of x, with the weights a page or a tile ahead prefetched.
 template <class Isa, DType dtype, int kRows, int kCount>
 inline void tile(const char* weight, const char* x, std::int64_t bytes, float* sums, std::int64_t stride) {
-  const char* ahead = weight + (kRows == 1 ? kPage : kRows * bytes);
+  const char* prefetched = weight + (kRows == 1 ? kPage : kRows * bytes);
   Sum<Isa, dtype> sum[kRows][kCount];
   std::int64_t done = 0;
   for (; done + kStep <= bytes; done += kStep) {
-    for (int line = 0; line < kRows * kStep / kLine; ++line, ahead += kLine)
-      __builtin_prefetch(ahead, 0, kLocality<Isa>);
+    for (int line = 0; line < kRows * kStep / kLine; ++line, prefetched += kLine)
+      __builtin_prefetch(prefetched, 0, kLocality<Isa>);
     for (int i = 0; i < kRows; ++i)
       for (int t = 0; t < kCount; ++t) sum[i][t].add(weight + i * bytes + done, x + t * bytes + done);
   }
@@ -112,7 +121,7 @@ inline void tile(const char* weight, const char* x, std::int64_t bytes, float* s
     for (int t = 0; t < kCount; ++t) sums[i * stride + t] = sum[i][t].total();
 }
 
-// Four rows by three of x fill 24 registers of 32, and load seven for twelve products.
+// Four rows by three rows of x fill 24 of 32 registers, and load seven for twelve products.
 template <class Isa, DType dtype, int kRows>
 inline void some_rows(const char* weight, const char* x, std::int64_t count, std::int64_t bytes, float* sums) {
   const std::int64_t stride = count;
@@ -122,8 +131,8 @@ inline void some_rows(const char* weight, const char* x, std::int64_t count, std
 }
 
 template <class Isa, DType dtype>
-inline void rows_of(const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t bytes,
-                    float* sums) {
+inline void all_rows(const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t bytes,
+                     float* sums) {
   std::int64_t row = 0;
   if constexpr (Isa::kBytes == 64) {
     if (bytes >= kShortRow && (count > 1 || bytes > kLongRow))
@@ -134,31 +143,31 @@ inline void rows_of(const char* weight, std::int64_t rows, const char* x, std::i
 }
 
 template <class Isa>
-inline void bf16_rows_body(const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t bytes,
+inline void bf16_gemv_body(const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t bytes,
                            float* sums) {
-  rows_of<Isa, DType::bf16>(weight, rows, x, count, bytes, sums);
+  all_rows<Isa, DType::bf16>(weight, rows, x, count, bytes, sums);
 }
 
 template <class Isa>
-inline void f32_rows_body(const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t bytes,
+inline void f32_gemv_body(const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t bytes,
                           float* sums) {
-  rows_of<Isa, DType::f32>(weight, rows, x, count, bytes, sums);
+  all_rows<Isa, DType::f32>(weight, rows, x, count, bytes, sums);
 }
 
-ARCMERGE_VARIANTS(void, bf16_rows,
+ARCMERGE_VARIANTS(void, bf16_gemv,
                   (const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t bytes,
                    float* sums),
                   (weight, rows, x, count, bytes, sums))
-ARCMERGE_VARIANTS(void, f32_rows,
+ARCMERGE_VARIANTS(void, f32_gemv,
                   (const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t bytes,
                    float* sums),
                   (weight, rows, x, count, bytes, sums))
 
 }  // namespace
 
-void dot_rows(const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t length,
-              DType dtype, float* sums) {
-  (dtype == DType::f32 ? f32_rows : bf16_rows)(weight, rows, x, count, length * item_size(dtype), sums);
+void gemv(const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t length, DType dtype,
+          float* sums) {
+  (dtype == DType::f32 ? f32_gemv : bf16_gemv)(weight, rows, x, count, length * item_size(dtype), sums);
 }
 
 }  // namespace arcmerge

@@ -1,4 +1,4 @@
-// The sums of all products with weights: what generation of text spends its time on.
+// Products of a weight with few rows of x, at the speed of memory. Text generation spends most of its time here.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,13 @@
 
 namespace arcmerge {
 
-// sums[row * count + t] = the dot product of row `row` of the weight with x[t], both `length` elements of dtype (bf16
-// or f32) long. The bits of a sum depend on its own row and x[t] alone, neither on `rows` nor on `count`.
-void dot_rows(const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t length,
-              DType dtype, float* sums);
+// gemv is faster than packed rows or gemm for up to so many rows of x.
+constexpr std::int64_t kMaxGemvRows = 16;
+
+// sums[row][t] = the dot product of a row of the weight with x[t], both of `length` elements of dtype bf16 or f32.
+// weight: [rows, length]. x: [count, length]. sums: [rows][count]. A sum depends on its row and x[t] alone, neither on
+// `rows` nor on `count`.
+void gemv(const char* weight, std::int64_t rows, const char* x, std::int64_t count, std::int64_t length, DType dtype,
+          float* sums);
 
 }  // namespace arcmerge

@@ -1,30 +1,31 @@
-// Many rows of x, packed for products with rows of weights at the speed of arithmetic.
+// Many rows of x, packed for products with the rows of weights that are bound by arithmetic, not by memory.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
+#include "cpu/simd/constants.h"
 #include "merge.h"
 
 namespace arcmerge {
 
-class Panels {
+class PackedRows {
  public:
-  // Rows of x of a panel, and the most rows of a weight that are multiplied at once.
-  static constexpr std::int64_t kWidth = 16;
+  // The number of rows of x in a panel, and the maximum number of rows of a weight in one product.
+  static constexpr std::int64_t kWidth = kLanes;
   static constexpr std::int64_t kRows = 48;
 
   // x: [count, length] of bf16 or f32.
-  Panels(const char* x, std::int64_t count, std::int64_t length, DType dtype);
+  PackedRows(const char* x, std::int64_t count, std::int64_t length, DType dtype);
 
-  // The most rows of x whose panels memory is kept for between two calls (packed_rows.cpp).
-  static std::int64_t most(std::int64_t length);
+  // The maximum number of rows of x to pack at once, so that their memory is reused (packed_rows.cpp).
+  static std::int64_t max_count(std::int64_t length);
 
-  // Rows of x, and of zeros that fill the last panel.
+  // The number of rows of x, rounded up to whole panels.
   std::int64_t columns() const { return columns_; }
 
-  // The dot products of at most kRows rows of a weight with x, summed in f32 in the order in which their terms lie:
-  // one panel of x after another, and in a panel sums[row][row of x].
+  // The dot products of at most kRows rows of a weight with all rows of x, summed in f32 in the order of the elements.
+  // sums: [panel][row of the weight][row of x in the panel].
   void multiply(const char* weight, std::int64_t rows, float* sums) const;
 
  private:
@@ -32,8 +33,8 @@ class Panels {
     float lane[kWidth];
   };
 
-  // The piece of `steps` steps from `step` on of the panel that begins with a column.
-  float* piece(std::int64_t column, std::int64_t step, std::int64_t steps) const {
+  // The block of steps [step, step + steps) of the panel that starts with row `column` of x.
+  float* block(std::int64_t column, std::int64_t step, std::int64_t steps) const {
     return lines_[0].lane + step * columns_ + column * steps;
   }
 

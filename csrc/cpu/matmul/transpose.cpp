@@ -1,14 +1,15 @@
-// transpose: squares as wide as a register, turned within the registers; single words at the edges.
+// transpose: squares as wide as a register are transposed in registers, and single words are copied at the edges.
+#include "cpu/matmul/transpose.h"
+
 #include <cstring>
 
-#include "cpu/matmul/gemm.h"
 #include "cpu/simd/variant.h"
 
 namespace arcmerge {
 namespace {
 
-// Lane i of the result is lane lanes[i] of x, or of y from kWidth on. Clang has no such builtin for lanes in a
-// register.
+// Lane i of the result is lane lanes[i] of x, or lane lanes[i] - kWidth of y. Clang has no builtin for lanes that are
+// given in a register.
 template <class U32, int kWidth>
 inline U32 shuffle(const U32& x, const U32& y, const U32& lanes) {
 #if defined(__clang__)
@@ -20,7 +21,7 @@ inline U32 shuffle(const U32& x, const U32& y, const U32& lanes) {
 #endif
 }
 
-// Exchanges the off-diagonal squares of `size` words of x and y, two of the rows that lie `size` apart.
+// Exchanges the off-diagonal squares of `size` words in x and y, two rows at a distance of `size`.
 template <class U32, int kWidth>
 inline void exchange(U32& x, U32& y, int size) {
   U32 low, high;
@@ -51,17 +52,17 @@ template <class Isa>
 inline void transpose_body(std::uint32_t* out, std::int64_t columns, const void* source, std::int64_t stride,
                            std::int64_t rows, std::int64_t words) {
   constexpr std::int64_t kWidth = Isa::kBytes / 4;
-  const char* from = static_cast<const char*>(source);
+  const char* start = static_cast<const char*>(source);
   std::int64_t row = 0;
-  for (; row + kWidth <= rows; row += kWidth, from += kWidth * stride) {
+  for (; row + kWidth <= rows; row += kWidth, start += kWidth * stride) {
     std::int64_t word = 0;
     for (; word + kWidth <= words; word += kWidth)
-      square<Isa>(out + word * columns + row, columns, from + word * 4, stride);
+      square<Isa>(out + word * columns + row, columns, start + word * 4, stride);
     for (; word < words; ++word)
-      for (int i = 0; i < kWidth; ++i) std::memcpy(out + word * columns + row + i, from + i * stride + word * 4, 4);
+      for (int i = 0; i < kWidth; ++i) std::memcpy(out + word * columns + row + i, start + i * stride + word * 4, 4);
   }
-  for (; row < rows; ++row, from += stride)
-    for (std::int64_t word = 0; word < words; ++word) std::memcpy(out + word * columns + row, from + word * 4, 4);
+  for (; row < rows; ++row, start += stride)
+    for (std::int64_t word = 0; word < words; ++word) std::memcpy(out + word * columns + row, start + word * 4, 4);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// column_sums: the sum of every column of a matrix in f64, from which comes the mean row of a vocabulary.
+// column_sums: the sum of every column of a matrix in f64, for the mean row of an embedding.
 #include <algorithm>
 
 #include "cpu/simd/tile.h"

@@ -1,4 +1,4 @@
-// count_nonfinite: how many elements are infinite or NaN, once cast as the operand asks.
+// count_nonfinite: the number of elements that are infinite or NaN after the operand's cast.
 #include <algorithm>
 
 #include "cpu/simd/convert.h"

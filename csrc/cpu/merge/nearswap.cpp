@@ -1,4 +1,4 @@
-// nearswap: a, moved to b where the two are close. Elementwise, so it needs no Gram matrix.
+// nearswap: moves a toward b where the two are close. It works element by element and needs no Gram matrix.
 #include <algorithm>
 #include <cmath>
 
@@ -27,14 +27,14 @@ ARCMERGE_VARIANTS(void, swap_near, (float* a, const float* b, float t, std::int6
 std::int64_t nearswap(void* out, DType out_dtype, const Operand& a, const Operand& b, float t, std::int64_t first,
                       std::int64_t count) {
   require_range(first, count);
-  alignas(64) float from[kTile], to[kTile];
+  alignas(64) float x[kTile], y[kTile];
   std::int64_t nonfinite = 0;
   for (std::int64_t done = 0; done < count; done += kTile) {
     const std::int64_t size = std::min(kTile, count - done);
-    widen(a, first + done, size, from);
-    widen(b, first + done, size, to);
-    swap_near(from, to, t, size);
-    nonfinite += narrow(from, size, out_dtype, static_cast<char*>(out) + done * item_size(out_dtype));
+    widen(a, first + done, size, x);
+    widen(b, first + done, size, y);
+    swap_near(x, y, t, size);
+    nonfinite += narrow(x, size, out_dtype, static_cast<char*>(out) + done * item_size(out_dtype));
   }
   return nonfinite;
 }

@@ -1,7 +1,7 @@
-// Conversions between f32 and the 16-bit types, value by value, in integer steps that every compiler vectorises.
+// Conversions of single values between f32 and the 16-bit types, in integer arithmetic that every compiler vectorises.
 //
-// All are exact where the value fits and round to nearest even where it does not, denormals included, whatever the
-// processor's denormal mode (f32 denormals are far below the smallest f16). NaN becomes the quiet positive NaN.
+// A conversion is exact if the value fits, and else rounds to nearest even, denormals included. It does not depend on
+// the processor's denormal mode, as f32 denormals are far below the smallest f16. NaN becomes the quiet positive NaN.
 #pragma once
 
 #include <cstdint>
@@ -40,13 +40,13 @@ ARCMERGE_INLINE std::uint16_t to_bf16(float value) {
   return (bits & 0x7fffffff) > kInfinityBits ? 0x7fc0 : rounded;
 }
 
-// f16 has 5 exponent bits (bias 15) and 10 of mantissa, f32 8 (bias 127) and 23.
+// f16 has 5 bits of exponent (bias 15) and 10 of mantissa; f32 has 8 (bias 127) and 23.
 ARCMERGE_INLINE float from_f16(std::uint16_t bits) {
   const std::uint32_t magnitude = std::uint32_t(bits & 0x7fff) << 13;
   const std::uint32_t sign = std::uint32_t(bits & 0x8000) << 16;
   const std::uint32_t normal = magnitude + ((127u - 15u) << 23);
   const std::uint32_t special = magnitude | kInfinityBits;
-  // A denormal m * 2^-24 under the exponent of 2^-14 reads 2^-14 + m * 2^-24; the subtraction is exact.
+  // With the exponent of 2^-14, the denormal m * 2^-24 reads as 2^-14 + m * 2^-24. The subtraction is exact.
   const std::uint32_t denormal = bits_of(float_of(magnitude + (113u << 23)) - float_of(113u << 23));
   const std::uint32_t exponent = magnitude & 0x0f800000;
   return float_of((exponent == 0 ? denormal : exponent == 0x0f800000 ? special : normal) | sign);
@@ -57,7 +57,7 @@ ARCMERGE_INLINE std::uint16_t to_f16(float value) {
   const std::uint32_t magnitude = bits & 0x7fffffff;
   const std::uint32_t sign = bits >> 16 & 0x8000;
   const std::uint32_t normal = (magnitude - ((127u - 15u) << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  // Adding 0.5, whose last place is 2^-24 as that of f16 denormals, lets the addition round.
+  // The last bit of 0.5 is 2^-24, as that of f16 denormals, so that adding 0.5 rounds to it.
   const std::uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const std::uint32_t finite = magnitude < (113u << 23) ? denormal : normal;
   const std::uint32_t infinite = magnitude < ((127u + 16u) << 23) ? finite : 0x7c00;

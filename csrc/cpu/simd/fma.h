@@ -1,4 +1,4 @@
-// Multiplication and addition with one rounding, for sums whose last bits may differ between variants.
+// Fused multiply-add, for sums whose last bits may differ between variants.
 #pragma once
 
 #include <cstring>
@@ -11,9 +11,9 @@
 
 namespace arcmerge {
 
-// a * b + c; the baseline has no such instruction and rounds twice.
+// a * b + c with one rounding. The baseline has no such instruction and rounds twice.
 template <class Isa>
-struct Fused {
+struct Fma {
   typedef typename Vector<Isa>::F32 F32;
 
   static inline F32 multiply_add(const F32& a, const F32& b, const F32& c) { return a * b + c; }
@@ -21,7 +21,7 @@ struct Fused {
 
 #if defined(__x86_64__)
 template <>
-struct Fused<Avx512> {
+struct Fma<Avx512> {
   typedef Vector<Avx512>::F32 F32;
 
   ARCMERGE_AVX512 static inline F32 multiply_add(const F32& a, const F32& b, const F32& c) {
@@ -29,9 +29,9 @@ struct Fused<Avx512> {
   }
 };
 template <>
-struct Fused<Avx512Bf16> : Fused<Avx512> {};
+struct Fma<Avx512Bf16> : Fma<Avx512> {};
 template <>
-struct Fused<Avx2> {
+struct Fma<Avx2> {
   typedef Vector<Avx2>::F32 F32;
 
   ARCMERGE_AVX2 static inline F32 multiply_add(const F32& a, const F32& b, const F32& c) {
@@ -40,9 +40,10 @@ struct Fused<Avx2> {
 };
 #endif
 
-// By way of integers, as 0 + value is not value where that is -0, and GCC 12 has no better way to fill a register.
+// A register with `value` in every lane. It is filled by integers because 0.0f + value would turn -0 into 0, and GCC 12
+// has no better way to fill a register.
 template <class Isa>
-inline typename Vector<Isa>::F32 every_lane(float value) {
+inline typename Vector<Isa>::F32 broadcast(float value) {
   using U32 = typename Vector<Isa>::U32;
   std::uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

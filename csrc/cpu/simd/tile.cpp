@@ -10,7 +10,7 @@
 namespace arcmerge {
 namespace {
 
-// Mapped checkpoints promise no alignment.
+// Types of the elements of mapped checkpoints, which may be unaligned.
 template <typename T>
 struct Unaligned {
   typedef T type __attribute__((aligned(1), may_alias));
@@ -100,7 +100,7 @@ void widen(const Operand& operand, std::int64_t first, std::int64_t count, float
 
 void require_operands(const std::vector<Operand>& operands) {
   if (operands.empty() || operands.size() > kMaxOperands)
-    throw std::invalid_argument("the number of operands must be 1 to " + std::to_string(kMaxOperands) + ", got " +
+    throw std::invalid_argument("'operands' must have 1 to " + std::to_string(kMaxOperands) + " entries, got " +
                                 std::to_string(operands.size()));
 }
 
@@ -112,7 +112,7 @@ void require_range(std::int64_t first, std::int64_t count) {
 
 void require_matrix(std::int64_t rows, std::int64_t columns) {
   if (rows < 0 || columns < 1)
-    throw std::invalid_argument("a matrix must have 'rows' >= 0 and 'columns' >= 1, got " + std::to_string(rows) +
+    throw std::invalid_argument("'rows' must be 0 or more and 'columns' 1 or more, got " + std::to_string(rows) +
                                 " and " + std::to_string(columns));
 }
 

@@ -1,4 +1,4 @@
-// The list of variants, best first: a name and what the processor must have.
+// The list of variants, best first: their names and the instructions that they need.
 #include "cpu/simd/variant.h"
 
 #include <atomic>
@@ -67,7 +67,7 @@ void use_variant(const std::string& name) {
     if (kVariants[index].name == name && kVariants[index].supported()) return chosen.store(index);
   std::string known;
   for (const std::string& each : variants()) known += (known.empty() ? "" : ", ") + each;
-  throw std::invalid_argument("the variant must be one that this processor can run (" + known + "), got '" + name +
+  throw std::invalid_argument("'name' must be a variant that this processor can run (" + known + "), got '" + name +
                               "'");
 }
 

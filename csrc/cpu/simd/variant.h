@@ -1,18 +1,20 @@
-// One source, several instruction sets, chosen at run time.
+// Compiles hot loops for several instruction sets, of which one is chosen at run time.
 //
-// A hot loop is written once, as an inline `template <class Isa> name_body`; ARCMERGE_VARIANTS compiles it, and with it
-// all that it calls, for every instruction set of the list and defines `name`, which calls the chosen one. Bodies fix
-// the order of every sum and the compiler may neither fuse nor reorder (setup.py), so all variants give the same bits;
-// where a network is run, matrix products and the softmax use what a processor has and differ in the last ones.
+// A hot loop is written once, as an inline `template <class Isa> name_body`. ARCMERGE_VARIANTS compiles it, with all
+// functions that it calls, for every instruction set, and defines a function `name` that calls the chosen variant.
+// Bodies fix the order of all sums, and the compiler may neither fuse nor reorder operations (setup.py), so that all
+// variants of merge operations give the same bits. Matrix products and the softmax of a network use the best
+// instructions of a processor, and differ between variants in the last bits.
 #pragma once
 
 #include <cstdint>
 
 namespace arcmerge {
 
-int variant_index();  // of the chosen variant in the list of variant.cpp, whose order is that of the tables below
+// The index of the chosen variant, in the list of variant.cpp and in the tables below.
+int variant_index();
 
-// kBytes: the width of a register.
+// Instruction sets. kBytes: the width of a register.
 struct Baseline {
   static constexpr int kBytes = 16;
 };
@@ -24,7 +26,7 @@ struct Avx512 {
 };
 struct Avx512Bf16 : Avx512 {};
 
-// Registers of lanes, and halves of registers that fill one when widened to f64.
+// Registers by element type, and half registers, which fill a register when they are widened to f64.
 template <class Isa>
 struct Vector {
   typedef double F64 __attribute__((vector_size(Isa::kBytes)));
@@ -39,8 +41,9 @@ struct Vector {
 #define ARCMERGE_FLATTEN __attribute__((flatten))
 #define ARCMERGE_INLINE inline __attribute__((always_inline))
 
-// The widest registers, in bits, that variants are built for. Clang compiles what a variant calls with the instructions
-// of the command line alone, so it builds those that all the code may use (-march); GCC takes a variant's own along.
+// The widest registers, in bits, for which variants are built. Clang compiles the functions that a variant calls with
+// the instructions of the command line alone (-march), so only variants that all code may use are built with it. GCC
+// compiles these functions with the instructions of the variant.
 #if !defined(__x86_64__)
 #define ARCMERGE_WIDEST 128
 #elif !defined(__clang__) || defined(__AVX512F__)

@@ -1,4 +1,4 @@
-// How many threads work unless somebody says otherwise: the one place where that is decided.
+// The default number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -17,7 +17,8 @@
 namespace arcmerge {
 namespace {
 
-// Not hardware_concurrency first: with older C libraries it counts processors that the process may not use.
+// The affinity mask comes first, because hardware_concurrency of older C libraries counts processors that the process
+// may not use.
 int processors() {
 #if defined(__linux__)
   cpu_set_t set;
@@ -26,7 +27,7 @@ int processors() {
   return std::max(1, int(std::thread::hardware_concurrency()));
 }
 
-// The first number of the variable, which may be a list for nested regions; kMaxThreads if it is none.
+// The first number of OMP_NUM_THREADS, which may be a list for nested regions; kMaxThreads if it is not valid.
 int openmp_threads() {
   const char* text = std::getenv("OMP_NUM_THREADS");
   if (!text) return kMaxThreads;
@@ -37,8 +38,8 @@ int openmp_threads() {
   return valid ? int(count) : kMaxThreads;
 }
 
-// Processors that a control group may use: version 2 has "QUOTA PERIOD" or "max PERIOD" in one file, version 1 has two
-// files, with -1 for no limit. 0 where the folder says nothing.
+// The number of processors that a control group may use, 0 without a limit. Version 2 has a file with "QUOTA PERIOD" or
+// "max PERIOD"; version 1 has two files, with a quota of -1 for no limit.
 double quota_of(const std::string& folder) {
   std::string quota;
   double period = 0;
@@ -54,9 +55,9 @@ bool has_word(const std::string& list, const std::string& word) {
   return ("," + list + ",").find("," + word + ",") != std::string::npos;
 }
 
-// The path of this process in the group hierarchy that `line` of /proc/self/cgroup is about, if it is one of
-// processors.
-bool group_of(const std::string& line, bool& is_version_2, std::string& path) {
+// Parses a line of /proc/self/cgroup into the path of this process in a hierarchy of control groups. Returns whether
+// the hierarchy controls processors.
+bool parse_group(const std::string& line, bool& is_version_2, std::string& path) {
   const auto first = line.find(':'), second = line.find(':', first + 1);
   if (first == std::string::npos || second == std::string::npos) return false;
   const std::string controllers = line.substr(first + 1, second - first - 1);
@@ -68,32 +69,32 @@ bool group_of(const std::string& line, bool& is_version_2, std::string& path) {
 }  // namespace
 
 int quota_threads(const std::string& root) {
-  double least = kMaxThreads;
+  double limit = kMaxThreads;
   std::ifstream groups(root + "/proc/self/cgroup");
   for (std::string group; std::getline(groups, group);) {
     bool is_version_2;
     std::string path;
-    if (!group_of(group, is_version_2, path)) continue;
+    if (!parse_group(group, is_version_2, path)) continue;
     std::ifstream mounts(root + "/proc/self/mountinfo");
     for (std::string mount; std::getline(mounts, mount);) {
       std::istringstream words(mount);
-      std::string skip, top, point, word, type, source, options;
-      words >> skip >> skip >> skip >> top >> point;
+      std::string skip, mount_root, mount_point, word, type, source, options;
+      words >> skip >> skip >> skip >> mount_root >> mount_point;
       while (words >> word && word != "-") {
       }
       words >> type >> source >> options;
       if (type != (is_version_2 ? "cgroup2" : "cgroup") || !(is_version_2 || has_word(options, "cpu"))) continue;
-      // In a container the mount may begin at the group itself, or at one below what the process is told.
-      if (top != "/" && path.compare(0, top.size(), top) == 0) path.erase(0, top.size());
+      // In a container the root of the mount may be the group itself, or a parent of it.
+      if (mount_root != "/" && path.compare(0, mount_root.size(), mount_root) == 0) path.erase(0, mount_root.size());
       for (;;) {
-        if (const double quota = quota_of(root + point + path); quota > 0) least = std::min(least, quota);
+        if (const double quota = quota_of(root + mount_point + path); quota > 0) limit = std::min(limit, quota);
         const auto slash = path.rfind('/');
         if (slash == std::string::npos) break;
         path.erase(slash);
       }
     }
   }
-  return int(std::ceil(least));
+  return int(std::ceil(limit));
 }
 
 int default_threads() { return std::max(1, std::min({processors(), openmp_threads(), quota_threads("")})); }

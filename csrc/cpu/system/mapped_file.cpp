@@ -1,4 +1,4 @@
-// mapped: files whose reads may fail, and the handler of SIGBUS that keeps the process alive.
+// MappedFile, and the handler of SIGBUS that keeps the process alive if a mapped file cannot be read.
 #include "mapped_file.h"
 
 #include <sys/mman.h>
@@ -12,13 +12,14 @@
 
 namespace arcmerge {
 
-// What the handler goes through. A range is never freed, only used again, so that no lock is needed to go on from one.
+// An entry of the list of mapped ranges, which the signal handler reads. Ranges are reused but never freed, so that the
+// handler can follow the list without a lock.
 struct MappedFile::Range {
-  std::atomic<std::uintptr_t> begin{0};  // 0: free
+  std::atomic<std::uintptr_t> begin{0};  // 0: not in use
   std::atomic<std::uintptr_t> end{0};
   std::atomic<bool> lost{false};
-  Range* next = nullptr;       // of all
-  Range* free_next = nullptr;  // of the free ones
+  Range* next = nullptr;       // in the list of all ranges
+  Range* free_next = nullptr;  // in the list of ranges that are not in use
 };
 
 namespace {
@@ -27,8 +28,8 @@ using Range = MappedFile::Range;
 
 std::atomic<Range*> ranges{nullptr};
 Range* free_ranges = nullptr;
-std::mutex changing;
-struct sigaction earlier;
+std::mutex list_mutex;
+struct sigaction previous_action;
 std::atomic<bool> passed_on{false};
 std::uintptr_t page_size;
 
@@ -46,34 +47,34 @@ bool fill_with_zeros(std::uintptr_t address) {
 
 void on_bus_error(int number, siginfo_t* info, void*) {
   const int error = errno;
-  const bool is_fault = info->si_code > 0;  // else another process, or raise(), has sent it
+  const bool is_fault = info->si_code > 0;  // otherwise a process has sent the signal
   if (!is_fault || !fill_with_zeros(reinterpret_cast<std::uintptr_t>(info->si_addr))) {
-    // The earlier handler may hand it back to this one, which then ends the process as it would have ended without.
+    // The previous handler may pass the signal back to this one, which then ends the process as the system would have.
     struct sigaction fatal = {};
     fatal.sa_handler = SIG_DFL;
-    sigaction(number, passed_on.exchange(true) ? &fatal : &earlier, nullptr);
-    if (!is_fault) raise(number);  // a fault repeats itself
+    sigaction(number, passed_on.exchange(true) ? &fatal : &previous_action, nullptr);
+    if (!is_fault) raise(number);  // the instruction of a fault is executed again anyway
   }
   errno = error;
 }
 
-// Others install handlers too, faulthandler for one: asked again for every file.
+// Installs the handler, again for every file, because other code (for example faulthandler) installs handlers too.
 void install_handler() {
   struct sigaction current;
   sigaction(SIGBUS, nullptr, &current);
   if ((current.sa_flags & SA_SIGINFO) && current.sa_sigaction == &on_bus_error) return;
-  earlier = current;
+  previous_action = current;
   page_size = std::uintptr_t(sysconf(_SC_PAGESIZE));
-  struct sigaction ours = {};
-  ours.sa_sigaction = &on_bus_error;
-  ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
-  sigemptyset(&ours.sa_mask);
-  sigaction(SIGBUS, &ours, nullptr);
+  struct sigaction action = {};
+  action.sa_sigaction = &on_bus_error;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGBUS, &action, nullptr);
   passed_on.store(false);
 }
 
 Range* add_range(std::uintptr_t begin, std::uintptr_t end) {
-  const std::lock_guard<std::mutex> lock(changing);
+  const std::lock_guard<std::mutex> lock(list_mutex);
   install_handler();
   Range* range = free_ranges;
   if (range) {
@@ -90,7 +91,7 @@ Range* add_range(std::uintptr_t begin, std::uintptr_t end) {
 }
 
 void remove_range(Range* range) {
-  const std::lock_guard<std::mutex> lock(changing);
+  const std::lock_guard<std::mutex> lock(list_mutex);
   range->begin.store(0);
   range->free_next = free_ranges;
   free_ranges = range;

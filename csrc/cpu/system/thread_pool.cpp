@@ -1,7 +1,8 @@
-// The pool: workers look for work for a moment, then sleep.
+// ThreadPool: its workers spin for a moment while they wait for work, then sleep.
 //
-// A range is a share of what is left, so that ranges are long at first (memory is read in order) and short at the end
-// (threads stop together). A worker that wakes late finds nothing left and nobody waiting for it.
+// A range is a share of the work that is left, so that ranges are long at first, to read memory in order, and short at
+// the end, so that threads stop together. The caller does not wait for workers that have not started: a worker that
+// wakes late finds no work left.
 #include "cpu/system/thread_pool.h"
 
 #include <pthread.h>
@@ -22,10 +23,11 @@
 namespace arcmerge {
 namespace {
 
-// Longer than Python takes from one operation to the next; a sleeper costs the next operation 50 us.
-constexpr auto kPatience = std::chrono::microseconds(50);
+// The time for which a worker spins. It is longer than Python takes from one operation to the next, and to wake a
+// sleeping worker costs the next operation 50 us.
+constexpr auto kSpinTime = std::chrono::microseconds(50);
 
-void pause() {
+void pause_cpu() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -35,34 +37,34 @@ void pause() {
 
 template <class Condition>
 bool spin_until(const Condition& condition) {
-  const auto end = std::chrono::steady_clock::now() + kPatience;
+  const auto end = std::chrono::steady_clock::now() + kSpinTime;
   do {
     for (int i = 0; i < 32; ++i) {
       if (condition()) return true;
-      pause();
+      pause_cpu();
     }
   } while (std::chrono::steady_clock::now() < end);
   return false;
 }
 
-class Pool {
+class ThreadPool {
  public:
   int threads() const { return threads_; }
 
   void set_threads(int threads) {
-    const std::lock_guard<std::mutex> turn(turn_);
+    const std::lock_guard<std::mutex> lock(callers_mutex_);
     threads_ = threads;
   }
 
   void run(std::int64_t count, std::int64_t grain, const Range& body) {
-    const std::lock_guard<std::mutex> turn(turn_);
-    hire();
+    const std::lock_guard<std::mutex> lock(callers_mutex_);
+    resize();
     count_ = count;
     grain_ = grain;
     body_ = &body;
     error_ = nullptr;
     next_.store(0, std::memory_order_relaxed);
-    inside_.store(0, std::memory_order_release);
+    active_.store(0, std::memory_order_release);
     announce();
     work();
     close();
@@ -72,19 +74,21 @@ class Pool {
  private:
   // ---- the caller
 
-  void hire() {
+  // Starts as many workers as threads_ demands.
+  void resize() {
     if (int(workers_.size()) == threads_ - 1) return;
-    leaving_ = true;
+    stopping_ = true;
     announce();
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
-    leaving_ = false;
-    for (int i = 1; i < threads_; ++i) workers_.emplace_back(&Pool::serve, this, news_.load());
+    stopping_ = false;
+    for (int i = 1; i < threads_; ++i) workers_.emplace_back(&ThreadPool::run_worker, this, generation_.load());
   }
 
-  // Either a worker that is about to sleep sees the news, or the caller sees the sleeper: both write before they read.
+  // Starts a new generation of work and wakes sleeping workers. Either a worker that is about to sleep sees the new
+  // generation, or the caller sees the sleeper, because both write before they read.
   void announce() {
-    news_.fetch_add(1);
+    generation_.fetch_add(1);
     if (sleepers_.load() == 0) return;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -92,34 +96,35 @@ class Pool {
     wake_.notify_all();
   }
 
+  // Waits for the workers that have entered, and lets no more enter.
   void close() {
-    for (int nobody = 0; !inside_.compare_exchange_weak(nobody, kClosed, std::memory_order_acquire); nobody = 0)
-      if (!spin_until([this] { return inside_.load(std::memory_order_relaxed) == 0; })) std::this_thread::yield();
+    for (int none = 0; !active_.compare_exchange_weak(none, kClosed, std::memory_order_acquire); none = 0)
+      if (!spin_until([this] { return active_.load(std::memory_order_relaxed) == 0; })) std::this_thread::yield();
   }
 
   // ---- a worker
 
-  void serve(std::uint64_t seen) {
+  void run_worker(std::uint64_t seen) {
     for (;;) {
-      const auto is_new = [&] { return news_.load() != seen; };
-      if (!spin_until(is_new)) {
+      const auto has_work = [&] { return generation_.load() != seen; };
+      if (!spin_until(has_work)) {
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1);
-        wake_.wait(lock, is_new);
+        wake_.wait(lock, has_work);
         sleepers_.fetch_sub(1);
       }
-      seen = news_.load();
-      if (leaving_) return;
+      seen = generation_.load();
+      if (stopping_) return;
       if (!enter()) continue;
       work();
-      inside_.fetch_sub(1, std::memory_order_release);
+      active_.fetch_sub(1, std::memory_order_release);
     }
   }
 
   bool enter() {
-    int inside = inside_.load(std::memory_order_relaxed);
-    while (inside != kClosed)
-      if (inside_.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire)) return true;
+    int active = active_.load(std::memory_order_relaxed);
+    while (active != kClosed)
+      if (active_.compare_exchange_weak(active, active + 1, std::memory_order_acquire)) return true;
     return false;
   }
 
@@ -150,29 +155,29 @@ class Pool {
 
   static constexpr int kClosed = -1;
 
-  std::mutex turn_;  // of the callers
+  std::mutex callers_mutex_;  // held by one caller at a time
   std::atomic<int> threads_{default_threads()};
   std::vector<std::thread> workers_;
 
   std::int64_t count_, grain_;
   const Range* body_;
   std::exception_ptr error_;
-  alignas(64) std::atomic<std::int64_t> next_{0};  // index that nobody has taken
-  alignas(64) std::atomic<int> inside_{kClosed};   // workers that may still touch the members above
+  alignas(64) std::atomic<std::int64_t> next_{0};  // the first index that no thread has taken
+  alignas(64) std::atomic<int> active_{kClosed};   // workers that use the members above
 
-  alignas(64) std::atomic<std::uint64_t> news_{0};
-  std::atomic<bool> leaving_{false};
+  alignas(64) std::atomic<std::uint64_t> generation_{0};
+  std::atomic<bool> stopping_{false};
   std::atomic<int> sleepers_{0};
-  std::mutex mutex_;  // of error_ and of going to sleep
+  std::mutex mutex_;  // protects error_ and the decision to sleep
   std::condition_variable wake_;
 };
 
-// Never destroyed: at exit its threads sleep, and end with the process. A forked process has none of them and may have
-// inherited locked mutexes, so it gets a pool of its own.
-Pool* pool = new Pool;
+// The pool is never destroyed: at exit its threads sleep, and end with the process. A forked process has none of these
+// threads and may inherit locked mutexes, so it gets a new pool.
+ThreadPool* pool = new ThreadPool;
 const int registered = pthread_atfork(nullptr, nullptr, [] {
   const int threads = pool->threads();
-  pool = new Pool;
+  pool = new ThreadPool;
   pool->set_threads(threads);
 });
 
@@ -190,7 +195,7 @@ int threads() { return pool->threads(); }
 
 void set_threads(int threads) {
   if (threads < 1 || threads > kMaxThreads)
-    throw std::invalid_argument("'threads' must be 1 to " + std::to_string(kMaxThreads) + ", got " +
+    throw std::invalid_argument("'threads' must be a whole number from 1 to " + std::to_string(kMaxThreads) + ", got " +
                                 std::to_string(threads));
   pool->set_threads(threads);
 }

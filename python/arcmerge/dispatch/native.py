@@ -21,8 +21,8 @@ def operand(tensor: Tensor) -> _C.Operand:
     return _C.Operand(tensor.data_ptr(), native_dtype(tensor.dtype))
 
 
-def native_cache(key_cache: Tensor, value_cache: Tensor) -> _C.Cache:
+def native_cache(key_cache: Tensor, value_cache: Tensor) -> _C.KvCache:
     """Contiguous CPU caches [B, Hkv, S, Dh], which the native backend reads and writes in place."""
     sequences, heads, slots, head_dim = key_cache.shape
     dtype = native_dtype(key_cache.dtype)
-    return _C.Cache(key_cache.data_ptr(), value_cache.data_ptr(), sequences, heads, slots, head_dim, dtype)
+    return _C.KvCache(key_cache.data_ptr(), value_cache.data_ptr(), sequences, heads, slots, head_dim, dtype)

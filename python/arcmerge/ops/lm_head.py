@@ -127,16 +127,16 @@ def _fake_logprob(x: Tensor, *_: Tensor, **__: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), dtype=torch.int64)
 
 
-def native_head(x: Tensor, weight: Tensor, softcap: float) -> _C.Head:
-    """Contiguous CPU tensors, which the native backend reads in place."""
-    return _C.Head(x.data_ptr(), weight.data_ptr(), len(x), len(weight), x.shape[1], native_dtype(x.dtype), softcap)
+def native_head(x: Tensor, weight: Tensor, softcap: float) -> _C.LmHead:
+    """Contiguous CPU tensors for the native backend, which reads them in place."""
+    return _C.LmHead(x.data_ptr(), weight.data_ptr(), len(x), len(weight), x.shape[1], native_dtype(x.dtype), softcap)
 
 
 @lm_head_logits.native
 def _native_logits(x: Tensor, weight: Tensor, *, softcap: float) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     out = _fake_logits(x, weight)
-    _C.head_scores(out.data_ptr(), 0, native_head(x, weight, softcap), 0, 1.0, 1.0)
+    _C.lm_head_scores(out.data_ptr(), 0, native_head(x, weight, softcap), 0, 1.0, 1.0)
     return out
 
 

@@ -179,7 +179,7 @@ def _native(
                 out[step : step + 1] = _draw(found, ids, seed, steps[step : step + 1])
         else:
             drawn, counters = torch.empty(len(scores), dtype=torch.int64), steps[part].contiguous()
-            _C.head_draw(
+            _C.lm_head_draw(
                 drawn.data_ptr(), scores.data_ptr(), len(scores), len(weight), seed & 2**64 - 1, counters.data_ptr()
             )
             out[part] = drawn
@@ -196,8 +196,8 @@ def _native_scores(
 ) -> tuple[Tensor, Tensor]:
     """Scores [T, V], and the largest score of every HEAD_TILE ids, [T, tiles]."""
     x, bits = x.contiguous(), None if seen is None else seen.contiguous()
-    scores, maxima = torch.empty(len(x), len(weight)), torch.empty(len(x), -(-len(weight) // _C.HEAD_TILE))
-    _C.head_scores(
+    scores, maxima = torch.empty(len(x), len(weight)), torch.empty(len(x), -(-len(weight) // _C.LM_HEAD_TILE))
+    _C.lm_head_scores(
         scores.data_ptr(),
         maxima.data_ptr(),
         native_head(x, weight, softcap),
