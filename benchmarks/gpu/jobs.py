@@ -20,7 +20,7 @@ from benchmarks.gpu.device import DRY, Device, Gpu
 from torch import Tensor
 
 from arcmerge import ops
-from arcmerge.gemma2.config import Config
+from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.generation.generate import StoppingCriteria, generate
 from arcmerge.gemma2.generation.sampler import SamplingParams
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
@@ -154,7 +154,7 @@ def kernel(op: str, name: str) -> Measurement:
 
 
 @cache
-def _config() -> Config:
+def _config() -> Gemma2Config:
     return config_of(SHAPE)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.config import Config
+from arcmerge.gemma2.config import Gemma2Config
 from fuzz.mutations import ODD
 
 # google/gemma-2-2b, as published.
@@ -46,9 +46,9 @@ PUBLISHED: dict[str, Any] = {
 PATH = Path("model/config.json")
 
 
-def read(**changes: Any) -> Config:
+def read(**changes: Any) -> Gemma2Config:
     settings = {**PUBLISHED, **changes}
-    return Config.read({key: value for key, value in settings.items() if value is not ...}, PATH)
+    return Gemma2Config.read({key: value for key, value in settings.items() if value is not ...}, PATH)
 
 
 def test_the_published_settings() -> None:
@@ -77,7 +77,7 @@ def test_transformers_reads_its_own_settings_alike(tmp_path: Path) -> None:
 
     theirs = Gemma2Config(num_hidden_layers=3, query_pre_attn_scalar=144, sliding_window=64)
     theirs.save_pretrained(tmp_path)
-    ours = Config.read(json.loads((tmp_path / "config.json").read_text()), tmp_path / "config.json")
+    ours = Gemma2Config.read(json.loads((tmp_path / "config.json").read_text()), tmp_path / "config.json")
     assert ours.windows == tuple(64 if kind == "sliding_attention" else 0 for kind in theirs.layer_types)
     assert ours.softmax_scale == 1 / 12
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]

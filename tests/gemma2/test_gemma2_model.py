@@ -294,8 +294,8 @@ def test_what_sequences_share_goes_through_once(tmp_path: Path, window: int, mon
     original = Network.embed
     monkeypatch.setattr(Network, "embed", lambda self, ids: fed.append(len(ids)) or original(self, ids))
     for most in (2048, 60, 1):
-        monkeypatch.setattr("arcmerge.gemma2.generation.scoring.PASS_TOKENS", most)
-        monkeypatch.setattr("arcmerge.gemma2.generation.scoring.BRANCH_SLOTS", most)
+        monkeypatch.setattr("arcmerge.gemma2.generation.loglikelihood.PASS_TOKENS", most)
+        monkeypatch.setattr("arcmerge.gemma2.generation.loglikelihood.BRANCH_SLOTS", most)
         fed.clear()
         for one, expected in zip(model.score(pairs), alone, strict=True):
             assert one.logprob == pytest.approx(expected.logprob, abs=1e-4)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arcmerge.gemma2.config import Config
+from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.weights import EMBEDDING, assemble, names
 from cases.gemma import Shape
@@ -15,7 +15,7 @@ from cases.gemma import Shape
 TINY = Shape("tiny", 64, 2, 2, 1, 128, 96, 128, vocabulary=300, sliding_window=8)
 
 
-def config_of(shape: Shape, **changes: object) -> Config:
+def config_of(shape: Shape, **changes: object) -> Gemma2Config:
     """The configuration of a model of this shape, with changes by the names of config.json."""
     settings = {
         "model_type": "gemma2",
@@ -30,10 +30,10 @@ def config_of(shape: Shape, **changes: object) -> Config:
         "sliding_window": shape.sliding_window,
         **changes,
     }
-    return Config.read(settings, Path("config.json"))
+    return Gemma2Config.read(settings, Path("config.json"))
 
 
-def random_network(config: Config, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Network:
+def random_network(config: Gemma2Config, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Network:
     """The same weights for the same configuration, dtype and kind of device."""
     shapes = names(config)
     generator = torch.Generator(device).manual_seed(0)

@@ -298,15 +298,15 @@ def test_what_is_computed_by_ops(one: Path, monkeypatch: pytest.MonkeyPatch) -> 
             model(torch.tensor([[7]]), past_key_values=cache)
             steps.append({name: called.count(name) for name in set(called)})
     # Four layers; the last norm and the head.
-    layers = {"rmsnorm_add_rmsnorm": 4, "rope_cache": 4, "linear_geglu": 4, "attention": 4}
-    assert prompt == {"rmsnorm": 4 * 2 + 1, "linear": 4 * 3 + 1, **layers}
+    layers = {"rmsnorm_add_rmsnorm": 4 * 2, "rope_cache": 4, "linear_geglu": 4, "attention": 4}
+    assert prompt == {"rmsnorm": 4 + 1, "linear": 4 * 3 + 1, **layers}
     recorded = {"rmsnorm_add_rmsnorm": 4 * 2, "linear_geglu": 4, "attention_decode": 4}
     assert steps == [{"rmsnorm": 4 + 1, "linear": 4 * 3 + 1, **recorded}, {"rmsnorm": 1, "linear": 1}]
 
 
 @torch.no_grad()
 def test_what_it_cannot_do_is_said(one: Path) -> None:
-    with pytest.raises(arcmerge.ArcmergeError, match="takes a Gemma-2 of transformers, got Linear"):
+    with pytest.raises(arcmerge.ArcmergeError, match="'model' must be a Gemma-2 of transformers, got Linear"):
         accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(arcmerge.ArcmergeError, match=r"in bfloat16 or float32, got torch\.float16"):
         accelerate(load(one, torch.float16))

@@ -287,7 +287,7 @@ def test_threads_on_one_model() -> None:
 def test_ops_serve_again_after_an_adapter_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[bool] = []
     original = ops.linear_geglu
-    monkeypatch.setattr(ops, "linear_geglu", lambda *a: called.append(True) or original(*a))
+    monkeypatch.setattr(ops, "linear_geglu", lambda *a, **k: called.append(True) or original(*a, **k))
     model = tiny()
     with accelerate(model):
         adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False))

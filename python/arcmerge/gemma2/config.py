@@ -17,7 +17,7 @@ _ACTIVATION = "gelu_pytorch_tanh"
 
 
 @dataclass(frozen=True)
-class Config:
+class Gemma2Config:
     """Fields have the names of config.json.
 
     attn_logit_softcapping, final_logit_softcapping: 0 where there is no cap. windows: for every layer, the number of
@@ -50,7 +50,7 @@ class Config:
         return float(self.query_pre_attn_scalar**-0.5)
 
     @classmethod
-    def read(cls, settings: Mapping[str, Any], path: Path) -> Config:
+    def read(cls, settings: Mapping[str, Any], path: Path) -> Gemma2Config:
         """The settings of config.json at `path`; raises ArcmergeError with everything that is missing or impossible."""
         return _Reader(settings, path).config()
 
@@ -63,12 +63,12 @@ class _Reader:
         self._path = path
         self._problems: list[str] = []
 
-    def config(self) -> Config:
+    def config(self) -> Gemma2Config:
         if self._settings.get("model_type") != "gemma2":
             found = self._settings.get("model_type")
             raise ArcmergeError(f"{self._path}: model_type must be 'gemma2' to run here, is {found!r:.80}.")
         layers = self._count("num_hidden_layers")
-        config = Config(
+        config = Gemma2Config(
             hidden_size=self._count("hidden_size"),
             num_hidden_layers=layers,
             num_attention_heads=self._count("num_attention_heads"),
@@ -100,7 +100,7 @@ class _Reader:
             )
         return config
 
-    def _check(self, config: Config) -> None:
+    def _check(self, config: Gemma2Config) -> None:
         # Not hidden_act: the first releases said "gelu" there and meant the tanh approximation.
         activation = self._settings.get("hidden_activation", _ACTIVATION)
         if activation != _ACTIVATION:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import RUNS_IN
-from arcmerge.gemma2.config import Config
+from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.model import Gemma2
 from arcmerge.gemma2.weights import DTYPES as STORED
 from arcmerge.gemma2.weights import HEAD, assemble, find_tensors
@@ -45,7 +45,7 @@ class MergedGemma2(Gemma2):
         for name, content in small_files(resident.prepared, folder.name).items():
             (folder / name).write_bytes(content)
         donor = Path(resident.prepared.plan.donor.path)  # a folder that the user knows
-        config = Config.read(json.loads((folder / "config.json").read_bytes()), donor / "config.json")
+        config = Gemma2Config.read(json.loads((folder / "config.json").read_bytes()), donor / "config.json")
         stored = find_tensors("the merge", resident.outputs, config)
         dtypes = {STORED[resident.outputs[name].dtype.name] for name in stored.values()}
         if len(dtypes) > 1 or not dtypes <= set(RUNS_IN.values()):
@@ -78,7 +78,7 @@ class MergedGemma2(Gemma2):
         """
         rule = isinstance(t, Mapping) and t.keys() <= {"filter", "value"}
         parameters = t if isinstance(t, Mapping) and not rule else {"t": t}
-        with self.network.turn:
+        with self.network.lock:
             return self._resident.set_parameters(parameters, progress or (lambda done, total: None))
 
     def save(self, out: str | Path, **options: Any) -> MergeReport:

@@ -16,12 +16,12 @@ from arcmerge.checkpoint.hub import locate
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import plain, read_device, read_dtype, read_strings, read_tokens, read_whole
-from arcmerge.gemma2.config import Config
-from arcmerge.gemma2.generation.answers import answer
+from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.generation.generate import Generated, StoppingCriteria, generate, require_tokens
 from arcmerge.gemma2.generation.generation_config import GenerationConfig
+from arcmerge.gemma2.generation.loglikelihood import Score, score
 from arcmerge.gemma2.generation.sampler import SamplingParams
-from arcmerge.gemma2.generation.scoring import Score, score
+from arcmerge.gemma2.generation.text_generation import answer
 from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.runtime.runner import Runner
 from arcmerge.gemma2.text.prompts import Prompts, read_row
@@ -44,7 +44,7 @@ class Gemma2:
     on with it, on the CPU.
     """
 
-    def __init__(self, config: Config, weights: Weights, folder: Path, numerics: str = "default") -> None:
+    def __init__(self, config: Gemma2Config, weights: Weights, folder: Path, numerics: str = "default") -> None:
         if numerics not in NUMERICS:
             raise ArcmergeError(f"'numerics' must be 'default' or 'hf', is {numerics!r}.")
         self.config = config
@@ -84,7 +84,7 @@ class Gemma2:
         read_dtype(dtype, "bfloat16")
         folder = locate(str(path), revision)
         checkpoint = Checkpoint(folder)
-        config = Config.read(checkpoint.config, folder / "config.json")
+        config = Gemma2Config.read(checkpoint.config, folder / "config.json")
         weights = load(checkpoint, config, read_dtype(dtype, stored_dtype(checkpoint)), on)
         return cls(config, weights, folder, numerics or "default")
 
@@ -134,7 +134,7 @@ class Gemma2:
         out = torch.zeros(len(rows), prompts.width, self.config.vocab_size, device=self.device)
         sequences = Runner(self.network, len(rows), max(map(len, rows)))
         head = self.network.weights.head
-        with self.network.turn:
+        with self.network.lock:
             for batch, hidden in sequences.feed(rows):
                 found = ops.lm_head_logits(
                     hidden, head, softcap=self.config.final_logit_softcapping, stepwise=self.network.stepwise

@@ -16,7 +16,7 @@ from arcmerge.checkpoint.header import TensorInfo
 from arcmerge.checkpoint.layout import OutputTensor
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.config import Config
+from arcmerge.gemma2.config import Gemma2Config
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -27,7 +27,7 @@ _PART_OF_A_LAYER = re.compile(r"(model\.)*layers\.")
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerWeights:
     """The eleven tensors of a decoder layer; projections are [outputs, inputs], norms are centred on zero."""
 
     input_layernorm: Tensor
@@ -51,7 +51,7 @@ class Weights:
     """
 
     embed_tokens: Tensor
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: Tensor
     checkpoint: Checkpoint | None = None
@@ -75,16 +75,16 @@ class Weights:
             self.checkpoint.require_read()
 
 
-def names(config: Config) -> dict[str, tuple[int, ...]]:
+def names(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint must hold, and its shape, by its name in transformers' Gemma2ForCausalLM."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for number in range(config.num_hidden_layers):
-        shapes |= {_name(number, field.name): _shape(config, field.name) for field in fields(Layer)}
+        shapes |= {_name(number, field.name): _shape(config, field.name) for field in fields(LayerWeights)}
     shapes["model.norm.weight"] = (config.hidden_size,)
     return shapes if config.tie_word_embeddings else {**shapes, HEAD: shapes[EMBEDDING]}
 
 
-def load(checkpoint: Checkpoint, config: Config, dtype: torch.dtype, device: torch.device) -> Weights:
+def load(checkpoint: Checkpoint, config: Gemma2Config, dtype: torch.dtype, device: torch.device) -> Weights:
     """The weights of a checkpoint in one dtype on one device.
 
     A tensor that has the dtype already, on the CPU, is the mapped file itself; any other is converted, or copied.
@@ -123,7 +123,9 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
     return max(counts, key=lambda name: counts[name])
 
 
-def find_tensors(where: Path | str, found: Mapping[str, TensorInfo | OutputTensor], config: Config) -> dict[str, str]:
+def find_tensors(
+    where: Path | str, found: Mapping[str, TensorInfo | OutputTensor], config: Gemma2Config
+) -> dict[str, str]:
     """The name in `found` of every tensor of a Gemma-2 of this config, by the name that `names` has for it.
 
     The prefix "model." may be missing, as in checkpoints of the base model class, and others may stand before it, as of
@@ -183,13 +185,13 @@ def _full_names(found: Iterable[str], known: Collection[str]) -> tuple[dict[str,
 
 
 def assemble(
-    config: Config, get: Callable[[str], Tensor], own_head: bool = False, checkpoint: Checkpoint | None = None
+    config: Gemma2Config, get: Callable[[str], Tensor], own_head: bool = False, checkpoint: Checkpoint | None = None
 ) -> Weights:
     """Weights whose tensors come from `get`, by the names that `names` has. own_head: the head is one of them."""
 
-    def layer(number: int) -> Layer:
-        tensors: dict[str, Any] = {field.name: get(_name(number, field.name)) for field in fields(Layer)}
-        return Layer(**tensors)
+    def layer(number: int) -> LayerWeights:
+        tensors: dict[str, Any] = {field.name: get(_name(number, field.name)) for field in fields(LayerWeights)}
+        return LayerWeights(**tensors)
 
     layers = tuple(layer(number) for number in range(config.num_hidden_layers))
     embedding = get(EMBEDDING)
@@ -204,7 +206,7 @@ def _name(number: int, field: str) -> str:
     return f"model.layers.{number}.{part}.weight"
 
 
-def _shape(config: Config, field: str) -> tuple[int, ...]:
+def _shape(config: Gemma2Config, field: str) -> tuple[int, ...]:
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim

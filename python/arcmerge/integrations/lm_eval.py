@@ -24,8 +24,8 @@ if __name__ == "__main__":  # what follows takes seconds
 import torch
 
 from arcmerge.errors import ArcmergeError, needed
-from arcmerge.gemma2.generation.answers import answer
 from arcmerge.gemma2.generation.generate import StoppingCriteria
+from arcmerge.gemma2.generation.text_generation import answer
 from arcmerge.gemma2.model import Gemma2
 from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 from arcmerge.integrations.lm_eval_arguments import check_others

@@ -1,4 +1,4 @@
-"""What an integration has changed in its host, and how it is changed back."""
+"""Undo: the changes that an integration made to its host program, and the way back."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 
 class Undo:
-    """Changes, until undo() or the end of a `with` block changes them back.
+    """Changes to a host program; undo() or the end of a `with` block reverts them.
 
-    left: names of what stays as it was, as it could not be taken over.
+    left: names of the parts that were not changed, as they are not supported.
     """
 
     def __init__(self) -> None:
@@ -16,11 +16,11 @@ class Undo:
         self._steps: list[Callable[[], object]] = []
 
     def later(self, step: Callable[[], object]) -> None:
-        """A step of the way back; the last is taken first."""
+        """Add a function that undo() calls; the last one added is called first."""
         self._steps.append(step)
 
     def undo(self) -> None:
-        """Changes back what was changed; a second time there is nothing to do."""
+        """Revert all changes; a second call does nothing."""
         while self._steps:
             self._steps.pop()()
 

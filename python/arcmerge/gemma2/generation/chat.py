@@ -8,8 +8,8 @@ from typing import Any
 
 from arcmerge.errors import counted
 from arcmerge.gemma2.arguments import read_strings
-from arcmerge.gemma2.generation.answers import answer
 from arcmerge.gemma2.generation.generate import Generated, StoppingCriteria
+from arcmerge.gemma2.generation.text_generation import answer
 from arcmerge.gemma2.model import Gemma2
 from arcmerge.gemma2.runtime.bandwidth import read_bandwidth
 from arcmerge.gemma2.weights import Weights

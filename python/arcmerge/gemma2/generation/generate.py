@@ -8,9 +8,9 @@ from time import perf_counter
 
 from arcmerge.errors import ArcmergeError, counted
 from arcmerge.gemma2.generation.sampler import Sampler, SamplingParams
+from arcmerge.gemma2.runtime.model_lock import with_lock
 from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.runtime.runner import Runner
-from arcmerge.gemma2.runtime.shared import in_turn
 
 
 @dataclass
@@ -50,7 +50,7 @@ class StoppingCriteria:
     on_token: Callable[[int, int], bool] = field(default=lambda row, token: False)
 
 
-@in_turn
+@with_lock
 def generate(
     network: Network,
     prompts: Sequence[Sequence[int]],
@@ -99,7 +99,7 @@ def generate(
                     result.cut.append(row)
         if not any(awake):
             break
-        network.stand_still_at_end()
+        network.pause_if_exiting()
         fed = [token if alive else None for token, alive in zip(chosen, awake, strict=True)]
         chosen = chooser.choose(sequences.step(fed))
         result.steps += 1

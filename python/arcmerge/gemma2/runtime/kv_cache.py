@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arcmerge.gemma2.config import Config
+from arcmerge.gemma2.config import Gemma2Config
 
 # Kernels read keys in tiles of up to 128 slots, which must not wrap round the end of a ring.
 SLOT_MULTIPLE = 128
@@ -58,7 +58,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: Config,
+        config: Gemma2Config,
         batch: int,
         length: int,
         chunk: int,

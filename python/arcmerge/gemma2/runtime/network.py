@@ -1,39 +1,45 @@
-"""The network in reading order: embedding, layers, final norm. It calls ops and nothing else.
+"""The network in reading order: embedding, decoder layers, final norm. It calls ops and nothing else.
 
 Source: Gemma 2 (arXiv 2408.00118), and transformers' modeling_gemma2.py for every rounding and constant.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from arcmerge import ops
-from arcmerge.gemma2.config import Config
+from arcmerge.gemma2.config import Gemma2Config
+from arcmerge.gemma2.runtime.decoder_layer import attention_block, decoder_layer
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
-from arcmerge.gemma2.runtime.shared import Shared
+from arcmerge.gemma2.runtime.model_lock import LockedModel
 from arcmerge.gemma2.weights import Weights
 from arcmerge.ops.rope_cache import rope_table
 
 
-class _Attention(TypedDict):
+class _AttentionOptions(TypedDict):
     scale: float
     softcap: float
     window: int
     stepwise: bool
 
 
-class Network(Shared):
-    """From tokens to the normed hidden states that the head takes.
+class Network(LockedModel):
+    """Maps tokens to the hidden states that the lm_head takes.
 
-    stepwise: round after every step as transformers does in eager mode. Otherwise the residual stream, RoPE and
-    everything inside an op stay in float32, which is closer to what the weights mean.
-    Whoever runs it or changes its weights holds its turn.
+    Callers hold `lock` while they run the network or change its weights.
+
+    Args:
+        config: the sizes and constants.
+        weights: all on one device and in one dtype.
+        stepwise: round after every step as transformers does in eager mode. Otherwise the residual stream, RoPE and
+            everything inside an op stay in float32, which is closer to exact arithmetic.
     """
 
-    def __init__(self, config: Config, weights: Weights, stepwise: bool) -> None:
+    def __init__(self, config: Gemma2Config, weights: Weights, stepwise: bool) -> None:
         super().__init__()
         self.config = config
         self.weights = weights
@@ -48,52 +54,43 @@ class Network(Shared):
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Hidden states [T, hidden_size] after the final norm; writes the batch's keys and values to the cache."""
-        self.stand_still_at_end()
+        self.pause_if_exiting()
         return self.layers(self.embed(batch.tokens), batch, cache)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The residual stream [T, hidden_size] with which the layers begin."""
+        """The residual stream [T, hidden_size] that the first layer takes."""
         embedded = torch.nn.functional.embedding(tokens, self.weights.embed_tokens)
         return embedded.to(self._residual_dtype) * self._embedding_scale
 
     def layers(self, residual: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states after all layers and the final norm, by ops alone."""
-        config, weights = self.config, self.weights
-        following = [*(layer.input_layernorm for layer in weights.layers[1:]), weights.norm]
-
-        normed = ops.rmsnorm(residual, weights.layers[0].input_layernorm, eps=config.rms_norm_eps)
-        for number, layer in enumerate(weights.layers):
-            qkv = ops.linear(normed, [layer.q_proj, layer.k_proj, layer.v_proj], stepwise=self.stepwise)
-            attended = self._attend(number, qkv, batch, cache)
-            branch = ops.linear(attended, [layer.o_proj], stepwise=self.stepwise)
-            residual, normed = ops.rmsnorm_add_rmsnorm(
-                branch,
-                residual,
-                layer.post_attention_layernorm,
-                layer.pre_feedforward_layernorm,
-                eps=config.rms_norm_eps,
-            )
-            inner = ops.linear_geglu(normed, layer.gate_proj, layer.up_proj, stepwise=self.stepwise)
-            branch = ops.linear(inner, [layer.down_proj], stepwise=self.stepwise)
-            residual, normed = ops.rmsnorm_add_rmsnorm(
-                branch, residual, layer.post_feedforward_layernorm, following[number], eps=config.rms_norm_eps
-            )
+        """Hidden states [T, hidden_size] after all layers and the final norm, computed by ops only."""
+        eps, stepwise = self.config.rms_norm_eps, self.stepwise
+        layers = self.weights.layers
+        next_norms = [*(layer.input_layernorm for layer in layers[1:]), self.weights.norm]
+        normed = ops.rmsnorm(residual, layers[0].input_layernorm, eps=eps)
+        for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
+            attend = partial(self._attend, index, batch=batch, cache=cache)
+            attention = partial(attention_block, layer, attend=attend, stepwise=stepwise)
+            residual, normed = decoder_layer(layer, residual, normed, attention, next_norm, eps, stepwise)
         return normed
 
-    def _attend(self, number: int, qkv: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """[T, num_attention_heads * head_dim] of a layer, from its queries, keys and values side by side."""
+    def _attend(self, index: int, qkv: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """[T, num_attention_heads * head_dim]: the attention of layer `index`; qkv holds queries, keys and values."""
         config = self.config
-        keys, values = cache.layers[number]
-        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
-        how = _Attention(
+        keys, values = cache.layers[index]
+        heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        options = _AttentionOptions(
             scale=config.softmax_scale,
             softcap=config.attn_logit_softcapping,
-            window=config.windows[number],
+            window=config.windows[index],
             stepwise=self.stepwise,
         )
         if batch.longest == 1 and len(batch.tokens) == len(batch.lengths):
-            return ops.attention_decode(qkv, keys, values, batch.lengths, heads=heads, cos_sin=self._cos_sin, **how)
-        query, key, value = qkv.view(len(qkv), -1, config.head_dim).split([heads, key_heads, key_heads], dim=1)
+            return ops.attention_decode(qkv, keys, values, batch.lengths, heads=heads, cos_sin=self._cos_sin, **options)
+        split = [heads, key_value_heads, key_value_heads]
+        query, key, value = qkv.view(len(qkv), -1, config.head_dim).split(split, dim=1)
         query = ops.rope_cache(query, key, value, self._cos_sin, batch.positions, batch.sequences, keys, values)
-        attended = ops.attention(query, keys, values, batch.starts, batch.lengths, max_seqlen_q=batch.longest, **how)
+        attended = ops.attention(
+            query, keys, values, batch.starts, batch.lengths, max_seqlen_q=batch.longest, **options
+        )
         return attended.flatten(1)

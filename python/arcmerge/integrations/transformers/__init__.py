@@ -1,4 +1,4 @@
-"""arcmerge inside transformers: `accelerate` a loaded Gemma-2, or `register_attention` under a name."""
+"""arcmerge inside transformers: `accelerate` for a loaded Gemma-2, `register_attention` for its attention by name."""
 
 from arcmerge.integrations.transformers.acceleration import accelerate, register_attention
 

@@ -1,4 +1,4 @@
-"""arcmerge inside transformers: the attention alone by name, or all of a Gemma-2 that transformers has loaded.
+"""arcmerge inside transformers: its attention by name, or all modules of a loaded Gemma-2.
 
 with register_attention():
     model = Gemma2ForCausalLM.from_pretrained(folder, attn_implementation="arcmerge")
@@ -18,8 +18,8 @@ from torch import nn
 from arcmerge.dispatch.checks import ACTIVATIONS
 from arcmerge.errors import ArcmergeError, needed
 from arcmerge.integrations.transformers.attention import NAME, attention_forward
-from arcmerge.integrations.transformers.decode import DecodingStep, Rotation
-from arcmerge.integrations.transformers.layers import OURS, DecoderLayer, Linear, Norm
+from arcmerge.integrations.transformers.decode import DecodeStep, RotaryTable
+from arcmerge.integrations.transformers.layers import REPLACEMENTS, DecoderLayer, Linear, Norm
 from arcmerge.integrations.undo import Undo
 from arcmerge.ops.linear import MAX_ROWS
 
@@ -32,10 +32,20 @@ _REGISTERED = Counter[str]()
 
 
 def register_attention() -> Undo:
-    """Lets transformers' models be loaded with attn_implementation="arcmerge", padding masks included.
+    """Register arcmerge's attention as attn_implementation="arcmerge" in transformers, with its padding masks.
 
-    For models whose attention is causal, with or without a window, softcap and groups of heads, in inference; all else
-    goes through their own eager attention. The name is known until as many undo() as there were calls.
+    It computes causal attention, with or without a sliding window, softcap and grouped heads, in inference. A model's
+    own eager attention computes everything else.
+
+    Returns:
+        An Undo, also a context manager; the name is removed with the undo() of the last call.
+
+    Example::
+
+        >>> from arcmerge.integrations.transformers import register_attention
+        >>> from transformers import Gemma2ForCausalLM
+        >>> with register_attention():
+        ...     model = Gemma2ForCausalLM.from_pretrained("out/", attn_implementation="arcmerge")
     """
     undo = Undo()
     for functions, ours in ((ALL_ATTENTION_FUNCTIONS, attention_forward), (ALL_MASK_ATTENTION_FUNCTIONS, eager_mask)):
@@ -53,39 +63,57 @@ def _unregister_attention() -> None:
 
 
 def accelerate(model: Any) -> Undo:
-    """Let norms, MLPs, attention and head of a Gemma-2 of transformers be computed by arcmerge's ops, in place.
+    """Let arcmerge's ops compute the norms, MLPs, attention and lm_head of a Gemma-2 of transformers, in place.
 
-    Modules stay where they are and get another class; config and masks stay those of eager attention. Where gradients
-    are recorded, under autocast, in other or mixed dtypes, and where parts of a module are not those of a plain
-    Gemma-2, as with adapters and hooks, now or later, it works as before; the result's `left` names those of now.
-    Softcaps, products and activations are float32 inside an op, so bfloat16 logits differ from transformers' by
-    rounding. Raises ArcmergeError for anything but a Gemma-2 in bfloat16 or float32.
+    Modules stay where they are and get another class; config and masks stay those of eager attention. transformers'
+    own code still runs where gradients are recorded, under autocast, in other or mixed dtypes, and for modules that
+    are not those of a plain Gemma-2, such as adapters and modules with hooks, whether added before or after this call.
+    Softcaps, products and activations are float32 inside an op, so bfloat16 logits equal transformers' up to rounding.
+
+    Args:
+        model: a Gemma-2 model of transformers in bfloat16 or float32.
+
+    Returns:
+        An Undo, also a context manager. Its `left` lists the modules that transformers still runs.
+
+    Raises:
+        ArcmergeError: if the model has another architecture or dtype.
+
+    Example::
+
+        >>> from arcmerge.integrations.transformers import accelerate
+        >>> from transformers import Gemma2ForCausalLM
+        >>> model = Gemma2ForCausalLM.from_pretrained("out/")
+        >>> accelerated = accelerate(model)
+        >>> accelerated.left
+        []
+        >>> accelerated.undo()
     """
     if not isinstance(model, gemma2.Gemma2PreTrainedModel):
-        raise ArcmergeError(f"accelerate takes a Gemma-2 of transformers, got {type(model).__name__}")
+        raise ArcmergeError(f"'model' must be a Gemma-2 of transformers, got {type(model).__name__}")
     if model.dtype not in ACTIVATIONS:
-        raise ArcmergeError(f"accelerate takes a model in bfloat16 or float32, got {model.dtype}")
+        raise ArcmergeError(f"'model' must be in bfloat16 or float32, got {model.dtype}")
     undo = Undo()
     is_first = not any(isinstance(module, Norm) for module in model.modules())
-    rotation = Rotation(model.config.max_position_embeddings)
+    rotary = RotaryTable(model.config.max_position_embeddings)
     for name, module in model.named_modules():
-        _replace(name, module, rotation, undo)
+        _replace(name, module, rotary, undo)
     if model.device.type == "cpu" and is_first:
-        threads = _Threads()
+        threads = _SingleThread()
         undo.later(model.register_forward_pre_hook(threads.before, with_kwargs=True).remove)
         undo.later(model.register_forward_hook(threads.after, always_call=True).remove)
     return undo
 
 
-def _replace(name: str, module: Any, rotation: Rotation, undo: Undo) -> None:
+def _replace(name: str, module: Any, rotary: RotaryTable, undo: Undo) -> None:
     theirs = type(module)
-    plain_head = name == "lm_head" and theirs is nn.Linear and module.bias is None
-    ours = Linear if plain_head else OURS.get(theirs)
+    is_plain_head = name == "lm_head" and theirs is nn.Linear and module.bias is None
+    ours = Linear if is_plain_head else REPLACEMENTS.get(theirs)
     if ours is not None and "forward" not in vars(module):
         module.__class__ = ours
         undo.later(lambda: setattr(module, "__class__", theirs))
         if isinstance(module, DecoderLayer):
-            module.step = DecodingStep(module, rotation)
+            module.step = DecodeStep(module, rotary)
             undo.later(lambda: delattr(module, "step"))
         elif not getattr(module, "is_plain", lambda: True)():
             undo.left.append(name)
@@ -93,22 +121,22 @@ def _replace(name: str, module: Any, rotation: Rotation, undo: Undo) -> None:
         undo.left.append(name)
 
 
-class _Threads:
-    """Lets torch's own operations of a few tokens use one thread.
+class _SingleThread:
+    """Hooks that limit torch's own operations to one thread while a model runs a few tokens.
 
-    After each its other threads would wait in a loop for the next, on processors that the ops' threads need: decoding
-    of a 2.6B on two of them was 0.7 times as fast as without ops.
+    torch's other threads spin for a while after each operation, on processors that the ops' threads need: decoding of a
+    2.6B on two of them was 0.7 times as fast as without ops.
     """
 
     def __init__(self) -> None:
-        self._count: int | None = None  # what the user has set, while one is used
+        self._count: int | None = None  # the user's number of threads, while it is replaced
 
     def before(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = next((named[key] for key in ("input_ids", "inputs_embeds") if named.get(key) is not None), None)
-        given = arguments[0] if given is None and arguments else given
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or given is None or given.dim() < 2:
+        inputs = next((named[key] for key in ("input_ids", "inputs_embeds") if named.get(key) is not None), None)
+        inputs = arguments[0] if inputs is None and arguments else inputs
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or inputs is None or inputs.dim() < 2:
             return
-        if given.shape[0] * given.shape[1] <= MAX_ROWS:
+        if inputs.shape[0] * inputs.shape[1] <= MAX_ROWS:
             self._count = self._count or torch.get_num_threads()
             torch.set_num_threads(1)
 

@@ -1,7 +1,7 @@
-"""When arcmerge's ops may take the place of operations of torch: the one place that says so for modules and attention.
+"""The conditions under which arcmerge's ops replace operations of torch, for modules and for attention.
 
-Everything else is computed by transformers' own code: autocast, other or mixed dtypes, gradients, compilation, tensors
-of other kinds, as quantised ones, and modules whose call does more than their forward.
+transformers' own code computes everything else: autocast, other or mixed dtypes, gradients, compilation, tensor
+subclasses such as quantised ones, and modules whose call does more than their forward.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ _TENSORS = (Tensor, nn.Parameter)
 _DEVICES = ("cpu", "cuda")
 
 
-def serves(module: nn.Module, x: Any, weights: Iterable[Any], *met: Any) -> bool:
-    """Whether ops compute what `module` would of x with these weights: plain tensors of x's dtype on x's device.
+def ops_apply(module: nn.Module, x: Any, weights: Iterable[Any], *others: Any) -> bool:
+    """Whether ops can compute the forward of `module` for x: plain tensors of one dtype on one device, no gradients.
 
-    met: what else may bring gradients, such as masks and cached keys; None and other objects bring none.
+    others: further inputs that may require gradients, such as masks and cached keys; other objects than tensors are
+    ignored.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in _TENSORS:
         return False
@@ -34,12 +35,12 @@ def serves(module: nn.Module, x: Any, weights: Iterable[Any], *met: Any) -> bool
         if type(weight) not in _TENSORS or weight.dtype != dtype or weight.device != device:
             return False
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # the ops' checks read lengths, for which a capture cannot wait
-    return not _differentiates(module, x, *met)
+        return False  # the checks of ops read lengths, which would synchronize in the middle of a capture
+    return not _needs_gradients(module, x, *others)
 
 
-def _differentiates(module: nn.Module, *tensors: Any) -> bool:
-    """Whether derivatives are wanted of a tensor or of a weight of the module, in either direction."""
+def _needs_gradients(module: nn.Module, *tensors: Any) -> bool:
+    """Whether a tensor or a weight of the module needs derivatives, in forward or in reverse mode."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return True
     if not torch.is_grad_enabled():
@@ -48,10 +49,10 @@ def _differentiates(module: nn.Module, *tensors: Any) -> bool:
     return any(tensor.requires_grad for tensor in (*given, *module.parameters()))
 
 
-def is_untouched(part: Any, kind: type) -> bool:
-    """Whether a part is of that kind, and would do nothing but its forward if it were called."""
+def is_unmodified(module: Any, kind: type) -> bool:
+    """Whether a module has exactly this type, no hooks and no forward of its own."""
     return (
-        type(part) is kind
-        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        type(module) is kind
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
         and not torch_module._has_any_global_hook()
     )

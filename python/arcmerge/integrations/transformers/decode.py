@@ -1,14 +1,15 @@
-"""One token of one sequence through a decoder layer of transformers: one replay of native calls.
+"""One token of one sequence through a decoder layer of transformers: a replay of recorded native calls.
 
-Between native calls, each of which pushes everything else out of the processor's caches, an operation of torch takes
-20 to 40 us and an op 150 (2.6B, EPYC 7003): a layer as modules makes some 40 of them, here it makes six. So decoding
-is 1.66 times as fast as without ops, where calls of the same ops by modules were 1.37 times.
+Between native calls, each of which evicts everything else from the processor's caches, an operation of torch takes
+20 to 40 us and an op 150 (2.6B, EPYC 7003). A layer made of modules has about 40 such calls, this one has six, so that
+decoding is 1.66 times as fast as without ops; the same ops called by modules made it 1.37 times as fast.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,31 +19,33 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from arcmerge import ops
 from arcmerge.dispatch.recording import recorded
-from arcmerge.integrations.transformers.attention import sees_all
+from arcmerge.gemma2.runtime.decoder_layer import attention_block, decoder_layer
+from arcmerge.gemma2.weights import LayerWeights
+from arcmerge.integrations.transformers.attention import hides_no_key
 
-# Tokens for which keys and values get room at once: 0.5 MB a layer of 2.6B.
-_ROOM = 128
+# Tokens by which the buffers of keys and values grow: 0.5 MB per layer of 2.6B.
+_GROWTH = 128
 
 
-class Rotation:
-    """transformers' cos and sin of a step, as the row of a rope table that all layers read."""
+class RotaryTable:
+    """transformers' cos and sin of the current step, as a row of the rope table that all layers read."""
 
     def __init__(self, positions: int) -> None:
         self.positions = positions
-        self.lock = threading.Lock()  # of the row from its writing to the end of the step that reads it
+        self.lock = threading.Lock()  # held from the writing of the row to the end of the step that reads it
         self._table = torch.empty(0)
         self._written: tuple[Tensor, int] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Rotation, (self.positions,)
+        return RotaryTable, (self.positions,)
 
-    def table(self, embeddings: tuple[Tensor, Tensor], position: int) -> Tensor:
-        """[positions, Dh], of which row `position` is that of embeddings: cos and sin [1, 1, Dh]."""
+    def at(self, embeddings: tuple[Tensor, Tensor], position: int) -> Tensor:
+        """[positions, Dh]; row `position` holds `embeddings`, cos and sin [1, 1, Dh]."""
         cosine, sine = embeddings
         if self._written is None or self._written[0] is not cosine or self._written[1] != position:
             head_dim = cosine.shape[2]
             if self._table.shape != (self.positions, head_dim) or self._table.dtype != cosine.dtype:
-                with torch.inference_mode(False):  # or no step outside of that mode could write to it
+                with torch.inference_mode(False):  # steps outside of that mode could not write to an inference tensor
                     self._table = torch.zeros(self.positions, head_dim, dtype=cosine.dtype)
             torch.cat([cosine[0, 0, : head_dim // 2], sine[0, 0, : head_dim // 2]], out=self._table[position])
             self._written = cosine, position
@@ -50,99 +53,100 @@ class Rotation:
 
 
 @dataclass
-class _Room:
+class _Buffers:
     """Keys and values [1, Hkv, S, Dh] with free slots, and the views of them that a layer of a cache holds."""
 
-    buffers: tuple[Tensor, Tensor]
+    both: tuple[Tensor, Tensor]
     keys: Tensor
     values: Tensor
 
     @classmethod
     @torch.inference_mode(False)
     @torch.no_grad()
-    def of(cls, kept: Any) -> _Room:
-        _, heads, tokens, head_dim = kept.keys.shape
-        slots = (tokens // _ROOM + 1) * _ROOM
-        buffers = [states.new_zeros(1, heads, slots, head_dim) for states in (kept.keys, kept.values)]
-        for buffer, states in zip(buffers, (kept.keys, kept.values), strict=True):
+    def copied_from(cls, cached: Any) -> _Buffers:
+        _, heads, tokens, head_dim = cached.keys.shape
+        slots = (tokens // _GROWTH + 1) * _GROWTH
+        buffers = [states.new_zeros(1, heads, slots, head_dim) for states in (cached.keys, cached.values)]
+        for buffer, states in zip(buffers, (cached.keys, cached.values), strict=True):
             buffer[:, :, :tokens] = states
-        return cls((buffers[0], buffers[1]), kept.keys, kept.values)
+        return cls((buffers[0], buffers[1]), cached.keys, cached.values)
 
-    def serves(self, kept: Any) -> bool:
-        """Whether the cache still holds the views that it was given, and there is a free slot."""
-        full = self.buffers[0].shape[2] == self.keys.shape[2]
-        return not full and kept.keys is self.keys and kept.values is self.values
+    def can_append(self, cached: Any) -> bool:
+        """Whether the cache still holds the views that it was given, and a slot is free."""
+        full = self.both[0].shape[2] == self.keys.shape[2]
+        return not full and cached.keys is self.keys and cached.values is self.values
 
-    def grow(self, kept: Any, tokens: int) -> None:
-        """Let the cache see `tokens` slots."""
-        kept.keys, kept.values = (buffer[:, :, :tokens] for buffer in self.buffers)
-        self.keys, self.values = kept.keys, kept.values
-        if kept.is_sliding:
-            kept.cumulative_length = tokens
+    def show(self, cached: Any, tokens: int) -> None:
+        """Give the cache views of the first `tokens` slots."""
+        cached.keys, cached.values = (buffer[:, :, :tokens] for buffer in self.both)
+        self.keys, self.values = cached.keys, cached.values
+        if cached.is_sliding:
+            cached.cumulative_length = tokens
 
 
-class DecodingStep:
-    """A Gemma2DecoderLayer for one token of one sequence, whose DynamicCache gets views of buffers with room for more.
+class DecodeStep:
+    """A Gemma2DecoderLayer for one token of one sequence.
 
-    Those views are as good as other tensors: changes in place reach the buffers, and what replaces them is copied anew.
+    The layer of the DynamicCache gets views of larger buffers. They behave like any tensor: changes in place reach the
+    buffers, and tensors that replace them are copied to new buffers.
     """
 
-    def __init__(self, layer: Any, rotation: Rotation) -> None:
+    def __init__(self, layer: Any, rotary: RotaryTable) -> None:
         self._layer = layer
-        self._rotation = rotation
-        self._rooms: WeakKeyDictionary[Any, _Room] = WeakKeyDictionary()
+        self._rotary = rotary
+        self._buffers: WeakKeyDictionary[Any, _Buffers] = WeakKeyDictionary()
         self._recorded: list[Any] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles, as parts of a layer's, begin anew."""
-        return DecodingStep, (self._layer, self._rotation)
+        """Copies and pickles, which are parts of a layer's, start without a recording."""
+        return DecodeStep, (self._layer, self._rotary)
 
-    def serves(self, x: Tensor, mask: Tensor | None, cache: Any) -> bool:
-        """x: [B, T, D]. Whether it is one token that sees all of a DynamicCache, which does not drop or move tokens."""
-        number = self._layer.self_attn.layer_idx
-        if x.shape[:2] != (1, 1) or type(cache) is not DynamicCache or cache.offloading or number >= len(cache.layers):
+    def supports(self, x: Tensor, mask: Tensor | None, cache: Any) -> bool:
+        """Whether x [B, T, D] is one token that sees all keys of a DynamicCache, which drops and moves no tokens."""
+        index = self._layer.self_attn.layer_idx
+        if x.shape[:2] != (1, 1) or type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
             return False
-        kept: Any = cache.layers[number]
-        if type(kept) not in (DynamicLayer, DynamicSlidingWindowLayer) or not kept.is_initialized:
+        cached: Any = cache.layers[index]
+        if type(cached) not in (DynamicLayer, DynamicSlidingWindowLayer) or not cached.is_initialized:
             return False
-        length = kept.get_seq_length() + 1
-        if kept.is_sliding and (kept.record_past or length >= kept.sliding_window):
+        length = cached.get_seq_length() + 1
+        if cached.is_sliding and (cached.record_past or length >= cached.sliding_window):
             return False
-        keys = kept.keys
-        is_whole = keys.shape[2] + 1 == length <= self._rotation.positions
-        return is_whole and keys.dtype == x.dtype and len(keys) == 1 and sees_all(mask, length)
+        keys = cached.keys
+        is_complete = keys.shape[2] + 1 == length <= self._rotary.positions
+        return is_complete and keys.dtype == x.dtype and len(keys) == 1 and hides_no_key(mask, length)
 
     def __call__(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: DynamicCache) -> Tensor:
-        """[1, 1, D] of x [1, 1, D], the residual stream; its key and value go to the cache."""
-        kept: Any = cache.layers[self._layer.self_attn.layer_idx]
-        with self._rotation.lock:
-            room = self._rooms.get(kept)
-            if room is None or not room.serves(kept):
-                room = self._rooms[kept] = _Room.of(kept)
-            length = kept.keys.shape[2] + 1
-            table = self._rotation.table(position_embeddings, length - 1)
-            reads = [*self._weights(), table, *room.buffers]
-            # Parameters that were replaced or moved would leave a recording with addresses of nothing.
-            memory = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in reads]
-            if (now := [x.dtype, self._eps(), *self._numbers().values(), *memory]) != self._recorded:
-                self._record(x, length, table, room)
-                self._recorded = now
+        """[1, 1, D]: the residual stream x [1, 1, D] after the layer; appends its key and value to the cache."""
+        cached: Any = cache.layers[self._layer.self_attn.layer_idx]
+        with self._rotary.lock:
+            buffers = self._buffers.get(cached)
+            if buffers is None or not buffers.can_append(cached):
+                buffers = self._buffers[cached] = _Buffers.copied_from(cached)
+            length = cached.keys.shape[2] + 1
+            table = self._rotary.at(position_embeddings, length - 1)
+            tensors = [*self._weights(), table, *buffers.both]
+            # A recording holds addresses, which parameters that were replaced or moved have left.
+            memory = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+            if (state := [x.dtype, self._eps(), *self._constants().values(), *memory]) != self._recorded:
+                self._record(x, length, table, buffers)
+                self._recorded = state
             self._x.copy_(x[0])
             self._length.fill_(length)
             if self._recording.whole:
                 self._recording.replay()
             else:
-                self._out = self._through(table, room)
-            room.grow(kept, length)
+                self._out = self._run(table, buffers)
+            buffers.show(cached, length)
             return self._out.clone()[None]
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _record(self, x: Tensor, length: int, table: Tensor, room: _Room) -> None:
+    def _record(self, x: Tensor, length: int, table: Tensor, buffers: _Buffers) -> None:
         self._x = x[0].clone()
         self._length = torch.full((1,), length, dtype=torch.int32)
         with recorded() as self._recording:
-            self._out = self._through(table, room)
+            self._out = self._run(table, buffers)
 
     def _weights(self) -> list[Tensor]:
         weights: list[Tensor] = self._layer.weights()
@@ -152,25 +156,23 @@ class DecodingStep:
         eps: float = self._layer.input_layernorm.eps
         return eps
 
-    def _numbers(self) -> dict[str, Any]:
-        """What the recorded calls are given beside tensors. The mask has said that no window hides a key."""
+    def _constants(self) -> dict[str, Any]:
+        """The arguments of the recorded attention that are no tensors. No window: the mask hides no key."""
         attention = self._layer.self_attn
         return {"scale": attention.scaling, "softcap": attention.attn_logit_softcapping or 0.0}
 
-    def _through(self, table: Tensor, room: _Room) -> Tensor:
-        query, key, value, output, gate, up, down, *norms = self._weights()
-        eps = self._eps()
-        qkv = ops.linear(ops.rmsnorm(self._x, norms[0], eps=eps), [query, key, value])
-        attended = ops.attention_decode(
-            qkv,
-            *room.buffers,
-            self._length,
-            heads=len(query) // self._layer.self_attn.head_dim,
-            cos_sin=table,
-            **self._numbers(),
-        )
-        branch = ops.linear(attended, [output])
-        residual, normed = ops.rmsnorm_add_rmsnorm(branch, self._x, norms[1], norms[2], eps=eps)
-        branch = ops.linear(ops.linear_geglu(normed, gate, up), [down])
-        # Of the sum alone; that its norm is computed too costs 15 us.
-        return ops.rmsnorm_add_rmsnorm(branch, residual, norms[3], norms[3], eps=eps)[0]
+    def _run(self, table: Tensor, buffers: _Buffers) -> Tensor:
+        weights, eps = LayerWeights(*self._weights()), self._eps()
+
+        def attend(qkv: Tensor) -> Tensor:
+            heads = len(weights.q_proj) // self._layer.self_attn.head_dim
+            return ops.attention_decode(
+                qkv, *buffers.both, self._length, heads=heads, cos_sin=table, **self._constants()
+            )
+
+        normed = ops.rmsnorm(self._x, weights.input_layernorm, eps=eps)
+        attention = partial(attention_block, weights, attend=attend)
+        # transformers' next layer applies its own norm. The one that is computed here, with any weight of this size,
+        # takes 15 us.
+        unused = weights.post_feedforward_layernorm
+        return decoder_layer(weights, self._x, normed, attention, unused, eps)[0]

@@ -16,9 +16,9 @@ from torch import Tensor
 from arcmerge import ops
 from arcmerge.gemma2.generation.generate import require_tokens
 from arcmerge.gemma2.runtime.kv_cache import Batch
+from arcmerge.gemma2.runtime.model_lock import with_lock
 from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.runtime.runner import PASS_TOKENS, Runner
-from arcmerge.gemma2.runtime.shared import in_turn
 
 # Slots of a cache of all layers, which branches need: 55 MB of 2.6B. Of as many tokens arithmetic takes 16 s on two
 # cores of an EPYC 7003, reading the weights once more 0.3 s.
@@ -59,7 +59,7 @@ class _Family:
         return len(self.shared.tokens) + max((len(branch.tokens) for branch in self.branches), default=0)
 
 
-@in_turn
+@with_lock
 def score(network: Network, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
     """Scores of the last tokens of each sequence: (tokens, how many of them, at most all but the first).
 
