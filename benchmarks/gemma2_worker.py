@@ -44,7 +44,7 @@ class Arcmerge:
         from arcmerge.gemma2.generation.generate import StoppingCriteria
         from arcmerge.gemma2.generation.sampler import SamplingParams
 
-        done = self.model.run([tokens], SamplingParams(), StoppingCriteria(steps + 1, ()))
+        done = self.model.generate_batch([tokens], SamplingParams(), StoppingCriteria(steps + 1, ()))
         return done.prefill_seconds, done.decode_seconds
 
     def score(self, sequences: list[list[int]]) -> list[float]:

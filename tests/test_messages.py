@@ -21,6 +21,8 @@ ROOMS = (
     "checkpoint",
     "cli",
     "dispatch",
+    "gemma2",
+    "integrations",
     "merging/execution",
     "merging/inspect",
     "merging/methods",

@@ -26,7 +26,7 @@ from arcmerge.gemma2.generation.sampler import SamplingParams
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.network import Network
-from arcmerge.gemma2.weights import names
+from arcmerge.gemma2.weights import tensor_shapes
 from arcmerge.kernels.combine import combine
 from arcmerge.kernels.gram import gram
 from arcmerge.merging.methods.method import Arguments
@@ -160,7 +160,7 @@ def _config() -> Gemma2Config:
 
 def merge() -> dict[str, Measurement]:
     """A slerp of two models that lie in memory into a third, by the clock of the host; and its two launches alone."""
-    counts = [torch.Size(shape).numel() for shape in names(_config()).values()]
+    counts = [torch.Size(shape).numel() for shape in tensor_shapes(_config()).values()]
     groups = [[OnDevice().normal(count) for _ in range(2)] for count in counts]
     outs = [OnDevice().empty(count) for count in counts]
     matrices = torch.empty(len(counts), 2, 2, dtype=torch.float64, device=device().memory)

@@ -266,8 +266,9 @@ def test_a_host_ends_with_130_and_a_sentence(tmp_path: Path, host: str) -> None:
 
 
 CHAT = f"""
-import types, arcmerge.cli.chat
-arcmerge.cli.chat.session = lambda arguments: types.SimpleNamespace(require_template=lambda: None)
+import arcmerge.cli.chat, arcmerge.gemma2.generation.chat
+arcmerge.cli.chat.load = lambda arguments: None
+arcmerge.gemma2.generation.chat.Chat = lambda model, **options: None
 {ENTRY}
 """
 

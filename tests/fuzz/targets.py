@@ -177,9 +177,9 @@ def _model(folder: Path) -> None:
 
 
 def _text(folder: Path) -> None:
-    text = Gemma2.from_pretrained(folder / "a", device="cpu").text
-    text.decode(text.encode("ab <bos> é"))
-    text.render(TURNS)
+    tokenizer = Gemma2.from_pretrained(folder / "a", device="cpu").tokenizer
+    tokenizer.decode(tokenizer.encode("ab <bos> é"))
+    tokenizer.render_chat(TURNS)
 
 
 def _tokenizer(folder: Path) -> None:

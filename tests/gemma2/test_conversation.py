@@ -60,18 +60,18 @@ def test_templates_render_as_in_transformers(tmp_path: Path, name: str) -> None:
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for prompt in (True, False):
         expected = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=prompt)
-        assert text.render(TALK, add_generation_prompt=prompt) == expected
+        assert text.render_chat(TALK, add_generation_prompt=prompt) == expected
     if "content" in TEMPLATES[name]:
         try:
             expected = theirs.apply_chat_template(TALK, tokenize=False, continue_final_message=True)
         except ValueError:
-            with pytest.raises(ArcmergeError, match="does not write the last message as it is"):
-                text.render(TALK, continue_final_message=True)
+            with pytest.raises(ArcmergeError, match="must write the last message unchanged"):
+                text.render_chat(TALK, continue_final_message=True)
         else:
-            assert text.render(TALK, continue_final_message=True) == expected
+            assert text.render_chat(TALK, continue_final_message=True) == expected
     tools = [{"type": "function", "function": {"name": "f"}}]
     expected = theirs.apply_chat_template(TALK, tools=tools, tokenize=False, bos_token="B")
-    assert text.render(TALK, add_generation_prompt=False, tools=tools, bos_token="B") == expected
+    assert text.render_chat(TALK, add_generation_prompt=False, tools=tools, bos_token="B") == expected
 
 
 @pytest.mark.parametrize("content", ["It is ", "", [{"type": "text", "text": "It"}, {"type": "image"}]])
@@ -83,48 +83,54 @@ def test_a_last_message_stays_open(tmp_path: Path, content: Any) -> None:
     expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         talk, tokenize=False, continue_final_message=True
     )
-    assert text.render(talk, continue_final_message=True) == expected
+    assert text.render_chat(talk, continue_final_message=True) == expected
     assert not expected.endswith("</>")
-    with pytest.raises(ArcmergeError, match="the last message must have text to be continued, got None"):
-        text.render([{"role": "assistant"}], continue_final_message=True)
+    with pytest.raises(ArcmergeError, match="the last message must have text to continue, got None"):
+        text.render_chat([{"role": "assistant"}], continue_final_message=True)
 
 
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        ("{{ raise_exception('No system role') }}", "refuses this conversation: No system role"),
-        ("{{ messages | unknown }}", r"cannot be read, line 1: No filter named 'unknown'; copy chat_template"),
-        ("a\n{% unknown %}", r"cannot be read, line 2: Encountered unknown tag 'unknown'"),
-        ("{{ other.content }}", "fails on this conversation: 'other' is undefined"),
-        ("{{ messages[0].content + 1 }}", "fails on this conversation: can only concatenate str"),
-        ("{{ 1 / 0 }}", "fails on this conversation: division by zero"),
-        ("{{ namespace(__class__=1) }}", "fails on this conversation: a namespace must have no name"),
+        ("{{ raise_exception('No system role') }}", "the chat template accepts, got its error: No system role"),
+        (
+            "{{ messages | unknown }}",
+            r"must be a Jinja template, got an error in line 1: No filter named 'unknown'; copy it",
+        ),
+        ("a\n{% unknown %}", r"got an error in line 2: Encountered unknown tag 'unknown'"),
+        ("{{ other.content }}", "'chat_template' must render the conversation, got an error: 'other' is undefined"),
+        (
+            "{{ messages[0].content + 1 }}",
+            "must render the conversation, got an error: can only concatenate str",
+        ),
+        ("{{ 1 / 0 }}", "'chat_template' must render the conversation, got an error: division by zero"),
+        ("{{ namespace(__class__=1) }}", "got an error: names in a namespace must not begin"),
     ],
 )
 def test_an_error_of_a_template_tells_whose_it_is(tmp_path: Path, template: str, problem: str) -> None:
     text = save(tmp_path, template)
-    with pytest.raises(ArcmergeError, match=f"its chat template {problem}"):
-        text.render(TALK)
+    with pytest.raises(ArcmergeError, match=problem):
+        text.render_chat(TALK)
 
 
 def test_wrong_conversations_are_refused_in_a_sentence(tmp_path: Path) -> None:
     text = save(tmp_path, TURNS)
-    with pytest.raises(ArcmergeError, match="a conversation must have at least one message"):
-        text.render([])
-    with pytest.raises(ArcmergeError, match="a message must have role and content, got 'hi'"):
-        text.render(["hi"])  # type: ignore[list-item]
+    with pytest.raises(ArcmergeError, match="the conversation must have at least one message, got none"):
+        text.render_chat([])
+    with pytest.raises(ArcmergeError, match="the message must be a mapping with role and content, got 'hi'"):
+        text.render_chat(["hi"])  # type: ignore[list-item]
 
 
 def test_templates_have_names(tmp_path: Path) -> None:
     text = save(tmp_path, [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}])
-    assert (text.render(TALK), text.render(TALK, template="tool_use")) == ("a", "b")
-    with pytest.raises(ArcmergeError, match=r"has no chat template 'rag'; its templates are default, tool_use\."):
-        text.render(TALK, template="rag")
+    assert (text.render_chat(TALK), text.render_chat(TALK, template="tool_use")) == ("a", "b")
+    with pytest.raises(ArcmergeError, match="the chat template must be one of default, tool_use, got 'rag'"):
+        text.render_chat(TALK, template="rag")
     save(tmp_path, {"default": "c"})
-    assert text.template == "c"
+    assert text.chat_template == "c"
     save(tmp_path, {"rag": "d"})
-    with pytest.raises(ArcmergeError, match=r"has no chat template 'default'; its templates are rag\."):
-        text.render(TALK)
+    with pytest.raises(ArcmergeError, match="the chat template must be one of rag, got 'default'"):
+        text.render_chat(TALK)
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("e")
     (tmp_path / "chat_template.jinja").write_text("f")
@@ -163,5 +169,5 @@ def test_a_processors_template_is_read_where_there_is_no_other(tmp_path: Path) -
     ],
 )
 def test_the_template_tells_what_ends_a_turn(tmp_path: Path, template: str | None, end: set[str]) -> None:
-    assert save(tmp_path, template).ends_of_turn == {TOKENS[name] for name in end}
+    assert save(tmp_path, template).end_of_turn_ids == {TOKENS[name] for name in end}
     assert end <= set(SPECIAL)

@@ -122,7 +122,7 @@ def test_lists_of_texts_and_conversations_have_lists_of_answers(model: Gemma2) -
     stopped = [model.generate(text, stop=first, **OPTIONS) for text in texts]
     for stop in (first, [first], (first,), np.array([first])):
         assert model.generate(texts, stop=stop, **OPTIONS) == stopped
-    tokens = torch.tensor([model.text.encode("abc")])
+    tokens = torch.tensor([model.tokenizer.encode("abc")])
     assert model.generate(tokens, stop=first, **OPTIONS).shape[1] < tokens.shape[1] + 3 or not first
 
 
@@ -182,7 +182,7 @@ def test_none_is_not_set(model: Gemma2) -> None:
 
 
 def test_scores_of_text_are_those_of_its_tokens(model: Gemma2) -> None:
-    encode = model.text.encode_plain
+    encode = model.tokenizer.encode_plain
     assert model.score([("ab", " cd"), ("", "x")]) == model.score(
         [([2, *encode("ab")], encode(" cd")), ([2], encode("x"))]
     )
@@ -217,12 +217,12 @@ def test_dtypes_and_devices_that_are_not_given(folder: Path, tmp_path: Path) -> 
         (lambda model: model.generate({"role": "user"}), "'input_ids' must be text, messages, token ids"),
         (lambda model: model.generate([[[5]]]), "'input_ids' must be text, messages, token ids"),
         (lambda model: model.generate(["abc", PROMPT]), "'input_ids' must be text, messages, token ids"),
-        (lambda model: model.generate("abc", [1]), "'attention_mask' must be left out where prompts are text"),
+        (lambda model: model.generate("abc", [1]), "'attention_mask' must be None for text"),
         (lambda model: model.generate([PROMPT], [[1, 1]]), "'attention_mask' must have the shape of 'input_ids'"),
         (lambda model: model.generate([PROMPT], 1), "'attention_mask' must have the shape of 'input_ids'"),
         (
             lambda model: model.generate([PROMPT] * 2, stream=print),
-            "'stream' must be left out for several prompts, got 2",
+            "'stream' must be None for several prompts, got one for 2",
         ),
         (lambda model: model.generate(PROMPT, max_new_tokens=2.5), "'max_new_tokens' must be a whole number, got 2.5"),
         (lambda model: model.generate(PROMPT, top_k="many"), "'top_k' must be a whole number, got 'many'"),
@@ -232,31 +232,40 @@ def test_dtypes_and_devices_that_are_not_given(folder: Path, tmp_path: Path) -> 
         (lambda model: model.generate(PROMPT, eos_token_id="</s>"), "'eos_token_id' must be a token id or a list"),
         (lambda model: model.generate(PROMPT, stop=5), "'stop' must be a string or a list of strings, got 5"),
         (lambda model: model.generate(PROMPT, stop=["a", ""]), "'stop' must be strings of one character or more"),
-        (lambda model: model.score(["ab"]), "pair 0 must be a context and a continuation, got 'ab'"),
-        (lambda model: model.score([(PROMPT, "b")]), "pair 0 must be two texts or two lists of token ids, got [2, 70"),
-        (lambda model: model.score([("a", None)]), "pair 0 must be two texts or two lists of token ids, got text and"),
-        (lambda model: model.score([([2], [9999])]), "pair 0 has the token 9999"),
-        (lambda model: model.score([("a", "")]), "pair 0 must have a continuation of one token or more"),
-        (lambda model: model.score([("a", "b"), ([2], [])]), "pair 1 must have a continuation of one token or more"),
+        (lambda model: model.score(["ab"]), "'pairs[0]' must be a context and a continuation, got 'ab'"),
+        (
+            lambda model: model.score([(PROMPT, "b")]),
+            "'pairs[0]' must be two texts or two lists of token ids, got [2",
+        ),
+        (
+            lambda model: model.score([("a", None)]),
+            "'pairs[0]' must be two texts or two lists of token ids, got text",
+        ),
+        (lambda model: model.score([([2], [9999])]), "'pairs[0]' must have token ids from 0 to 258"),
+        (lambda model: model.score([("a", "")]), "'pairs[0]' must have a continuation of one token"),
+        (
+            lambda model: model.score([("a", "b"), ([2], [])]),
+            "'pairs[1]' must have a continuation of one token",
+        ),
         (lambda model: model.generate(b"Hello"), "'input_ids' must be text, messages, token ids"),
         (lambda model: model.generate([b"Hello"]), "'input_ids' must be"),
         (lambda model: model.perplexity(b"Hello"), "'text' must be token ids"),
-        (copy.deepcopy, "a Gemma2 cannot be copied or pickled"),
-        (pickle.dumps, "a Gemma2 cannot be copied or pickled"),
+        (copy.deepcopy, "'model' must not be copied or pickled"),
+        (pickle.dumps, "'model' must not be copied or pickled"),
         (
             lambda model: model.score([(PROMPT, PROMPT), ([2] * 60, [5] * 9)]),
-            "pair 1 has 69 tokens, which must be at most 65: the model's max_position_embeddings are 64",
+            "'pairs[1]' must have at most 65 tokens, one more than the model's max_position_embeddings, got 69",
         ),
         (
             lambda model: model.perplexity("abc", window=100),
-            "'window' must be from 2 to the 64 of the model's max_position_embeddings, got 100",
+            "'window' must be from 2 to 64, the model's max_position_embeddings, got 100",
         ),
-        (lambda model: model.perplexity("abc", window=1), "'window' must be from 2 to the 64"),
+        (lambda model: model.perplexity("abc", window=1), "'window' must be from 2 to 64"),
         (lambda model: model.perplexity("abc", window=3.5), "'window' must be a whole number, got 3.5"),
         (lambda model: model.perplexity(None), "'text' must be token ids"),
         (
             lambda model: model.logits([[5] * 65]),
-            "65 tokens are more than the 64 of the model's max_position_embeddings",
+            "'prompt' must have at most 64 tokens, the model's max_position_embeddings, got 65",
         ),
         (
             lambda model: Gemma2.from_pretrained(".", dtype="int8"),

@@ -73,9 +73,9 @@ def test_the_spelling_of_transformers_5() -> None:
 
 
 def test_transformers_reads_its_own_settings_alike(tmp_path: Path) -> None:
-    from transformers import Gemma2Config
+    import transformers
 
-    theirs = Gemma2Config(num_hidden_layers=3, query_pre_attn_scalar=144, sliding_window=64)
+    theirs = transformers.Gemma2Config(num_hidden_layers=3, query_pre_attn_scalar=144, sliding_window=64)
     theirs.save_pretrained(tmp_path)
     ours = Gemma2Config.read(json.loads((tmp_path / "config.json").read_text()), tmp_path / "config.json")
     assert ours.windows == tuple(64 if kind == "sliding_attention" else 0 for kind in theirs.layer_types)
@@ -93,18 +93,18 @@ def test_caps_and_windows_may_be_off() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "gemma3"}, "model_type must be 'gemma2' to run here, is 'gemma3'"),
-        ({"max_position_embeddings": 2**21}, "max_position_embeddings must be a whole number from 1 to 1048576, is"),
-        ({"hidden_size": ...}, "hidden_size must be a whole number from 1 to"),
-        ({"head_dim": 24}, "head_dim must be a power of two from 16 up, is 24"),
-        ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) must be a multiple of num_key_value_heads \(3\)"),
-        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number above 0, is '1e-6'"),
-        ({"hidden_activation": "relu"}, "hidden_activation must be 'gelu_pytorch_tanh', is 'relu'"),
-        ({"attention_bias": True}, "attention_bias must be false"),
-        ({"layer_types": ["full_attention"]}, "layer_types must name 'sliding_attention' or 'full_attention'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope_parameters must be of type 'default'"),
-        ({"eos_token_id": ["</s>"]}, "eos_token_id must be a token id or a list of them"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be false"),
+        ({"model_type": "gemma3"}, "'model_type' must be 'gemma2' to run the model, got 'gemma3'"),
+        ({"max_position_embeddings": 2**21}, "'max_position_embeddings' must be a whole number from 1 to 1048576, got"),
+        ({"hidden_size": ...}, "'hidden_size' must be a whole number from 1 to 2147483647, got None"),
+        ({"head_dim": 24}, "'head_dim' must be a power of two of 16 or more, got 24"),
+        ({"num_key_value_heads": 3}, "'num_attention_heads' must be a multiple of num_key_value_heads 3, got 8"),
+        ({"rms_norm_eps": "1e-6"}, "'rms_norm_eps' must be a number above 0, got '1e-6'"),
+        ({"hidden_activation": "relu"}, "'hidden_activation' must be 'gelu_pytorch_tanh' to run the model, got 'relu'"),
+        ({"attention_bias": True}, "'attention_bias' must be false, got True; no Gemma-2 has biases"),
+        ({"layer_types": ["full_attention"]}, "'layer_types' must list 'sliding_attention' or 'full_attention' for"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "'rope_parameters' must be of type 'default'"),
+        ({"eos_token_id": ["</s>"]}, "'eos_token_id' must be a token id or a list of token ids"),
+        ({"use_bidirectional_attention": True}, "'use_bidirectional_attention' must be false, got True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -137,7 +137,7 @@ def test_a_long_value_is_not_printed_whole() -> None:
 
 
 def test_the_mistake_of_the_first_9b_checkpoints_is_pointed_out() -> None:
-    with pytest.warns(UserWarning, match=r"query_pre_attn_scalar is 224.* mistake for 256"):
+    with pytest.warns(UserWarning, match=r"'query_pre_attn_scalar' is 224.* mistake for 256"):
         config = read(query_pre_attn_scalar=224)
     assert config.softmax_scale == 224**-0.5
 

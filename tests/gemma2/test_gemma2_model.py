@@ -241,30 +241,36 @@ def test_wrong_tensors_are_named(one: Path, tmp_path: Path) -> None:
     with pytest.raises(ArcmergeError) as refusal:
         Gemma2.from_pretrained(tmp_path)
     missing, shape, strange = refusal.value.problems
-    assert "'model.layers.2.mlp.up_proj.weight' and 1 more are missing" in missing
+    assert "'model.layers.2.mlp.up_proj.weight' and 1 more must be in the checkpoint, got none" in missing
     assert "'model.layers.0.self_attn.q_proj.weight' must have the shape (512, 72)" in shape
-    assert "'model.layers.0.self_attn.q_norm.weight' is not part of a Gemma-2" in strange
+    assert "must have only the tensors of a Gemma-2, got 'model.layers.0.self_attn.q_norm.weight' too" in strange
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda model: model.generate([]), "prompt 0 must have at least one token"),
-        (lambda model: model.generate([5, 1003]), "prompt 0 has the token 1003; the vocabulary goes from 0 to 1002"),
+        (lambda model: model.generate([]), r"'prompts\[0\]' must have one token id or more"),
+        (
+            lambda model: model.generate([5, 1003]),
+            "must have token ids from 0 to 1002, .*, got 1003",
+        ),
         (
             lambda model: model.generate([5] * 600),
-            "the prompt's 600 tokens are more than the 512 of",
+            "'prompt' must have at most 512 tokens, .*, got 600",
         ),
-        (lambda model: model.generate([5], max_new_tokens=0), "'max_new_tokens' must be 1 or more, is 0"),
+        (lambda model: model.generate([5], max_new_tokens=0), "'max_new_tokens' must be 1 or more, got 0"),
         (
             lambda model: model.generate([5], temperature=-1.0),
-            "'temperature' must be from 0, which takes the most",
+            r"'temperature' must be 0 \(greedy\) or more, got -1.0",
         ),
         (lambda model: model.generate([5], top_p=1.5, min_p=-1), r"'top_p' must be from 0, which takes the most"),
-        (lambda model: model.generate("hello"), r"has no tokenizer\.json: copy the base model's, or pass token ids"),
+        (
+            lambda model: model.generate("hello"),
+            r"'tokenizer\.json' must be in the folder, got no such file; .*, or pass token ids",
+        ),
         (lambda model: model.generate(["a", [5]]), "'input_ids' must be text, messages, token ids, or a list"),
         (lambda model: model.logits(torch.zeros(1, 3, 2, dtype=torch.int64)), "'input_ids' must be text, messages"),
-        (lambda model: model.perplexity([2]), "at least one token beside BOS"),
+        (lambda model: model.perplexity([2]), "'text' must have one token or more besides BOS, got none"),
         (
             lambda model: Gemma2.from_pretrained(".", dtype=torch.float16),
             "'dtype' must be bfloat16, float32 or 'auto', got",
@@ -295,9 +301,9 @@ def test_what_sequences_share_goes_through_once(tmp_path: Path, window: int, mon
     monkeypatch.setattr(Network, "embed", lambda self, ids: fed.append(len(ids)) or original(self, ids))
     for most in (2048, 60, 1):
         monkeypatch.setattr("arcmerge.gemma2.generation.loglikelihood.PASS_TOKENS", most)
-        monkeypatch.setattr("arcmerge.gemma2.generation.loglikelihood.BRANCH_SLOTS", most)
+        monkeypatch.setattr("arcmerge.gemma2.generation.loglikelihood.PREFIX_SLOTS", most)
         fed.clear()
         for one, expected in zip(model.score(pairs), alone, strict=True):
             assert one.logprob == pytest.approx(expected.logprob, abs=1e-4)
-            assert one.greedy == expected.greedy
+            assert one.is_greedy == expected.is_greedy
         assert sum(fed) == 40 + 2 + 11 + 9 + 1 + 32 + 20

@@ -47,7 +47,7 @@ def test_a_prompt_is_continued_and_timed(
     large: bool, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:
-        monkeypatch.setattr("arcmerge.gemma2.generation.chat.BEYOND_CACHES", 0)
+        monkeypatch.setattr("arcmerge.gemma2.generation.generate.BEYOND_CACHES", 0)
     assert main(["generate", str(folder), "abc", "--max-new-tokens", "9", "--dtype", "float32"]) == 0
     said = capsys.readouterr()
     model = Gemma2.from_pretrained(folder, dtype=torch.float32)
@@ -64,7 +64,7 @@ def test_a_warning_is_a_sentence(folder: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "config.json").write_text(json.dumps({**settings, "query_pre_attn_scalar": 224}))
     assert main(["generate", str(tmp_path), "abc", "--max-new-tokens", "2", "-q"]) == 0
     said = capsys.readouterr().err
-    assert said.startswith(f"arcmerge: warning: {tmp_path}/config.json: query_pre_attn_scalar is 224")
+    assert said.startswith(f"arcmerge: warning: {tmp_path}/config.json: 'query_pre_attn_scalar' is 224")
     assert said.count("\n") == 1
 
 
@@ -140,9 +140,9 @@ def test_a_chat_remembers_until_it_is_told_to_forget(
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (["abc", "--chat"], 1, "has no chat template, as base models have none"),
-        (["abc", "--temperature", "-1"], 1, "'temperature' must be from 0"),
-        (["abc" * 200], 1, "the prompt's 601 tokens are more than the 512 of the model's max_position_embedd"),
+        (["abc", "--chat"], 1, "'chat_template' must be in tokenizer_config.json, got none"),
+        (["abc", "--temperature", "-1"], 1, "'temperature' must be 0 (greedy) or more, got -1.0"),
+        (["abc" * 200], 1, "'prompt' must have at most 512 tokens, the model's max_position_embeddings, got 601"),
         (["abc", "--stop", ""], 1, "'stop' must be strings of one character or more"),
         (["abc", "--max-new-tokens", "many"], 2, "invalid int value: 'many'"),
         ([], 2, "the following arguments are required: PROMPT"),
@@ -161,20 +161,20 @@ def test_wrong_calls_are_refused_in_a_sentence(
 def test_a_model_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.make("llama-a", tmp_path)
     assert main(["generate", str(tmp_path / "llama-a"), "abc"]) == 1
-    assert "model_type must be 'gemma2' to run here, is 'llama'" in capsys.readouterr().err
+    assert "'model_type' must be 'gemma2' to run the model, got 'llama'" in capsys.readouterr().err
 
 
 def test_an_answer_ends_where_the_context_is_full(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Gemma2.from_pretrained(folder)
     prompt = [2, *[70] * 499]
-    with pytest.warns(UserWarning, match=r"the answer ends after 12 tokens, where the 512 of the model's max_position"):
+    with pytest.warns(UserWarning, match=r"the answer ends after 12 tokens, as the model's max_position_embeddings"):
         assert len(model.generate(prompt, eos_token_id=[])) == 512
     with pytest.warns(UserWarning, match="ends after 1 token"):
         assert len(model.generate([*prompt, *[70] * 12], eos_token_id=[], max_new_tokens=2)) == 513
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # as many as asked for
         assert len(model.generate(prompt, eos_token_id=[], max_new_tokens=12)) == 512
-    with pytest.raises(ArcmergeError, match="the prompt's 513 tokens are more than the 512 of the model's"):
+    with pytest.raises(ArcmergeError, match=r"'prompt' must have at most 512 tokens, .*, got 513"):
         model.generate([2] * 513, max_new_tokens=1)
     rows = torch.tensor([prompt, [2] * 500])
     mask = torch.ones_like(rows)
@@ -182,7 +182,7 @@ def test_an_answer_ends_where_the_context_is_full(folder: Path, capsys: pytest.C
     with pytest.warns(UserWarning, match="ends after 12 tokens"):  # each row has its own room
         assert model.generate(rows, mask, eos_token_id=[], max_new_tokens=20).shape == (2, 520)
     assert main(["generate", str(folder), "x" * 499, "--max-new-tokens", "99", "-q"]) == 0
-    assert capsys.readouterr().err.startswith("arcmerge: note: the answer ends after 12 tokens, where the 512 of the")
+    assert capsys.readouterr().err.startswith("arcmerge: note: the answer ends after 12 tokens, as the model's max")
 
 
 def talker(folder: Path, context: int) -> Path:
@@ -213,7 +213,7 @@ def test_a_turn_ends_where_the_template_ends_it(
     assert model.generate("a\n", max_new_tokens=6) == "Pxuu"
     # Special tokens are found as stop strings, and are no part of the text.
     assert model.generate("a\n", max_new_tokens=6, stop="<start_of_turn>") == "Px"
-    assert model.generate(model.text.encode("a\n"), max_new_tokens=6, stop="x<end")[-2:] == [TOKENS["x"], 5]
+    assert model.generate(model.tokenizer.encode("a\n"), max_new_tokens=6, stop="x<end")[-2:] == [TOKENS["x"], 5]
     assert main(["generate", *call, "a\n", "--stop", "<end_of_turn>", "-q"]) == 0
     assert capsys.readouterr().out == "Px\n"
 
@@ -226,14 +226,12 @@ def test_a_chat_goes_on_when_it_no_longer_fits(
     assert main(call) == 0
     said = capsys.readouterr()
     assert said.out == "Px\n" * 4 + "\n"
-    assert (
-        said.err.count("the conversation no longer fits into the model's context: its oldest turn was forgotten") == 1
-    )
-    assert "arcmerge: the prompt's 216 tokens are more than the 128 of the model's max_position_embedd" in said.err
+    assert said.err.count("the conversation exceeds the model's context; its oldest turn is forgotten") == 1
+    assert "arcmerge: 'prompt' must have at most 128 tokens, the model's max_position_embeddings, got 216" in said.err
     first, second, third, last = map(int, re.findall(r"(\d+) prompt tokens", said.err))
     # The third forgot the first; the turn that was refused lost nothing.
     assert first < second == third < last
     (tmp_path / "tokenizer_config.json").write_text("{}")
     type_in(monkeypatch, "a")
     assert main(call) == 1  # every turn would fail
-    assert "has no chat template" in capsys.readouterr().err
+    assert "'chat_template' must be" in capsys.readouterr().err

@@ -88,11 +88,11 @@ def test_the_commands_take_them_too(folder: Path, capsys: pytest.CaptureFixture[
     ("settings", "sentence"),
     [
         ({"temperature": "hot"}, "'temperature' must be a number, got 'hot'"),
-        ({"temperature": -1}, "'temperature' must be from 0"),
+        ({"temperature": -1}, "'temperature' must be 0 (greedy) or more, got -1.0"),
         ({"top_k": 2.5}, "'top_k' must be a whole number, got 2.5"),
         ({"do_sample": "yes"}, "'do_sample' must be True or False, got 'yes'"),
-        ({"max_new_tokens": 0}, "'max_new_tokens' must be 1 or more, is 0"),
-        ({"eos_token_id": ["</s>"]}, "'eos_token_id' must be a token id or a list of them"),
+        ({"max_new_tokens": 0}, "'max_new_tokens' must be 1 or more, got 0"),
+        ({"eos_token_id": ["</s>"]}, "'eos_token_id' must be a token id or a list of token ids"),
         ({"stop_strings": [""]}, "'stop_strings' must be strings of one character or more"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -107,11 +107,11 @@ def test_values_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str, A
 def test_what_has_no_effect_is_named_once(tmp_path: Path) -> None:
     asked = {"num_beams": 4, "suppress_tokens": [5], "no_repeat_ngram_size": 2}
     write(tmp_path, **asked, num_return_sequences=1, typical_p=1.0, bad_words_ids=None, cache_implementation="hybrid")
-    with pytest.warns(UserWarning, match="cannot be followed here") as said:
+    with pytest.warns(UserWarning, match="which arcmerge does not support") as said:
         GenerationConfig.read(tmp_path)
     (warning,) = said
     assert str(warning.message).endswith(
-        "'num_beams', 'suppress_tokens', 'no_repeat_ngram_size' cannot be followed here; generation goes on without."
+        "ignored 'num_beams', 'suppress_tokens', 'no_repeat_ngram_size', which arcmerge does not support"
     )
 
 
@@ -122,13 +122,13 @@ def test_the_defaults_of_transformers_are_no_reason_for_a_warning(tmp_path: Path
     (tmp_path / "generation_config.json").write_text(everything.to_json_string(use_diff=False))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert GenerationConfig.read(tmp_path).most_new_tokens
+        assert GenerationConfig.read(tmp_path).max_answer_tokens
 
 
 def test_max_length_counts_the_prompt(folder: Path) -> None:
     write(folder, max_length=4)
     with pytest.raises(
-        ArcmergeError, match=r"'max_length' must be above the 5 tokens of the prompt, .* is 4; give max_new"
+        ArcmergeError, match=r"'max_length' must be above the 5 tokens of the prompt, .* got 4; give max_new"
     ):
         load(folder).generate(IDS)
 

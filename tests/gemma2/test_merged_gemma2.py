@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 from pathlib import Path
@@ -133,7 +135,7 @@ def test_other_methods_take_a_mapping_of_parameters(
         del config["base_model"]
     model = open_merge(config)
     assert_as_on_disk(model, config, tmp_path / "first")
-    model.set_t(then)
+    model.set_parameters(**then)
     assert_as_on_disk(model, {**config, "parameters": {**first, **then}}, tmp_path / "then")
 
 
@@ -169,7 +171,7 @@ def test_a_merged_vocabulary_comes_along(models: Path, tmp_path: Path) -> None:
     config = recipe(models, "gemma-a", "gemma-b-vocabulary", tokenizer_source="union")
     model = open_merge(config)
     assert model.config.vocab_size == 336
-    assert model.text.tokenizer.get_vocab_size() == 336
+    assert model.tokenizer.backend.get_vocab_size() == 336
     assert_as_on_disk(model, config, tmp_path / "first")
     model.set_t(0.6)
     assert_as_on_disk(model, {**config, "parameters": {"t": 0.6}}, tmp_path / "then")
@@ -265,14 +267,20 @@ def test_memory_that_is_missing_is_named(models: Path, monkeypatch: pytest.Monke
 
 
 def test_what_the_runner_cannot_run_is_refused(models: Path) -> None:
-    with pytest.raises(arcmerge.ArcmergeError, match="in bfloat16 or in float32, the merge gives float16"):
+    with pytest.raises(arcmerge.ArcmergeError, match="must be bfloat16 or float32 to run the merge, got float16"):
         open_merge(recipe(models, out_dtype="float16"))
     tiny.make("qwen2-a", models)
     tiny.make("qwen2-b", models)
-    with pytest.raises(arcmerge.ArcmergeError, match="model_type must be 'gemma2'"):
+    with pytest.raises(arcmerge.ArcmergeError, match="'model_type' must be 'gemma2'"):
         open_merge(recipe(models, "qwen2-a", "qwen2-b"))
-    with pytest.raises(arcmerge.ArcmergeError, match="got 'colour'"):
-        open_merge(recipe(models), colour=1)
+
+
+def test_from_merge_and_save_take_every_option_of_a_merge() -> None:
+    for function in (arcmerge.Gemma2.from_merge, MergedGemma2.save):
+        parameters = inspect.signature(function).parameters
+        for option in dataclasses.fields(arcmerge.Options):
+            default = "cpu" if (function, option.name) == (MergedGemma2.save, "device") else option.default
+            assert parameters[option.name].default == default
 
 
 def test_weights_that_are_not_finite_are_refused_again_and_again(models: Path) -> None:

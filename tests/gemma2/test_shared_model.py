@@ -132,7 +132,7 @@ def ask(model):
     return (
         model.generate([2, 17] * 60, max_new_tokens=8),
         model.generate("Words", max_new_tokens=8, do_sample=True, seed=3, repetition_penalty=1.3),
-        [one.greedy for one in model.score([([2] * 90, [3, 4, 5]), ([2] * 90, [7])])],
+        [one.is_greedy for one in model.score([([2] * 90, [3, 4, 5]), ([2] * 90, [7])])],
         list(model.logits([[2, 3] * 60]).shape),
     )
 

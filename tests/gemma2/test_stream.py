@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from arcmerge.gemma2.text.stream import Stream
+from arcmerge.gemma2.text.streamer import TextStreamer
 from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 from gemma2_models import SPECIAL, TOKENS, save_byte_tokenizer, save_fallback_tokenizer
 
@@ -45,17 +45,17 @@ def text(request: pytest.FixtureRequest, tmp_path: Path) -> Gemma2Tokenizer:
 def answers(text: Gemma2Tokenizer, count: int) -> list[list[int]]:
     """Random tokens, in half of the answers mostly bytes and special ones."""
     random.seed(5)
-    size = text.tokenizer.get_vocab_size()
-    some = [token for name, token in text.tokenizer.get_vocab().items() if len(name) == 6 or name[0] in "<\u2581\u0120"]
+    size = text.backend.get_vocab_size()
+    some = [token for name, token in text.backend.get_vocab().items() if len(name) == 6 or name[0] in "<\u2581\u0120"]
     choices = [range(size), some]
     return [random.choices(choices[number % 2], k=random.randint(0, 24)) for number in range(count)]
 
 
 def test_the_pieces_are_what_the_tokenizer_decodes(text: Gemma2Tokenizer) -> None:
     for tokens in answers(text, 400):
-        stream = Stream(text, [])
+        stream = TextStreamer(text, [])
         pieces = [stream.push(token) for token in tokens]
-        assert "".join(pieces) + stream.finish() == stream.whole == text.decode(tokens), tokens
+        assert "".join(pieces) + stream.finish() == stream.text == text.decode(tokens), tokens
 
 
 def test_the_first_stop_string_ends_the_text(text: Gemma2Tokenizer) -> None:
@@ -65,19 +65,19 @@ def test_the_first_stop_string_ends_the_text(text: Gemma2Tokenizer) -> None:
         starts = [random.randrange(len(spelt) + 1) for _ in range(3)]
         stops = [stop for start in starts if (stop := spelt[start : start + random.randint(1, 5)])]
         stops = [stop for stop in stops if "\N{REPLACEMENT CHARACTER}" not in stop]
-        stream = Stream(text, stops)
+        stream = TextStreamer(text, stops)
         pieces, used = [], 0
         while used < len(tokens) and not stream.stopped:
             pieces.append(stream.push(tokens[used]))
             used += 1
         shown = "".join(pieces) + stream.finish()
-        assert shown == stream.whole
+        assert shown == stream.text
         # The text of the tokens that were needed, by another way: cut where the earliest stop string begins.
         needed = text.decode(tokens[:used], skip_special_tokens=False)
         assert stream.stopped == any(stop in needed for stop in stops)
         assert not any(stop in text.decode(tokens[: used - 1], skip_special_tokens=False) for stop in stops if used)
         assert text.decode(tokens[:used]).startswith(shown)
-        if stream.stopped and not text.special & {*tokens}:
+        if stream.stopped and not text.special_token_ids & {*tokens}:
             assert shown == needed[: min(needed.find(stop) for stop in stops if stop in needed)]
 
 
@@ -86,7 +86,7 @@ def fallback(folder: Path) -> Gemma2Tokenizer:
     return Gemma2Tokenizer(folder, BOS)
 
 
-def heard(stream: Stream, tokens: list[int]) -> tuple[list[str], str, bool]:
+def heard(stream: TextStreamer, tokens: list[int]) -> tuple[list[str], str, bool]:
     pieces = []
     for token in tokens:
         pieces.append(stream.push(token))
@@ -102,10 +102,10 @@ def tokens_of(*names: str) -> list[int]:
 def test_a_byte_that_is_no_text_becomes_a_sign_of_that(tmp_path: Path) -> None:
     text = fallback(tmp_path)
     tokens = tokens_of("H", "<0xC3>", "<0xA9>", "<0xFF>", "w")
-    pieces, whole, _ = heard(Stream(text, []), tokens)
+    pieces, whole, _ = heard(TextStreamer(text, []), tokens)
     assert pieces == ["H", "", "", "", "\N{REPLACEMENT CHARACTER}" * 3 + "w"]
     assert whole == text.decode(tokens)
-    assert heard(Stream(text, []), tokens[:3])[1] == "H\N{LATIN SMALL LETTER E WITH ACUTE}"
+    assert heard(TextStreamer(text, []), tokens[:3])[1] == "H\N{LATIN SMALL LETTER E WITH ACUTE}"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_byte_that_is_no_text_becomes_a_sign_of_that(tmp_path: Path) -> None:
 def test_stop_strings_and_special_tokens(
     tmp_path: Path, names: list[str], stops: list[str], whole: str, used: int
 ) -> None:
-    pieces, shown, stopped = heard(Stream(fallback(tmp_path), stops), tokens_of(*names))
+    pieces, shown, stopped = heard(TextStreamer(fallback(tmp_path), stops), tokens_of(*names))
     assert (shown, len(pieces)) == (whole, used)
     assert stopped == (stops not in (["b"], ["ab"]))
 
@@ -143,14 +143,14 @@ def test_a_long_answer_is_decoded_in_short_windows(tmp_path: Path, monkeypatch: 
     class Counting:
         def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
             lengths.append(len(tokens))
-            return str(text.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+            return str(text.backend.decode(tokens, skip_special_tokens=skip_special_tokens))
 
         def id_to_token(self, token: int) -> str | None:
-            return text.tokenizer.id_to_token(token)
+            return text.backend.id_to_token(token)
 
-    stream = Stream(text, [])
+    stream = TextStreamer(text, [])
     monkeypatch.setattr(stream._clean, "_tokenizer", Counting())
     for token in tokens_of("a", "\u2581", "b") * 400:
         stream.push(token)
     assert max(lengths) <= 4
-    assert stream.whole == "a b" * 400
+    assert stream.text == "a b" * 400

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.text.stream import Stream
+from arcmerge.gemma2.text.streamer import TextStreamer
 from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 from gemma2_models import save_byte_tokenizer
 
@@ -53,23 +53,23 @@ def test_a_chat_with_the_real_tokenizer(tmp_path: Path) -> None:
     shutil.copy(REAL / "tokenizer.json", tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     text = Gemma2Tokenizer(tmp_path, BOS)
-    tokens = text.chat([{"role": "user", "content": " Why is the sky blue? "}])
+    tokens = text.encode_chat([{"role": "user", "content": " Why is the sky blue? "}])
     rendered = "<start_of_turn>user\nWhy is the sky blue?<end_of_turn>\n<start_of_turn>model\n"
     assert tokens == [BOS, *text.encode_plain(rendered)]
     assert tokens.count(BOS) == 1
     assert 106 in tokens
     assert 107 in tokens
-    with pytest.raises(ArcmergeError, match=r"refuses this conversation: .*[Ss]ystem role not supported"):
-        text.chat([{"role": "system", "content": "Be brief."}])
-    with pytest.raises(ArcmergeError, match=r"refuses this conversation: .*alternate"):
-        text.chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+    with pytest.raises(ArcmergeError, match=r"chat template accepts, got its error: .*[Ss]ystem role not supported"):
+        text.encode_chat([{"role": "system", "content": "Be brief."}])
+    with pytest.raises(ArcmergeError, match=r"chat template accepts, got its error: .*alternate"):
+        text.encode_chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
 
 
 @real
 def test_the_real_tokenizer_streams_characters_whole() -> None:
     text = Gemma2Tokenizer(REAL, BOS)
     written = "naïve 東京 \N{SNOWMAN} \U0001f9d1\u200d\U0001f680 end"
-    stream = Stream(text, [])
+    stream = TextStreamer(text, [])
     pieces = [stream.push(token) for token in text.encode_plain(written)]
     assert "".join(pieces) + stream.finish() == written
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
@@ -77,13 +77,13 @@ def test_the_real_tokenizer_streams_characters_whole() -> None:
 
 def test_a_character_of_several_tokens_waits_for_the_last(bytes_folder: Path) -> None:
     text = Gemma2Tokenizer(bytes_folder, BOS)
-    stream = Stream(text, [])
+    stream = TextStreamer(text, [])
     assert [stream.push(token) for token in text.encode_plain("a\N{SNOWMAN}b")] == ["a", "", "", "\N{SNOWMAN}", "b"]
 
 
 def test_a_stop_string_ends_the_text_before_it(bytes_folder: Path) -> None:
     text = Gemma2Tokenizer(bytes_folder, BOS)
-    stream = Stream(text, ["END", "\n\n"])
+    stream = TextStreamer(text, ["END", "\n\n"])
     pieces = []
     for token in text.encode_plain("bEN, a\nEEND more"):
         pieces.append(stream.push(token))
@@ -91,32 +91,32 @@ def test_a_stop_string_ends_the_text_before_it(bytes_folder: Path) -> None:
             break
     # "E" and "EN" wait until it is clear that they are not the beginning of the end.
     assert pieces == ["b", "", "", "EN,", " ", "a", "", "\n", "E", "", ""]
-    assert stream.whole == "bEN, a\nE"
+    assert stream.text == "bEN, a\nE"
     assert stream.finish() == ""
 
 
 def test_what_was_held_back_is_shown_at_the_end(bytes_folder: Path) -> None:
     text = Gemma2Tokenizer(bytes_folder, BOS)
-    stream = Stream(text, ["END"])
+    stream = TextStreamer(text, ["END"])
     assert [stream.push(token) for token in text.encode_plain("aEN")] == ["a", "", ""]
     assert stream.finish() == "EN"
-    assert stream.whole == "aEN"
+    assert stream.text == "aEN"
 
 
 def test_templates_lie_in_three_places(bytes_folder: Path) -> None:
     messages = [{"role": "user", "content": "x"}]
     text = Gemma2Tokenizer(bytes_folder, BOS)
-    with pytest.raises(ArcmergeError, match="has no chat template, as base models have none"):
-        text.chat(messages)
+    with pytest.raises(ArcmergeError, match=r"'chat_template' must be in tokenizer_config\.json, got none"):
+        text.encode_chat(messages)
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}!"
     config = bytes_folder / "tokenizer_config.json"
     config.write_text(json.dumps({"bos_token": {"content": "<bos>"}, "chat_template": template}))
     expected = text.encode("x!")
-    assert text.chat(messages) == expected
+    assert text.encode_chat(messages) == expected
     config.write_text(json.dumps({"chat_template": [{"name": "default", "template": template}]}))
-    assert text.chat(messages) == expected
+    assert text.encode_chat(messages) == expected
     (bytes_folder / "chat_template.jinja").write_text(template.replace("!", "?"))
-    assert text.chat(messages) == text.encode("x?")
+    assert text.encode_chat(messages) == text.encode("x?")
 
 
 @pytest.mark.parametrize(
@@ -130,20 +130,20 @@ def test_templates_lie_in_three_places(bytes_folder: Path) -> None:
 )
 def test_a_template_cannot_reach_out_of_its_sandbox(bytes_folder: Path, template: str) -> None:
     (bytes_folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(ArcmergeError, match="its chat template fails on this conversation"):
-        Gemma2Tokenizer(bytes_folder, BOS).chat([{"role": "user", "content": "x"}])
+    with pytest.raises(ArcmergeError, match="'chat_template' must render the conversation, got an error"):
+        Gemma2Tokenizer(bytes_folder, BOS).encode_chat([{"role": "user", "content": "x"}])
 
 
 def test_folders_without_a_tokenizer_say_what_to_do(tmp_path: Path, bytes_folder: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ArcmergeError, match=r"has no tokenizer\.json: copy the base model's"):
+    with pytest.raises(ArcmergeError, match=r"'tokenizer\.json' must be in the folder, got no such file; copy"):
         Gemma2Tokenizer(empty, BOS)
     (empty / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(ArcmergeError, match=r"SentencePiece tokenizer\.model .* make one with transformers"):
+    with pytest.raises(ArcmergeError, match=r"got SentencePiece's tokenizer\.model; convert it with transformers"):
         Gemma2Tokenizer(empty, BOS)
     shutil.copy(bytes_folder / "tokenizer.json", empty / "tokenizer.json")
     assert Gemma2Tokenizer(empty, BOS).encode("a")[0] == BOS
     (empty / "tokenizer.json").write_text("{}")
-    with pytest.raises(ArcmergeError, match="is not a tokenizer"):
+    with pytest.raises(ArcmergeError, match="must be a tokenizer, got an error"):
         Gemma2Tokenizer(empty, BOS)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.runtime.network import Network
-from arcmerge.gemma2.weights import EMBEDDING, assemble, names
+from arcmerge.gemma2.weights import EMBEDDING, assemble, tensor_shapes
 from cases.gemma import Shape
 
 TINY = Shape("tiny", 64, 2, 2, 1, 128, 96, 128, vocabulary=300, sliding_window=8)
@@ -35,7 +35,7 @@ def config_of(shape: Shape, **changes: object) -> Gemma2Config:
 
 def random_network(config: Gemma2Config, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Network:
     """The same weights for the same configuration, dtype and kind of device."""
-    shapes = names(config)
+    shapes = tensor_shapes(config)
     generator = torch.Generator(device).manual_seed(0)
 
     def get(name: str) -> Tensor:

@@ -327,7 +327,7 @@ def test_an_answer_that_melts_into_the_context_is_scored_by_its_own_tokens(folde
     lm = ours(folder)
     before = lm.tok_encode("a wo")
     (found,) = scores(lm, ("a wo", "rd"))
-    (wanted,) = lm.model.score([(before, lm.text.encode_plain("rd"))])
+    (wanted,) = lm.model.score([(before, lm._tokenizer.encode_plain("rd"))])
     assert found == tuple(wanted)
     assert found[0] < 0
     (found,) = scores(lm, ("a wo", "x"))

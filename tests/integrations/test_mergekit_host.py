@@ -27,7 +27,7 @@ def recipe(models: Path, **changes: Any) -> dict[str, Any]:
 def theirs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Calls that went to mergekit, which does not carry them out."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(host, "_theirs", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(host, "_run_merge", lambda *arguments: calls.append(arguments))
     return calls
 
 
@@ -65,7 +65,7 @@ def test_all_others_go_to_mergekit_unchanged(
     parsed, given = MergeConfiguration.model_validate({**recipe(models), **changes}), MergeOptions(**options)
     host.run(parsed, str(tmp_path / "out"), given)
     assert theirs == [(parsed, str(tmp_path / "out"), given, None)]
-    assert "mergekit does this merge itself: " in caplog.text
+    assert "mergekit runs this merge: " in caplog.text
     assert reason in caplog.text
     assert not (tmp_path / "out").exists()
 

@@ -93,7 +93,7 @@ def test_perplexity_is_that_of_the_merged_model_and_counts_tokens_alike(models: 
     arcmerge.merge(recipe(models, 0.6), tmp_path / "merged", device="cpu")
     model = Gemma2.from_pretrained(tmp_path / "merged", "cpu")
     best = score_candidates(recipe(models), of_numbers([0.6]), Perplexity(texts), tmp_path / "out", device="cpu").best
-    counts = [len(model.text.encode(text)) - 1 for text in texts]
+    counts = [len(model.tokenizer.encode(text)) - 1 for text in texts]
     total = sum(count * math.log(model.perplexity(text)) for count, text in zip(counts, texts, strict=True))
     assert best is not None
     assert best.score == pytest.approx(math.exp(total / sum(counts)), rel=1e-12)
@@ -105,8 +105,8 @@ def test_perplexity_is_that_of_the_merged_model_and_counts_tokens_alike(models: 
 def test_accuracy_is_the_share_of_questions_whose_answer_is_most_probable(models: Path) -> None:
     model = Gemma2.from_pretrained(models / "gemma-a", "cpu")
     choices = (" tok5", " tok6 tok7", " tok9")
-    context = model.text.encode("tok1 tok2")
-    scores = [model.score([(context, model.text.encode_plain(choice))])[0].logprob for choice in choices]
+    context = model.tokenizer.encode("tok1 tok2")
+    scores = [model.score([(context, model.tokenizer.encode_plain(choice))])[0].logprob for choice in choices]
     right = scores.index(max(scores))
     questions = [Question("tok1 tok2", choices, number) for number in (right, right, (right + 1) % 3)]
     assert MultipleChoice(questions)(model) == pytest.approx(2 / 3)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
-from arcmerge.cli.generate import add_generation_flags, print_summary, session, well_formed
+from arcmerge.cli.generate import add_generation_flags, load, options, print_answer, well_formed
 from arcmerge.cli.terminal import accept_any_text, print_error, print_note, print_piece
 from arcmerge.errors import ArcmergeError
 
@@ -23,9 +24,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from arcmerge.gemma2.generation.chat import Chat
+
     accept_any_text()
-    conversation = session(arguments)
-    conversation.require_template()
+    model = load(arguments)
+    chat = Chat(model, **options(arguments))
     if not arguments.quiet:
         print_note("Ctrl-D ends the chat; /new starts a new conversation")
     while True:
@@ -35,10 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
             print()
             return
         if line == "/new":
-            conversation.forget()
+            chat.reset()
         elif line:
             try:
-                print_summary(arguments, conversation.say(line, show=print_piece))
+                print_answer(arguments, model, partial(chat.say, line, stream=print_piece))
             except ArcmergeError as error:  # this turn failed; the conversation continues without it
                 for problem in error.problems:
                     print_error(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from arcmerge.cli.flags import add_model_flags
@@ -51,13 +52,14 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     accept_any_text()
-    prompt = well_formed(read_text() if arguments.prompt == "-" else arguments.prompt)
-    print_summary(arguments, session(arguments).ask(prompt, chat=arguments.chat, show=print_piece))
+    text = well_formed(read_text() if arguments.prompt == "-" else arguments.prompt)
+    prompt = [{"role": "user", "content": text}] if arguments.chat else text
+    model = load(arguments)
+    print_answer(arguments, model, lambda: model.generate(prompt, stream=print_piece, **options(arguments)))
 
 
-def session(arguments: argparse.Namespace) -> Any:
-    """A session of the model, which is loaded here."""
-    from arcmerge.gemma2.generation.chat import Session
+def load(arguments: argparse.Namespace) -> Any:
+    """The model. Its warnings are printed."""
     from arcmerge.gemma2.model import Gemma2
     from arcmerge.threads import use_threads
 
@@ -67,7 +69,7 @@ def session(arguments: argparse.Namespace) -> Any:
         model = Gemma2.from_pretrained(arguments.model, arguments.device, arguments.dtype, arguments.numerics)
     for warning in caught:
         print_warning(str(warning.message))
-    return Session(model, _options(arguments))
+    return model
 
 
 def well_formed(text: str) -> str:
@@ -79,16 +81,19 @@ def well_formed(text: str) -> str:
     return read
 
 
-def print_summary(arguments: argparse.Namespace, answer: Any) -> None:
-    """The notes and the timing below an answer."""
+def print_answer(arguments: argparse.Namespace, model: Any, call: Callable[[], object]) -> None:
+    """Let a call print an answer; then print its warnings and the timing below it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
     print()
-    for sentence in answer.notes:
-        print_note(sentence)
+    for warning in caught:
+        print_note(str(warning.message))
     if not arguments.quiet:
-        print_note(answer.summary())
+        print_note(model.last_generated.summary(model.network.weights))
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of Gemma2.generate. An option of sampling implies --sample, unless --no-sample is given."""
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     others = {name: getattr(arguments, name) for name in ("max_new_tokens", "seed", "repetition_penalty", "stop")}

@@ -1,4 +1,4 @@
-"""A Gemma-2 that is merged where it runs: its parents stay, and another `t` is one pass over the weights."""
+"""A Gemma-2 that is merged in memory: its parents stay mapped, and a new `t` is one pass over the weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -14,12 +14,11 @@ from weakref import finalize
 
 from torch import Tensor
 
+from arcmerge.dispatch.checks import ACTIVATIONS
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.arguments import RUNS_IN
 from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.model import Gemma2
-from arcmerge.gemma2.weights import DTYPES as STORED
-from arcmerge.gemma2.weights import HEAD, assemble, find_tensors
+from arcmerge.gemma2.weights import LM_HEAD, STORED_DTYPES, assemble, find_tensors
 from arcmerge.interrupts import remove_at_end
 from arcmerge.merging.execution.in_memory import InMemoryMerge
 from arcmerge.merging.merge import merge
@@ -31,77 +30,146 @@ from arcmerge.merging.report import MergeReport
 
 
 class MergedGemma2(Gemma2):
-    """A Gemma-2 whose weights are a merge in memory. Make one with Gemma2.from_merge.
+    """A Gemma-2 whose weights are a merge in memory. Create one with `Gemma2.from_merge`.
 
-    On the CPU the parents stay mapped; on a GPU they lie in its memory, or where they do not fit, in pinned memory from
-    which they pass it at every merge. Their Gram matrices are computed once and kept in a small file beside the first.
+    On the CPU the parents stay mapped. On a GPU they are in its memory, or, if they do not fit, in pinned memory, from
+    which every merge copies them. Their Gram matrices are computed once and stored in a small file next to the first
+    parent.
     """
 
-    def __init__(self, resident: InMemoryMerge, numerics: str) -> None:
-        self._resident = resident
-        # A vocabulary may be one that only this merge has, so the files that describe it are made as for a folder.
+    def __init__(self, in_memory: InMemoryMerge, numerics: str) -> None:
+        self._in_memory = in_memory
+        # The merge may have a vocabulary of its own, so its config and tokenizer files are written to a folder.
         folder = Path(mkdtemp(prefix="arcmerge-"))
         finalize(self, _remove, folder, remove_at_end(str(folder)), os.getpid())
-        for name, content in small_files(resident.prepared, folder.name).items():
+        for name, content in small_files(in_memory.prepared, folder.name).items():
             (folder / name).write_bytes(content)
-        donor = Path(resident.prepared.plan.donor.path)  # a folder that the user knows
+        donor = Path(in_memory.prepared.plan.donor.path)  # a folder that the user knows, for messages
         config = Gemma2Config.read(json.loads((folder / "config.json").read_bytes()), donor / "config.json")
-        stored = find_tensors("the merge", resident.outputs, config)
-        dtypes = {STORED[resident.outputs[name].dtype.name] for name in stored.values()}
-        if len(dtypes) > 1 or not dtypes <= set(RUNS_IN.values()):
+        stored = find_tensors("the merge", in_memory.outputs, config)
+        dtypes = {STORED_DTYPES[in_memory.outputs[name].dtype.name] for name in stored.values()}
+        if len(dtypes) > 1 or not dtypes <= set(ACTIVATIONS):
             found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise ArcmergeError(
-                f"a model runs in bfloat16 or in float32, the merge gives {found}; set out_dtype: bfloat16"
+                f"'out_dtype' must be bfloat16 or float32 to run the merge, got {found}; set out_dtype: bfloat16"
             )
 
         def get(name: str) -> Tensor:
-            output = resident.outputs[stored[name]]
-            return resident.tensor(stored[name]).view(STORED[output.dtype.name]).view(output.shape)
+            output = in_memory.outputs[stored[name]]
+            return in_memory.tensor(stored[name]).view(STORED_DTYPES[output.dtype.name]).view(output.shape)
 
-        super().__init__(config, assemble(config, get, HEAD in stored), folder, numerics)
+        super().__init__(config, assemble(config, get, LM_HEAD in stored), folder, numerics)
+
+    @classmethod
+    def open(
+        cls,
+        config: MergeConfig,
+        options: Options,
+        numerics: str,
+        progress: Progress | None = None,
+        warn: Warn = warnings.warn,
+    ) -> MergedGemma2:
+        """Merge the models of a configuration in memory; see `Gemma2.from_merge`."""
+        return cls(InMemoryMerge(prepare(config, options, warn), progress or (lambda done, total: None)), numerics)
 
     @property
     def recipe(self) -> str:
-        """The merge configuration, as YAML, by which the weights are merged now."""
-        return self._resident.recipe.text
+        """The merge configuration, as YAML, with the parameters that are currently applied."""
+        return self._in_memory.recipe.text
 
     def set_t(self, t: Any, progress: Progress | None = None) -> int:
-        """Merge again with another `t`, in place: the weights keep their addresses.
+        """Merge again with a new `t`; short for `set_parameters(t=t)`.
 
-        t: a number, a gradient (a list of numbers over the layers), or a list of `{filter, value}`, as under
-        `parameters:` in a merge configuration; or a mapping of several parameters by name, for methods that have
-        others. They hold for all of the model, in place of wherever the configuration set them; all others are as it
-        set them, whatever was set since. Only tensors whose coefficients change are merged again. progress: told of
-        the bytes done, and of all.
+        Args:
+            t: a number, a gradient (a list of numbers over the layers), or a list of `{filter, value}`.
+            progress: as in `set_parameters`.
 
-        Returns how many tensors were. Raises ArcmergeError for parameters that are wrong, and leaves all as it is.
+        Returns:
+            The number of tensors that were merged again.
+
+        Raises:
+            ArcmergeError: see `set_parameters`.
+
+        Example::
+
+            >>> changed = merged.set_t([0, 0.7, 1, 0.7, 0])
         """
-        rule = isinstance(t, Mapping) and t.keys() <= {"filter", "value"}
-        parameters = t if isinstance(t, Mapping) and not rule else {"t": t}
-        with self.network.lock:
-            return self._resident.set_parameters(parameters, progress or (lambda done, total: None))
+        return self.set_parameters(t=t, progress=progress)
 
-    def save(self, out: str | Path, **options: Any) -> MergeReport:
-        """Write the checkpoint folder that `arcmerge merge` writes for `recipe`. options: as of `arcmerge.merge`."""
-        return merge(self.recipe, out, **{"device": "cpu", **options})
+    def set_parameters(self, *, progress: Progress | None = None, **parameters: Any) -> int:
+        """Merge again in place with new parameters. The weights keep their addresses.
+
+        Only tensors whose coefficients change are merged again. A call starts from the configuration, not from what an
+        earlier call has set.
+
+        Args:
+            progress: called with the bytes merged so far and in total.
+            parameters: of the merge method, by name, each as under `parameters:` in a merge configuration: a number, a
+                gradient, or a list of `{filter, value}`. Each applies to the whole model, and replaces the settings of
+                its name on all levels of the configuration.
+
+        Returns:
+            The number of tensors that were merged again.
+
+        Raises:
+            ArcmergeError: if a parameter is wrong; the model is unchanged then.
+
+        Example::
+
+            >>> changed = merged.set_parameters(t=0.3)
+            >>> merged.set_parameters(t=0.3)
+            0
+        """
+        with self.network.lock:
+            return self._in_memory.set_parameters(parameters, progress or (lambda done, total: None))
+
+    def save(
+        self,
+        out: str | Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        out_shard_size: str | int = "5B",
+        copy_tokenizer: bool = True,
+        write_model_card: bool = True,
+        allow_nonfinite: bool = False,
+        allow_crimes: bool = False,
+        unsafe_truncate_embeddings: bool = False,
+        transformers_cache: str | None = None,
+        progress: Progress | None = None,
+        warn: Warn = warnings.warn,
+    ) -> MergeReport:
+        """Write the checkpoint folder that `arcmerge merge` writes for `recipe`.
+
+        Args:
+            out: the folder; the other arguments are those of `arcmerge.merge`.
+
+        Raises:
+            ArcmergeError: see `arcmerge.merge`.
+
+        Example::
+
+            >>> report = merged.save("merged/")
+        """
+        return merge(
+            self.recipe,
+            out,
+            device=device,
+            threads=threads,
+            out_shard_size=out_shard_size,
+            copy_tokenizer=copy_tokenizer,
+            write_model_card=write_model_card,
+            allow_nonfinite=allow_nonfinite,
+            allow_crimes=allow_crimes,
+            unsafe_truncate_embeddings=unsafe_truncate_embeddings,
+            transformers_cache=transformers_cache,
+            progress=progress,
+            warn=warn,
+        )
 
 
 def _remove(folder: Path, forget: Callable[[], None], process: int) -> None:
-    """A forked process leaves the folder to the one that made it."""
+    """Remove the folder, except in a forked process, which did not create it."""
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
         forget()
-
-
-def merged(
-    config: MergeConfig,
-    device: str,
-    numerics: str,
-    *,
-    progress: Progress | None = None,
-    warn: Warn = warnings.warn,
-    **options: Any,
-) -> MergedGemma2:
-    """As Gemma2.from_merge says."""
-    chosen = Options.of({**options, "device": device})
-    return MergedGemma2(InMemoryMerge(prepare(config, chosen, warn), progress or (lambda done, total: None)), numerics)

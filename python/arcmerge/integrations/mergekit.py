@@ -1,6 +1,6 @@
-"""mergekit with arcmerge inside: merges that arcmerge does go to its engine, all others to mergekit, unchanged.
+"""arcmerge inside mergekit: it runs the merges that it supports; mergekit runs all others, unchanged.
 
-python -m arcmerge.integrations.mergekit recipe.yml out/        every flag of mergekit-yaml
+python -m arcmerge.integrations.mergekit recipe.yml out/        with every flag of mergekit-yaml
 
 with take_over():               # programs that call mergekit.merge.run_merge
     ...
@@ -19,7 +19,7 @@ from arcmerge.merging.merge import merge
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepare import prepare
 
-if __name__ == "__main__":  # what follows takes seconds
+if __name__ == "__main__":  # the imports below take seconds
     interrupts.end_at_once("nothing was written")
 
 with needed("mergekit", by="arcmerge.integrations.mergekit", extra="mergekit", module=__name__):
@@ -28,7 +28,7 @@ with needed("mergekit", by="arcmerge.integrations.mergekit", extra="mergekit", m
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
-_theirs = mergekit.merge.run_merge
+_run_merge = mergekit.merge.run_merge
 _log = logging.getLogger(__name__)
 
 
@@ -38,25 +38,29 @@ def run(
     options: MergeOptions | None = None,
     config_source: str | None = None,
 ) -> None:
-    """As mergekit.merge.run_merge: by arcmerge where it can, else by mergekit. The log says which, and why.
+    """Like mergekit.merge.run_merge, by arcmerge if it supports the merge, else by mergekit; the log has the reason.
 
-    Raises ArcmergeError for what goes wrong in a merge that arcmerge began, whatever mergekit may raise otherwise.
+    Args:
+        merge_config, out_path, options, config_source: as in mergekit.
+
+    Raises:
+        ArcmergeError: if a merge fails that arcmerge has started.
     """
     options = options or MergeOptions()
     text = config_source or str(merge_config.to_yaml())
-    if (reason := objection(text, options)) is not None:
-        _log.warning("mergekit does this merge itself: %s", reason)
+    if (reason := unsupported(text, options)) is not None:
+        _log.warning("mergekit runs this merge: %s", reason)
         interrupts.say("what mergekit has written is incomplete")
-        _theirs(merge_config, out_path, options, config_source)
+        _run_merge(merge_config, out_path, options, config_source)
         return
     report = merge(text, out_path, warn=_log.warning, **_options(options))
     _log.info("%s", report)
 
 
-def objection(text: str, options: MergeOptions) -> str | None:
-    """Why arcmerge leaves a merge to mergekit; None if it does not. text: the configuration, as YAML."""
+def unsupported(text: str, options: MergeOptions) -> str | None:
+    """Why arcmerge does not support a merge, or None if it does; text: the configuration, as YAML."""
     if not options.safe_serialization:
-        return "pickled output is asked for"
+        return "--no-safe-serialization selects pickled output"
     try:
         prepare(text, Options.of(_options(options)), lambda sentence: None)
     except ArcmergeError as error:
@@ -65,17 +69,27 @@ def objection(text: str, options: MergeOptions) -> str | None:
 
 
 def take_over() -> Undo:
-    """Lets mergekit's own functions, and its command in this process, call `run`."""
+    """Replace mergekit's run_merge by `run`, for its functions and for its command in this process.
+
+    Returns:
+        An Undo, also a context manager.
+
+    Example::
+
+        >>> from arcmerge.integrations.mergekit import take_over
+        >>> with take_over():
+        ...     pass  # code that calls mergekit.merge.run_merge
+    """
     undo = Undo()
     for module in (mergekit.merge, mergekit.scripts.run_yaml):
-        before = module.run_merge
+        original = module.run_merge
         module.run_merge = run
-        undo.later(lambda module=module, before=before: setattr(module, "run_merge", before))
+        undo.later(lambda module=module, original=original: setattr(module, "run_merge", original))
     return undo
 
 
 def _options(options: MergeOptions) -> dict[str, Any]:
-    """Those that mean something to both."""
+    """The options of mergekit that arcmerge has too."""
     cuda = options.cuda or options.gpu_rich
     return {
         "device": "cuda" if cuda else str(options.device or "auto"),
@@ -95,5 +109,5 @@ if __name__ == "__main__":
             mergekit.scripts.run_yaml.main()
         except ArcmergeError as error:
             sys.exit(f"arcmerge: {error}")
-        except OSError as error:  # of mergekit's own, such as a recipe that is not there
+        except OSError as error:  # mergekit's own, for example for a missing recipe
             sys.exit(f"arcmerge: {error.filename or 'the system'}: {error.strerror or error}")

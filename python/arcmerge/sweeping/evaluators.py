@@ -43,7 +43,7 @@ class LocalEvaluator:
 
     def score(self, candidate: Candidate) -> Scored:
         started = time.monotonic()
-        self._model.set_t(candidate.parameters)
+        self._model.set_parameters(**candidate.parameters)
         return Scored.of(candidate, self._score(self._model), time.monotonic() - started)
 
 

@@ -60,7 +60,7 @@ class Perplexity:
         """Every token has the same weight, whichever text it belongs to."""
         total = tokens = 0.0
         for text in self.texts:
-            count = len(model.text.encode(text)) - 1
+            count = len(model.tokenizer.encode(text)) - 1
             total += count * math.log(model.perplexity(text, self.window))
             tokens += count
         return math.exp(total / tokens)
@@ -90,7 +90,7 @@ class MultipleChoice:
         pairs = []
         for question in self.questions:
             for choice in question.choices:
-                context, answer = pair = model.text.split(question.context, choice)
+                context, answer = pair = model.tokenizer.encode_pair(question.context, choice)
                 if len(context) + len(answer) > limit:
                     raise ArcmergeError(
                         f"'context' and a choice must have at most {limit} tokens, the model's maximum, got "

@@ -1,4 +1,4 @@
-"""Generation: prompts in, one token after another out."""
+"""Generation on token ids: prompts in, one token after another out."""
 
 from __future__ import annotations
 
@@ -8,45 +8,70 @@ from time import perf_counter
 
 from arcmerge.errors import ArcmergeError, counted
 from arcmerge.gemma2.generation.sampler import Sampler, SamplingParams
+from arcmerge.gemma2.runtime.bandwidth import read_bandwidth
 from arcmerge.gemma2.runtime.model_lock import with_lock
 from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.runtime.runner import Runner
+from arcmerge.gemma2.weights import Weights
+
+# Bytes of weights above which decoding is bound by memory. Those of a smaller model stay in the caches, and a share of
+# the memory's bandwidth means nothing.
+BEYOND_CACHES = 1 << 28
 
 
 @dataclass
 class Generated:
-    """tokens: the answer to every prompt, the token that ended it included. Seconds of the two phases, wall clock.
+    """The result of `generate`.
 
-    seed: of the draws, None where none were made. cut: the rows whose answer ended because the context was full, where
-    more tokens had been asked for.
+    tokens: the answer to every prompt, with the token that ended it. prompt_tokens: of all prompts together.
+    seed: of the random numbers; None for greedy decoding. truncated: indices of the answers that ended because the
+    context was full. prefill_seconds, decode_seconds: wall clock. steps: of decoding.
     """
 
     tokens: list[list[int]]
     prompt_tokens: int
     seed: int | None = None
-    cut: list[int] = field(default_factory=list)
+    truncated: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     steps: int = 0
 
-    def cut_sentence(self, context: int) -> str:
-        """What to say about answers that were cut. context: tokens that the model was made for."""
-        tokens = counted(len(self.tokens[self.cut[0]]), "token")
-        return f"the answer ends after {tokens}, where the {context} of the model's max_position_embeddings are full"
+    def truncation_warning(self, context: int) -> str:
+        """A warning about truncated answers; context: the model's max_position_embeddings."""
+        tokens = counted(len(self.tokens[self.truncated[0]]), "token")
+        return f"the answer ends after {tokens}, as the model's max_position_embeddings of {context} are reached"
+
+    def summary(self, weights: Weights) -> str:
+        """One line: tokens, tokens per second, seed, and the share of memory bandwidth that decoding reached."""
+        prompt, tokens = counted(self.prompt_tokens, "prompt token"), len(self.tokens[0])
+        parts = [
+            f"{prompt} at {self.prompt_tokens / self.prefill_seconds:.1f} a second",
+            f"{tokens} new at {self.steps / self.decode_seconds:.1f}" if self.steps else f"{tokens} new",
+        ]
+        if self.seed is not None:
+            parts.append(f"seed {self.seed}")
+        if self.steps and weights.nbytes >= BEYOND_CACHES:
+            reached = weights.nbytes * self.steps / self.decode_seconds
+            roof = read_bandwidth(weights)
+            parts.append(f"{reached / 1e9:.1f} GB/s, {reached / roof:.0%} of the memory's {roof / 1e9:.1f}")
+        return ", ".join(parts)
 
 
 @dataclass
 class StoppingCriteria:
-    """When an answer ends: after so many tokens, with one of the ends, or when `on_token` says so.
+    """The conditions that end an answer, whichever comes first.
 
-    It ends as well where prompt and answer come to the model's max_position_embeddings; a prompt of that length has an
-    answer of one token.
+    An answer also ends where prompt and answer reach the model's max_position_embeddings; a prompt of that length gets
+    an answer of one token.
 
-    on_token(row, token): called with each new token; true ends the answer of that row.
+    max_new_tokens: of the answer. max_length: of prompt and answer together; above the length of every prompt.
+    stop_token_ids: each ends an answer, as its last token. on_token(row, token): called with each new token; true ends
+    the answer to prompt `row`.
     """
 
     max_new_tokens: int
-    ends: Collection[int]
+    stop_token_ids: Collection[int]
+    max_length: int | None = None
     on_token: Callable[[int, int], bool] = field(default=lambda row, token: False)
 
 
@@ -54,73 +79,88 @@ class StoppingCriteria:
 def generate(
     network: Network,
     prompts: Sequence[Sequence[int]],
-    sampling: SamplingParams,
-    limits: StoppingCriteria,
-    streams: Sequence[int] | None = None,
+    sampling_params: SamplingParams,
+    stopping_criteria: StoppingCriteria,
+    random_streams: Sequence[int] | None = None,
 ) -> Generated:
-    """Answers to prompts of one or more tokens each; a prompt's answer does not depend on its company.
+    """Generate an answer to each prompt. An answer does not depend on the other prompts.
 
-    streams: from which of the seed's streams of random numbers each answer is drawn, by default that of its place.
+    Args:
+        network: the model.
+        prompts: token ids, one or more each.
+        sampling_params: how tokens are chosen.
+        stopping_criteria: when answers end.
+        random_streams: for each prompt, the index of the seed's stream of random numbers; by default its own index.
 
-    Raises ArcmergeError for an empty prompt, a token beyond the vocabulary, or a prompt of more tokens than the model
-    was made for.
+    Raises:
+        ArcmergeError: for an empty prompt, a token id that is not in the vocabulary, or a prompt of more tokens than
+            the model's max_position_embeddings.
     """
-    require_tokens(network, prompts)
+    check_token_ids(network, prompts)
     context = network.config.max_position_embeddings
     longest = max(map(len, prompts))
     if longest > context:
         raise ArcmergeError(
-            f"the prompt's {longest} tokens are more than the {context} of the model's max_position_embeddings: "
-            "shorten the prompt."
+            f"'prompt' must have at most {context} tokens, the model's max_position_embeddings, got {longest}; "
+            "shorten it"
         )
-    if limits.max_new_tokens < 1:
-        raise ArcmergeError(f"'max_new_tokens' must be 1 or more, is {limits.max_new_tokens}.")
-    most = [min(limits.max_new_tokens, max(1, context - len(prompt))) for prompt in prompts]
+    if stopping_criteria.max_new_tokens < 1:
+        raise ArcmergeError(f"'max_new_tokens' must be 1 or more, got {stopping_criteria.max_new_tokens}")
+    max_length = stopping_criteria.max_length
+    asked = [
+        stopping_criteria.max_new_tokens
+        if max_length is None
+        else min(stopping_criteria.max_new_tokens, max_length - len(prompt))
+        for prompt in prompts
+    ]
+    limits = [min(new, max(1, context - len(prompt))) for prompt, new in zip(prompts, asked, strict=True)]
     # The last token is not fed back.
-    capacity = max(len(prompt) + new - 1 for prompt, new in zip(prompts, most, strict=True))
-    sequences = Runner(network, len(prompts), capacity)
-    sampling = sampling.seeded()
-    chooser = Sampler(network, sampling, prompts, range(len(prompts)) if streams is None else streams)
-    result = Generated([[] for _ in prompts], sum(map(len, prompts)), sampling.seed if sampling.draws else None)
+    capacity = max(len(prompt) + new - 1 for prompt, new in zip(prompts, limits, strict=True))
+    runner = Runner(network, len(prompts), capacity)
+    sampling_params = sampling_params.seeded()
+    streams = range(len(prompts)) if random_streams is None else random_streams
+    sampler = Sampler(network, sampling_params, prompts, streams)
+    seed = sampling_params.seed if sampling_params.draws else None
+    result = Generated([[] for _ in prompts], sum(map(len, prompts)), seed)
 
     started = perf_counter()
-    chosen = chooser.choose(sequences.feed_for_last(prompts))
+    chosen = sampler.choose(runner.feed_for_last(prompts))
     result.prefill_seconds = perf_counter() - started
     started = perf_counter()
-    awake = [True] * len(prompts)
+    running = [True] * len(prompts)
     while True:
         for row, token in enumerate(chosen):
-            if awake[row]:
+            if running[row]:
                 result.tokens[row].append(token)
-                ended = limits.on_token(row, token) or token in limits.ends
-                full = len(result.tokens[row]) == most[row]
-                awake[row] = not (ended or full)
-                if full and not ended and most[row] < limits.max_new_tokens:
-                    result.cut.append(row)
-        if not any(awake):
+                ended = stopping_criteria.on_token(row, token) or token in stopping_criteria.stop_token_ids
+                full = len(result.tokens[row]) == limits[row]
+                running[row] = not (ended or full)
+                if full and not ended and limits[row] < asked[row]:
+                    result.truncated.append(row)
+        if not any(running):
             break
         network.pause_if_exiting()
-        fed = [token if alive else None for token, alive in zip(chosen, awake, strict=True)]
-        chosen = chooser.choose(sequences.step(fed))
+        fed = [token if alive else None for token, alive in zip(chosen, running, strict=True)]
+        chosen = sampler.choose(runner.step(fed))
         result.steps += 1
     result.decode_seconds = perf_counter() - started
     network.weights.require_read()
     return result
 
 
-def require_tokens(network: Network, prompts: Sequence[Sequence[int]], called: str = "prompt") -> None:
-    """Raises ArcmergeError unless there are prompts, each of one token or more, all of them in the vocabulary.
+def check_token_ids(network: Network, sequences: Sequence[Sequence[int]], name: str = "prompts") -> None:
+    """Raise ArcmergeError unless there are sequences, of one or more token ids of the vocabulary each.
 
-    called: what the sentence calls one of them.
+    name: of the argument, for messages.
     """
-    if not prompts:
-        raise ArcmergeError(f"there must be at least one {called}.")
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ArcmergeError(f"{called} {number} must have at least one token: begin with BOS.")
-        for token in prompt:
+    if not sequences:
+        raise ArcmergeError(f"'{name}' must have at least one sequence of token ids, got none")
+    for index, tokens in enumerate(sequences):
+        if not len(tokens):
+            raise ArcmergeError(f"'{name}[{index}]' must have one token id or more, got none; begin with BOS")
+        for token in tokens:
             if not 0 <= token < network.config.vocab_size:
                 raise ArcmergeError(
-                    f"{called} {number} has the token {token!r:.80}; the vocabulary goes from 0 to "
-                    f"{network.config.vocab_size - 1}."
+                    f"'{name}[{index}]' must have token ids from 0 to {network.config.vocab_size - 1}, the vocabulary "
+                    f"of the model, got {token!r:.80}"
                 )

@@ -1,4 +1,4 @@
-"""How a model generates: as a call says, else as generation_config.json says, else greedily."""
+"""The options of generation: those of a call, else those of generation_config.json, else greedy decoding."""
 
 from __future__ import annotations
 
@@ -6,25 +6,48 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arcmerge.checkpoint.header import parse_object
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.arguments import read_number, read_strings, read_tokens, read_truth, read_whole
+from arcmerge.gemma2.arguments import read_bool, read_number, read_strings, read_token_ids, read_whole
 from arcmerge.gemma2.generation.sampler import SamplingParams
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from typing_extensions import TypedDict
+
+    class GenerateArguments(TypedDict, total=False):
+        """The keyword arguments of Gemma2.generate."""
+
+        max_new_tokens: int | None
+        max_length: int | None
+        do_sample: bool | None
+        temperature: float | None
+        top_k: int | None
+        top_p: float | None
+        min_p: float | None
+        repetition_penalty: float | None
+        seed: int | None
+        eos_token_id: int | Iterable[int] | None
+        pad_token_id: int | None
+        stop: str | Sequence[str] | None
+        stream: Callable[[Any], object] | None
+
+
 FILE = "generation_config.json"
-# Where neither the call nor the file says.
+# The default without a call's argument and without the file's setting.
 _MAX_NEW_TOKENS = 256
 
 READERS: dict[str, Callable[[str, Any], Any]] = {
-    "do_sample": read_truth,
+    "do_sample": read_bool,
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), read_number),
     **dict.fromkeys(("top_k", "max_new_tokens", "max_length", "pad_token_id"), read_whole),
-    "eos_token_id": read_tokens,
+    "eos_token_id": read_token_ids,
     "stop_strings": read_strings,
 }
-# They choose no token: what else generation returns, how it computes, and options of beams, which num_beams asks for.
+# Options that change no token: further outputs, ways to compute, and options of beam search, which num_beams selects.
 _WITHOUT_EFFECT = {
     *("transformers_version", "bos_token_id", "decoder_start_token_id", "use_cache", "cache_implementation"),
     *("cache_config", "compile_config", "disable_compile", "return_dict_in_generate", "renormalize_logits"),
@@ -33,8 +56,8 @@ _WITHOUT_EFFECT = {
     *("assistant_lookbehind", "target_lookbehind", "assistant_early_exit", "max_matching_ngram_size"),
     *("prompt_lookup_num_tokens", "is_assistant", "generation_kwargs", "prefill_chunk_size", "trust_remote_code"),
 }
-# Ask for nothing, beside None, 0, False and what is empty.
-_NOTHING = {
+# Values, other than false ones, that mean that an option is off.
+_OFF = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
     **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "guidance_scale"), 1.0),
 }
@@ -42,9 +65,9 @@ _NOTHING = {
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Fields have the names and meanings of transformers' GenerationConfig; None is not set.
+    """The options that are set, under the names of transformers' GenerationConfig; None: not set.
 
-    Not set, the defaults are those of `SamplingParams` and 256 new tokens: transformers' own are 20, and top_k 50.
+    The defaults are those of `SamplingParams` and 256 new tokens; transformers' own are 20 tokens and top_k 50.
     """
 
     do_sample: bool | None = None
@@ -61,9 +84,12 @@ class GenerationConfig:
 
     @classmethod
     def read(cls, folder: Path) -> GenerationConfig:
-        """Of the folder's generation_config.json, if it has one; options without effect here are a warning.
+        """The options in the generation_config.json of a folder, none if it has no such file.
 
-        Raises ArcmergeError for a value that no generation can have.
+        Options that arcmerge does not support are ignored with a warning.
+
+        Raises:
+            ArcmergeError: if an option has an impossible value.
         """
         path = folder / FILE
         if not path.exists():
@@ -71,17 +97,17 @@ class GenerationConfig:
         listed = parse_object(path.read_bytes(), path)
         try:
             config = cls().changed({name: value for name, value in listed.items() if name in READERS})
-            config.sampling()
-            config.require_lengths()
+            config.sampling_params()
+            config.check_lengths()
         except ArcmergeError as error:
             raise ArcmergeError([f"{path}: {problem}" for problem in error.problems]) from error
-        if strange := [name for name, value in listed.items() if has_effect(name, value)]:
-            named = ", ".join(f"'{name}'" for name in strange)
-            warnings.warn(f"{path}: {named} cannot be followed here; generation goes on without.", stacklevel=4)
+        if unsupported := [name for name, value in listed.items() if has_effect(name, value)]:
+            named = ", ".join(f"'{name}'" for name in unsupported)
+            warnings.warn(f"{path}: ignored {named}, which arcmerge does not support", stacklevel=4)
         return config
 
     def changed(self, arguments: Mapping[str, Any]) -> GenerationConfig:
-        """With the arguments of a call, which win; None leaves an option as it is. A length takes the other's place."""
+        """These options overridden by the arguments of a call that are not None; one length replaces the other."""
         given = {name: READERS[name](name, value) for name, value in arguments.items() if value is not None}
         config = self
         if "max_length" in given and "max_new_tokens" not in given:
@@ -90,39 +116,39 @@ class GenerationConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is set, by name."""
+        """The options that are set, by name."""
         return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}
 
-    def sampling(self, seed: int | None = None) -> SamplingParams:
+    def sampling_params(self, seed: int | None = None) -> SamplingParams:
         names = {one.name for one in fields(SamplingParams)}
         return SamplingParams(**{name: value for name, value in self.settings.items() if name in names}, seed=seed)
 
-    def require_lengths(self) -> None:
-        """Raises ArcmergeError for an answer of no token."""
+    def check_lengths(self) -> None:
+        """Raise ArcmergeError for a length below one token."""
         for name in ("max_new_tokens", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ArcmergeError(f"'{name}' must be 1 or more, is {value!r:.80}.")
+                raise ArcmergeError(f"'{name}' must be 1 or more, got {value!r:.80}")
 
     @property
-    def most_new_tokens(self) -> int:
-        """Of an answer to whatever prompt."""
+    def max_answer_tokens(self) -> int:
+        """The maximum for an answer to any prompt."""
         return self.max_new_tokens or self.max_length or _MAX_NEW_TOKENS
 
-    def new_tokens_after(self, prompt: int) -> int:
-        """The most tokens of an answer to a prompt of so many; ArcmergeError if max_length leaves none."""
-        self.require_lengths()
+    def max_new_tokens_for(self, prompt_tokens: int) -> int:
+        """The maximum for an answer to a prompt of this length; ArcmergeError if max_length leaves none."""
+        self.check_lengths()
         if self.max_new_tokens is not None or self.max_length is None:
-            return self.most_new_tokens
-        if prompt >= self.max_length:
+            return self.max_answer_tokens
+        if prompt_tokens >= self.max_length:
             raise ArcmergeError(
-                f"'max_length' must be above the {prompt} tokens of the prompt, which it counts too, is "
-                f"{self.max_length}; give max_new_tokens instead."
+                f"'max_length' must be above the {prompt_tokens} tokens of the prompt, which it includes, got "
+                f"{self.max_length}; give max_new_tokens instead"
             )
-        return self.max_length - prompt
+        return self.max_length - prompt_tokens
 
 
 def has_effect(name: str, value: Any) -> bool:
-    """Whether an option that is none of READERS asks transformers for other tokens."""
+    """Whether an option that is not in READERS would change the tokens that transformers generates."""
     if name in READERS or name in _WITHOUT_EFFECT or name.startswith(("_", "output_")):
         return False
-    return bool(value) and value != _NOTHING.get(name)
+    return bool(value) and value != _OFF.get(name)

@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens, with the head computed only where one is asked for.
+"""Log-probabilities of given tokens; the lm_head runs only where a token is scored.
 
-What several sequences share, as the answers to a question share the question, goes through the network once. Then each
-goes on in a lane of the cache of its own, to which the keys and values of what is shared are copied.
+A prefix that several sequences share, as the answers to one question share the question, goes through the network once.
+Then every sequence continues in its own row of the cache, to which the keys and values of the prefix are copied.
 """
 
 from __future__ import annotations
@@ -14,142 +14,155 @@ import torch
 from torch import Tensor
 
 from arcmerge import ops
-from arcmerge.gemma2.generation.generate import require_tokens
+from arcmerge.gemma2.generation.generate import check_token_ids
 from arcmerge.gemma2.runtime.kv_cache import Batch
 from arcmerge.gemma2.runtime.model_lock import with_lock
 from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.runtime.runner import PASS_TOKENS, Runner
 
-# Slots of a cache of all layers, which branches need: 55 MB of 2.6B. Of as many tokens arithmetic takes 16 s on two
-# cores of an EPYC 7003, reading the weights once more 0.3 s.
-BRANCH_SLOTS = 512
+# Slots of a cache of all layers, which shared prefixes need: 55 MB of 2.6B. For this many tokens the arithmetic takes
+# 16 s on two cores of an EPYC 7003, reading the weights once more 0.3 s.
+PREFIX_SLOTS = 512
 
 
 class Score(NamedTuple):
-    """logprob: natural logarithm, of all scored tokens together. greedy: each was the most probable where it stood."""
+    """The score of one continuation.
+
+    logprob: natural logarithm of the probability of all its tokens together. is_greedy: whether each of them is the
+    most probable one.
+    """
 
     logprob: float
-    greedy: bool
+    is_greedy: bool
 
 
 @dataclass
-class _Lane:
-    """Tokens that go through the network, and the tokens that are asked for after a position: (sequence, token)."""
+class _Segment:
+    """Tokens that go through the network. scored: for a position, the (sequence, token) whose probability it gives."""
 
     tokens: Sequence[int]
-    asked: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    scored: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
-    def ask(self, position: int, sequence: int, token: int) -> None:
-        self.asked.setdefault(position, []).append((sequence, token))
+    def score_at(self, position: int, sequence: int, token: int) -> None:
+        self.scored.setdefault(position, []).append((sequence, token))
 
 
 @dataclass
-class _Family:
-    """Sequences that begin alike: what is shared, and the lanes that go on from it, of no tokens but theirs."""
+class _Group:
+    """Sequences with a common prefix, and the rest of each."""
 
-    shared: _Lane
-    branches: list[_Lane]
+    prefix: _Segment
+    suffixes: list[_Segment]
 
     @property
-    def lanes(self) -> int:
-        return max(1, len(self.branches))
+    def rows(self) -> int:
+        return max(1, len(self.suffixes))
 
     @property
     def length(self) -> int:
-        return len(self.shared.tokens) + max((len(branch.tokens) for branch in self.branches), default=0)
+        return len(self.prefix.tokens) + max((len(suffix.tokens) for suffix in self.suffixes), default=0)
 
 
 @with_lock
-def score(network: Network, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
-    """Scores of the last tokens of each sequence: (tokens, how many of them, at most all but the first).
+def score_sequences(network: Network, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
+    """Score the last tokens of each sequence.
 
-    Sequences of like length go through the network together, and none is padded: company changes a score by rounding
-    alone.
+    Sequences of similar length go through the network together, without padding: a score depends on the other
+    sequences only up to rounding.
+
+    Args:
+        network: the model.
+        sequences: (token ids, how many of the last ones are scored: at most all but the first).
+
+    Raises:
+        ArcmergeError: if a sequence is empty or has a token id that is not in the vocabulary.
     """
-    require_tokens(network, [tokens for tokens, _ in sequences], "pair")
+    check_token_ids(network, [tokens for tokens, _ in sequences], "pairs")
     scores = [Score(0.0, True)] * len(sequences)
-    families = _families(sequences)
-    alone = [family for family in families if not family.branches]
-    for group in _groups(alone, PASS_TOKENS):
-        lanes = [family.shared for family in group]
-        total = sum(len(lane.tokens) for lane in lanes)
-        # In a single pass, whose cache is then that of one layer.
-        cached = Runner(network, len(lanes), max(family.length for family in group), transient=total <= PASS_TOKENS)
-        _add(scores, network, lanes, cached.feed([lane.tokens for lane in lanes]))
-    for group in _groups([family for family in families if family.branches], BRANCH_SLOTS):
-        _score_branches(scores, network, group)
+    groups = _by_prefix(sequences)
+    single = [group for group in groups if not group.suffixes]
+    for batch in _batches(single, PASS_TOKENS):
+        segments = [group.prefix for group in batch]
+        total = sum(len(segment.tokens) for segment in segments)
+        # A single pass needs the cache of one layer only.
+        runner = Runner(network, len(segments), max(group.length for group in batch), transient=total <= PASS_TOKENS)
+        _add_scores(scores, network, segments, runner.feed([segment.tokens for segment in segments]))
+    for batch in _batches([group for group in groups if group.suffixes], PREFIX_SLOTS):
+        _score_with_prefixes(scores, network, batch)
     network.weights.require_read()
     return scores
 
 
-def _families(sequences: Sequence[tuple[Sequence[int], int]]) -> list[_Family]:
-    """By what stands before the scored tokens. The last token predicts nothing, so it does not go through."""
+def _by_prefix(sequences: Sequence[tuple[Sequence[int], int]]) -> list[_Group]:
+    """Group sequences by the tokens before the scored ones. The last token predicts nothing and is left out."""
     by_context: dict[tuple[int, ...], list[int]] = {}
-    for number, (tokens, count) in enumerate(sequences):
+    for index, (tokens, count) in enumerate(sequences):
         if count:
-            by_context.setdefault(tuple(tokens[: len(tokens) - count]), []).append(number)
-    families = []
-    for context, numbers in by_context.items():
-        if len(numbers) == 1:  # nothing to share: all of it in one go
-            context = tuple(sequences[numbers[0]][0][:-1])
-        family = _Family(_Lane(context), [])
-        for number in numbers:
-            tokens, count = sequences[number]
-            branch = _Lane(tokens[len(context) : -1])
+            by_context.setdefault(tuple(tokens[: len(tokens) - count]), []).append(index)
+    groups = []
+    for context, indices in by_context.items():
+        if len(indices) == 1:  # nothing to share: one segment
+            context = tuple(sequences[indices[0]][0][:-1])
+        group = _Group(_Segment(context), [])
+        for index in indices:
+            tokens, count = sequences[index]
+            suffix = _Segment(tokens[len(context) : -1])
             for position in range(len(tokens) - count - 1, len(tokens) - 1):
-                lane = family.shared if position < len(context) else branch
-                lane.ask(position, number, tokens[position + 1])
-            if branch.tokens:
-                family.branches.append(branch)
-        families.append(family)
-    return families
-
-
-def _groups(families: Iterable[_Family], most: int) -> list[list[_Family]]:
-    """Those that go together, the longest first: at most so many slots of the cache, or one family."""
-    groups: list[list[_Family]] = []
-    room = 0
-    for family in sorted(families, key=lambda family: -family.length):
-        slots = family.lanes * family.length
-        if not groups or slots > room:
-            groups.append([])
-            room = most
-        groups[-1].append(family)
-        room -= slots
+                segment = group.prefix if position < len(context) else suffix
+                segment.score_at(position, index, tokens[position + 1])
+            if suffix.tokens:
+                group.suffixes.append(suffix)
+        groups.append(group)
     return groups
 
 
-def _score_branches(scores: list[Score], network: Network, group: Sequence[_Family]) -> None:
-    lanes = [branch for family in group for branch in family.branches]
-    shared: list[_Lane] = []
+def _batches(groups: Iterable[_Group], max_slots: int) -> list[list[_Group]]:
+    """Groups that go through the network together, the longest first: one group, or several in `max_slots` slots."""
+    batches: list[list[_Group]] = []
+    free = 0
+    for group in sorted(groups, key=lambda group: -group.length):
+        slots = group.rows * group.length
+        if not batches or slots > free:
+            batches.append([])
+            free = max_slots
+        batches[-1].append(group)
+        free -= slots
+    return batches
+
+
+def _score_with_prefixes(scores: list[Score], network: Network, batch: Sequence[_Group]) -> None:
+    suffixes = [suffix for group in batch for suffix in group.suffixes]
+    prefixes: list[_Segment] = []
     sources: list[int] = []
-    for family in group:  # what is shared goes through the first lane of each
-        sources += [len(sources)] * family.lanes
-        shared += [family.shared, *[_Lane(())] * (family.lanes - 1)]
-    cached = Runner(network, len(lanes), max(family.length for family in group))
-    _add(scores, network, shared, cached.feed([lane.tokens for lane in shared]))
-    cached.fork(sources)
-    _add(scores, network, lanes, cached.feed([lane.tokens for lane in lanes]))
+    for group in batch:  # the prefix goes through the first row of its group
+        sources += [len(sources)] * group.rows
+        prefixes += [group.prefix, *[_Segment(())] * (group.rows - 1)]
+    runner = Runner(network, len(suffixes), max(group.length for group in batch))
+    _add_scores(scores, network, prefixes, runner.feed([segment.tokens for segment in prefixes]))
+    runner.copy_rows(sources)
+    _add_scores(scores, network, suffixes, runner.feed([segment.tokens for segment in suffixes]))
 
 
-def _add(scores: list[Score], network: Network, lanes: Sequence[_Lane], passes: Iterator[tuple[Batch, Tensor]]) -> None:
-    """Add to the scores what is asked for of these passes of the lanes."""
+def _add_scores(
+    scores: list[Score], network: Network, segments: Sequence[_Segment], passes: Iterator[tuple[Batch, Tensor]]
+) -> None:
+    """Add the log-probabilities that these passes of the segments give."""
     device = network.weights.norm.device
     for batch, hidden in passes:
-        rows, asked = [], []
-        for row, (lane, position) in enumerate(zip(batch.sequences.tolist(), batch.positions.tolist(), strict=True)):
-            for one in lanes[lane].asked.get(position, ()):
+        rows, scored = [], []
+        for row, (segment, position) in enumerate(zip(batch.sequences.tolist(), batch.positions.tolist(), strict=True)):
+            for one in segments[segment].scored.get(position, ()):
                 rows.append(row)
-                asked.append(one)
+                scored.append(one)
         if not rows:
             continue
         logprobs, best = ops.lm_head_logprob(
             hidden[torch.tensor(rows, device=device)],
             network.weights.head,
-            torch.tensor([token for _, token in asked], device=device),
+            torch.tensor([token for _, token in scored], device=device),
             softcap=network.config.final_logit_softcapping,
             stepwise=network.stepwise,
         )
-        for (sequence, token), logprob, choice in zip(asked, logprobs.tolist(), best.tolist(), strict=True):
+        for (sequence, token), logprob, choice in zip(scored, logprobs.tolist(), best.tolist(), strict=True):
             before = scores[sequence]
-            scores[sequence] = Score(before.logprob + logprob, before.greedy and choice == token)
+            scores[sequence] = Score(before.logprob + logprob, before.is_greedy and choice == token)

@@ -1,4 +1,4 @@
-"""How fast memory can be read, measured where the weights lie: what decoding one token after another comes to."""
+"""The bandwidth of reading memory, which bounds decoding, measured on the weights of a model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from arcmerge import _C
 from arcmerge.gemma2.weights import Weights
 
-_READINGS = 3
+_PASSES = 3
 
 
 def read_bandwidth(weights: Weights) -> float:
-    """Bytes a second, the best of a few readings of the embedding, a fifth of a 2.6B model, by all threads.
+    """Bytes per second of reading the embedding, a fifth of a 2.6B model, with all threads: the best of a few passes.
 
-    On the CPU from memory, as the first reading brings the file there. A tiny model's is that of a cache.
+    On the CPU the first pass brings a mapped file into memory. A tiny model is read from a cache.
     """
-    return max(_read(weights.embed_tokens) for _ in range(_READINGS))
+    return max(_read(weights.embed_tokens) for _ in range(_PASSES))
 
 
 def _read(tensor: Tensor) -> float:

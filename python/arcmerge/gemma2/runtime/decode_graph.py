@@ -1,4 +1,4 @@
-"""Decoding steps that Python does not hold up: the first is captured, the others replay it."""
+"""Decoding steps without the overhead of Python: the first step is captured, later ones replay it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from arcmerge.gemma2.runtime.network import Network
 
 
 class DecodeGraph:
-    """One more token of each of `count` sequences through the layers, which find all they read at fixed addresses.
+    """Runs one more token of each of `count` sequences through the layers, with all tensors at fixed addresses.
 
-    On a GPU by a CUDA graph, on the CPU by a recording of native calls: 182 of a 2.6B, between which Python, whose own
-    data the weights push out of the caches, takes 100 us each. Where either is not possible, as with stepwise numerics,
-    which ask torch, by plain calls.
+    On a GPU it replays a CUDA graph, on the CPU a recording of native calls: 182 for a 2.6B. Between two of them Python
+    would take 100 us, as the weights evict its own data from the caches. Where neither is possible, as with stepwise
+    numerics, which call torch, it calls the layers.
+
+    Args:
+        network: the model.
+        cache: of the sequences.
+        count: of the sequences.
     """
 
     @torch.inference_mode()
@@ -39,9 +44,14 @@ class DecodeGraph:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Hidden states [count, hidden_size], which the next step overwrites.
+        """Run one step.
 
-        tokens: [count] int64. lengths: [count], of the sequences with their new token, 0 for one that rests.
+        Args:
+            tokens: [count] int64, one token per sequence.
+            lengths: [count], the tokens of each sequence including the new one; 0: the sequence is skipped.
+
+        Returns:
+            Hidden states [count, hidden_size], which the next step overwrites.
         """
         self._batch.tokens.copy_(tokens)
         self._batch.lengths.copy_(lengths)
@@ -71,7 +81,7 @@ class DecodeGraph:
         with torch.cuda.device(self._residual.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            # Compiles the kernels, which a capture does not allow. The replay writes the same to the cache.
+            # Compiles the kernels, which is not allowed in a capture. The replay writes the same values to the cache.
             with torch.cuda.stream(side):
                 self._layers()
             torch.cuda.current_stream().wait_stream(side)

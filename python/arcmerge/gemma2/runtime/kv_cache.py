@@ -1,4 +1,4 @@
-"""The cache of keys and values, allocated once; and the batches of tokens that go through the network."""
+"""The cache of keys and values, allocated once, and the batches of tokens that go through the network."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import Tensor
 
 from arcmerge.gemma2.config import Gemma2Config
 
-# Kernels read keys in tiles of up to 128 slots, which must not wrap round the end of a ring.
+# Kernels read keys in tiles of up to 128 slots, which must not wrap around in a ring buffer.
 SLOT_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens of several sequences, one sequence after another without padding: T tokens of B sequences.
+    """T tokens of B sequences, one sequence after another without padding.
 
-    tokens, positions, sequences: [T] int64; a token's number, its place in its sequence from 0, the sequence it is of.
-    starts: [B + 1] int32, where in these the tokens of a sequence begin; lengths: [B] int32, tokens of a sequence up
-    to and including these, 0 for one that rests. longest: the most tokens that a sequence has here.
+    tokens: [T] int64, token ids. positions: [T] int64, of each token in its sequence, from 0. sequences: [T] int64, the
+    sequence of each token. starts: [B + 1] int32, the offsets of the sequences in these. lengths: [B] int32, the tokens
+    of each sequence up to and including these; 0: the sequence is skipped. longest: the maximum number of tokens that a
+    sequence has here.
     """
 
     tokens: Tensor
@@ -32,7 +33,7 @@ class Batch:
 
     @classmethod
     def of(cls, chunks: Sequence[Sequence[int]], before: Sequence[int], device: torch.device) -> Batch:
-        """The next tokens of each sequence, of which `before` have gone through the network already."""
+        """The next tokens of each sequence; `before`: how many of its tokens are in the cache."""
         counts = torch.tensor([len(chunk) for chunk in chunks])
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         sequences = torch.arange(len(chunks)).repeat_interleave(counts)
@@ -52,8 +53,16 @@ class Batch:
 class KVCache:
     """Keys and values of every layer: [batch, num_key_value_heads, slots, head_dim] each.
 
-    A layer that sees all has a slot for every position up to `length`. One with a window is a ring: position p lies in
-    slot p % slots, and there are slots for the window and for the `chunk` of tokens written before they are read.
+    A layer with full attention has a slot for every position. A layer with a sliding window is a ring buffer: position
+    p is in slot p % slots, and there are slots for the window and for one chunk.
+
+    Args:
+        config: of the model.
+        batch: the number of sequences.
+        length: the maximum number of tokens of a sequence.
+        chunk: the maximum number of tokens of a sequence in a pass.
+        dtype, device: of the cache.
+        transient: all layers share one buffer, for sequences that go through the network in a single pass.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Conversations as text: chat templates in the environment that transformers gives them, in a sandbox."""
+"""Chat templates, rendered in a sandbox with the filters and functions that transformers provides."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from arcmerge.errors import ArcmergeError
 if TYPE_CHECKING:
     from jinja2 import Template
 
-Messages = Sequence[Mapping[str, Any]]
+Message = Mapping[str, Any]
+Messages = Sequence[Message]
 
-# Names under which a message's reasoning is passed, the one that templates read first.
+# The keys of a message's reasoning, the first one that is set counts.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Stands after the last message's content to find its end. Templates that trim take its blank away.
+# Appended to the last message's content to find its end. Templates that trim remove its blank.
 _MARK = "END_OF_FINAL_MESSAGE "
 
 
@@ -31,40 +32,48 @@ def render(
     continue_final_message: bool = False,
     **variables: Any,
 ) -> str:
-    """The text of a conversation by the text of a template, as transformers renders it.
+    """The text of a conversation, as transformers renders it.
 
-    source: what errors name. continue_final_message: the text ends with the content of the last message, which is left
-    open. variables: what the template reads beside the messages.
-    Raises ArcmergeError where the template refuses the conversation, fails on it, or is no template.
+    Args:
+        template: the text of the chat template.
+        messages: each with role and content.
+        source: of the template, for messages.
+        continue_final_message: end with the content of the last message.
+        variables: of the template, besides the messages.
+
+    Raises:
+        ArcmergeError: if the template refuses the conversation, fails, or is no template.
     """
     from jinja2 import TemplateSyntaxError
 
-    said = [_plain_message(message, source) for message in messages]
-    if not said:
-        raise ArcmergeError(f"{source}: a conversation must have at least one message.")
-    final = _mark_end(said[-1], source) if continue_final_message else ""
+    plain = [_plain_message(message, source) for message in messages]
+    if not plain:
+        raise ArcmergeError(f"{source}: the conversation must have at least one message, got none")
+    final = _mark_end(plain[-1], source) if continue_final_message else ""
     try:
-        text = _compile(template).render(messages=said, **{"tools": None, "documents": None, **variables})
+        text = _compile(template).render(messages=plain, **{"tools": None, "documents": None, **variables})
     except _refusal() as error:
         reason = str(error).rstrip(".")
-        raise ArcmergeError(f"{source}: its chat template refuses this conversation: {reason}.") from error
+        raise ArcmergeError(
+            f"{source}: the conversation must be one that the chat template accepts, got its error: {reason}"
+        ) from error
     except TemplateSyntaxError as error:
         reason = str(error.message).rstrip(".")
         raise ArcmergeError(
-            f"{source}: its chat template cannot be read, line {error.lineno}: {reason}; copy chat_template from the "
-            "instruction-tuned parent."
+            f"{source}: 'chat_template' must be a Jinja template, got an error in line {error.lineno}: {reason}; copy "
+            "it from the instruction-tuned parent"
         ) from error
-    except Exception as error:  # whatever the expressions of a template come to
+    except Exception as error:  # the expressions of a template may raise anything
         reason = str(error) or type(error).__name__
         raise ArcmergeError(
-            f"{source}: its chat template fails on this conversation: {reason}; the template may need other messages "
-            "or variables."
+            f"{source}: 'chat_template' must render the conversation, got an error: {reason}; it may need other "
+            "messages or variables"
         ) from error
     return _cut_at_mark(text, final, source) if continue_final_message else text
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens that tokenizer_config.json names, as templates see them: `eos_token`, `image_token`."""
+    """The special tokens in tokenizer_config.json by the names of template variables: `eos_token`, `image_token`."""
     path = folder / "tokenizer_config.json"
     settings = parse_object(path.read_bytes(), path) if path.exists() else {}
     extra = settings.get("extra_special_tokens")
@@ -74,51 +83,51 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _content(token: object) -> str | None:
-    """A special token is a string or an object with its content."""
+    """The text of a special token, which is a string or an object with its content."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
-def _plain_message(message: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A copy without what is None, and with the reasoning under the names that templates read."""
+def _plain_message(message: Message, source: str) -> dict[str, Any]:
+    """A copy without values of None, and with the reasoning under the names that templates read."""
     if not isinstance(message, Mapping):
-        raise ArcmergeError(f"{source}: a message must have role and content, got {message!r}.")
+        raise ArcmergeError(f"{source}: the message must be a mapping with role and content, got {message!r}")
     plain = {key: value for key, value in message.items() if value is not None}
     reasoning = next((plain[key] for key in _REASONING if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
 def _mark_end(message: dict[str, Any], source: str) -> str:
-    """Put the mark behind the message's text, which is returned; of several parts the last with text."""
+    """Append the mark to the message's text, or to its last part with text, and return the text."""
     content = message.get("content")
     if isinstance(content, str):
         message["content"] = content + _MARK
         return content
     if isinstance(content, list | tuple):
         parts = list(content)
-        for place in range(len(parts) - 1, -1, -1):
-            if isinstance(parts[place], Mapping) and isinstance(text := parts[place].get("text"), str):
-                parts[place] = {**parts[place], "text": text + _MARK}
+        for index in range(len(parts) - 1, -1, -1):
+            if isinstance(parts[index], Mapping) and isinstance(text := parts[index].get("text"), str):
+                parts[index] = {**parts[index], "text": text + _MARK}
                 message["content"] = parts
                 return text
-    raise ArcmergeError(f"{source}: the last message must have text to be continued, got {content!r}.")
+    raise ArcmergeError(f"{source}: the last message must have text to continue, got {content!r}")
 
 
 def _cut_at_mark(text: str, final: str, source: str) -> str:
-    place = text.rfind(_MARK.strip())
-    if place < 0 or final.strip() not in text:
+    offset = text.rfind(_MARK.strip())
+    if offset < 0 or final.strip() not in text:
         raise ArcmergeError(
-            f"{source}: its chat template does not write the last message as it is, so that it cannot be continued; "
-            "end the conversation with a user's message."
+            f"{source}: 'chat_template' must write the last message unchanged to continue it, got another text; end "
+            "the conversation with a user's message"
         )
-    # Where the template took the mark's blank away, it would have taken those of the message too.
-    return text[:place] if text.startswith(_MARK, place) else text[:place].rstrip()
+    # A template that removed the mark's blank would have removed those of the message too.
+    return text[:offset] if text.startswith(_MARK, offset) else text[:offset].rstrip()
 
 
 @lru_cache
 def _refusal() -> type[Exception]:
-    """What `raise_exception` raises: the template's own words."""
+    """The exception that `raise_exception` of a template raises."""
     from jinja2 import TemplateError
 
     return type("Refusal", (TemplateError,), {})
@@ -134,7 +143,7 @@ def _compile(template: str) -> Template:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """{% generation %} tells trainers which text is the model's; it is rendered like any other."""
+        """{% generation %} marks the model's text for training; its content is rendered like any other."""
 
         tags = {"generation"}  # noqa: RUF012 -- as its base declares it
 
@@ -144,7 +153,7 @@ def _compile(template: str) -> Template:
             return [nodes.Scope(body).set_lineno(line)]
 
     class PlainNamespace(Namespace):
-        """Without names that begin with an underscore, which lead to Python's own."""
+        """Refuses names that begin with an underscore, which would give access to Python's own."""
 
         def __init__(*arguments: Any, **attributes: Any) -> None:
             self, *others = arguments
@@ -159,7 +168,7 @@ def _compile(template: str) -> Template:
 
     def _require_plain(name: object) -> None:
         if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"a namespace must have no name that begins with an underscore, got {name!r}")
+            raise SecurityError(f"names in a namespace must not begin with an underscore, got {name!r}")
 
     def refuse(reason: str) -> None:
         raise _refusal()(reason)
@@ -171,7 +180,7 @@ def _compile(template: str) -> Template:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        # Jinja's own escapes HTML.
+        # Jinja's own filter escapes HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(

@@ -1,4 +1,4 @@
-"""Prompts in the forms that people pass: text, conversations, and tokens as lists, arrays and tensors."""
+"""Prompts in the forms that users pass: text, conversations, and token ids as lists, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -12,119 +12,156 @@ from torch import Tensor
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.arguments import plain
+from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 
-_TEXT = (str, bytes, bytearray)  # sequences, but of no token ids
+_TEXT = (str, bytes, bytearray)  # sequences that are no token ids
 
 
 @dataclass(frozen=True)
 class Prompts:
     """One prompt or several.
 
-    rows: the tokens of each, without padding. places: the columns in which they stood. whole: as given, padding
-    included. given: what they came in; an answer goes back in the same. alone: one prompt, not a list of one. is_text:
+    rows: the token ids of each, without padding. columns: for each token, its column in `padded`. padded: as given,
+    with padding. given: the argument; the result has the same form. is_single: one prompt, not a list of one. is_text:
     text or conversations, whose answers are text. is_chat: conversations.
     """
 
     rows: list[list[int]]
-    places: list[list[int]]
-    whole: list[list[int]]
+    columns: list[list[int]]
+    padded: list[list[int]]
     given: Any
-    alone: bool
+    is_single: bool
     is_text: bool
     is_chat: bool = False
 
     @classmethod
-    def read(cls, given: Any, attention_mask: Any, text: Callable[[], Gemma2Tokenizer]) -> Prompts:
-        """given: what Gemma2.generate takes. text: opens the tokenizer, where there is text.
+    def read(cls, given: Any, attention_mask: Any, tokenizer: Callable[[], Gemma2Tokenizer]) -> Prompts:
+        """Read the arguments of Gemma2.generate.
 
-        Raises ArcmergeError for any other form.
+        Args:
+            given: `input_ids`.
+            attention_mask: [B, T] or None.
+            tokenizer: opens the tokenizer; called for text only.
+
+        Raises:
+            ArcmergeError: if an argument has another form.
         """
-        if isinstance(given, Mapping) and "input_ids" in given:  # what a tokenizer of transformers returns
+        if isinstance(given, Mapping) and "input_ids" in given:  # the result of a tokenizer of transformers
             attention_mask = given.get("attention_mask") if attention_mask is None else attention_mask
             given = given["input_ids"]
         found = plain(given)
         kind = _kind(found)
         if kind in ("text", "messages"):
-            found, alone = [found], True
+            found, is_single = [found], True
         elif kind == "tokens":
-            found, alone = [read_row("input_ids", given)], True
+            found, is_single = [read_row("input_ids", given)], True
         else:
-            found, alone = [plain(one) for one in found], False
+            found, is_single = [plain(one) for one in found], False
             kinds = {_kind(one) for one in found}
             if len(kinds) > 1 or not kinds <= {"text", "messages", "tokens"}:
-                raise ArcmergeError(_wrong(given))
+                raise _wrong_form(given)
             kind = kinds.pop()
         if kind != "tokens":
             if attention_mask is not None:
-                raise ArcmergeError("'attention_mask' must be left out where prompts are text: they have no padding.")
-            encode = text().encode if kind == "text" else text().chat
+                raise ArcmergeError("'attention_mask' must be None for text, which has no padding, got a mask")
+            encode = tokenizer().encode if kind == "text" else tokenizer().encode_chat
             rows = [encode(one) for one in found]
-            return cls(rows, _columns(rows), rows, given, alone, True, kind == "messages")
-        whole = [read_row("input_ids", one) for one in found]
-        places = _columns(whole) if attention_mask is None else _unmasked(attention_mask, whole, alone)
-        rows = [[row[place] for place in kept] for row, kept in zip(whole, places, strict=True)]
-        return cls(rows, places, whole, given, alone, False)
+            return cls(rows, _columns(rows), rows, given, is_single, True, kind == "messages")
+        padded = [read_row("input_ids", one) for one in found]
+        columns = _columns(padded) if attention_mask is None else _unmasked(attention_mask, padded, is_single)
+        rows = [[row[column] for column in kept] for row, kept in zip(padded, columns, strict=True)]
+        return cls(rows, columns, padded, given, is_single, False)
 
     @property
     def width(self) -> int:
-        return max(map(len, self.whole), default=0)
+        """The length of the longest prompt, with padding."""
+        return max(map(len, self.padded), default=0)
 
     def with_answers(self, tokens: Sequence[Sequence[int]], texts: Sequence[str], pad: int) -> Any:
-        """The texts of answers to text; else prompts and answers in the form of the prompts, the answers padded."""
+        """The result of Gemma2.generate: texts for text; else prompts and padded answers in the form of the prompts."""
         if self.is_text:
-            return texts[0] if self.alone else list(texts)
+            return texts[0] if self.is_single else list(texts)
         longest = max(map(len, tokens)) if isinstance(self.given, Tensor | np.ndarray) else 0
         found: Any = [
-            [*row, *answer, *[pad] * (longest - len(answer))] for row, answer in zip(self.whole, tokens, strict=True)
+            [*row, *answer, *[pad] * (longest - len(answer))] for row, answer in zip(self.padded, tokens, strict=True)
         ]
-        found = found[0] if self.alone else found
+        found = found[0] if self.is_single else found
         if isinstance(self.given, Tensor):
             return torch.tensor(found, dtype=self.given.dtype, device=self.given.device)
         return np.array(found, self.given.dtype) if isinstance(self.given, np.ndarray) else found
 
 
 def read_row(name: str, value: Any) -> list[int]:
-    """Token ids of one sequence, as a list, an array or a tensor of one dimension.
-
-    Raises ArcmergeError, with `name` in its sentence, for anything else.
-    """
+    """The token ids of one sequence: a list, an array or a tensor [T]; ArcmergeError for anything else."""
     found = plain(value)
     found = [plain(token) for token in found] if isinstance(found, Sequence) and not isinstance(found, _TEXT) else None
     if found is None or not all(type(token) is int for token in found):
-        raise ArcmergeError(f"'{name}' must be token ids, which are integers, got {value!r:.80}.")
+        raise ArcmergeError(f"'{name}' must be token ids, which are integers, got {value!r:.80}")
     return found
 
 
+def read_pair(
+    index: int, pair: Any, config: Gemma2Config, tokenizer: Callable[[], Gemma2Tokenizer]
+) -> tuple[list[int], int]:
+    """The token ids of pair `index` of Gemma2.score, and how many of the last ones are scored.
+
+    Raises:
+        ArcmergeError: if the pair has another form, or too many tokens.
+    """
+    name, pair = f"pairs[{index}]", plain(pair)
+    if isinstance(pair, str | bytes) or not isinstance(pair, Sequence) or len(pair) != 2:
+        raise ArcmergeError(f"'{name}' must be a context and a continuation, got {pair!r:.80}")
+    context, continuation = pair
+    if isinstance(context, str) != isinstance(continuation, str):
+        kinds = " and ".join("text" if isinstance(one, str) else f"{one!r:.40}" for one in pair)
+        raise ArcmergeError(f"'{name}' must be two texts or two lists of token ids, got {kinds}")
+    if isinstance(context, str) and isinstance(continuation, str):
+        context, continuation = tokenizer().encode_pair(context, continuation)
+    else:
+        context = read_row(name, context) or [config.bos_token_id]
+        continuation = read_row(name, continuation)
+    if not continuation:
+        raise ArcmergeError(f"'{name}' must have a continuation of one token or more, got none")
+    tokens, limit = [*context, *continuation], config.max_position_embeddings + 1
+    if len(tokens) > limit:
+        raise ArcmergeError(
+            f"'{name}' must have at most {limit} tokens, one more than the model's max_position_embeddings, got "
+            f"{len(tokens)}; shorten the context"
+        )
+    return tokens, len(continuation)
+
+
 def _kind(found: Any) -> str:
-    """text, messages, tokens, or several of these."""
+    """The kind of a prompt: "text", "messages", "tokens", or "several" prompts."""
     if isinstance(found, str):
         return "text"
     if not isinstance(found, Sequence) or isinstance(found, _TEXT):
-        raise ArcmergeError(_wrong(found))
+        raise _wrong_form(found)
     first = plain(found[0]) if len(found) else 0
     if isinstance(first, Mapping):
         return "messages"
     return "several" if isinstance(first, str | Sequence) else "tokens"
 
 
-def _wrong(given: Any) -> str:
-    kinds = "text, messages, token ids, or a list of prompts of one of these kinds"
-    return f"'input_ids' must be {kinds}, got {given!r:.80}."
+def _wrong_form(given: Any) -> ArcmergeError:
+    return ArcmergeError(
+        f"'input_ids' must be text, messages, token ids, or a list of prompts of one of these kinds, got {given!r:.80}"
+    )
 
 
 def _columns(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(range(len(row))) for row in rows]
 
 
-def _unmasked(mask: Any, whole: Sequence[Sequence[int]], alone: bool) -> list[list[int]]:
-    """The columns that a mask of 1 for tokens and 0 for padding keeps of every row."""
+def _unmasked(mask: Any, padded: Sequence[Sequence[int]], is_single: bool) -> list[list[int]]:
+    """The columns of each row whose mask is 1, which are no padding."""
     found = plain(mask)
-    rows = [found] if alone else [plain(row) for row in found] if isinstance(found, Sequence) else []
+    rows = [found] if is_single else [plain(row) for row in found] if isinstance(found, Sequence) else []
     lengths = [len(row) if isinstance(row, Sequence) else None for row in rows]
-    if lengths != [len(row) for row in whole]:
-        shape = list(map(len, whole))
+    if lengths != [len(row) for row in padded]:
+        shape = list(map(len, padded))
         raise ArcmergeError(
-            f"'attention_mask' must have the shape of 'input_ids', rows of {shape} tokens, has {lengths}."
+            f"'attention_mask' must have the shape of 'input_ids', rows of {shape} tokens, got rows of {lengths}"
         )
-    return [[place for place, kept in enumerate(row) if plain(kept)] for row in rows]
+    return [[column for column, kept in enumerate(row) if plain(kept)] for row in rows]
