@@ -140,7 +140,7 @@ def test_a_chat_remembers_until_it_is_told_to_forget(
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (["abc", "--chat"], 1, "'chat_template' must be in tokenizer_config.json, got none"),
+        (["abc", "--chat"], 1, "'chat_template' must be set, got none"),
         (["abc", "--temperature", "-1"], 1, "'temperature' must be 0 (greedy) or more, got -1.0"),
         (["abc" * 200], 1, "'prompt' must have at most 512 tokens, the model's max_position_embeddings, got 601"),
         (["abc", "--stop", ""], 1, "'stop' must be strings of one character or more"),

@@ -106,7 +106,7 @@ def test_what_was_held_back_is_shown_at_the_end(bytes_folder: Path) -> None:
 def test_templates_lie_in_three_places(bytes_folder: Path) -> None:
     messages = [{"role": "user", "content": "x"}]
     text = Gemma2Tokenizer(bytes_folder, BOS)
-    with pytest.raises(ArcmergeError, match=r"'chat_template' must be in tokenizer_config\.json, got none"):
+    with pytest.raises(ArcmergeError, match="'chat_template' must be set, got none"):
         text.encode_chat(messages)
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}!"
     config = bytes_folder / "tokenizer_config.json"

@@ -1,1 +1,1 @@
-"""Gemma-2 from a safetensors folder: config, weights, cache, network, generation, scores."""
+"""Gemma-2 models: opened from safetensors or merged in memory, run and scored."""

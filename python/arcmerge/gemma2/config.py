@@ -20,9 +20,10 @@ _ACTIVATION = "gelu_pytorch_tanh"
 class Gemma2Config:
     """The settings of a model, under their names in config.json.
 
-    attn_logit_softcapping, final_logit_softcapping: 0 for no cap.
-    windows: per layer, how many keys a query sees, its own included; 0: all.
-    eos_token_id: as in config.json; generation_config.json may list more.
+    Attributes:
+        attn_logit_softcapping, final_logit_softcapping: 0 for no cap.
+        windows: per layer, how many keys a query sees, its own included; 0: all.
+        eos_token_id: as in config.json; generation_config.json may list more.
     """
 
     hidden_size: int

@@ -92,7 +92,7 @@ class MergedGemma2(Gemma2):
 
         Example::
 
-            >>> changed = merged.set_t([0, 0.7, 1, 0.7, 0])
+            >>> changed = model.set_t([0, 0.7, 1, 0.7, 0])
         """
         return self.set_parameters(t=t, progress=progress)
 
@@ -116,8 +116,8 @@ class MergedGemma2(Gemma2):
 
         Example::
 
-            >>> changed = merged.set_parameters(t=0.3)
-            >>> merged.set_parameters(t=0.3)
+            >>> changed = model.set_parameters(t=0.3)
+            >>> model.set_parameters(t=0.3)
             0
         """
         with self.network.lock:
@@ -149,7 +149,7 @@ class MergedGemma2(Gemma2):
 
         Example::
 
-            >>> report = merged.save("merged/")
+            >>> report = model.save("merged/")
         """
         return merge(
             self.recipe,
@@ -169,7 +169,7 @@ class MergedGemma2(Gemma2):
 
 
 def _remove(folder: Path, forget: Callable[[], None], process: int) -> None:
-    """Remove the folder, except in a forked process, which did not create it."""
+    """Remove the folder, except in a forked process, which has not created it."""
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
         forget()

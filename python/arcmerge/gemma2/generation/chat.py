@@ -23,9 +23,10 @@ class Chat:
 
     Example::
 
+        >>> from arcmerge.gemma2.generation.chat import Chat
         >>> chat = Chat(arcmerge.Gemma2.from_pretrained("out/"), max_new_tokens=8)
         >>> answer = chat.say("What is the capital of France?")
-        >>> answer = chat.say("And of Spain?", stream=pieces.append)
+        >>> answer = chat.say("And of Spain?")
     """
 
     def __init__(self, model: Gemma2, **options: Any) -> None:

@@ -23,9 +23,13 @@ BEYOND_CACHES = 1 << 28
 class Generated:
     """The result of `generate`.
 
-    tokens: the answer to every prompt, with the token that ended it. prompt_tokens: of all prompts together.
-    seed: of the random numbers; None for greedy decoding. truncated: indices of the answers that ended because the
-    context was full. prefill_seconds, decode_seconds: wall clock. steps: of decoding.
+    Attributes:
+        tokens: the answer to every prompt, with the token that ended it.
+        prompt_tokens: the number of tokens of all prompts together.
+        seed: of the random numbers; None for greedy decoding.
+        truncated: indices of the answers that ended because the context was full.
+        prefill_seconds, decode_seconds: wall clock.
+        steps: the number of decoding steps.
     """
 
     tokens: list[list[int]]
@@ -64,9 +68,11 @@ class StoppingCriteria:
     An answer also ends where prompt and answer reach the model's max_position_embeddings; a prompt of that length gets
     an answer of one token.
 
-    max_new_tokens: of the answer. max_length: of prompt and answer together; above the length of every prompt.
-    stop_token_ids: each ends an answer, as its last token. on_token(row, token): called with each new token; true ends
-    the answer to prompt `row`.
+    Args:
+        max_new_tokens: of the answer.
+        stop_token_ids: each ends an answer, as its last token.
+        max_length: of prompt and answer together; above the length of every prompt.
+        on_token: called with the index of the prompt and each new token of its answer; true ends the answer.
     """
 
     max_new_tokens: int

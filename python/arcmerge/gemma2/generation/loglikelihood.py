@@ -28,8 +28,9 @@ PREFIX_SLOTS = 512
 class Score(NamedTuple):
     """The score of one continuation.
 
-    logprob: natural logarithm of the probability of all its tokens together. is_greedy: whether each of them is the
-    most probable one.
+    Attributes:
+        logprob: natural logarithm of the probability of all its tokens together.
+        is_greedy: whether each of them is the most probable one.
     """
 
     logprob: float

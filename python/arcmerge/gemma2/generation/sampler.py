@@ -17,14 +17,15 @@ from arcmerge.gemma2.runtime.network import Network
 class SamplingParams:
     """Options of sampling, with the names and meanings of transformers' generate; filters apply in this order.
 
-    do_sample: False takes the most probable token, of several the one with the lowest id.
-    repetition_penalty: applies to every token of prompt and answer; 1: no penalty.
-    temperature: 0 takes the most probable token.
-    top_k: 0 keeps all tokens.
-    top_p: 1 keeps all tokens, 0 only the most probable one.
-    min_p: 0 keeps all tokens.
-    seed: the same seed gives the same tokens. Every prompt of a batch has a stream of random numbers of its own, the
-        first one that of a single prompt. None: a new seed for every call, from torch's generator.
+    Args:
+        do_sample: False takes the most probable token, of several the one with the lowest id.
+        repetition_penalty: applies to every token of prompt and answer; 1: no penalty.
+        temperature: 0 takes the most probable token.
+        top_k: 0 keeps all tokens.
+        top_p: 1 keeps all tokens, 0 only the most probable one.
+        min_p: 0 keeps all tokens.
+        seed: the same seed gives the same tokens. Every prompt of a batch has a stream of random numbers of its own,
+            the first one that of a single prompt. None: a new seed for every call, from torch's generator.
 
     Raises:
         ArcmergeError: naming every value that is out of range.

@@ -18,7 +18,12 @@ from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """texts: one answer per prompt, without special tokens, the token that ended it, and text from a stop string on."""
+    """The result of `generate_text`.
+
+    Attributes:
+        texts: the answers, without special tokens, and without a stop string and the text after it.
+        generated: the answers as token ids, with timings.
+    """
 
     texts: list[str]
     generated: Generated
@@ -44,7 +49,7 @@ def generate_text(
         sampling_params: how tokens are chosen.
         stopping_criteria: when answers end.
         stop_strings: end an answer too; they may include the text of special tokens, as "<end_of_turn>".
-        on_text(row, text): called with each new piece of text of the answer to prompt `row`.
+        on_text: called with the index of the prompt and each new piece of text of its answer.
         random_streams: as in `generate`.
 
     Raises:

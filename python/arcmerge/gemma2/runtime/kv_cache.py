@@ -18,10 +18,13 @@ SLOT_MULTIPLE = 128
 class Batch:
     """T tokens of B sequences, one sequence after another without padding.
 
-    tokens: [T] int64, token ids. positions: [T] int64, of each token in its sequence, from 0. sequences: [T] int64, the
-    sequence of each token. starts: [B + 1] int32, the offsets of the sequences in these. lengths: [B] int32, the tokens
-    of each sequence up to and including these; 0: the sequence is skipped. longest: the maximum number of tokens that a
-    sequence has here.
+    Attributes:
+        tokens: [T] int64, token ids.
+        positions: [T] int64, of each token in its sequence, from 0.
+        sequences: [T] int64, the sequence of each token.
+        starts: [B + 1] int32, the offsets of the sequences in these.
+        lengths: [B] int32, the tokens of each sequence up to and including these; 0: the sequence is skipped.
+        longest: the maximum number of tokens of a sequence in this batch.
     """
 
     tokens: Tensor

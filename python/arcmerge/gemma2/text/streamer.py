@@ -64,7 +64,9 @@ class TextStreamer:
         tokenizer: decodes the tokens.
         stop_strings: searched in the text with its special tokens, so that `<end_of_turn>` can be one.
 
-    text: of the answer so far; of the whole answer once `stopped` is true or `finish` was called.
+    Attributes:
+        text: of the answer so far; of the whole answer once `stopped` is true or `finish` was called.
+        stopped: whether a stop string was found.
     """
 
     def __init__(self, tokenizer: Gemma2Tokenizer, stop_strings: Sequence[str]) -> None:

@@ -25,7 +25,9 @@ class Gemma2Tokenizer:
         folder: with a tokenizer.json.
         bos_token_id: begins every encoded text.
 
-    backend: the tokenizer of the `tokenizers` library.
+    Attributes:
+        backend: the tokenizer of the `tokenizers` library.
+        bos_token_id: the id of BOS.
 
     Raises:
         ArcmergeError: if the folder has no readable tokenizer.json.
@@ -148,8 +150,8 @@ class Gemma2Tokenizer:
         templates = read_templates(self._folder)
         if not templates:
             raise ArcmergeError(
-                f"{self._folder}: 'chat_template' must be in tokenizer_config.json, got none, as in base models; give "
-                "a plain prompt, or copy it from the instruction-tuned parent"
+                f"{self._folder}: 'chat_template' must be set, got none, as in base models; give a plain prompt, or "
+                "copy it from the instruction-tuned parent"
             )
         if (found := templates.get(name or "default")) is None:
             raise ArcmergeError(
