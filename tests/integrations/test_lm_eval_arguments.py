@@ -256,10 +256,10 @@ def test_every_other_generation_argument_is_named(folder: Path, caplog: pytest.L
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"max_length": 3, "max_gen_toks": 9}, "'max_length' must be above the [0-9]+ tokens of a context"),
+        ({"max_length": 3, "max_gen_toks": 9}, "'max_length' must be above the [0-9]+ tokens of the context"),
         ({"max_gen_toks": 0}, "'max_gen_toks' must be 1 or more, got 0"),
         ({"until": 3}, "'until' must be a string or a list of strings"),
-        (["x"], "the generation arguments must be a mapping of names to values, got"),
+        (["x"], "'gen_kwargs' must be a mapping of names to values, got"),
     ],
 )
 def test_generation_arguments_that_cannot_be_are_refused(folder: Path, options: Any, sentence: str) -> None:
@@ -306,7 +306,7 @@ def test_contexts_are_cut_on_the_left_with_a_word(folder: Path, caplog: pytest.L
     wanted = [answers(other, [text], max_gen_toks=20)[0] for text in texts]
     caplog.clear()
     assert answers(one, texts, max_gen_toks=20) == wanted
-    assert "1 of 2 contexts are cut on the left to 180" in caplog.text
+    assert "1 of 2 contexts are truncated on the left to 180" in caplog.text
     with pytest.raises(arcmerge.ArcmergeError, match="max_gen_toks must be below the 200 tokens"):
         answers(one, ["a"], max_gen_toks=200)
 
@@ -338,7 +338,7 @@ def test_what_does_not_fit_is_said(folder: Path, caplog: pytest.LogCaptureFixtur
     one, other = ours(folder), theirs(folder)
     pair = ("word " * 60, "end")
     assert scores(one, pair)[0] == pytest.approx(scores(other, pair)[0], rel=1e-5)
-    assert "1 of 1 contexts are cut on the left" in caplog.text
+    assert "1 of 1 contexts are truncated on the left" in caplog.text
     for wrong, said in ((("a", "word " * 60), "must fit into the 200"), (("a", ""), "at least one character")):
         with pytest.raises(AssertionError):
             scores(other, wrong)
