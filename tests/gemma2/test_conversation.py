@@ -1,4 +1,4 @@
-"""Chat templates render here what they render in transformers."""
+"""Chat templates render the text that transformers renders."""
 
 from __future__ import annotations
 
@@ -56,37 +56,39 @@ def save(folder: Path, template: Any, **settings: Any) -> Gemma2Tokenizer:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_render_as_in_transformers(tmp_path: Path, name: str) -> None:
-    text = save(tmp_path, TEMPLATES[name], image_token="<start_of_turn>", extra_special_tokens={"sep_token": "<unk>"})
+    tokenizer = save(
+        tmp_path, TEMPLATES[name], image_token="<start_of_turn>", extra_special_tokens={"sep_token": "<unk>"}
+    )
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for prompt in (True, False):
         expected = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=prompt)
-        assert text.render_chat(TALK, add_generation_prompt=prompt) == expected
+        assert tokenizer.render_chat(TALK, add_generation_prompt=prompt) == expected
     if "content" in TEMPLATES[name]:
         try:
             expected = theirs.apply_chat_template(TALK, tokenize=False, continue_final_message=True)
         except ValueError:
             with pytest.raises(ArcmergeError, match="must write the last message unchanged"):
-                text.render_chat(TALK, continue_final_message=True)
+                tokenizer.render_chat(TALK, continue_final_message=True)
         else:
-            assert text.render_chat(TALK, continue_final_message=True) == expected
+            assert tokenizer.render_chat(TALK, continue_final_message=True) == expected
     tools = [{"type": "function", "function": {"name": "f"}}]
     expected = theirs.apply_chat_template(TALK, tools=tools, tokenize=False, bos_token="B")
-    assert text.render_chat(TALK, add_generation_prompt=False, tools=tools, bos_token="B") == expected
+    assert tokenizer.render_chat(TALK, add_generation_prompt=False, tools=tools, bos_token="B") == expected
 
 
 @pytest.mark.parametrize("content", ["It is ", "", [{"type": "text", "text": "It"}, {"type": "image"}]])
-def test_a_last_message_stays_open(tmp_path: Path, content: Any) -> None:
+def test_continue_final_message(tmp_path: Path, content: Any) -> None:
     template = "{{ bos_token }}" + EACH + "<{{ m.role }}>"
     template += "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}</>{% endfor %}"
-    text = save(tmp_path, template)
+    tokenizer = save(tmp_path, template)
     talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": content}]
     expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         talk, tokenize=False, continue_final_message=True
     )
-    assert text.render_chat(talk, continue_final_message=True) == expected
+    assert tokenizer.render_chat(talk, continue_final_message=True) == expected
     assert not expected.endswith("</>")
     with pytest.raises(ArcmergeError, match="the last message must have text to continue, got None"):
-        text.render_chat([{"role": "assistant"}], continue_final_message=True)
+        tokenizer.render_chat([{"role": "assistant"}], continue_final_message=True)
 
 
 @pytest.mark.parametrize(
@@ -107,30 +109,30 @@ def test_a_last_message_stays_open(tmp_path: Path, content: Any) -> None:
         ("{{ namespace(__class__=1) }}", "got an error: names in a namespace must not begin"),
     ],
 )
-def test_an_error_of_a_template_tells_whose_it_is(tmp_path: Path, template: str, problem: str) -> None:
-    text = save(tmp_path, template)
+def test_errors_of_templates_name_the_folder(tmp_path: Path, template: str, problem: str) -> None:
+    tokenizer = save(tmp_path, template)
     with pytest.raises(ArcmergeError, match=problem):
-        text.render_chat(TALK)
+        tokenizer.render_chat(TALK)
 
 
-def test_wrong_conversations_are_refused_in_a_sentence(tmp_path: Path) -> None:
-    text = save(tmp_path, TURNS)
+def test_wrong_conversations_raise(tmp_path: Path) -> None:
+    tokenizer = save(tmp_path, TURNS)
     with pytest.raises(ArcmergeError, match="the conversation must have at least one message, got none"):
-        text.render_chat([])
+        tokenizer.render_chat([])
     with pytest.raises(ArcmergeError, match="the message must be a mapping with role and content, got 'hi'"):
-        text.render_chat(["hi"])  # type: ignore[list-item]
+        tokenizer.render_chat(["hi"])  # type: ignore[list-item]
 
 
-def test_templates_have_names(tmp_path: Path) -> None:
-    text = save(tmp_path, [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}])
-    assert (text.render_chat(TALK), text.render_chat(TALK, template="tool_use")) == ("a", "b")
+def test_templates_by_name(tmp_path: Path) -> None:
+    tokenizer = save(tmp_path, [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}])
+    assert (tokenizer.render_chat(TALK), tokenizer.render_chat(TALK, template="tool_use")) == ("a", "b")
     with pytest.raises(ArcmergeError, match="the chat template must be one of default, tool_use, got 'rag'"):
-        text.render_chat(TALK, template="rag")
+        tokenizer.render_chat(TALK, template="rag")
     save(tmp_path, {"default": "c"})
-    assert text.chat_template == "c"
+    assert tokenizer.chat_template == "c"
     save(tmp_path, {"rag": "d"})
     with pytest.raises(ArcmergeError, match="the chat template must be one of rag, got 'default'"):
-        text.render_chat(TALK)
+        tokenizer.render_chat(TALK)
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("e")
     (tmp_path / "chat_template.jinja").write_text("f")
@@ -139,7 +141,7 @@ def test_templates_have_names(tmp_path: Path) -> None:
     assert theirs.chat_template == read_templates(tmp_path)
 
 
-def test_a_processors_template_is_read_where_there_is_no_other(tmp_path: Path) -> None:
+def test_the_processors_template_is_the_last_choice(tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "g"}))
     assert read_templates(tmp_path)["default"] == "g"
     save(tmp_path, "h")
@@ -168,6 +170,6 @@ def test_a_processors_template_is_read_where_there_is_no_other(tmp_path: Path) -
         (None, set()),
     ],
 )
-def test_the_template_tells_what_ends_a_turn(tmp_path: Path, template: str | None, end: set[str]) -> None:
+def test_end_of_turn_ids_of_templates(tmp_path: Path, template: str | None, end: set[str]) -> None:
     assert save(tmp_path, template).end_of_turn_ids == {TOKENS[name] for name in end}
     assert end <= set(SPECIAL)

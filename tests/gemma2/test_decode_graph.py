@@ -1,4 +1,4 @@
-"""Decoding by replayed steps gives the hidden states of plain calls, wherever a step can be replayed and where not."""
+"""Replayed decoding steps give the hidden states of plain calls."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_no_op_is_called_in_a_replayed_step(network: Network, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("why", ["reference", "stepwise", "torch.mm"])
-def test_what_calls_torch_is_not_replayed(why: str, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_call_torch_are_not_replayed(why: str, network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     if why == "reference":
         monkeypatch.setenv("ARCMERGE_BACKEND", "reference")
     network.stepwise = why == "stepwise"
@@ -70,7 +70,7 @@ def test_what_calls_torch_is_not_replayed(why: str, network: Network, monkeypatc
     assert all(same_bits(one, other) for one, other in zip(replayed, plain, strict=True))
 
 
-def test_a_row_may_rest(network: Network) -> None:
+def test_a_sequence_may_be_skipped(network: Network) -> None:
     cache = filled(network)
     step = DecodeGraph(network, cache, 2)
     alone = step(torch.tensor([7, 0]), torch.tensor([6, 0]))[0].clone()
@@ -78,7 +78,7 @@ def test_a_row_may_rest(network: Network) -> None:
     assert same_bits(alone[None], both[None])
 
 
-def test_a_recording_replays_what_its_arguments_hold_then() -> None:
+def test_a_replay_reads_the_current_values_of_its_arguments() -> None:
     x, weight = normal(3, 70), normal(9, 70, seed=1)
     with recorded() as recording:
         out = ops.linear(x, [weight])

@@ -1,4 +1,4 @@
-"""Prompts, options and devices in the forms in which users of transformers, numpy and torch have them."""
+"""Prompts, options and devices in the forms of Python, numpy, torch and transformers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ ONE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("prompt", ONE.values(), ids=ONE)
-def test_one_prompt_of_tokens_goes_back_in_its_form(model: Gemma2, expected: list[int], prompt: Any) -> None:
+def test_the_result_has_the_form_of_the_prompt(model: Gemma2, expected: list[int], prompt: Any) -> None:
     wanted = expected if prompt is not ONE["range"] else model.generate([2, 3, 4], **OPTIONS)
     found = model.generate(prompt, **OPTIONS)
     assert type(found) is (type(prompt) if isinstance(prompt, torch.Tensor | np.ndarray) else list)
@@ -89,7 +89,7 @@ def test_masks_of_every_kind(model: Gemma2, expected: list[int], kind: Any) -> N
         assert torch.equal(model.logits(form(ids), mask), model.logits(torch.tensor(ids), torch.as_tensor(mask)))
 
 
-def test_what_a_tokenizer_of_transformers_returns(model: Gemma2, folder: Path) -> None:
+def test_results_of_a_tokenizer_of_transformers(model: Gemma2, folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
         pad_token="<pad>",
@@ -110,7 +110,7 @@ def test_what_a_tokenizer_of_transformers_returns(model: Gemma2, folder: Path) -
     assert arrays[:, -3:].tolist() == alone
 
 
-def test_lists_of_texts_and_conversations_have_lists_of_answers(model: Gemma2) -> None:
+def test_lists_of_prompts_give_lists_of_answers(model: Gemma2) -> None:
     texts = ["abc", "a longer one"]
     answers = [model.generate(text, **OPTIONS) for text in texts]
     for several in (texts, tuple(texts), np.array(texts)):
@@ -127,7 +127,7 @@ def test_lists_of_texts_and_conversations_have_lists_of_answers(model: Gemma2) -
 
 
 def numbers(value: Any) -> list[Any]:
-    """A number as Python, numpy and torch have it."""
+    """A number in the types of Python, numpy and torch."""
     kind = np.int64 if isinstance(value, int) else np.float64
     return [
         value,
@@ -164,7 +164,7 @@ FORMS = {
 
 @settings(max_examples=40, deadline=None)
 @given(st.fixed_dictionaries({}, optional={name: st.integers(0, len(forms) - 1) for name, forms in FORMS.items()}))
-def test_options_mean_the_same_in_every_form(model: Gemma2, chosen: dict[str, int]) -> None:
+def test_options_in_every_form(model: Gemma2, chosen: dict[str, int]) -> None:
     sampled = {"do_sample": True, "seed": 3, "max_new_tokens": 3}
     found = model.generate(PROMPT, **{**sampled, **{name: FORMS[name][number] for name, number in chosen.items()}})
     first = {name: FORMS[name][number // 4 * 4 if name == "temperature" else 0] for name, number in chosen.items()}
@@ -181,7 +181,7 @@ def test_none_is_not_set(model: Gemma2) -> None:
     assert model.perplexity("abc", window=None) == model.perplexity("abc", window=np.int32(64))
 
 
-def test_scores_of_text_are_those_of_its_tokens(model: Gemma2) -> None:
+def test_scores_of_text_and_of_its_tokens_are_equal(model: Gemma2) -> None:
     encode = model.tokenizer.encode_plain
     assert model.score([("ab", " cd"), ("", "x")]) == model.score(
         [([2, *encode("ab")], encode(" cd")), ([2], encode("x"))]
@@ -192,12 +192,12 @@ def test_scores_of_text_are_those_of_its_tokens(model: Gemma2) -> None:
 
 @pytest.mark.parametrize("form", ["float32", "torch.float32", torch.float32, "auto"])
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
-def test_models_are_opened_by_names_and_kinds(folder: Path, form: Any, device: Any) -> None:
+def test_devices_and_dtypes_in_every_form(folder: Path, form: Any, device: Any) -> None:
     for path in (folder, str(folder)):
         assert Gemma2.from_pretrained(path, device, dtype=form, numerics=None, revision=None).dtype == torch.float32
 
 
-def test_dtypes_and_devices_that_are_not_given(folder: Path, tmp_path: Path) -> None:
+def test_default_dtypes_and_devices(folder: Path, tmp_path: Path) -> None:
     assert Gemma2.from_pretrained(folder, None, None).dtype == torch.bfloat16
     assert read_device(None) == read_device("auto")
     build(tmp_path, "2.6B", torch.float16, num_hidden_layers=1, vocab_size=50)
@@ -284,14 +284,14 @@ def test_errors_name_argument_rule_and_value(model: Gemma2, call: Any, sentence:
     assert "new tokens" not in str(refusal.value)
 
 
-def test_as_many_tokens_as_fit_are_scored(model: Gemma2) -> None:
+def test_scores_up_to_the_maximum_length(model: Gemma2) -> None:
     (score,) = model.score([([2] * 60, [5] * 5)])
     assert score.logprob < 0
     assert model.perplexity([5] * 200) == model.perplexity([5] * 200, window=64)
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """What a call is refused with, empty where it is not. Anything but an ArcmergeError is raised."""
+    """The message of the ArcmergeError that a call raises, or an empty string."""
     try:
         call()
     except ArcmergeError as error:
@@ -300,13 +300,13 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 @pytest.mark.parametrize("name", sorted({*READERS, "stop", "seed"} - {"stop_strings"}))
-def test_any_value_of_an_option_is_taken_or_refused_in_a_sentence(model: Gemma2, name: str) -> None:
+def test_any_value_of_an_option_is_accepted_or_raises(model: Gemma2, name: str) -> None:
     for value in (*ODD, 2**40, [[1]], object(), b"ab"):
         options = {"do_sample": True, "max_new_tokens": 1, name: value}
         assert len(refusal(lambda options=options: model.generate(PROMPT, **options))) < 300, value
 
 
 @pytest.mark.parametrize("call", ["generate", "score", "logits", "perplexity"])
-def test_any_input_is_taken_or_refused_in_a_sentence(model: Gemma2, call: str) -> None:
+def test_any_input_is_accepted_or_raises(model: Gemma2, call: str) -> None:
     for value in (*ODD, 2**31, [2**31], [10**400], b"ab", [b"ab"], [[2**40]], [None, 5], [{"role": "user"}], object()):
         assert len(refusal(lambda value=value: getattr(model, call)(value))) < 300, value

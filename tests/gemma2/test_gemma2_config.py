@@ -1,4 +1,4 @@
-"""config.json in the spellings that exist, and what is refused."""
+"""config.json in all its spellings, and its errors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_spelling_of_transformers_5() -> None:
     assert old == read(head_dim=..., query_pre_attn_scalar=..., sliding_window=..., pad_token_id=..., eos_token_id=None)
 
 
-def test_transformers_reads_its_own_settings_alike(tmp_path: Path) -> None:
+def test_settings_of_transformers_are_read_alike(tmp_path: Path) -> None:
     import transformers
 
     theirs = transformers.Gemma2Config(num_hidden_layers=3, query_pre_attn_scalar=144, sliding_window=64)
@@ -108,7 +108,7 @@ def test_caps_and_windows_may_be_off() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_cannot_run_is_refused_in_a_sentence(changes: dict[str, Any], sentence: str) -> None:
+def test_settings_that_cannot_run_raise(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ArcmergeError, match=sentence) as refusal:
         read(**changes)
     assert str(PATH) in str(refusal.value)
@@ -119,13 +119,13 @@ ODD_ROPE = [{key: value} for key in ("rope_type", "type", "rope_theta", "full_at
 
 
 @pytest.mark.parametrize("key", [*(key for key in PUBLISHED if key != "model_type"), "layer_types", *ROPE])
-def test_any_value_is_read_or_refused_in_a_sentence(key: str) -> None:
+def test_any_value_is_read_or_raises(key: str) -> None:
     for value in (*ODD, *(ODD_ROPE if key in ROPE else ())):
         with suppress(ArcmergeError):
             read(**{key: value})
 
 
-def test_a_long_value_is_not_printed_whole() -> None:
+def test_long_values_are_shortened() -> None:
     for key in PUBLISHED:
         for value in ("x" * 5000, 10**400, ["x"] * 5000):
             refusal = ""
@@ -136,13 +136,13 @@ def test_a_long_value_is_not_printed_whole() -> None:
             assert len(refusal) < 300, key
 
 
-def test_the_mistake_of_the_first_9b_checkpoints_is_pointed_out() -> None:
+def test_the_mistake_of_the_first_9b_checkpoints_warns() -> None:
     with pytest.warns(UserWarning, match=r"'query_pre_attn_scalar' is 224.* mistake for 256"):
         config = read(query_pre_attn_scalar=224)
     assert config.softmax_scale == 224**-0.5
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_one_error_names_all_problems() -> None:
     with pytest.raises(ArcmergeError) as refusal:
         read(hidden_size=0, vocab_size=-1)
     assert len(refusal.value.problems) == 2

@@ -1,4 +1,4 @@
-"""The runner against transformers' eager Gemma-2: logits, greedy tokens, scores, on small models of every shape."""
+"""Logits, tokens and scores equal those of transformers' eager Gemma-2, on small models of every shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTHS = (1, 2, 7, 8, 9, 10, 64, 129, 300)  # the window is 8
 
 @pytest.fixture(scope="module", params=SHAPES)
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same weights, all of them bfloat16 numbers, stored as bfloat16 and as float32."""
+    """The same bfloat16 weights, stored as bfloat16 and as float32."""
     short = tmp_path_factory.mktemp("bf16")
     build(short, request.param, BF16)
     long = tmp_path_factory.mktemp("f32")
@@ -67,7 +67,7 @@ def test_logits_in_float32_are_those_of_transformers(folders: tuple[Path, Path])
 
 @torch.inference_mode()
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
-def test_padding_is_not_seen(folders: tuple[Path, Path], left: bool) -> None:
+def test_padding_has_no_effect(folders: tuple[Path, Path], left: bool) -> None:
     ours, reference = Gemma2.from_pretrained(folders[1], dtype=F32), theirs(folders[1], F32)
     ids, mask = padded((3, 19, 12, 1), left)
     found = ours.logits(ids, mask)
@@ -77,7 +77,7 @@ def test_padding_is_not_seen(folders: tuple[Path, Path], left: bool) -> None:
 
 
 @torch.inference_mode()
-def test_bfloat16_is_nearer_to_the_truth_than_transformers(folders: tuple[Path, Path]) -> None:
+def test_bfloat16_is_more_accurate_than_transformers(folders: tuple[Path, Path]) -> None:
     ours, eager, truth = Gemma2.from_pretrained(folders[0]), theirs(folders[0], BF16), theirs(folders[1], F32)
     our_error, their_error = 0.0, 0.0
     for length in LENGTHS:  # all together, as with one prompt the better rounding may have the worse luck
@@ -95,7 +95,7 @@ def test_hf_numerics_reproduce_transformers(folders: tuple[Path, Path]) -> None:
     ids = tokens(1, 40)
     found, expected = ours.logits(ids), eager(ids).logits.float()
     exact = theirs(folders[1], F32)(ids).logits
-    # The same roundings in the same places; what is left is the order of sums inside matrix products.
+    # The same roundings; the difference is the order of sums inside matrix products.
     assert (found - expected).square().mean() <= 0.1 * (expected - exact).square().mean()
 
 
@@ -118,7 +118,7 @@ def test_greedy_tokens_are_those_of_transformers(one: Path) -> None:
 
 
 @torch.inference_mode()
-def test_hf_numerics_choose_the_tokens_of_transformers_but_for_ties(folders: tuple[Path, Path]) -> None:
+def test_hf_numerics_choose_the_tokens_of_transformers_up_to_ties(folders: tuple[Path, Path]) -> None:
     ours, reference = Gemma2.from_pretrained(folders[0], numerics="hf"), theirs(folders[0], BF16)
     for length in range(1, 40, 4):
         ids = tokens(1, length)
@@ -131,7 +131,7 @@ def test_hf_numerics_choose_the_tokens_of_transformers_but_for_ties(folders: tup
 
 
 @torch.inference_mode()
-def test_company_does_not_change_an_answer(one: Path) -> None:
+def test_an_answer_does_not_depend_on_the_batch(one: Path) -> None:
     model = Gemma2.from_pretrained(one, dtype=F32)
     ids, mask = padded((3, 19, 12, 1), left=True)
     together = model.generate(ids, mask, max_new_tokens=12, eos_token_id=[])
@@ -140,7 +140,7 @@ def test_company_does_not_change_an_answer(one: Path) -> None:
         assert together[row, ids.shape[1] :].tolist() == alone[-12:]
 
 
-def test_an_answer_ends_with_an_end_token(one: Path) -> None:
+def test_an_answer_ends_with_a_stop_token(one: Path) -> None:
     model = Gemma2.from_pretrained(one, dtype=F32)
     prompt = tokens(6).tolist()
     free = model.generate(prompt, max_new_tokens=10, eos_token_id=[])
@@ -154,7 +154,7 @@ def test_an_answer_ends_with_an_end_token(one: Path) -> None:
     assert mixed[0].tolist() == free[: first + 1] + [0] * (mixed.shape[1] - first - 1)
 
 
-def test_tokens_are_streamed_as_they_come(one: Path) -> None:
+def test_tokens_are_streamed(one: Path) -> None:
     model = Gemma2.from_pretrained(one, dtype=F32)
     heard: list[int] = []
     prompt = tokens(4).tolist()
@@ -162,7 +162,7 @@ def test_tokens_are_streamed_as_they_come(one: Path) -> None:
     assert answer == prompt + heard
 
 
-def test_samples_are_drawn_by_a_seed(one: Path) -> None:
+def test_samples_depend_on_the_seed(one: Path) -> None:
     model = Gemma2.from_pretrained(one, dtype=F32)
     prompt = tokens(4).tolist()
 
@@ -182,7 +182,7 @@ def test_samples_are_drawn_by_a_seed(one: Path) -> None:
 
 
 @torch.inference_mode()
-def test_a_penalty_for_repetition_is_that_of_transformers(one: Path) -> None:
+def test_repetition_penalty_equals_that_of_transformers(one: Path) -> None:
     ours, reference = Gemma2.from_pretrained(one, dtype=F32), theirs(one, F32)
     ids = tokens(1, 9)
     options = {"max_new_tokens": 30, "repetition_penalty": 1.7, "do_sample": False}
@@ -201,7 +201,7 @@ def test_scores_are_log_probabilities(one: Path) -> None:
         logits = reference(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
         exact = logits.double().log_softmax(-1)
         wanted = torch.tensor(continuation)
-        # Up to nine tokens, each with the 1e-4 of a logit.
+        # Up to nine tokens, each with a tolerance of 1e-4.
         assert logprob == pytest.approx(exact[torch.arange(len(wanted)), wanted].sum().item(), abs=1e-3)
         assert greedy == bool((logits.argmax(-1) == wanted).all())
     assert model.score([]) == []
@@ -218,7 +218,7 @@ def test_perplexity_counts_one_bos_and_cuts_windows(one: Path) -> None:
     assert model.perplexity(words, window=16) == pytest.approx(cut)
 
 
-# ---- what a folder may hold
+# ---- tensors of a folder
 
 
 def test_weights_are_mapped_not_copied(one: Path) -> None:
@@ -277,14 +277,14 @@ def test_wrong_tensors_are_named(one: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_calls_are_refused_in_a_sentence(one: Path, call: Any, sentence: str) -> None:
+def test_wrong_calls_raise(one: Path, call: Any, sentence: str) -> None:
     with pytest.raises(ArcmergeError, match=sentence):
         call(Gemma2.from_pretrained(one))
 
 
 @pytest.mark.parametrize("window", [6, 4096])
-def test_what_sequences_share_goes_through_once(tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers to a question, of one token and of several, and sequences that share nothing, in groups of any size."""
+def test_shared_prefixes_run_once(tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of one or several tokens to a question, and sequences without a shared prefix, in batches of any size."""
     build(tmp_path, "2.6B", BF16, sliding_window=window)
     model = Gemma2.from_pretrained(tmp_path, "cpu", F32)
     question, other = tokens(40, seed=1).tolist(), tokens(9, seed=2).tolist()

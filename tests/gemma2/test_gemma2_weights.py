@@ -1,4 +1,4 @@
-"""What a folder's tensors may be called, and which of them is the head, against what transformers makes of them."""
+"""Names of tensors and the choice of the lm_head, compared with transformers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def variant(plain: Path, folder: Path, change: Callable[[Tensors], Tensors], **settings: Any) -> Path:
-    """The model in `plain` with other tensors and other settings in config.json."""
+    """The model in `plain` with changed tensors and settings."""
     folder.mkdir(exist_ok=True)
     save_file(change(load_file(plain / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
     config = {**json.loads((plain / "config.json").read_text()), **settings}
@@ -51,7 +51,7 @@ def load(folder: Path) -> Gemma2:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_of_its_own_is_used_as_in_transformers(plain: Path, tmp_path: Path, tied: bool) -> None:
+def test_an_untied_head_is_used_as_in_transformers(plain: Path, tmp_path: Path, tied: bool) -> None:
     variant(plain, tmp_path, lambda found: {**found, HEAD: own_head()}, tie_word_embeddings=tied)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -72,13 +72,13 @@ def test_a_head_of_its_own_is_used_as_in_transformers(plain: Path, tmp_path: Pat
     (score,) = ours.score([(IDS[0, :3].tolist(), IDS[0, 3:].tolist())])
     exact = logits[0, 2:-1].double().log_softmax(-1)[torch.arange(3), IDS[0, 3:]].sum().item()
     assert score.logprob == pytest.approx(exact, abs=1e-3)
-    # A decode step reads the head, and of the embedding one row.
+    # A decoding step reads the head and one row of the embedding.
     assert ours.network.weights.nbytes == load(plain).network.weights.nbytes
     assert len(ours.network.weights.tensors) == len(load(plain).network.weights.tensors) + 1
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_is_the_embedding_takes_no_memory(plain: Path, tmp_path: Path, tied: bool) -> None:
+def test_a_head_equal_to_the_embedding_takes_no_memory(plain: Path, tmp_path: Path, tied: bool) -> None:
     variant(plain, tmp_path, lambda found: {**found, HEAD: found[EMBEDDING].clone()}, tie_word_embeddings=tied)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -119,7 +119,7 @@ def test_a_head_that_is_the_embedding_takes_no_memory(plain: Path, tmp_path: Pat
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_what_cannot_run_is_refused(
+def test_weights_that_cannot_run_raise(
     plain: Path, tmp_path: Path, change: Any, settings: dict[str, Any], sentence: str
 ) -> None:
     variant(plain, tmp_path, change, **settings)
@@ -144,9 +144,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
 
 @torch.inference_mode()
 @pytest.mark.parametrize("rename", [*NAMES.values(), *WRAPPED.values()], ids=[*NAMES, *WRAPPED])
-def test_names_are_those_that_transformers_reads_and_those_of_wrappers(
-    plain: Path, tmp_path: Path, rename: Callable[[str], str]
-) -> None:
+def test_names_of_transformers_and_of_wrappers(plain: Path, tmp_path: Path, rename: Callable[[str], str]) -> None:
     variant(plain, tmp_path, lambda found: {rename(name): tensor for name, tensor in found.items()})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -169,7 +167,7 @@ def test_a_checkpoint_of_the_base_model_class_runs_and_merges(plain: Path, tmp_p
     assert torch.equal(load(out).logits(IDS), load(plain).logits(IDS))
 
 
-def test_tensors_outside_the_layers_are_left_out_with_a_warning(plain: Path, tmp_path: Path) -> None:
+def test_unknown_tensors_outside_the_layers_are_ignored_with_a_warning(plain: Path, tmp_path: Path) -> None:
     more = {"v_head.summary.weight": torch.ones(1, 72), "mtp.layers.0.mlp.up_proj.weight": torch.ones(211, 72)}
     variant(
         plain, tmp_path, lambda found: {**found, **more, "model.layers.0.self_attn.rotary_emb.inv_freq": IDS.float()}
@@ -192,7 +190,7 @@ def test_weights_in_float16_are_converted(plain: Path, tmp_path: Path) -> None:
     assert torch.equal(load(half).logits(IDS), load(same).logits(IDS))
 
 
-def test_a_merge_in_memory_has_its_own_head(plain: Path, tmp_path: Path) -> None:
+def test_a_merge_in_memory_may_have_an_untied_head(plain: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         head = own_head(seed)
         variant(plain, tmp_path / str(seed), lambda found, head=head: {**found, HEAD: head}, tie_word_embeddings=False)

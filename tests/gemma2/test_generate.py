@@ -1,4 +1,4 @@
-"""The commands that run a model, as a person calls them."""
+"""The commands `generate` and `chat`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    """Lines of a person, and Ctrl-D."""
+    """Standard input: these lines, then Ctrl-D."""
     typed = iter(lines)
 
     def answer(prompt: str) -> str:
@@ -57,7 +57,7 @@ def test_a_prompt_is_continued_and_timed(
     assert ("GB/s" in said.err) == large
 
 
-def test_a_warning_is_a_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((folder / "config.json").read_text())
@@ -98,7 +98,7 @@ def test_a_prompt_may_come_from_standard_input(
     assert capsys.readouterr() == given
 
 
-def test_bytes_that_are_no_text_are_read_all_the_same(
+def test_bytes_that_are_not_utf_8_are_accepted(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = ["generate", str(folder), "--max-new-tokens", "3", "-q"]
@@ -113,7 +113,7 @@ def test_bytes_that_are_no_text_are_read_all_the_same(
     assert Gemma2.from_pretrained(folder).generate("a\udcffb", max_new_tokens=3) + "\n" == expected
 
 
-def test_an_answer_that_the_terminal_cannot_print_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_that_the_terminal_cannot_print_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_chain(tmp_path, [TOKENS["H"], TOKENS["<0xC3>"], TOKENS["<0xA9>"], TOKENS["w"]])
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
@@ -123,7 +123,7 @@ def test_an_answer_that_the_terminal_cannot_print_is_spelt(tmp_path: Path, monke
     assert main(["generate", str(tmp_path), "-"]) == 1
 
 
-def test_a_chat_remembers_until_it_is_told_to_forget(
+def test_a_chat_remembers_until_new(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -148,7 +148,7 @@ def test_a_chat_remembers_until_it_is_told_to_forget(
         ([], 2, "the following arguments are required: PROMPT"),
     ],
 )
-def test_wrong_calls_are_refused_in_a_sentence(
+def test_wrong_calls_fail_with_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, sentence: str
 ) -> None:
     assert main(["generate", str(folder), *arguments]) == code
@@ -158,7 +158,7 @@ def test_wrong_calls_are_refused_in_a_sentence(
     assert said.err.count("\n") == 1
 
 
-def test_a_model_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_architecture_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.make("llama-a", tmp_path)
     assert main(["generate", str(tmp_path / "llama-a"), "abc"]) == 1
     assert "'model_type' must be 'gemma2' to run the model, got 'llama'" in capsys.readouterr().err
@@ -186,7 +186,7 @@ def test_an_answer_ends_where_the_context_is_full(folder: Path, capsys: pytest.C
 
 
 def talker(folder: Path, context: int) -> Path:
-    """A model that answers "Px<end_of_turn>" and goes on; its configuration names <eos> alone."""
+    """A model that answers "Px<end_of_turn>" and more; its configuration has only <eos>."""
     chain = [TOKENS[name] for name in ("\n", "P", "x", "<end_of_turn>", "<start_of_turn>", "u")]
     build_chain(folder, chain, max_position_embeddings=context)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TURNS}))
@@ -211,14 +211,14 @@ def test_a_turn_ends_where_the_template_ends_it(
     assert pieces == ["P", "x"]
     assert model.generate(talk, max_new_tokens=6, eos_token_id=[]) == "Pxuu"
     assert model.generate("a\n", max_new_tokens=6) == "Pxuu"
-    # Special tokens are found as stop strings, and are no part of the text.
+    # Special tokens can be stop strings, and are not part of the text.
     assert model.generate("a\n", max_new_tokens=6, stop="<start_of_turn>") == "Px"
     assert model.generate(model.tokenizer.encode("a\n"), max_new_tokens=6, stop="x<end")[-2:] == [TOKENS["x"], 5]
     assert main(["generate", *call, "a\n", "--stop", "<end_of_turn>", "-q"]) == 0
     assert capsys.readouterr().out == "Px\n"
 
 
-def test_a_chat_goes_on_when_it_no_longer_fits(
+def test_a_chat_drops_its_oldest_turns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = ["chat", str(talker(tmp_path, 128)), "--max-new-tokens", "6", "--dtype", "float32"]
@@ -229,9 +229,9 @@ def test_a_chat_goes_on_when_it_no_longer_fits(
     assert said.err.count("the conversation exceeds the model's context; its oldest turn is forgotten") == 1
     assert "arcmerge: 'prompt' must have at most 128 tokens, the model's max_position_embeddings, got 216" in said.err
     first, second, third, last = map(int, re.findall(r"(\d+) prompt tokens", said.err))
-    # The third forgot the first; the turn that was refused lost nothing.
+    # The third turn dropped the first; the turn that failed dropped nothing.
     assert first < second == third < last
     (tmp_path / "tokenizer_config.json").write_text("{}")
     type_in(monkeypatch, "a")
-    assert main(call) == 1  # every turn would fail
+    assert main(call) == 1  # at the start, as every turn would fail
     assert "'chat_template' must be" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What generation_config.json says holds where a call does not, as in transformers; seeds; temperature 0."""
+"""Defaults of generation_config.json, as in transformers; seeds; temperature 0."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_defaults_are_those_of_transformers(folder: Path, settings: dict[str
     assert ours.generate(IDS, max_length=7, eos_token_id=[]).shape == (1, 7)
 
 
-def test_the_commands_take_them_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_have_the_same_defaults(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["generate", str(folder), "abc", "--dtype", "float32"]
     write(folder, max_new_tokens=4, repetition_penalty=1.9, do_sample=True, top_k=1, eos_token_id=[])
     assert main(call) == 0
@@ -97,14 +97,14 @@ def test_the_commands_take_them_too(folder: Path, capsys: pytest.CaptureFixture[
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_values_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str, Any], sentence: str) -> None:
+def test_impossible_values_raise(tmp_path: Path, settings: dict[str, Any], sentence: str) -> None:
     write(tmp_path, **settings)
     with pytest.raises(ArcmergeError, match=re.escape(sentence)) as refusal:
         GenerationConfig.read(tmp_path)
     assert str(refusal.value).startswith(str(tmp_path / "generation_config.json"))
 
 
-def test_what_has_no_effect_is_named_once(tmp_path: Path) -> None:
+def test_unsupported_options_warn_once(tmp_path: Path) -> None:
     asked = {"num_beams": 4, "suppress_tokens": [5], "no_repeat_ngram_size": 2}
     write(tmp_path, **asked, num_return_sequences=1, typical_p=1.0, bad_words_ids=None, cache_implementation="hybrid")
     with pytest.warns(UserWarning, match="which arcmerge does not support") as said:
@@ -115,7 +115,7 @@ def test_what_has_no_effect_is_named_once(tmp_path: Path) -> None:
     )
 
 
-def test_the_defaults_of_transformers_are_no_reason_for_a_warning(tmp_path: Path) -> None:
+def test_the_defaults_of_transformers_do_not_warn(tmp_path: Path) -> None:
     from transformers import GenerationConfig as Theirs
 
     everything = Theirs(**{**Theirs._get_default_generation_params(), "output_scores": True})
@@ -125,7 +125,7 @@ def test_the_defaults_of_transformers_are_no_reason_for_a_warning(tmp_path: Path
         assert GenerationConfig.read(tmp_path).max_answer_tokens
 
 
-def test_max_length_counts_the_prompt(folder: Path) -> None:
+def test_max_length_includes_the_prompt(folder: Path) -> None:
     write(folder, max_length=4)
     with pytest.raises(
         ArcmergeError, match=r"'max_length' must be above the 5 tokens of the prompt, .* got 4; give max_new"
@@ -133,7 +133,7 @@ def test_max_length_counts_the_prompt(folder: Path) -> None:
         load(folder).generate(IDS)
 
 
-def test_without_a_seed_every_call_draws_anew_and_says_its_seed(folder: Path) -> None:
+def test_without_a_seed_every_call_has_a_new_one(folder: Path) -> None:
     write(folder, eos_token_id=[])
     model = load(folder)
     options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 8, "temperature": 2.0}

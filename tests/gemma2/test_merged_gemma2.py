@@ -1,4 +1,4 @@
-"""A merge in memory against the same merge on disk: bytes, addresses, tokens; what is read, kept and refused."""
+"""A merge in memory equals the same merge on disk: bytes, addresses, tokens; its Gram matrices and errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tensors(model: MergedGemma2) -> dict[str, torch.Tensor]:
 
 
 def assert_as_on_disk(model: MergedGemma2, config: dict[str, Any], out: Path) -> None:
-    """Bit for bit what the command writes, which is given the parameters in the configuration itself."""
+    """The weights equal, bit for bit, those that the command writes for a configuration with these parameters."""
     arcmerge.merge(config, out, device="cpu")
     written = load_file(out / "model.safetensors")
     assert written.keys() == tensors(model).keys()
@@ -65,7 +65,7 @@ def assert_as_on_disk(model: MergedGemma2, config: dict[str, Any], out: Path) ->
 
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The tensors whose Gram matrices are summed."""
+    """The names of the tensors whose Gram matrices are computed."""
     found: list[str] = []
     original = CpuProcessor.gram
 
@@ -90,7 +90,7 @@ def test_only_tensors_whose_coefficients_change_are_merged_again(models: Path) -
     total = len(tensors(model))
     assert model.set_t(V_CURVE) == 0
     assert model.set_t(0.5) > 0
-    # Of one layer alone; the zero tensor of layer 3 has the same coefficients by any t but 0 and 1.
+    # One layer; the zero tensor of layer 3 has the same coefficients for any t but 0 and 1.
     changed = model.set_t([{"filter": "layers.0.", "value": 0.25}, {"value": 0.5}])
     assert changed == total_of_layer(model, 0)
     assert model.set_t(0.5) == changed
@@ -126,7 +126,7 @@ def test_parameters_replace_those_of_every_level(models: Path, tmp_path: Path) -
         ("nearswap", {"t": 0.001}, {"t": 0.01}),
     ],
 )
-def test_other_methods_take_a_mapping_of_parameters(
+def test_parameters_of_other_methods(
     models: Path, tmp_path: Path, method: str, first: dict[str, Any], then: dict[str, Any]
 ) -> None:
     names = ("gemma-a", "gemma-b", "gemma-c") if method in ("karcher", "model_stock") else ("gemma-a", "gemma-b")
@@ -139,7 +139,7 @@ def test_other_methods_take_a_mapping_of_parameters(
     assert_as_on_disk(model, {**config, "parameters": {**first, **then}}, tmp_path / "then")
 
 
-def test_addresses_stay_and_generation_follows(models: Path, tmp_path: Path) -> None:
+def test_addresses_stay_and_generation_uses_the_new_weights(models: Path, tmp_path: Path) -> None:
     model = open_merge(recipe(models))
     before = {name: tensor.data_ptr() for name, tensor in tensors(model).items()}
     assert all(address % memory.ALIGNMENT == 0 for address in before.values())
@@ -153,7 +153,7 @@ def test_addresses_stay_and_generation_follows(models: Path, tmp_path: Path) -> 
     assert torch.equal(model.logits([PROMPT]), written.logits([PROMPT]))
 
 
-def test_saved_is_what_the_command_writes(models: Path, tmp_path: Path) -> None:
+def test_save_writes_the_files_of_the_command(models: Path, tmp_path: Path) -> None:
     model = open_merge(recipe(models))
     model.set_t(V_CURVE)
     model.save(tmp_path / "saved")
@@ -166,7 +166,7 @@ def test_saved_is_what_the_command_writes(models: Path, tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_a_merged_vocabulary_comes_along(models: Path, tmp_path: Path) -> None:
+def test_a_merged_vocabulary(models: Path, tmp_path: Path) -> None:
     tiny.make("gemma-b-vocabulary", models)
     config = recipe(models, "gemma-a", "gemma-b-vocabulary", tokenizer_source="union")
     model = open_merge(config)
@@ -205,7 +205,7 @@ def test_matrices_of_vectors_are_summed_once_to_open(models: Path, sums: list[st
 
 
 @pytest.mark.parametrize("change", ["time", "size", "header", "damaged", "not JSON", "another format"])
-def test_a_stale_file_is_not_trusted(models: Path, sums: list[str], change: str) -> None:
+def test_a_stale_file_is_ignored(models: Path, sums: list[str], change: str) -> None:
     model = open_merge(recipe(models))
     file, weights = gram_file(models), models / "gemma-b" / "model.safetensors"
     content = json.loads(file.read_bytes())
@@ -230,7 +230,7 @@ def test_a_stale_file_is_not_trusted(models: Path, sums: list[str], change: str)
     assert not sums
 
 
-def test_a_folder_that_cannot_be_written_to_keeps_none(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_folder_has_no_file_of_gram_matrices(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -240,33 +240,33 @@ def test_a_folder_that_cannot_be_written_to_keeps_none(models: Path, monkeypatch
     assert not list((models / "gemma-a").glob(".arcmerge*"))
 
 
-# ---- what is refused
+# ---- errors
 
 
-def refused(model: MergedGemma2, t: Any, sentence: str) -> None:
+def assert_raises(model: MergedGemma2, t: Any, message: str) -> None:
     before = {name: tensor.clone() for name, tensor in tensors(model).items()}
-    with pytest.raises(arcmerge.ArcmergeError, match=sentence):
+    with pytest.raises(arcmerge.ArcmergeError, match=message):
         model.set_t(t)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model).items())
 
 
 def test_wrong_parameters_change_nothing(models: Path) -> None:
     model = open_merge(recipe(models))
-    refused(model, {"filter": "mlp", "value": 0.1}, r"no filter of parameters\.t matches its name")
-    refused(model, "much", "'parameters.t' must be a finite number, got 'much'")
-    refused(model, [], "must have a value, got an empty list")
-    refused(model, {"weight": 0.5}, r"'parameters' must be those of 'slerp' \('t', .*\), got 'weight'")
-    refused(model, object(), "'recipe' must have values of YAML's types only")
+    assert_raises(model, {"filter": "mlp", "value": 0.1}, r"no filter of parameters\.t matches its name")
+    assert_raises(model, "much", "'parameters.t' must be a finite number, got 'much'")
+    assert_raises(model, [], "must have a value, got an empty list")
+    assert_raises(model, {"weight": 0.5}, r"must have .*'value'.*, got \{'weight': 0\.5\}")
+    assert_raises(model, object(), "'recipe' must have values of YAML's types only")
     assert model.set_t(0.3) == 0
 
 
-def test_memory_that_is_missing_is_named(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_memory_raises(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(arcmerge.ArcmergeError, match=r"memory must have 0\.0 GB free for .*, .* too little"):
         open_merge(recipe(models))
 
 
-def test_what_the_runner_cannot_run_is_refused(models: Path) -> None:
+def test_merges_that_cannot_run_raise(models: Path) -> None:
     with pytest.raises(arcmerge.ArcmergeError, match="must be bfloat16 or float32 to run the merge, got float16"):
         open_merge(recipe(models, out_dtype="float16"))
     tiny.make("qwen2-a", models)
@@ -283,7 +283,7 @@ def test_from_merge_and_save_take_every_option_of_a_merge() -> None:
             assert parameters[option.name].default == default
 
 
-def test_weights_that_are_not_finite_are_refused_again_and_again(models: Path) -> None:
+def test_nonfinite_weights_raise(models: Path) -> None:
     broken = load_file(models / "gemma-b" / "model.safetensors")
     broken["model.norm.weight"][3] = float("nan")
     torch_save(broken, models / "gemma-b" / "model.safetensors")
@@ -297,7 +297,7 @@ def torch_save(weights: dict[str, torch.Tensor], file: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def test_frequencies_that_an_old_checkpoint_stores_are_no_weights(models: Path) -> None:
+def test_stored_rope_frequencies_are_ignored(models: Path) -> None:
     settings = json.loads((models / "gemma-a" / "config.json").read_text())
     stored = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float64)}  # as float32
     old = decoders.write(models / "old", {**tiny.MODELS["gemma-a"].weights(), **stored}, settings)

@@ -1,4 +1,4 @@
-"""Threads that use one model at once, and processes that are forked from one which uses it."""
+"""Threads and forked processes that share a model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def recipe(models: Path) -> dict[str, Any]:
 
 
 def calls(model: Gemma2) -> list[Callable[[], Any]]:
-    """What a model is asked for, each of which has one answer."""
+    """Calls of a model with deterministic results."""
     return [
         *[lambda p=p: model.generate(p, max_new_tokens=8, do_sample=True, seed=len(p)) for p in PROMPTS],
         lambda: model.generate("Some words", max_new_tokens=8),
@@ -53,7 +53,7 @@ def calls(model: Gemma2) -> list[Callable[[], Any]]:
 
 
 def at_once(*works: Callable[[], None]) -> None:
-    """Run each in a thread of its own; raises what one of them raises."""
+    """Run each function in its own thread; raises the first exception."""
     failures: list[BaseException] = []
 
     def guarded(work: Callable[[], None]) -> None:
@@ -72,7 +72,7 @@ def at_once(*works: Callable[[], None]) -> None:
         raise failures[0]
 
 
-def test_threads_get_what_each_gets_alone(models: Path) -> None:
+def test_threads_get_the_results_of_single_calls(models: Path) -> None:
     model = Gemma2.from_pretrained(models / "a", "cpu")
     alone = [call() for call in calls(model)]
 
@@ -86,7 +86,7 @@ def test_threads_get_what_each_gets_alone(models: Path) -> None:
     at_once(*[works(number) for number in range(len(alone))])
 
 
-def test_every_answer_is_that_of_one_t(models: Path) -> None:
+def test_every_call_sees_one_t(models: Path) -> None:
     model = Gemma2.from_merge(recipe(models), "cpu")
     by_t = []
     for t in (0, 1):
@@ -116,7 +116,7 @@ def test_every_answer_is_that_of_one_t(models: Path) -> None:
         changing.join(60)
 
 
-def test_a_stream_may_ask_the_model_and_change_it(models: Path) -> None:
+def test_a_stream_may_call_the_model(models: Path) -> None:
     model = Gemma2.from_merge(recipe(models), "cpu")
     heard: list[Any] = []
     model.generate([2, 5], max_new_tokens=2, stream=lambda _: heard.append((model.set_t(1), model.score([([2], [5])]))))
@@ -154,7 +154,7 @@ def work():
         models[0].generate([2, 5], max_new_tokens=50, eos_token_id=[], stream=lambda _: started.set())
 
 busy = threading.Thread(target=work)
-for beside in (False, True):  # another thread has the model's turn when the process is forked
+for beside in (False, True):  # another thread holds the model's lock during the fork
     if beside:
         busy.start()
         started.wait()
@@ -170,11 +170,11 @@ child.start()
 child.join()
 assert child.exitcode == 0
 assert ask(models[0]) == expected
-assert models[0]._folder.exists()  # which no child has removed
+assert models[0]._folder.exists()  # no child has removed it
 """
 
 
-def test_a_forked_process_goes_on(models: Path, tmp_path: Path) -> None:
+def test_a_forked_process_uses_the_model(models: Path, tmp_path: Path) -> None:
     config = tmp_path / "recipe.yml"
     config.write_text(yaml.safe_dump(recipe(models)))
     command = [sys.executable, "-c", FORK, str(config)]
@@ -182,7 +182,7 @@ def test_a_forked_process_goes_on(models: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_merge_goes_on_in_a_forked_process(models: Path, tmp_path: Path) -> None:
+def test_merges_in_a_process_and_its_fork(models: Path, tmp_path: Path) -> None:
     code = (
         "import sys, os, json, arcmerge\n"
         "recipe, out = json.loads(sys.argv[1]), sys.argv[2]\n"

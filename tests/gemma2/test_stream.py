@@ -1,4 +1,4 @@
-"""Text as tokens come: the pieces together are what the tokenizer decodes, and they end at the first stop string."""
+"""The pieces of TextStreamer join to the text that the tokenizer decodes, up to the first stop string."""
 
 from __future__ import annotations
 
@@ -37,47 +37,51 @@ KINDS = {
 
 
 @pytest.fixture(params=KINDS)
-def text(request: pytest.FixtureRequest, tmp_path: Path) -> Gemma2Tokenizer:
+def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Gemma2Tokenizer:
     KINDS[request.param](tmp_path)
     return Gemma2Tokenizer(tmp_path, BOS)
 
 
-def answers(text: Gemma2Tokenizer, count: int) -> list[list[int]]:
-    """Random tokens, in half of the answers mostly bytes and special ones."""
+def answers(tokenizer: Gemma2Tokenizer, count: int) -> list[list[int]]:
+    """Random tokens; half of the answers are mostly bytes and special tokens."""
     random.seed(5)
-    size = text.backend.get_vocab_size()
-    some = [token for name, token in text.backend.get_vocab().items() if len(name) == 6 or name[0] in "<\u2581\u0120"]
+    size = tokenizer.backend.get_vocab_size()
+    some = [
+        token for name, token in tokenizer.backend.get_vocab().items() if len(name) == 6 or name[0] in "<\u2581\u0120"
+    ]
     choices = [range(size), some]
     return [random.choices(choices[number % 2], k=random.randint(0, 24)) for number in range(count)]
 
 
-def test_the_pieces_are_what_the_tokenizer_decodes(text: Gemma2Tokenizer) -> None:
-    for tokens in answers(text, 400):
-        stream = TextStreamer(text, [])
+def test_the_pieces_join_to_the_decoded_text(tokenizer: Gemma2Tokenizer) -> None:
+    for tokens in answers(tokenizer, 400):
+        stream = TextStreamer(tokenizer, [])
         pieces = [stream.push(token) for token in tokens]
-        assert "".join(pieces) + stream.finish() == stream.text == text.decode(tokens), tokens
+        assert "".join(pieces) + stream.finish() == stream.text == tokenizer.decode(tokens), tokens
 
 
-def test_the_first_stop_string_ends_the_text(text: Gemma2Tokenizer) -> None:
+def test_the_first_stop_string_ends_the_text(tokenizer: Gemma2Tokenizer) -> None:
     random.seed(6)
-    for tokens in answers(text, 400):
-        spelt = text.decode(tokens, skip_special_tokens=False)
+    for tokens in answers(tokenizer, 400):
+        spelt = tokenizer.decode(tokens, skip_special_tokens=False)
         starts = [random.randrange(len(spelt) + 1) for _ in range(3)]
         stops = [stop for start in starts if (stop := spelt[start : start + random.randint(1, 5)])]
         stops = [stop for stop in stops if "\N{REPLACEMENT CHARACTER}" not in stop]
-        stream = TextStreamer(text, stops)
+        stream = TextStreamer(tokenizer, stops)
         pieces, used = [], 0
         while used < len(tokens) and not stream.stopped:
             pieces.append(stream.push(tokens[used]))
             used += 1
         shown = "".join(pieces) + stream.finish()
         assert shown == stream.text
-        # The text of the tokens that were needed, by another way: cut where the earliest stop string begins.
-        needed = text.decode(tokens[:used], skip_special_tokens=False)
+        # The expected text, computed differently: up to the first stop string.
+        needed = tokenizer.decode(tokens[:used], skip_special_tokens=False)
         assert stream.stopped == any(stop in needed for stop in stops)
-        assert not any(stop in text.decode(tokens[: used - 1], skip_special_tokens=False) for stop in stops if used)
-        assert text.decode(tokens[:used]).startswith(shown)
-        if stream.stopped and not text.special_token_ids & {*tokens}:
+        assert not any(
+            stop in tokenizer.decode(tokens[: used - 1], skip_special_tokens=False) for stop in stops if used
+        )
+        assert tokenizer.decode(tokens[:used]).startswith(shown)
+        if stream.stopped and not tokenizer.special_token_ids & {*tokens}:
             assert shown == needed[: min(needed.find(stop) for stop in stops if stop in needed)]
 
 
@@ -99,13 +103,13 @@ def tokens_of(*names: str) -> list[int]:
     return [TOKENS[name] for name in names]
 
 
-def test_a_byte_that_is_no_text_becomes_a_sign_of_that(tmp_path: Path) -> None:
-    text = fallback(tmp_path)
+def test_invalid_bytes_become_replacement_characters(tmp_path: Path) -> None:
+    tokenizer = fallback(tmp_path)
     tokens = tokens_of("H", "<0xC3>", "<0xA9>", "<0xFF>", "w")
-    pieces, whole, _ = heard(TextStreamer(text, []), tokens)
+    pieces, whole, _ = heard(TextStreamer(tokenizer, []), tokens)
     assert pieces == ["H", "", "", "", "\N{REPLACEMENT CHARACTER}" * 3 + "w"]
-    assert whole == text.decode(tokens)
-    assert heard(TextStreamer(text, []), tokens[:3])[1] == "H\N{LATIN SMALL LETTER E WITH ACUTE}"
+    assert whole == tokenizer.decode(tokens)
+    assert heard(TextStreamer(tokenizer, []), tokens[:3])[1] == "H\N{LATIN SMALL LETTER E WITH ACUTE}"
 
 
 @pytest.mark.parametrize(
@@ -137,18 +141,18 @@ def test_stop_strings_and_special_tokens(
 
 
 def test_a_long_answer_is_decoded_in_short_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = fallback(tmp_path)
+    tokenizer = fallback(tmp_path)
     lengths = []
 
     class Counting:
         def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
             lengths.append(len(tokens))
-            return str(text.backend.decode(tokens, skip_special_tokens=skip_special_tokens))
+            return str(tokenizer.backend.decode(tokens, skip_special_tokens=skip_special_tokens))
 
         def id_to_token(self, token: int) -> str | None:
-            return text.backend.id_to_token(token)
+            return tokenizer.backend.id_to_token(token)
 
-    stream = TextStreamer(text, [])
+    stream = TextStreamer(tokenizer, [])
     monkeypatch.setattr(stream._clean, "_tokenizer", Counting())
     for token in tokens_of("a", "\u2581", "b") * 400:
         stream.push(token)

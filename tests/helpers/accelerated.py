@@ -1,4 +1,4 @@
-"""A tiny Gemma-2 of transformers as it is and accelerated: what either computes or raises, side by side."""
+"""A tiny Gemma-2 of transformers, plain and accelerated, with a comparison of results and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from arcmerge.integrations.transformers import accelerate
 
 VOCABULARY, WINDOW = 61, 6
-IDS = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))  # past the window
+IDS = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))  # beyond the window
 SETTINGS: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -39,7 +39,7 @@ def tiny(kind: Any = Gemma2ForCausalLM, dtype: torch.dtype = torch.float32, **ch
 
 
 def tensors(found: Any) -> list[Tensor]:
-    """All that is in the outputs and caches of transformers, in order."""
+    """All tensors in outputs and caches of transformers, in order."""
     if isinstance(found, Tensor):
         return [found]
     if hasattr(found, "layers") and not isinstance(found, torch.nn.Module):
@@ -49,7 +49,7 @@ def tensors(found: Any) -> list[Tensor]:
 
 
 def outcome(function: Callable[[Any], Any], model: Any) -> list[Tensor] | str:
-    """What it gives, or the error that it raises."""
+    """The tensors that a function returns, or its error."""
     try:
         torch.manual_seed(3)
         return tensors(function(model))
@@ -58,7 +58,7 @@ def outcome(function: Callable[[Any], Any], model: Any) -> list[Tensor] | str:
 
 
 def assert_same(found: list[Tensor] | str, expected: list[Tensor] | str, tolerance: float = 1e-4) -> None:
-    """1e-4: softcaps bend logits of some 30 in float32."""
+    """Equal within 1e-4, for float32 logits of about 30 before the softcap."""
     if isinstance(found, str) or isinstance(expected, str):
         assert found == expected
         return
@@ -69,7 +69,7 @@ def assert_same(found: list[Tensor] | str, expected: list[Tensor] | str, toleran
 
 
 def compare(function: Callable[[Any], Any], tolerance: float = 1e-4, **how: Any) -> list[Tensor] | str:
-    """`function` of a model of transformers and of one that is accelerated before; what they have in common."""
+    """Compare `function` of a plain and of an accelerated model, and return the result."""
     expected, model = outcome(function, tiny(**how)), tiny(**how)
     with accelerate(model):
         assert_same(outcome(function, model), expected, tolerance)

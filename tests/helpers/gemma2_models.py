@@ -1,4 +1,4 @@
-"""Small Gemma-2 models with random weights, by transformers, against which our runner is compared."""
+"""Small Gemma-2 models of transformers with random weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-# The proportions of each size at a fraction of it. Softmax scales and groups of heads are those of the originals; sizes
-# are odd where the architecture allows, and a window of 8 is crossed by almost every prompt.
+# The released sizes, scaled down. Softmax scales and groups of heads are those of the originals; sizes are odd where
+# the architecture allows, and almost every prompt exceeds the window of 8.
 SHAPES: dict[str, dict[str, Any]] = {
     "2.6B": dict(hidden_size=72, num_attention_heads=2, num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256),
     "9B": dict(hidden_size=100, num_attention_heads=4, num_key_value_heads=2, head_dim=256, query_pre_attn_scalar=256),
@@ -20,7 +20,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def settings(shape: str, **changes: Any) -> dict[str, Any]:
-    """Of config.json, but for what transformers adds."""
+    """Settings of config.json without transformers' defaults."""
     return {
         "vocab_size": 1003,
         "intermediate_size": 211,
@@ -33,7 +33,7 @@ def settings(shape: str, **changes: Any) -> dict[str, Any]:
 
 
 def build(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Gemma2ForCausalLM:
-    """A model of transformers, saved to `folder`. Weights are large enough for both softcaps to bend what they cap."""
+    """A model of transformers, saved to `folder`. The weights are large enough for both softcaps to matter."""
     torch.manual_seed(7)
     model = Gemma2ForCausalLM(Gemma2Config(**settings(shape, **changes))).eval()
     with torch.no_grad():
@@ -44,7 +44,7 @@ def build(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16, **chang
                 spread = 2.0 if ".q_proj" in name or ".k_proj" in name else 1.0
                 parameter.normal_(0.0, spread * parameter.shape[-1] ** -0.5)
     model.to(dtype).save_pretrained(folder)
-    # Not the model itself: to() rounds the frequencies of RoPE too, which from_pretrained keeps in float32.
+    # Not the model itself: to() also rounds RoPE's frequencies, which from_pretrained keeps in float32.
     return Gemma2ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
@@ -64,14 +64,14 @@ TURNS = """\
 {{ m['content'] | trim }}<end_of_turn>
 {% endfor %}{% if add_generation_prompt %}<start_of_turn>model
 {% endif %}"""
-# Of a tokenizer of Gemma's kind: special tokens, bytes for what it has no token for, characters.
+# A vocabulary like Gemma's: special tokens, byte fallback, characters.
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 _CHARACTERS = [*map(chr, range(33, 127)), "\u2581", "\n", "\N{REPLACEMENT CHARACTER}", "\u2581the"]
 TOKENS = {name: number for number, name in enumerate([*SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), *_CHARACTERS])}
 
 
 def save_fallback_tokenizer(folder: Path) -> None:
-    """A tokenizer of Gemma's kind with the tokens TOKENS."""
+    """A tokenizer like Gemma's with the vocabulary TOKENS."""
     tokenizer = Tokenizer(models.BPE(TOKENS, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -80,9 +80,9 @@ def save_fallback_tokenizer(folder: Path) -> None:
 
 
 def build_chain(folder: Path, chain: list[int], **changes: Any) -> None:
-    """A model of the tokens TOKENS whose likeliest answer goes along a chain of different tokens.
+    """A model with the vocabulary TOKENS whose greedy answer follows a chain of different tokens.
 
-    The hidden state of a token has one value other than 0, which the MLP moves on by one.
+    The hidden state of a token is one-hot, and the MLP shifts it by one.
     """
     save_fallback_tokenizer(folder)
     shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}

@@ -1,4 +1,4 @@
-"""Networks of any shape with weights that mean nothing, made in the memory of a device."""
+"""Networks of any shape with random weights, created on a device."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def random_network(config: Gemma2Config, device: torch.device | str, dtype: torc
 
     def get(name: str) -> Tensor:
         shape = shapes[name]
-        # Products keep the spread of what they are of; norms stay near 1. Embeddings weigh little beside what layers
-        # add, or every token would be followed by itself, as the head is tied to them.
+        # Products keep the spread of their inputs; norms stay near 1. Embeddings are small compared with the output of
+        # layers, or every token would be followed by itself, as the head is tied to them.
         scale = shape[1] ** -0.5 if len(shape) == 2 else 0.1
         scale *= 0.1 if name == EMBEDDING else 1.0
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, scale, generator=generator)

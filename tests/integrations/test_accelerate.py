@@ -1,4 +1,4 @@
-"""transformers with arcmerge inside: logits, tokens, caches, padding, hooks; and everything as before afterwards."""
+"""Accelerated models of transformers: logits, tokens, caches, padding, hooks, and undo."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load(folder: Path, dtype: torch.dtype = F32, attention: str = "eager") -> An
 
 
 def batch(*lengths: int, left: bool = True) -> dict[str, Tensor]:
-    """Prompts of these lengths, padded on one side."""
+    """Prompts of these lengths, padded on the left or the right."""
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
@@ -64,14 +64,14 @@ def test_logits(folder: Path, lengths: tuple[int, ...], left: bool, way: str) ->
             assert accelerate(model).left == []
             assert model.config._attn_implementation == "eager"
         found = model(**inputs).logits
-    assert (found - expected).abs().max() <= 1e-4  # of padding too
+    assert (found - expected).abs().max() <= 1e-4  # at padding too
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("lengths", [(5,), (3, 19, 12)], ids=str)
 def test_generate_gives_the_same_tokens(folder: Path, lengths: tuple[int, ...], cache: str) -> None:
-    """In float32, past the window of 8, by every kind of cache."""
+    """In float32, beyond the window of 8, with every kind of cache."""
     inputs, options = batch(*lengths), {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     if cache == "static":
         options["cache_implementation"] = "static"
@@ -85,7 +85,7 @@ def test_generate_gives_the_same_tokens(folder: Path, lengths: tuple[int, ...], 
 
 @torch.no_grad()
 def test_caches_stay_those_of_transformers(one: Path) -> None:
-    """Two that began as one, one of them shortened, in turns, over more tokens than there is room for at first."""
+    """Two copies of a cache, one of them cropped, used alternately beyond the first buffer."""
 
     def logits(model: Any) -> Tensor:
         first = model(**batch(120)).past_key_values
@@ -112,7 +112,7 @@ def test_caches_stay_those_of_transformers(one: Path) -> None:
         assert (logits(model) - expected).abs().max() <= 1e-4
 
 
-def test_steps_in_inference_mode_and_out_of_it(one: Path) -> None:
+def test_steps_inside_and_outside_of_inference_mode(one: Path) -> None:
     model, inputs = load(one), batch(5)
     model.requires_grad_(False)
     with accelerate(model):
@@ -126,7 +126,7 @@ def test_steps_in_inference_mode_and_out_of_it(one: Path) -> None:
 
 @torch.no_grad()
 def test_weights_may_change_between_steps(one: Path) -> None:
-    """In place, by other memory, and by another parameter."""
+    """In place, in other memory, and as another parameter."""
 
     def logits(model: Any) -> Tensor:
         found, cache = [], model(**batch(3)).past_key_values
@@ -147,17 +147,17 @@ def test_weights_may_change_between_steps(one: Path) -> None:
 
 
 @torch.no_grad()
-def test_bfloat16_is_as_near_to_the_truth(one: Path) -> None:
+def test_bfloat16_is_as_accurate_as_transformers(one: Path) -> None:
     inputs = batch(60)
     truth, model = load(one)(**inputs).logits, load(one, BF16)
     theirs = (model(**inputs).logits - truth).norm()
     with accelerate(model):
-        # Most of it is of the residual stream, which transformers keeps in bfloat16.
+        # Most of the error comes from the residual stream, which transformers keeps in bfloat16.
         assert (model(**inputs).logits - truth).norm() <= 1.25 * theirs
 
 
 @torch.no_grad()
-def test_everything_is_as_before_afterwards(one: Path) -> None:
+def test_undo(one: Path) -> None:
     model, inputs, threads = load(one), batch(4, 11), torch.get_num_threads()
     expected = model(**inputs).logits
     undo = accelerate(model)
@@ -187,7 +187,7 @@ def test_hooks_keep_working(one: Path) -> None:
     layer.mlp.down_proj.register_forward_hook(lambda *_: seen.append("down_proj"))
     with accelerate(model) as undo:
         model(**inputs)
-        # One module has a hook inside, which an op would pass over: it is left as it is.
+        # A module with a hook inside, which an op would skip, stays unchanged.
         assert undo.left == ["model.layers.1.mlp"]
     assert seen == ["input_layernorm", "self_attn", "down_proj", "mlp", "post_feedforward_layernorm"]
     assert len(model(**inputs, output_hidden_states=True).hidden_states) == 5
@@ -195,7 +195,7 @@ def test_hooks_keep_working(one: Path) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_are_those_of_transformers(one: Path, frozen: bool) -> None:
-    """Also of weights whose inputs have none, as behind a frozen embedding."""
+    """Also for weights whose inputs need no gradients, as after a frozen embedding."""
     model, inputs = load(one), batch(3, 12)
     model.get_input_embeddings().weight.requires_grad_(not frozen)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -233,8 +233,8 @@ def test_another_activation_is_left_to_transformers(one: Path) -> None:
 
 
 @torch.no_grad()
-def test_what_is_put_in_later_is_not_passed_over(one: Path) -> None:
-    """As adapters do, which take the place of linear layers, and hooks inside of what is one op."""
+def test_modules_and_hooks_that_are_added_later_run(one: Path) -> None:
+    """Adapters, which replace linear layers, and hooks of modules inside a fused op."""
 
     class Adapter(torch.nn.Module):
         def __init__(self, inside: Any) -> None:
@@ -258,8 +258,8 @@ def test_what_is_put_in_later_is_not_passed_over(one: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("way", ["accelerate", "attention alone"])
-def test_masks_that_the_op_has_not_are_those_of_transformers(one: Path, way: str) -> None:
-    """Of four dimensions, and of several sequences in a row."""
+def test_masks_that_the_op_does_not_support(one: Path, way: str) -> None:
+    """Masks of four dimensions, and packed sequences."""
     eager, ids = load(one), batch(12)["input_ids"]
     seen = torch.ones(12, 12, dtype=torch.bool).tril()
     seen[7, 2] = False
@@ -272,14 +272,14 @@ def test_masks_that_the_op_has_not_are_those_of_transformers(one: Path, way: str
             undo.later(accelerated.undo)
         for named in ({"attention_mask": added}, {"position_ids": packed, "use_cache": False}):
             torch.testing.assert_close(model(ids, **named).logits, eager(ids, **named).logits, rtol=1e-4, atol=1e-4)
-        # By name a mask of bool says what is seen; eager attention, which an accelerated model keeps, adds its ones.
+        # By name, a boolean mask is True where a key is seen; eager attention adds the mask.
         same = seen[None, None] if way == "accelerate" else added
         of_bool = model(ids, attention_mask=seen[None, None]).logits
         torch.testing.assert_close(of_bool, eager(ids, attention_mask=same).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_what_is_computed_by_ops(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_of_ops(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     names = ("rmsnorm", "rmsnorm_add_rmsnorm", "rope_cache", "linear", "linear_geglu", "attention", "attention_decode")
     for name in names:
@@ -297,7 +297,7 @@ def test_what_is_computed_by_ops(one: Path, monkeypatch: pytest.MonkeyPatch) -> 
             called.clear()
             model(torch.tensor([[7]]), past_key_values=cache)
             steps.append({name: called.count(name) for name in set(called)})
-    # Four layers; the last norm and the head.
+    # Four layers, the final norm and the lm_head.
     layers = {"rmsnorm_add_rmsnorm": 4 * 2, "rope_cache": 4, "linear_geglu": 4, "attention": 4}
     assert prompt == {"rmsnorm": 4 + 1, "linear": 4 * 3 + 1, **layers}
     recorded = {"rmsnorm_add_rmsnorm": 4 * 2, "linear_geglu": 4, "attention_decode": 4}
@@ -305,7 +305,7 @@ def test_what_is_computed_by_ops(one: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @torch.no_grad()
-def test_what_it_cannot_do_is_said(one: Path) -> None:
+def test_unsupported_models_raise(one: Path) -> None:
     with pytest.raises(arcmerge.ArcmergeError, match="'model' must be a Gemma-2 of transformers, got Linear"):
         accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(arcmerge.ArcmergeError, match=r"in bfloat16 or float32, got torch\.float16"):

@@ -1,4 +1,4 @@
-"""Every argument of forward of transformers' Gemma-2 gives the same with arcmerge inside."""
+"""Every argument of the forward of transformers' Gemma-2 gives the same results when accelerated."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PACKED = torch.tensor([[*range(4), *range(7)]]).expand(2, -1)
 
 
 def steps(cache_of: Callable[[Any], Any], *counts: int, **named: Any) -> Callable[[Any], Any]:
-    """Tokens in pieces of these sizes, by a cache; all logits, and what the cache holds in the end."""
+    """Chunks of these many tokens with a cache: all logits, and the final states of the cache."""
 
     def run(model: Any) -> Any:
         cache, found, start = cache_of(model), [], 0
@@ -73,7 +73,7 @@ def forward(**named: Any) -> Callable[[Any], Any]:
     return lambda model: model(**{"input_ids": IDS, **named})
 
 
-# Of each argument, calls that it changes.
+# For each argument, calls that it changes.
 CALLS: dict[str, list[Callable[[Any], Any]]] = {
     "input_ids": [forward(input_ids=IDS[:rows, :tokens]) for rows in (1, 2) for tokens in (1, WINDOW, WINDOW + 1)]
     + [forward(input_ids=IDS.repeat(2, 1)), forward(input_ids=None), forward(input_ids=IDS[0])],
@@ -110,7 +110,7 @@ CALLS: dict[str, list[Callable[[Any], Any]]] = {
     "labels": [forward(labels=IDS), forward(labels=IDS.where(mask_of(3, 8).bool(), -100))],
     "use_cache": [forward(use_cache=False), forward(use_cache=True)],
     "logits_to_keep": [forward(logits_to_keep=keep) for keep in (1, 3, torch.tensor([0, 5]))],
-    # Of **kwargs.
+    # In **kwargs.
     "return_dict": [forward(return_dict=False)],
     "output_hidden_states": [
         forward(output_hidden_states=True, attention_mask=mask_of(4, LENGTH)),
@@ -135,14 +135,14 @@ CALLS: dict[str, list[Callable[[Any], Any]]] = {
     "seq_idx": [forward(seq_idx=torch.zeros(1, LENGTH, dtype=torch.int32))],
     "cache_position": [forward(cache_position=torch.arange(LENGTH))],
 }
-CALLS["past_key_values"] = CALLS["cache"]  # as it is called before transformers 5.20
+CALLS["past_key_values"] = CALLS["cache"]  # its name before transformers 5.20
 CASES = [
     pytest.param(call, id=f"{name} {number}") for name, calls in CALLS.items() for number, call in enumerate(calls)
 ]
 
 
 def test_every_argument_is_compared() -> None:
-    """One that a later version of transformers adds fails here until it has a line above."""
+    """An argument that a later version of transformers adds fails here until it is listed above."""
     names = {*inspect.signature(Gemma2ForCausalLM.forward).parameters, *TransformersKwargs.__annotations__}
     assert names - {"self", "kwargs"} <= CALLS.keys()
 
@@ -156,7 +156,7 @@ def test_forward(call: Callable[[Any], Any]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [Gemma2Model, Gemma2ForSequenceClassification, Gemma2ForTokenClassification])
 @pytest.mark.parametrize("left", [True, False])
-def test_other_ends_of_the_model(kind: Any, left: bool) -> None:
+def test_other_heads(kind: Any, left: bool) -> None:
     ids, mask = IDS * mask_of(4, LENGTH, left=left), mask_of(4, LENGTH, left=left)
     compare(lambda model: model(ids, attention_mask=mask, output_hidden_states=True, output_attentions=True), kind=kind)
 
@@ -202,7 +202,7 @@ def test_configurations(changes: dict[str, Any]) -> None:
         (forward(output_attentions=True), False),
     ],
 )
-def test_which_attention_is_the_ops(call: Callable[[Any], Any], served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_the_op_serves(call: Callable[[Any], Any], served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[bool] = []
     original = ops.attention
     monkeypatch.setattr(ops, "attention", lambda *a, **k: called.append(True) or original(*a, **k))

@@ -1,4 +1,4 @@
-"""Every argument of generate of transformers gives the same with arcmerge inside a Gemma-2."""
+"""Every argument of transformers' generate gives the same results with an accelerated Gemma-2."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def streamed(model: Any) -> Any:
 
 
 def continued(model: Any) -> Any:
-    """By the cache of a call before."""
+    """With the cache of an earlier call."""
     first = model.generate(PROMPT, max_new_tokens=3, **WHOLE)
     return model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4)
 
 
-# Of each name, what is given with it to generate; those of which transformers says that they are gone raise the same.
+# For each name, arguments of generate; names that transformers has removed raise the same error.
 GIVEN: dict[str, list[dict[str, Any]]] = {
     "max_length": [{"max_length": 7}],
     "max_new_tokens": [{"max_new_tokens": 12}],
@@ -135,7 +135,7 @@ GIVEN: dict[str, list[dict[str, Any]]] = {
     "force_words_ids": [{**BEAMS, "force_words_ids": [[5]]}],
     "prefill_chunk_size": [{"prefill_chunk_size": 3}],
 }
-# What generate takes beside them.
+# Further arguments of generate.
 CALLS: dict[str, Callable[[Any], Any]] = {
     "inputs": lambda model: model.generate(inputs=IDS, max_new_tokens=5),
     "generation_config": lambda model: model.generate(PROMPT, generation_config=GenerationConfig(max_new_tokens=5)),
@@ -181,7 +181,7 @@ CASES = [
 
 
 def test_every_argument_is_compared() -> None:
-    """One that a later version of transformers adds fails here until it has a line above."""
+    """An argument that a later version of transformers adds fails here until it is listed above."""
     names = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
     assert names <= GIVEN.keys()
     assert inspect.signature(Gemma2ForCausalLM.generate).parameters.keys() - {"self", "kwargs"} <= CALLS.keys()

@@ -1,4 +1,4 @@
-"""A model of transformers in whatever state, before, after or while arcmerge is inside, gives the same."""
+"""A model of transformers in any state gives the same results before, while and after it is accelerated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def norms_in_float32(model: Any) -> None:
-    """As peft.prepare_model_for_kbit_training leaves them."""
+    """As after peft.prepare_model_for_kbit_training."""
     for name, weight in model.named_parameters():
         if "norm" in name:
             weight.data = weight.data.float()
@@ -51,7 +51,7 @@ def lora(model: Any, **named: Any) -> None:
 
 
 def turned(model: Any) -> None:
-    """A square weight that lies in memory as its transpose."""
+    """A square weight that is stored as its transpose."""
     weight = torch.randn(32, 32)
     for attention in (layer.self_attn for layer in model.model.layers):
         attention.k_proj.weight = nn.Parameter(weight.T)
@@ -83,7 +83,7 @@ def attribute(path: str, value: Any) -> Callable[[Any], None]:
     return change
 
 
-# What is done to a model, before or after it is accelerated.
+# Changes of a model before or after it is accelerated.
 STATES: dict[str, Callable[[Any], Any]] = {
     "float16": lambda model: model.half(),
     "bfloat16": lambda model: model.to(BF16),
@@ -125,7 +125,7 @@ STATES: dict[str, Callable[[Any], Any]] = {
 
 
 def used(model: Any) -> Any:
-    """A prompt with padding, steps by a cache past the window, and gradients where they are recorded."""
+    """A prompt with padding, cached steps beyond the window, and gradients if they are recorded."""
     torch.manual_seed(4)
     mask = (torch.arange(IDS.shape[1]) >= torch.tensor([[3], [0]])).long()
     found = [model(IDS, attention_mask=mask, labels=IDS)]
@@ -142,7 +142,7 @@ def used(model: Any) -> Any:
 
 
 def tolerance_of(model: Any) -> float:
-    """Of half precision: some units of its last place, of logits of up to 30."""
+    """The tolerance of half precision: some units in the last place of logits up to 30."""
     return 2e-4 if all(weight.dtype in (F32, torch.float64) for weight in model.parameters()) else 0.6
 
 
@@ -159,10 +159,10 @@ def test_states(state: str, when: str, recorded: bool) -> None:
             torch.manual_seed(2)
             assert_same(outcome(lambda model: (STATES[state](model), torch.ones(1))[1], other), refused)
             if other.dtype not in (BF16, F32):
-                return  # refused, as test_accelerate says
+                return  # raises, see test_accelerate
         undo = accelerate(other)
         if when == "after":
-            outcome(used, other)  # so that what is kept from calls before would show
+            outcome(used, other)  # to find state that earlier calls have left
             other.zero_grad()
             torch.manual_seed(2)
             assert_same(outcome(lambda model: (STATES[state](model), torch.ones(1))[1], other), refused)
@@ -182,19 +182,19 @@ def test_autocast(dtype: torch.dtype, autocast: torch.dtype) -> None:
 
 
 def test_compilation() -> None:
-    """Without a break in the graph."""
+    """Without a graph break."""
 
     def compiled(model: Any) -> Any:
         call = torch.compile(model, backend="eager", fullgraph=True)
         with torch.no_grad():
-            return call(IDS[:1, :3], use_cache=False)  # so few that an accelerated model sets torch's threads
+            return call(IDS[:1, :3], use_cache=False)  # few enough for an accelerated model to set torch's threads
 
     model, other = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)
     with accelerate(other):
         assert_same(outcome(compiled, other), outcome(compiled, model))
 
 
-def test_derivatives_forward_and_of_a_prefix() -> None:
+def test_forward_derivatives_and_gradients_of_a_prefix() -> None:
     def tangent(model: Any) -> Any:
         embedded = model.get_input_embeddings()(IDS)
         with forward_ad.dual_level():
@@ -229,7 +229,7 @@ def test_hooks_of_all_modules() -> None:
 
 
 @torch.no_grad()
-def test_copies_outlive_what_they_are_of(tmp_path: Path) -> None:
+def test_copies_outlive_their_original(tmp_path: Path) -> None:
     model = tiny()
     expected = outcome(used, model)
     undo = accelerate(model)
@@ -257,7 +257,7 @@ def test_twice_and_in_any_order_of_undoing() -> None:
 
 @torch.no_grad()
 def test_threads_on_one_model() -> None:
-    """At the same slots with other positions, so that one's rotation would show in the other's."""
+    """At the same slots with different positions, to find a rotation of the other thread."""
     model = tiny(sliding_window=64)
     found: dict[int, Any] = {}
 
@@ -284,7 +284,7 @@ def test_threads_on_one_model() -> None:
 
 
 @torch.no_grad()
-def test_ops_serve_again_after_an_adapter_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ops_run_again_after_an_adapter_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[bool] = []
     original = ops.linear_geglu
     monkeypatch.setattr(ops, "linear_geglu", lambda *a, **k: called.append(True) or original(*a, **k))

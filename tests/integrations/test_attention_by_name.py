@@ -1,4 +1,4 @@
-"""attn_implementation="arcmerge" gives what eager attention gives in other architectures of transformers too."""
+"""attn_implementation="arcmerge" equals eager attention in other architectures of transformers too."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def of(kind: str, attention: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def compare(kind: str, *functions: Callable[[Any], Any], tolerance: float = 1e-4, **how: Any) -> None:
-    """All functions of one pair of models."""
+    """Compare the results of functions of a model with arcmerge's and with eager attention."""
     eager, ours = of(kind, "eager", **how), of(kind, "arcmerge", **how)
     for function in functions:
         expected = outcome(function, eager)
@@ -147,7 +147,7 @@ def test_other_precisions(kind: str) -> None:
 
 @torch.no_grad()
 def test_two_registrations() -> None:
-    """The name stays until the last is undone."""
+    """The name stays until the last registration is undone."""
     model = of("llama", "arcmerge")
     first, second = register_attention(), register_attention()
     first.undo()
@@ -158,7 +158,7 @@ def test_two_registrations() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "phi3", "qwen2, window"])
-def test_the_op_serves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     for name in ("attention", "attention_decode"):
         original = getattr(ops, name)

@@ -1,4 +1,4 @@
-"""lm-eval itself, on tasks over local data: arcmerge's model class against lm-eval's own for transformers."""
+"""lm-eval on local tasks: arcmerge's model equals lm-eval's own for transformers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a tokenizer that adds BOS, as Gemma's does, and a chat template."""
+    """A model with a tokenizer that adds BOS, as Gemma's, and a chat template."""
     folder = tmp_path_factory.mktemp("model")
     build(folder, "2.6B", torch.float32, vocab_size=259, bos_token_id=2, eos_token_id=1, pad_token_id=0)
     save_byte_tokenizer(folder)
@@ -108,10 +108,8 @@ def our_model(**options: Any) -> Any:
 
 
 @pytest.mark.parametrize("brings_bos", [True, False])
-def test_every_kind_of_task_comes_out_as_with_transformers(
-    folder: Path, local: Path, tmp_path: Path, brings_bos: bool
-) -> None:
-    """Also with a tokenizer that adds no BOS, to which `hf` adds none either."""
+def test_every_kind_of_task_equals_transformers(folder: Path, local: Path, tmp_path: Path, brings_bos: bool) -> None:
+    """Also with a tokenizer that adds no BOS; `hf` adds none either."""
     if not brings_bos:
         folder = shutil.copytree(folder, tmp_path / "model")
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -137,7 +135,7 @@ def test_every_kind_of_task_comes_out_as_with_transformers(
                     assert str(values[0][1:]) == str(values[1][1:])
 
 
-def test_windows_are_as_long_as_asked_for(folder: Path, local: Path) -> None:
+def test_max_length(folder: Path, local: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
     ours = evaluate(local, our_model(pretrained=str(folder), dtype="float32", max_length=60), names=["local_text"])
@@ -157,8 +155,8 @@ def test_the_chat_template_is_that_of_transformers(folder: Path) -> None:
     assert ours.tokenizer_name == theirs.tokenizer_name
 
 
-def test_the_command_says_what_is_wrong_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval's own part, which looks through all its tasks for ten seconds, is left out."""
+def test_the_command_fails_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without lm-eval's own command, which reads all its tasks for ten seconds."""
     from arcmerge.integrations.lm_eval import main
 
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: our_model(pretrained="/no/such/folder"))
@@ -166,7 +164,7 @@ def test_the_command_says_what_is_wrong_in_a_sentence(monkeypatch: pytest.Monkey
         main()
 
 
-def test_a_gpu_that_lm_eval_asks_for_by_itself_need_not_be_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_gpu_of_lm_eval_may_be_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from arcmerge.integrations.lm_eval import ArcmergeLM
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,4 +1,4 @@
-"""Every argument of lm-eval's own model for transformers, beside what arcmerge's model makes of it."""
+"""Every argument of lm-eval's own model `hf`, compared with arcmerge's model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answering(folder: Path, *tokens: str) -> Path:
-    """A model that answers the first of these tokens with the others."""
+    """A model that continues the first of these tokens with the others."""
     build_chain(folder, [TOKENS[token] for token in tokens])
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
@@ -89,7 +89,7 @@ def scores(lm: Any, *pairs: tuple[str, str]) -> list[tuple[float, bool]]:
 # ---- arguments of the model
 
 
-# What each does here: "same" results as in `hf`, compared below; "named" in a warning or error where it is set; "none".
+# Effects: "same" as in `hf`, compared below; "named" in a warning or an error; "none".
 MODEL_ARGUMENTS = {
     **dict.fromkeys(["pretrained", "tokenizer", "max_length", "dtype", "add_bos_token", "prefix_token_id"], "same"),
     **dict.fromkeys(["think_end_token", "enable_thinking", "chat_template_args", "revision", "device"], "same"),
@@ -124,7 +124,7 @@ def test_an_argument_without_effect_is_named(folder: Path, caplog: pytest.LogCap
     assert name in said + caplog.text
 
 
-def test_an_unknown_argument_is_refused_in_a_sentence(folder: Path) -> None:
+def test_an_unknown_argument_raises(folder: Path) -> None:
     with pytest.raises(arcmerge.ArcmergeError, match=r"'max_lenght' must be an argument.*did you mean 'max_length'\?"):
         ours(folder, max_lenght=4)
 
@@ -157,13 +157,13 @@ def test_the_prefix_token_and_another_tokenizer(folder: Path, tmp_path: Path) ->
     assert loaded.tok_encode("ab <bos>") == one.tok_encode("ab <bos>")
 
 
-def test_a_model_of_transformers_is_refused_in_a_sentence(folder: Path) -> None:
+def test_a_model_of_transformers_raises(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(arcmerge.ArcmergeError, match="'pretrained' must be a folder, a hub name or a Gemma2, got a"):
         ArcmergeLM(pretrained=model)
 
 
-def test_threads_of_torch_are_the_users(folder: Path) -> None:
+def test_threads_of_torch_are_not_changed(folder: Path) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(7)
@@ -173,7 +173,7 @@ def test_threads_of_torch_are_the_users(folder: Path) -> None:
         torch.set_num_threads(before)
 
 
-def test_thinking_is_left_out_of_answers(tmp_path: Path) -> None:
+def test_answers_do_not_include_thinking(tmp_path: Path) -> None:
     folder = answering(tmp_path, *"qabTcd")
     for end in ("T", "b", None):
         one, other = (make(folder, think_end_token=end) for make in (ours, theirs))
@@ -192,7 +192,7 @@ BEGUN = {"role": "assistant", "content": "The answer is"}
 
 @pytest.mark.parametrize("history", [[USER], [USER, BEGUN], [SYSTEM, USER], [SYSTEM, USER, BEGUN]])
 @pytest.mark.parametrize("asked", [True, False])
-def test_conversations_are_written_as_with_transformers(
+def test_conversations_render_as_in_transformers(
     folder: Path, history: list[dict[str, str]], asked: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     if not asked and history[-1] is USER:
@@ -213,7 +213,7 @@ def test_templates_by_name(folder: Path) -> None:
 
 # ---- generation arguments
 
-# "same" as in `hf`, compared below; "neutral" to the tokens; all others are named in a warning where they are set.
+# Effects: "same" as in `hf`, compared below; "neutral": no change of tokens; all others are named in a warning.
 GENERATION_ARGUMENTS: dict[str, dict[str, Any]] = {
     "max_gen_toks": {"max_gen_toks": 7},
     "max_new_tokens": {"max_new_tokens": 6},
@@ -262,7 +262,7 @@ def test_every_other_generation_argument_is_named(folder: Path, caplog: pytest.L
         (["x"], "'gen_kwargs' must be a mapping of names to values, got"),
     ],
 )
-def test_generation_arguments_that_cannot_be_are_refused(folder: Path, options: Any, sentence: str) -> None:
+def test_impossible_generation_arguments_raise(folder: Path, options: Any, sentence: str) -> None:
     with pytest.raises(arcmerge.ArcmergeError, match=sentence):
         ours(folder).generate_until([Instance("generate_until", {}, ("Question", options), 0)])
 
@@ -272,7 +272,7 @@ def test_an_empty_stop_string_is_named(folder: Path, caplog: pytest.LogCaptureFi
     assert "the stop string '' has no effect" in caplog.text
 
 
-def test_each_sample_of_a_repeated_question_is_drawn_anew(folder: Path) -> None:
+def test_samples_of_a_repeated_question_differ(folder: Path) -> None:
     lm = ours(folder)
     options = {"do_sample": True, "temperature": 5.0, "max_gen_toks": 8}
     torch.manual_seed(5)
@@ -286,7 +286,7 @@ def test_each_sample_of_a_repeated_question_is_drawn_anew(folder: Path) -> None:
     assert answers(lm, ["same"] * 3, **options, seed=1) == answers(lm, ["same"] * 3, **options, seed=1)
 
 
-def test_defaults_of_the_models_own_file_hold(folder: Path, tmp_path: Path) -> None:
+def test_defaults_of_generation_config_json(folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(folder, tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.7, "eos_token_id": [1, 100]}))
     contexts = ["Question: what?", "Another one"]
@@ -300,21 +300,21 @@ def test_an_answer_ends_at_a_special_token(tmp_path: Path) -> None:
     assert answers(ours(folder), ["q"], **options) == answers(theirs(folder), ["q"], **options) == ["ab"]
 
 
-def test_contexts_are_cut_on_the_left_with_a_word(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_contexts_are_truncated_on_the_left_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = ["word " * 60, "short"]
     one, other = ours(folder), theirs(folder)
     wanted = [answers(other, [text], max_gen_toks=20)[0] for text in texts]
     caplog.clear()
     assert answers(one, texts, max_gen_toks=20) == wanted
     assert "1 of 2 contexts are truncated on the left to 180" in caplog.text
-    with pytest.raises(arcmerge.ArcmergeError, match="max_gen_toks must be below the 200 tokens"):
+    with pytest.raises(arcmerge.ArcmergeError, match="'max_gen_toks' must be below 200, the tokens of a window"):
         answers(one, ["a"], max_gen_toks=200)
 
 
 # ---- scores
 
 
-def test_an_answer_that_melts_into_the_context_is_scored_by_its_own_tokens(folder: Path, tmp_path: Path) -> None:
+def test_an_answer_inside_a_token_of_the_context_is_scored_by_its_own_tokens(folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(folder, tmp_path / "model")
     data = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = data["model"]["vocab"]
@@ -334,12 +334,12 @@ def test_an_answer_that_melts_into_the_context_is_scored_by_its_own_tokens(folde
     assert found == pytest.approx(scores(theirs(folder), ("a wo", "x"))[0], rel=1e-5)
 
 
-def test_what_does_not_fit_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_answers_that_do_not_fit_raise(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     one, other = ours(folder), theirs(folder)
     pair = ("word " * 60, "end")
     assert scores(one, pair)[0] == pytest.approx(scores(other, pair)[0], rel=1e-5)
     assert "1 of 1 contexts are truncated on the left" in caplog.text
-    for wrong, said in ((("a", "word " * 60), "must fit into the 200"), (("a", ""), "at least one character")):
+    for wrong, said in ((("a", "word " * 60), "must have at most 200 tokens"), (("a", ""), "at least one character")):
         with pytest.raises(AssertionError):
             scores(other, wrong)
         with pytest.raises(arcmerge.ArcmergeError, match=said):

@@ -1,4 +1,4 @@
-"""mergekit with arcmerge inside: what goes where, the same bits, and everything as before afterwards."""
+"""arcmerge inside mergekit: which of the two runs a merge, equal bits, and undo."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def recipe(models: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def theirs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Calls that went to mergekit, which does not carry them out."""
+    """The calls of mergekit's run_merge, which is replaced."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(host, "_run_merge", lambda *arguments: calls.append(arguments))
     return calls
 
 
 @pytest.mark.parametrize("by_source", [True, False])
-def test_a_merge_that_arcmerge_does_goes_to_it(
+def test_arcmerge_runs_supported_merges(
     models: Path, tmp_path: Path, theirs: list[tuple[Any, ...]], by_source: bool
 ) -> None:
     config = recipe(models)
@@ -53,7 +53,7 @@ def test_a_merge_that_arcmerge_does_goes_to_it(
         ({"models": [{"model": "gemma-nowhere"}, {"model": "gemma-b"}]}, {}, "gemma-nowhere"),
     ],
 )
-def test_all_others_go_to_mergekit_unchanged(
+def test_mergekit_runs_all_others(
     models: Path,
     tmp_path: Path,
     theirs: list[tuple[Any, ...]],
@@ -70,7 +70,7 @@ def test_all_others_go_to_mergekit_unchanged(
     assert not (tmp_path / "out").exists()
 
 
-def test_everything_is_as_before_afterwards() -> None:
+def test_undo() -> None:
     before = their_merge.run_merge
     undo = host.take_over()
     assert their_merge.run_merge is host.run
@@ -88,7 +88,7 @@ def test_the_command_takes_the_flags_of_mergekit(models: Path, tmp_path: Path) -
     assert not (tmp_path / "out" / "README.md").exists()
 
 
-def test_a_recipe_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_recipe_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "arcmerge.integrations.mergekit", "recipe.yml", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "arcmerge: recipe.yml: No such file or directory\n")

@@ -1,4 +1,4 @@
-"""Parts of arcmerge whose package is not installed: one sentence that says what to install."""
+"""Optional packages that are missing: the message names what to install."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from arcmerge.errors import ArcmergeError, MissingPackage, needed
 
 HOUSE = Path(__file__).resolve().parents[2]
-# None in the place of a module is how Python is told that there is none.
+# None in sys.modules makes an import fail.
 HIDE = "import runpy, sys; sys.modules[sys.argv.pop(1)] = None; "
 
 
@@ -24,7 +24,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("module", "package", "extra"), [("mergekit", "mergekit", "mergekit"), ("lm_eval", "lm_eval", "lm-eval")]
 )
-def test_a_host_that_is_called_as_a_command_ends_with_a_sentence(module: str, package: str, extra: str) -> None:
+def test_an_integration_that_is_called_as_a_command_fails_with_one_line(module: str, package: str, extra: str) -> None:
     name = f"arcmerge.integrations.{module}"
     ended = run(f"runpy.run_module('{name}', run_name='__main__', alter_sys=True)", package, "recipe.yml", "out")
     sentence = (
@@ -40,7 +40,7 @@ def test_a_host_that_is_called_as_a_command_ends_with_a_sentence(module: str, pa
         ("transformers", "transformers", "transformers"),
     ],
 )
-def test_a_host_that_is_imported_raises_one(module: str, package: str, extra: str) -> None:
+def test_an_integration_that_is_imported_raises(module: str, package: str, extra: str) -> None:
     name = f"arcmerge.integrations.{module}"
     code = f"\ntry:\n import {name}\nexcept ImportError as error:\n print(type(error).__name__, error)"
     ended = run(code, package)
@@ -68,16 +68,14 @@ def test_a_host_that_is_imported_raises_one(module: str, package: str, extra: st
         ),
     ],
 )
-def test_what_a_sweep_draws_and_searches_with(
-    code: str, package: str, sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_optional_packages_of_a_sweep(code: str, package: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ArcmergeError) as caught:
         exec(code)
     assert caught.value.problems == (sentence,)
 
 
-def test_a_package_that_is_there_and_lacks_something_is_told_from_one_that_is_not() -> None:
+def test_an_incomplete_package_has_another_message() -> None:
     with pytest.raises(MissingPackage) as caught, needed("mergekit", by="this", extra="mergekit"):
         raise ModuleNotFoundError("No module named 'peft'", name="peft")
     assert str(caught.value) == (
@@ -86,7 +84,7 @@ def test_a_package_that_is_there_and_lacks_something_is_told_from_one_that_is_no
     )
 
 
-def test_every_extra_that_a_sentence_names_is_one() -> None:
+def test_every_extra_in_a_message_exists() -> None:
     extras = re.findall(r"^([\w-]+) = \[", (HOUSE / "pyproject.toml").read_text(), re.MULTILINE)
     named = {
         keyword.value.value
