@@ -202,7 +202,7 @@ def _prompt(tokens: int) -> list[int]:
 @torch.inference_mode()
 def prefill(tokens: int) -> Measurement:
     """A prompt, to the choice of its first token. Operations are those of the projections, a little less than all."""
-    network, limits = _network(), StoppingCriteria(1, ends=())
+    network, limits = _network(), StoppingCriteria(1, stop_token_ids=())
     seconds = device().wall_seconds(lambda: generate(network, [_prompt(tokens)], SamplingParams(), limits), 2.0)
     layers = [tensor for layer in network.weights.layers for tensor in vars(layer).values()]
     return {
@@ -221,8 +221,8 @@ def decode() -> dict[str, Measurement]:
     """
     network, config, memory = _network(), _config(), device().memory
     prompt = _prompt(CONTEXT)
-    generate(network, [prompt], SamplingParams(), StoppingCriteria(2, ends=()))  # compiles
-    generated = generate(network, [prompt], SamplingParams(), StoppingCriteria(STEPS + 1, ends=()))
+    generate(network, [prompt], SamplingParams(), StoppingCriteria(2, stop_token_ids=()))  # compiles
+    generated = generate(network, [prompt], SamplingParams(), StoppingCriteria(STEPS + 1, stop_token_ids=()))
     (answer,) = generated.tokens
 
     filled = KVCache(config, 1, CONTEXT + STEPS, CONTEXT, BF16, memory)

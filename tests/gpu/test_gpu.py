@@ -135,7 +135,7 @@ def test_ops_agree_with_their_references(network: Network) -> None:
 @torch.inference_mode()
 def test_replayed_steps_give_the_tokens_of_plain_calls(network: Network) -> None:
     prompt = [(5 * place) % network.config.vocab_size for place in range(PROMPT_TOKENS)]
-    (answer,) = generate(network, [prompt], SamplingParams(), StoppingCriteria(STEPS + 1, ends=())).tokens
+    (answer,) = generate(network, [prompt], SamplingParams(), StoppingCriteria(STEPS + 1, stop_token_ids=())).tokens
     head, softcap = network.weights.embed_tokens, network.config.final_logit_softcapping
     cache, hidden = prefilled(network, prompt, len(prompt) + STEPS)
     plain = [ops.lm_head_argmax(hidden, head, softcap=softcap).item()]
