@@ -263,7 +263,7 @@ def test_wrong_tensors_are_named(one: Path, tmp_path: Path) -> None:
             lambda model: model.generate([5], temperature=-1.0),
             r"'temperature' must be 0 \(greedy\) or more, got -1.0",
         ),
-        (lambda model: model.generate([5], top_p=1.5, min_p=-1), r"'top_p' must be from 0, which takes the most"),
+        (lambda model: model.generate([5], top_p=1.5, min_p=-1), r"'top_p' must be from 0 \(greedy\) to 1"),
         (
             lambda model: model.generate("hello"),
             r"'tokenizer\.json' must be in the folder, got no such file; .*, or pass token ids",

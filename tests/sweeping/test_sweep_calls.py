@@ -66,7 +66,7 @@ def test_the_command(files: Path, capsys: pytest.CaptureFixture[str], arguments:
         (["--text", "text.txt", "--sampler", "tpe"], 1, "'sampler' must be given with optimize alone"),
         (["--text", "text.txt", "--optimize", "2", "--bounds", "1"], 1, "'--bounds' must be low:high as 0:1, got '1'"),
         (["--tasks", "tasks.jsonl", "--window", "4"], 1, "'window' must be given with text alone, got it with tasks"),
-        (["--text", "text.txt", "--window", "1"], 1, "'window' must be from 2 to the"),
+        (["--text", "text.txt", "--window", "1"], 1, "'window' must be from 2 to 128"),
     ],
 )
 def test_wrong_calls(
