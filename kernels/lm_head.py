@@ -213,12 +213,12 @@ class Tile(NamedTuple):
 
 # No launch of a Gemma-2 spills. Few rows are bound by bandwidth: at latencies near 700 ns an H100 needs 18 KB in flight
 # for each multiprocessor (3.35 TB/s over 132), a B200 38 KB. A stage is 20 KB, 16 of them weight, and shared memory
-# holds all stages but one: with 60 KB a program, the 163 KB of sm_80 hold two and the 227 KB of sm_90 three; with 40 KB,
-# the 99 KB of sm_86 and sm_120 hold two.
+# holds all stages but one: with 60 KB a program, the 163 KB of sm_80 hold two and the 227 KB of sm_90 three; with 40
+# KB, the 99 KB of sm_86 and sm_120 hold two.
 FEW_ROWS = 16
 FEW = Tile(16, 64, 128, 4, {"sm_80": 4, "sm_86": 3, "sm_90": 4, "sm_120": 3, "gfx942": 2})
-# More rows are bound by matrix instructions. 64 KB, on sm_90 and sm_100 128 KB, and 155 to 177 registers; 256 ids a tile
-# spill. So does the noise of sampling, which uses the tile of few rows for any count of rows.
+# More rows are bound by matrix instructions. 64 KB, on sm_90 and sm_100 128 KB, and 155 to 177 registers; 256 ids a
+# tile spill. So does the noise of sampling, which uses the tile of few rows for any count of rows.
 MANY = Tile(128, 128, 64, 8, {"sm_80": 3, "sm_90": 4, "sm_120": 3, "gfx942": 2})
 # Without tensor cores; 64 ids spill where D is odd.
 FLOAT32 = Tile(16, 32, 32, 4, {"sm_80": 2, "gfx942": 2})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .target import configuration
 
-# Elements of the first halves of keys that a warp loads at a time, 8 or 16 bytes of bf16 a thread. More warps would have
+# Elements of the first halves of keys that a warp loads at a time: 8 a thread, 16 bytes of bf16. More warps would have
 # narrower loads. The keys of Gemma-2 have 2 warps for 2.6B and 4 for 9B and 27B, of 32 lanes.
 ELEMENTS_OF_A_WARP = {"sm_80": 8 * 32, "gfx942": 8 * 64}
 

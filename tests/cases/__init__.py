@@ -1,4 +1,4 @@
-"""The cases of every kernel, from which everything that is proved about them is made."""
+"""The cases of every kernel, on which all proofs are made."""
 
 from __future__ import annotations
 

@@ -19,11 +19,14 @@ NAN = float("nan")
 def exact_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int, reading: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The truth (n, H, Dh) in float64, and how far a kernel may be from it that rounds weights to `reading`.
+    """The truth [n, H, Dh] in float64, and the tolerance of a kernel that rounds weights to `reading`.
 
-    query: (n, H, Dh), the last of L tokens. key, value: (Hkv, L, Dh). What is rounded, in units of the last place:
-    the output and the weights, to `reading`; the scores, of which float32 sums Dh products and the softcap keeps the
-    error of float32 at the cap; the sums of L weights, in float32.
+    The tolerance is that of these roundings: the output and the weights, to `reading`; the scores, which are float32
+    sums of Dh products and have the error of float32 at the softcap; the sums of L weights, in float32.
+
+    Args:
+        query: [n, H, Dh], the last of L tokens.
+        key, value: [Hkv, L, Dh].
     """
     count, heads, head_dim = query.shape
     tokens = key.shape[1]
@@ -46,7 +49,7 @@ def exact_attention(
         truth, size = weights @ values, weights @ values.abs()
         tolerance = 2.0**-23 * truth.abs() + relative * size
         if reading == BF16:
-            # Roundings of weights are independent: their sum has a deviation of 0.58 of this root, and a bound.
+            # Roundings of weights are independent: the deviation of their sum is 0.58 of this root; `size` bounds it.
             spread = 4 * (weights.square() @ values.square()).sqrt()
             tolerance += 2.0**-8 * torch.minimum(spread, size)
             # Half of a unit in the last of 8 places; a number near a power of two may be rounded beyond it.
@@ -78,9 +81,14 @@ def build(
     positive: bool = False,
     skip: int = 0,
 ) -> Call:
-    """A sequence for each pair of new tokens and length. heads: of queries and of keys. slots: of the cache, by default
-    as many as the longest sequence needs. loud: the scale of the queries. positive: values are. skip: elements by which
-    every tensor starts past an aligned address. What no query sees is NaN.
+    """A call for one sequence per pair (new tokens, length). Slots that no query sees are NaN.
+
+    Args:
+        heads: of queries and of keys.
+        slots: of the cache; by default as many as the longest sequence needs.
+        loud: the scale of the queries.
+        positive: make all values positive.
+        skip: elements by which every tensor starts past an aligned address.
     """
     (query_heads, key_value_heads), longest = heads, max(new for new, _ in sequences)
     slots = slots or max(length for _, length in sequences)
@@ -97,8 +105,8 @@ def build(
         values.abs_()
     seen = [min(length, window + new - 1) if window else length for new, length in sequences]
     placed = [cache_positions(length, slots, count) for (_, length), count in zip(sequences, seen, strict=True)]
-    for number, (_, unseen) in enumerate(placed):
-        keys[number, :, unseen] = values[number, :, unseen] = NAN
+    for index, (_, unseen) in enumerate(placed):
+        keys[index, :, unseen] = values[index, :, unseen] = NAN
     cu_seqlens_q = draw.exact(torch.tensor(starts, dtype=torch.int32))
     seqlens_k = draw.exact(torch.tensor([length for _, length in sequences], dtype=torch.int32))
     out = draw.empty(starts[-1] * query_heads * head_dim + skip, dtype=dtype)[skip:].view(query.shape)
@@ -106,16 +114,16 @@ def build(
     def expected() -> dict[str, Expected]:
         results = [
             exact_attention(
-                query[starts[number] : starts[number + 1]],
-                keys[number][:, used],
-                values[number][:, used],
+                query[starts[index] : starts[index + 1]],
+                keys[index][:, used],
+                values[index][:, used],
                 scale,
                 softcap,
                 window,
                 dtype,
             )
-            for number, (used, _) in enumerate(placed)
-            if starts[number] < starts[number + 1]
+            for index, (used, _) in enumerate(placed)
+            if starts[index] < starts[index + 1]
         ]
         return {"out": Expected(*(torch.cat(parts) for parts in zip(*results, strict=True)))}
 
@@ -146,12 +154,12 @@ def build(
 
 def _case(name: str, *arguments: object, **named: object) -> Case:
     build_case = lambda draw: build(draw, *arguments, **named)  # noqa: E731
-    # Matrix instructions add up in an order of their own.
+    # Matrix instructions add in another order than the interpreter.
     return Case("attention", name, build_case, exact=False, traffic=1.0)
 
 
 SMALL = [
-    # A tile has 32 tokens in bfloat16, and of keys 32 for heads of 256, 64 for others.
+    # In bfloat16, a tile has 32 tokens, and 32 keys for heads of 256, 64 for others.
     _case("heads of 256", ((33, 33), (0, 5), (1, 40), (31, 65)), (2, 1), 256, loud=30.0),
     _case("heads of 256, a window of 8 in a ring", ((17, 17), (9, 73)), (2, 1), 256, slots=64, window=8, loud=5.0),
     _case("heads of 256, a window of 70", ((32, 161),), (2, 1), 256, window=70),

@@ -28,8 +28,13 @@ def build(
     positive: bool = False,
     skip: int = 0,
 ) -> Call:
-    """A sequence for each length. dtypes: of the states and of the table. loud: the scale of all states. The rest as in
-    cases of attention. What is not visible is NaN, the slot of the new token too.
+    """A call for one sequence per length. Slots that are not visible are NaN, also the slot of the new token.
+
+    Args:
+        dtypes: of the states and of cos_sin.
+        loud: the scale of all states.
+
+    The other arguments are those of the cases of attention.
     """
     (query_heads, key_value_heads), (dtype, angle_dtype) = heads, dtypes
     group, sequences = query_heads // key_value_heads, len(lengths)
@@ -48,9 +53,9 @@ def build(
         values.abs_()
     seen = [min(length, window or length) for length in lengths]
     placed = [cache_positions(length, slots, count) for length, count in zip(lengths, seen, strict=True)]
-    for number, (used, unseen) in enumerate(placed):
+    for index, (used, unseen) in enumerate(placed):
         hidden = torch.cat([unseen, used[-1:]])
-        keys[number, :, hidden] = values[number, :, hidden] = NAN
+        keys[index, :, hidden] = values[index, :, hidden] = NAN
     before = keys.clone(), values.clone()
     counters = draw.exact(torch.zeros(sequences, key_value_heads, dtype=torch.int32))
     seqlens_k = draw.exact(torch.tensor(lengths, dtype=torch.int32))
@@ -66,17 +71,17 @@ def build(
         query, key = rotate(states[:, :query_heads], angles), rotate(states[:, query_heads:-key_value_heads], angles)
         truth = torch.zeros(sequences, query_heads, head_dim, dtype=torch.float64)
         tolerance = torch.zeros_like(truth)
-        for number, (used, _) in enumerate(placed):
-            if not lengths[number]:
+        for index, (used, _) in enumerate(placed):
+            if not lengths[index]:
                 continue
-            true_keys[number, :, used[-1]] = key[number]
-            true_values[number, :, used[-1]] = states[number, -key_value_heads:]
-            truth[number], tolerance[number] = (
+            true_keys[index, :, used[-1]] = key[index]
+            true_values[index, :, used[-1]] = states[index, -key_value_heads:]
+            truth[index], tolerance[index] = (
                 result[0]
                 for result in exact_attention(
-                    query[number : number + 1],
-                    true_keys[number][:, used],
-                    true_values[number][:, used],
+                    query[index : index + 1],
+                    true_keys[index][:, used],
+                    true_values[index][:, used],
                     scale,
                     softcap,
                     window,
@@ -85,7 +90,7 @@ def build(
             )
         return {
             "out": Expected(truth.flatten(1), tolerance.flatten(1)),
-            # The very bits: every step is rounded as plain torch rounds it.
+            # Equal bits: every step is rounded as plain torch rounds it.
             "key_cache": Expected(true_keys),
             "value_cache": Expected(true_values),
             "counters": Expected(torch.zeros_like(counters)),
@@ -122,16 +127,16 @@ def build(
 
 def _case(name: str, *arguments: object, traffic: float | None = None, **named: object) -> Case:
     build_case = lambda draw: build(draw, *arguments, **named)  # noqa: E731
-    # Matrix instructions add up in an order of their own.
+    # Matrix instructions add in another order than the interpreter.
     return Case("attention_decode", name, build_case, exact=False, traffic=traffic)
 
 
 SMALL = [
-    # Splits have 128 keys, with more than 4 heads of keys 256.
+    # Splits have 128 keys, or 256 with more than 4 key-value heads.
     _case("heads of 256, round splits", (1, 128, 129, 0, 257), (2, 1), 256, slots=300, loud=5.0),
     _case("heads of 256, a window of 100 in a ring", (99, 130, 256, 400), (2, 1), 256, slots=384, window=100, loud=2.0),
-    # And for each of 8 splits and 2 heads 256 sums and 2 statistics in float32, written and read, and the counter: more
-    # than 1 % over, for the sake of enough programs; see the op.
+    # In addition, 256 sums and 2 statistics in float32 for each of 8 splits and 2 heads, written and read, and the
+    # counter: more than 1 % over, which buys enough programs; see the op.
     _case("heads of 256, 8 splits", (1024,), (2, 1), 256, traffic=1 + (8 * 2 * (256 + 2) * 4 * 2 + 4) / 1052676),
     _case("heads of 128, 5 of keys", (255, 257), (10, 5), 128, loud=5.0),
     _case("heads of 128, a window of 300 in a ring", (640,), (10, 5), 128, slots=320, window=300, loud=2.0),

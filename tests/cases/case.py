@@ -1,11 +1,11 @@
 """A case: one call of a kernel's launcher, which is interpreted, emulated, compiled, predicted, or run on a GPU.
 
-Each file beside this one lists the cases of an op, in two groups:
+Each other file of this folder lists the cases of an op, in two groups:
 
     SMALL    short, awkward shapes: run in the interpreter, as emulated PTX, and on a GPU; compared with the truth
     MODELS   every launch that a Gemma-2 of 2.6B, 9B or 27B parameters makes: compiled, predicted, and timed on a GPU
 
-Together they reach every configuration that the launcher can choose; what is compiled is both.
+Together they reach every configuration that the launcher can choose; both groups are compiled.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from torch import Tensor
 
 
 class Draw(Protocol):
-    """Where the tensors of a case come from."""
+    """The source of the tensors of a case."""
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
         """An input: normally distributed values."""
         ...
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """An output, filled with NaN (integers: -1) where that costs nothing, so that what is not written shows."""
+        """An output, filled with NaN (integers: -1) where that is cheap, so that elements that are not written show."""
         ...
 
     def exact(self, values: Tensor) -> Tensor:
-        """An input whose values decide what a kernel does: positions, lengths, tables of addresses."""
+        """An input whose values control the kernel: positions, lengths, tables of addresses."""
         ...
 
 
 class Expected(NamedTuple):
-    """The truth about an output, and how far from it each element may be.
+    """The true values of an output, and the tolerance of each element.
 
-    value: computed in float64, or the very bits that are due. tolerance: absolute, a number or a tensor that
-    broadcasts; 0 means equal bits (a NaN equals any other).
+    Attributes:
+        value: computed in float64, or the exact bits that are expected.
+        tolerance: absolute, a number or a tensor that broadcasts; 0 means equal bits (a NaN equals any other).
     """
 
     value: Tensor
@@ -47,10 +48,15 @@ class Expected(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """launch: calls the launcher. outputs: what it fills, or changes in place. expected: for the same names.
+    """One call of a launcher.
 
-    minimum_bytes: what the op's contract says must move. operations: floating-point operations of matrix products.
-    reachable: tensors that kernels reach by addresses from a table.
+    Attributes:
+        launch: calls the launcher.
+        outputs: the tensors that it fills, or changes in place, by name.
+        expected: returns the expected values of these.
+        minimum_bytes: the bytes that must move by the contract of the op.
+        operations: floating-point operations of matrix products.
+        reachable: tensors that kernels reach by addresses from a table.
     """
 
     launch: Callable[[], object]
@@ -63,11 +69,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """op: as in torch.ops.arcmerge. name: what is special about the case, unique for the op.
+    """A case of an op.
 
-    exact: emulated PTX must have the bits of the interpreter, as the order of operations is the same. traffic: bytes
-    over the minimum, the exact ratio that the interpreter counts (None: not memory-bound, or not stated for the case).
-    access_bytes: what a lane moves to or from global memory at a time, where a model's launch moves its bulk.
+    Attributes:
+        op: as in torch.ops.arcmerge.
+        name: tells what is special about the case; unique for the op.
+        build: draws the tensors and returns the call.
+        exact: emulated PTX must have the bits of the interpreter, because the order of operations is the same.
+        traffic: bytes over the minimum, the exact ratio that the interpreter counts (None: not memory-bound, or not
+            stated for the case).
+        access_bytes: bytes that a lane moves to or from global memory at a time, where a model's launch moves most.
     """
 
     op: str
@@ -82,7 +93,7 @@ class Case:
 
 
 class Random:
-    """Draws real values, the same for the same seed, on the CPU first: every device gets the same."""
+    """Draws random values on the CPU, so that every device gets the same values for a seed."""
 
     def __init__(self, seed: int = 0, device: str = "cpu") -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -99,7 +110,7 @@ class Random:
 
 
 class Blank:
-    """Draws memory that nobody fills: for launches that are compiled or sampled, at any size."""
+    """Draws uninitialised memory, for launches that are compiled or sampled, at any size."""
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -112,13 +123,13 @@ class Blank:
 
 
 def disagreement(actual: Tensor, expected: Expected) -> float:
-    """The greatest error as a share of the tolerance: at most 1 is agreement. Where the tolerance is 0, 0 or inf."""
+    """The maximum error as a share of the tolerance; at most 1 is agreement. If the tolerance is 0, it is 0 or inf."""
     actual, value = actual.detach().cpu(), expected.value.cpu()
     if isinstance(expected.tolerance, float) and expected.tolerance == 0.0:
         same = (actual == value) | (actual.isnan() & value.isnan()) if actual.is_floating_point() else actual == value
         return 0.0 if bool(same.all()) else float("inf")
     error = (actual.double() - value.double()).abs()
-    # An infinity that is due has no error; a NaN in either has an infinite one.
+    # An expected infinity has no error; a NaN on either side has an infinite one.
     error = torch.where(actual.double() == value.double(), 0.0, error).nan_to_num(nan=float("inf"))
     tolerance = torch.as_tensor(expected.tolerance, dtype=torch.float64)
     return float((error / tolerance).nan_to_num(nan=0.0).max()) if error.numel() else 0.0

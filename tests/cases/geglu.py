@@ -17,7 +17,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 def build(
     draw: Draw, rows: int, columns: int, dtype: torch.dtype, stepwise: bool, gap: int = 0, scale: float = 1.0
 ) -> Call:
-    """gate and up beside one another in one tensor; or with a gap in two, whose rows begin so many elements late."""
+    """gate and up are halves of one tensor; or, with a gap, two tensors whose rows begin that many elements late."""
     if gap:
         gate = draw.normal(rows, gap + columns, dtype=dtype, scale=scale)[:, gap:]
         up = draw.normal(rows, 2 * gap + columns, dtype=dtype, scale=scale)[:, 2 * gap :]
@@ -29,10 +29,10 @@ def build(
         exact_gate, exact_up = gate.double(), up.double()
         inner = math.sqrt(2 / math.pi) * (exact_gate + 0.044715 * exact_gate**3)
         activated = exact_gate * torch.sigmoid(2 * inner)
-        # The kernel's bound: where z > 0, an error of z, relative to it, is one of 2^z.
+        # The bound of the kernel: where z > 0, a relative error of z becomes one of 2^z.
         error = 2.0**-22 * (2 + 2 * math.log2(math.e) * (-inner).clamp(min=0))
         if stepwise:
-            # The very bits, but where float32 errors can cross a tie. Rounding keeps order.
+            # Equal bits, except where float32 errors can cross a tie. Rounding is monotonic.
             ends = [
                 ((activated * (1 + side * error)).to(dtype).double() * exact_up).to(dtype).double() for side in (-1, 1)
             ]
@@ -64,7 +64,7 @@ SMALL = [
     _case("f32, 1 column", 2, 1, F32, False, 1),
 ]
 
-# Thousands of programs, whose traffic is that of the few above.
+# These have thousands of programs; their traffic is that of the few above.
 MODELS = [
     _case(
         f"{shape.name} {rows} rows{', stepwise' * stepwise}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """As in config.json. layers: num_hidden_layers. softmax scores are divided by the root of query_pre_attn_scalar."""
+    """The sizes in config.json. layers: num_hidden_layers. Scores are divided by the root of query_pre_attn_scalar."""
 
     name: str
     hidden_size: int

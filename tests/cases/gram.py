@@ -16,7 +16,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 def build(
     draw: Draw, counts: Sequence[int], dtypes: Sequence[torch.dtype], base: torch.dtype | None = None, skip: int = 0
 ) -> Call:
-    """A group for each count; every tensor starts `skip` elements past an aligned address."""
+    """A call for one group per count; every tensor starts `skip` elements past an aligned address."""
     k = len(dtypes)
     groups = [[draw.normal(count + skip, dtype=dtype)[skip:] for dtype in dtypes] for count in counts]
     bases = None if base is None else [draw.normal(count + skip, dtype=base)[skip:] for count in counts]
@@ -29,7 +29,7 @@ def build(
         stacked = [torch.stack(group).double() for group in values]
         matrices = torch.stack([group @ group.T for group in stacked])
         lengths = matrices.diagonal(dim1=1, dim2=2).sqrt()
-        # The contract of the op. In truth the error is near 1e-16.
+        # The contract of the op; the error is near 1e-16.
         return {"out": Expected(matrices, 1e-9 * lengths[:, :, None] * lengths[:, None, :])}
 
     return Call(
@@ -50,8 +50,8 @@ def _case(name: str, *arguments: object, traffic: float | None = None, access_by
 SMALL = [
     _case("2 bf16, of many lengths", (16384 + 2061, 1, 7, 0, 2048), (BF16, BF16)),
     _case("2 bf16, misaligned", (2061, 9), (BF16, BF16), None, 1),
-    # And for each of three segments 32 bytes of the table and 4 partial sums, written and read; for each of two groups
-    # 24 bytes of the second stage's table and 4 sums.
+    # In addition, for each of three segments, 32 bytes of the table and 4 partial sums, written and read; for each of
+    # two groups, 24 bytes of the second kernel's table and 4 sums.
     _case(
         "2 bf16, whole segments",
         (32768, 16384),
@@ -67,7 +67,7 @@ MODELS = [
     _case(f"{shape.name} gate_proj of 2", (shape.intermediate_size * shape.hidden_size,), (BF16, BF16))
     for shape in GEMMA_2
 ] + [
-    # More than four inputs are taken four elements at a time, for want of registers.
+    # More than four inputs are summed four elements at a time, for lack of registers.
     _case(f"2.6B q_proj of {k}", (2048 * 2304,), (BF16,) * k, access_bytes=16 if k <= 4 else 8)
     for k in range(3, 9)
 ]

@@ -22,7 +22,7 @@ def exact_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def matrix(draw: Draw, rows: int, columns: int, dtype: torch.dtype, skip: int = 0, scale: float = 1.0) -> Tensor:
-    """Starts `skip` elements past an aligned address."""
+    """A matrix that starts `skip` elements past an aligned address."""
     return draw.normal(rows * columns + skip, dtype=dtype, scale=scale)[skip:].view(rows, columns)
 
 
@@ -63,7 +63,7 @@ SMALL = [
 
 
 def _projections(shape: Shape) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """The columns and rows of every launch for a layer, but for the gate and up of linear_geglu."""
+    """The columns and rows of every launch for a layer, except for gate and up, which are in linear_geglu."""
     queries, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     return {
         "q|k|v": (shape.hidden_size, (queries, keys, keys)),

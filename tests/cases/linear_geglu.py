@@ -17,7 +17,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 def gelu_and_error(gate: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu of float64 values, and the error of the kernel's, relative to it."""
+    """gelu of float64 values, and the relative error of the kernel's gelu."""
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
     return gate * torch.sigmoid(2 * inner), 2.0**-22 * (2 + 2 * math.log2(math.e) * inner.abs())
 
@@ -40,7 +40,7 @@ def build(draw: Draw, tokens: int, columns: int, rows: int, dtype: torch.dtype, 
 
 
 def build_stepwise(draw: Draw, tokens: int, columns: int, rows: int) -> Call:
-    """Of eighths, whose products and sums are exact in float32: so the rounded products are certain."""
+    """A call with eighths, whose products and sums are exact in float32, so that the rounded products are known."""
     generator = torch.Generator().manual_seed(columns)
     x, gate_weight, up_weight = (
         draw.exact((torch.randn(count, columns, generator=generator) * scale).round().div(scale * unit).to(BF16))
@@ -51,7 +51,7 @@ def build_stepwise(draw: Draw, tokens: int, columns: int, rows: int) -> Call:
     def expected() -> dict[str, Expected]:
         gate, up = (exact_product(x, weight)[0].to(BF16).double() for weight in (gate_weight, up_weight))
         activated, relative = gelu_and_error(gate)
-        # The very bits, but where float32 errors of gelu can cross a tie. Rounding keeps order.
+        # Equal bits, except where float32 errors of gelu can cross a tie. Rounding is monotonic.
         ends = [((activated * (1 + side * relative)).to(BF16).double() * up).to(BF16).double() for side in (-1, 1)]
         return {"out": Expected(ends[0], (ends[0] - ends[1]).abs())}
 

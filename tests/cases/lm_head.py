@@ -1,4 +1,4 @@
-"""Cases of the head: the weight read once, whatever is asked of the logits."""
+"""Cases of the ops lm_head_*: the weight is read once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CAP = 30.0
 def operands(
     draw: Draw, rows: int, ids: int, columns: int, dtype: torch.dtype = BF16, skip: int = 0, whole: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """x and weight, `skip` elements past an aligned address, whose products spread over the bend of the cap.
+    """x and weight, `skip` elements past an aligned address, whose products cover the bend of the cap.
 
-    whole: whole numbers by 64ths, of which products are exact in whatever order they are summed, but not in bfloat16;
-    and every vector of the weight three times, so that the greatest are equal.
+    whole: whole numbers times 64ths, whose products are exact in any order of sums, but not in bfloat16; every vector
+    of the weight is repeated three times, so that there are equal maxima.
     """
     if whole:
         distinct = draw.normal(-(-ids // 3), columns, dtype=dtype).round()
@@ -37,9 +37,9 @@ def seen_bits(draw: Draw, rows: int, ids: int) -> Tensor:
 
 
 def exact_scores(scores: Scores) -> tuple[Tensor, Tensor]:
-    """Scores in float64, and the error that float32 may bring: of the products, and 8 roundings of what follows.
+    """Scores in float64, and the error of float32: that of the products, and 8 roundings of the later steps.
 
-    With stepwise for products that are exact: then the steps have the bits of torch's.
+    stepwise is for products that are exact: then the steps have the bits of torch.
     """
     values, error = exact_product(scores.x, scores.weight)
     if scores.stepwise:
@@ -57,11 +57,11 @@ def exact_scores(scores: Scores) -> tuple[Tensor, Tensor]:
     return values / temperature, error / temperature
 
 
-def first_greatest(values: Tensor, error: Tensor) -> Expected:
-    """The lowest id of the greatest; no other may come so near that rounding could decide."""
+def first_maximum(values: Tensor, error: Tensor) -> Expected:
+    """The lowest id of the maximum; no other score may be so near that rounding decides."""
     best = values.argmax(dim=1)
-    greatest = values.gather(1, best[:, None])
-    assert bool(((values == greatest) | (values < greatest - 2 * error.amax(dim=1, keepdim=True))).all())
+    largest = values.gather(1, best[:, None])
+    assert bool(((values == largest) | (values < largest - 2 * error.amax(dim=1, keepdim=True))).all())
     return Expected(best)
 
 
@@ -80,7 +80,7 @@ def build_argmax(draw: Draw, *shape: object, softcap: float = CAP, stepwise: boo
     return Call(
         launch=lambda: lm_head.argmax(out, scores),
         outputs={"out": out},
-        expected=lambda: {"out": first_greatest(*exact_scores(scores))},
+        expected=lambda: {"out": first_maximum(*exact_scores(scores))},
         minimum_bytes=_read(scores) + out.numel() * 8,
         operations=_operations(scores),
     )
@@ -89,7 +89,7 @@ def build_argmax(draw: Draw, *shape: object, softcap: float = CAP, stepwise: boo
 def build_logprob(draw: Draw, *shape: object, stepwise: bool = False, whole: bool = False) -> Call:
     scores = Scores(*operands(draw, *shape, whole=whole), CAP, stepwise)
     rows, count = len(scores.x), len(scores.weight)
-    # The first and the last id, and some between.
+    # The first and the last id, and some in between.
     ids = draw.exact(torch.arange(rows) * 37 % count if rows > 1 else torch.tensor([count - 1]))
     ids[-1] = count - 1
     out, best = draw.empty(rows, dtype=F32), draw.empty(rows, dtype=torch.int64)
@@ -97,9 +97,9 @@ def build_logprob(draw: Draw, *shape: object, stepwise: bool = False, whole: boo
     def expected() -> dict[str, Expected]:
         values, error = exact_scores(scores)
         truth = values.gather(1, ids.cpu()[:, None])[:, 0] - values.logsumexp(dim=1)
-        # Exponentials within 2^-22 (ex2.approx) and of arguments that are off by the error; sums of at most 128.
+        # Exponentials have an error of 2^-22 (ex2.approx) and that of their arguments; sums have at most 128 terms.
         tolerance = 2 * error.amax(dim=1) + 2.0**-24 * (8 + 128 + 4 * truth.abs())
-        return {"out": Expected(truth, tolerance), "best": first_greatest(values, error)}
+        return {"out": Expected(truth, tolerance), "best": first_maximum(values, error)}
 
     return Call(
         launch=lambda: lm_head.logprob(out, best, scores, ids),
@@ -129,7 +129,7 @@ def build_sample(
         if noisy:
             noise = gumbel(seed, steps.cpu()[:, None], torch.arange(len(weight))).double()
             values, error = values + noise, error + 2.0**-20
-        return {"out": first_greatest(values, error)}
+        return {"out": first_maximum(values, error)}
 
     return Call(
         launch=lambda: lm_head.argmax(out, scores, seed=seed, steps=steps if noisy else None),
@@ -141,13 +141,13 @@ def build_sample(
 
 
 def build_candidates(draw: Draw, *shape: object, tiles: int = 50, marked: bool = False) -> Call:
-    """What filters need: the greatest score and the mass of every tile, then the scores of some tiles, again."""
+    """The launches for filters: the maximum score and the mass of every tile, then again the scores of some tiles."""
     x, weight = operands(draw, *shape)
     seen = seen_bits(draw, len(x), len(weight)) if marked else None
     scores = Scores(x, weight, CAP, False, 0.8, seen, 1.5)
     width = scores.tile.ids
     maxima, sums = (draw.empty(len(x), scores.tiles, dtype=F32) for _ in range(2))
-    # The last, which may be short, among them.
+    # The last tile, which may be short, is among them.
     chosen = draw.exact((scores.tiles - 1 - torch.arange(tiles) * (scores.tiles // tiles)).flip(0).int())
     out = draw.empty(len(x), tiles * width, dtype=F32)
 
@@ -160,13 +160,13 @@ def build_candidates(draw: Draw, *shape: object, tiles: int = 50, marked: bool =
         beyond = (0, scores.tiles * width - len(weight))
         values = torch.nn.functional.pad(values, beyond, value=float("-inf")).unflatten(1, (-1, width))
         error = torch.nn.functional.pad(error, beyond).unflatten(1, (-1, width))
-        greatest, worst = values.amax(dim=2), error.amax(dim=2)
-        mass = (values - greatest[:, :, None]).exp().sum(dim=2)
-        places = chosen.cpu().long()
+        largest, worst = values.amax(dim=2), error.amax(dim=2)
+        mass = (values - largest[:, :, None]).exp().sum(dim=2)
+        tiles_chosen = chosen.cpu().long()
         return {
-            "maxima": Expected(greatest, worst),
+            "maxima": Expected(largest, worst),
             "sums": Expected(mass, mass * (2 * worst + 2.0**-24 * (8 + 128))),
-            "out": Expected(values[:, places].flatten(1), error[:, places].flatten(1)),
+            "out": Expected(values[:, tiles_chosen].flatten(1), error[:, tiles_chosen].flatten(1)),
         }
 
     return Call(
@@ -198,8 +198,8 @@ def _case(op: str, name: str, *shape: object, traffic: float | None = None, **op
     )
 
 
-# Beyond the minimum, the numbers that tiles of 64 ids leave are written and read: 8 bytes, and with sums 12. The score
-# of the wanted id too.
+# In addition to the minimum, the results of each tile of 64 ids are written and read: 8 bytes, with sums 12; and the
+# score of the wanted id.
 SMALL = [
     _case("lm_head_argmax", "as in decoding", 1, 256, 2304, traffic=1 + 2 * 4 * 8 / (257 * 4608 + 8)),
     _case("lm_head_argmax", "1 id", 1, 1, 8),

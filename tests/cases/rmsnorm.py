@@ -12,8 +12,8 @@ from cases.gemma import GEMMA_2
 BF16, F32 = torch.bfloat16, torch.float32
 EPSILON = 1e-6
 
-# Of a norm before it is rounded, relative, in units of 2^-24: half of what a sum of squares loses in 16 additions in a
-# thread and 9 across threads, 2 by rsqrt (2^-22.9), and five more roundings.
+# The relative error of a norm before it is rounded, in units of 2^-24: half the error of a sum of squares, from 16
+# additions in a thread and 9 across threads; 2 by rsqrt (2^-22.9); and five more roundings.
 FLOAT32_ERROR = 24 * 2.0**-24
 
 
@@ -24,14 +24,15 @@ def exact(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def half_unit(dtype: torch.dtype) -> float:
-    """The error of rounding to a dtype, relative: 2^-8 for bf16, 2^-24 for f32. Truncation has twice as much."""
+    """The relative error of rounding to a dtype: 2^-8 for bf16, 2^-24 for f32. That of truncation is twice as large."""
     return torch.finfo(dtype).eps / 2
 
 
 def build(
     draw: Draw, rows: int, columns: int, dtype: torch.dtype, out: torch.dtype, scale: float = 1.0, skip: int = 0
 ) -> Call:
-    """Rows of `dtype`; weight and output of dtype `out`. Every tensor starts `skip` elements past an aligned one."""
+    """A call with rows of `dtype`, weight and output of dtype `out`; all tensors start `skip` elements past an aligned
+    address."""
     x = draw.normal(rows * columns + skip, dtype=dtype, scale=scale)[skip:].view(rows, columns)
     weight = draw.normal(columns + skip, dtype=out, scale=0.5)[skip:]
     filled = draw.empty(rows * columns + skip, dtype=out)[skip:].view(rows, columns)
@@ -54,7 +55,7 @@ def _case(name: str, *arguments: object, traffic: float | None = 1.0) -> Case:
 
 
 SMALL = [
-    # Of scale 1e-3 the mean square is eps: where eps is added, and to what, decides the result.
+    # At a scale of 1e-3 the mean square is eps, so that the result depends on where eps is added.
     _case("bf16, 2.6B, of the scale of eps", 2, 2304, BF16, BF16, 1e-3),
     _case("f32 to bf16, 3 rows of 257", 3, 257, F32, BF16),
     _case("f32 to bf16, 8 warps", 1, 2304, F32, BF16),
@@ -66,7 +67,7 @@ SMALL = [
     _case("bf16 to f32, 7 columns", 2, 7, BF16, F32),
 ]
 
-# Thousands of programs, whose traffic is that of the few above.
+# These have thousands of programs; their traffic is that of the few above.
 MODELS = [
     _case(f"{shape.name} {number} rows of {str(dtype)[6:]}", number, shape.hidden_size, dtype, BF16, traffic=None)
     for shape in GEMMA_2

@@ -12,15 +12,15 @@ from cases.rmsnorm import BF16, EPSILON, F32, FLOAT32_ERROR, exact, half_unit
 
 
 def exact_total(branch: Tensor, residual: Tensor, post_weight: Tensor) -> Expected:
-    """The new residual stream, with the very bits of its chain where float32 errors cannot cross a tie.
+    """The new residual stream, with the exact bits of its steps where float32 errors cannot cross a tie.
 
-    Those of a float32 stream are part of the tolerance: of the norm, and of the sum.
+    For a float32 stream, the errors of the norm and of the sum are part of the tolerance.
     """
     post, dtype = exact(branch, post_weight), residual.dtype
     if dtype == F32:
         total = residual.double() + post
         return Expected(total, post.abs() * FLOAT32_ERROR + total.abs() * 2.0**-24)
-    # bf16 sums of bf16 are exact in float64. Rounding keeps order: what is between ends there too.
+    # bf16 sums of bf16 are exact in float64. Rounding is monotonic: values in between stay in between.
     ends = [
         (residual.double() + (post * (1 + error)).to(dtype).double()).to(dtype).double()
         for error in (-FLOAT32_ERROR, FLOAT32_ERROR)
@@ -37,7 +37,8 @@ def build(
     scale: float = 1.0,
     skip: int = 0,
 ) -> Call:
-    """Branch, weights and normed of `dtype`, the residual `stream`; all start `skip` elements past an aligned one."""
+    """A call with branch, weights and normed of `dtype` and the residual of `stream`; all tensors start `skip` elements
+    past an aligned address."""
 
     def matrix(of: torch.dtype, scale: float) -> Tensor:
         return draw.normal(rows * columns + skip, dtype=of, scale=scale)[skip:].view(rows, columns)
@@ -52,7 +53,7 @@ def build(
     def expected() -> dict[str, Expected]:
         due = exact_total(branch, residual, post_weight)
         truth = exact(due.value, pre_weight)
-        # An error of the sum moves its own element of the norm, and through the length of the row all of them.
+        # An error of the sum changes its own element of the norm and, by the length of the row, all others.
         value, error = due.value, torch.as_tensor(due.tolerance)
         length = (value * error).abs().sum(-1, keepdim=True) / value.square().sum(-1, keepdim=True)
         share = error / value.abs().clamp(min=1e-30) + length
@@ -79,7 +80,7 @@ def _case(name: str, *arguments: object, traffic: float | None = 1.0) -> Case:
 
 
 SMALL = [
-    # Of scale 1e-3 the mean square is eps: where eps is added, and to what, decides the result.
+    # At a scale of 1e-3 the mean square is eps, so that the result depends on where eps is added.
     _case("bf16 on f32, 2.6B, of the scale of eps", 2, 2304, BF16, F32, 1e-3),
     _case("bf16 chain, 2.6B", 2, 2304, BF16, BF16),
     _case("bf16 on f32, 16 warps", 1, 4608, BF16, F32),
@@ -89,7 +90,7 @@ SMALL = [
     _case("bf16 on f32, 7 columns", 3, 7, BF16, F32),
 ]
 
-# Thousands of programs, whose traffic is that of the few above.
+# These have thousands of programs; their traffic is that of the few above.
 MODELS = [
     _case(f"{shape.name} {number} rows on {str(stream)[6:]}", number, shape.hidden_size, BF16, stream, traffic=None)
     for shape in GEMMA_2

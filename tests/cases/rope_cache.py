@@ -1,4 +1,4 @@
-"""Cases of rope_cache: query, key and value read and written once, and the table's rows read."""
+"""Cases of rope_cache: query, key and value read and written once, and the rows of cos_sin read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cases.gemma import GEMMA_2
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-def rotate(states: Tensor, table: Tensor) -> Tensor:
-    """As transformers writes it, in the dtype of the table, rounded to that of the states."""
+def rotate(states: Tensor, cos_sin: Tensor) -> Tensor:
+    """The rotation of transformers, in the dtype of cos_sin, rounded to that of the states."""
     half = states.shape[-1] // 2
-    states_in_table_dtype, cosine, sine = states.to(table.dtype), table[:, None, :half], table[:, None, half:]
-    turned = torch.cat([-states_in_table_dtype[..., half:], states_in_table_dtype[..., :half]], dim=-1)
-    return (states_in_table_dtype * cosine.repeat(1, 1, 2) + turned * sine.repeat(1, 1, 2)).to(states.dtype)
+    converted, cosine, sine = states.to(cos_sin.dtype), cos_sin[:, None, :half], cos_sin[:, None, half:]
+    turned = torch.cat([-converted[..., half:], converted[..., :half]], dim=-1)
+    return (converted * cosine.repeat(1, 1, 2) + turned * sine.repeat(1, 1, 2)).to(states.dtype)
 
 
 def build(
@@ -32,20 +32,23 @@ def build(
     sequences: Sequence[int] | None = None,
     skip: int = 0,
 ) -> Call:
-    """A token for each position. heads: of query and of key. dtypes: of the states and of the table.
+    """A call for one token per position. Padding rows are NaN.
 
-    query, key and value lie in one tensor; or with `skip` in three, in rows that begin that many elements late, twice
-    and three times as many. What is in padding rows is NaN.
+    Args:
+        heads: of query and of key.
+        dtypes: of the states and of cos_sin.
+        skip: 0 if query, key and value are views of one tensor. Otherwise they are three tensors whose rows begin that
+            many elements late, twice and three times as many.
     """
     tokens, (query_heads, key_value_heads) = len(positions), heads
-    dtype, table_dtype = dtypes
+    dtype, angle_dtype = dtypes
     of_sequence = list(sequences or [0] * tokens)
     all_heads = query_heads + 2 * key_value_heads
     of_each = [query_heads, key_value_heads, key_value_heads]
     if skip:
         separate = [
-            draw.normal(tokens, number * skip + count * head_dim, dtype=dtype)[:, number * skip :]
-            for number, count in enumerate(of_each, 1)
+            draw.normal(tokens, index * skip + count * head_dim, dtype=dtype)[:, index * skip :]
+            for index, count in enumerate(of_each, 1)
         ]
     else:
         separate = list(
@@ -54,15 +57,15 @@ def build(
     for states in separate:
         states[[token for token in range(tokens) if positions[token] < 0]] = float("nan")
     query, key, value = (states.unflatten(1, (-1, head_dim)) for states in separate)
-    table = draw.normal(max(positions) + 1, head_dim, dtype=table_dtype)
+    cos_sin = draw.normal(max(positions) + 1, head_dim, dtype=angle_dtype)
     position_of, sequence_of = draw.exact(torch.tensor(positions)), draw.exact(torch.tensor(of_sequence))
     caches = [draw.empty(max(of_sequence) + 1, key_value_heads, slots, head_dim, dtype=dtype) for _ in range(2)]
     out = draw.empty(tokens, query_heads, head_dim, dtype=dtype)
     cached = [token for token in range(tokens) if positions[token] >= 0]
 
     def expected() -> dict[str, Expected]:
-        # The very bits: every step is rounded as plain torch rounds it.
-        used = table[position_of.clamp(min=0)]
+        # Equal bits: every step is rounded as plain torch rounds it.
+        used = cos_sin[position_of.clamp(min=0)]
         rotated_query, rotated_key = rotate(query, used), rotate(key, used)
         rotated_query[position_of < 0] = 0
         filled = [torch.full_like(cache, float("nan")) for cache in caches]
@@ -72,14 +75,14 @@ def build(
         names = ("out", "key_cache", "value_cache")
         return {name: Expected(tensor) for name, tensor in zip(names, (rotated_query, *filled), strict=True)}
 
-    # A padding row is read all the same.
+    # A padding row is also read.
     used_rows = len({positions[token] for token in cached})
     moved = tokens * (all_heads + query_heads) + len(cached) * 2 * key_value_heads
     return Call(
-        launch=lambda: rope_cache(out, query, key, value, table, position_of, sequence_of, *caches),
+        launch=lambda: rope_cache(out, query, key, value, cos_sin, position_of, sequence_of, *caches),
         outputs={"out": out, "key_cache": caches[0], "value_cache": caches[1]},
         expected=expected,
-        minimum_bytes=head_dim * (moved * dtype.itemsize + used_rows * table_dtype.itemsize) + 16 * tokens,
+        minimum_bytes=head_dim * (moved * dtype.itemsize + used_rows * angle_dtype.itemsize) + 16 * tokens,
     )
 
 
@@ -98,7 +101,7 @@ SMALL = [
     _case("f32, heads of 2", (1, 0, 3), (4, 1), 2, (F32, F32), 5, (1, 0, 1)),
 ]
 
-# Thousands of programs, whose traffic is that of the few above.
+# These have thousands of programs; their traffic is that of the few above.
 MODELS = [
     _case(
         f"{shape.name} 2048 tokens, {str(table)[6:]} table",

@@ -1,7 +1,8 @@
-"""Compile what launchers launch, for GPUs that are not there, and judge what came out: the gate.
+"""Compile the kernels of launchers for GPUs that are absent, and check the compiled code: the gate.
 
-The launchers themselves are called, on CPU tensors, with a stand-in for the driver that names the target: options that
-a launcher forgets are thus missing here too. A process that interprets kernels cannot compile them; see prover.py.
+The launchers themselves are called, on CPU tensors, with a stand-in for the driver that names the target, so that
+options that a launcher forgets are missing here too. A process that interprets kernels cannot compile them; see
+prover.py.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ GROUP_INSTRUCTIONS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
 
 class Driver:
-    """As much of a driver as a launch asks before it has a kernel."""
+    """The part of a driver that a launch calls before it has a kernel."""
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -49,7 +50,7 @@ class Driver:
 
 @contextmanager
 def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
-    """Within this context a launch compiles for `target` and runs nothing; the list gets every kernel."""
+    """Context manager: launches compile for `target` and run nothing; yields a list, to which every kernel is added."""
     kernels: list[CompiledKernel] = []
     run = JITFunction.run
 
@@ -63,15 +64,20 @@ def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the compiler made of one configuration of a kernel for one target.
+    """Facts about the code of one configuration of a kernel for one target.
 
-    configuration: the constants that the launcher chose. stack: bytes a thread. spills: instructions that access it.
-    shared: bytes a block. wide_loads and so on: instructions that move 16 bytes or more a thread (or whole tiles)
-    between global memory and registers or shared memory, narrow ones those that move less. matrix: instructions of
-    the matrix units, of the kind that the target should use, `matrix_instruction`. matrix_due: whether the kernel
-    multiplies matrices in a format that these take. in_flight: bytes that a block asks of global memory before it has
-    to wait (NVIDIA). fused: multiply-adds of float32 that round once. float_atomics: atomic operations on floating
-    point.
+    Attributes:
+        configuration: the constants that the launcher chose.
+        stack: bytes a thread.
+        spills: instructions that access the stack.
+        shared: bytes a block.
+        wide_loads, ...: instructions that move 16 bytes or more a thread (or whole tiles) between global memory and
+            registers or shared memory; narrow ones move less.
+        matrix: matrix instructions of the kind that the target should use, `matrix_instruction`.
+        matrix_due: whether the kernel multiplies matrices in a format that these take.
+        in_flight: bytes that a block requests from global memory before it waits (NVIDIA).
+        fused: float32 multiply-adds that round once.
+        float_atomics: atomic operations on floating point.
     """
 
     kernel: str
@@ -95,7 +101,7 @@ class Facts:
     float_atomics: int
 
     def faults(self) -> list[str]:
-        """Why a launcher must not choose this configuration."""
+        """The reasons why a launcher must not choose this configuration."""
         limit = LIMITS[self.target].shared_block
         verdicts = {
             f"{self.spills} accesses to spilled registers": self.spills > 0,
@@ -110,9 +116,9 @@ class Facts:
 
 
 def narrowed(kernels: Sequence[Mapping[str, Any]], on_sm_80: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the kernels of one call move 16 bytes at a time in the code for sm_80, but not in that for another target.
+    """The kernels of one call that move 16 bytes at a time in the code for sm_80, but not in that for another target.
 
-    Kernels by their facts, as in `as_json`.
+    Kernels are given by their facts, as in `as_json`.
     """
     return [
         f"no {kind} of 16 bytes, which sm_80 has"
@@ -122,7 +128,7 @@ def narrowed(kernels: Sequence[Mapping[str, Any]], on_sm_80: Sequence[Mapping[st
 
 
 def describe(kernel: CompiledKernel, target: str) -> Facts:
-    """Read the facts off a compiled kernel."""
+    """The facts about a compiled kernel."""
     constants = {
         kernel.src.fn.arg_names[path[0]]: value
         for path, value in kernel.src.constants.items()
@@ -141,12 +147,12 @@ def describe(kernel: CompiledKernel, target: str) -> Facts:
 
 
 def _short(value: Any) -> str:
-    # A tuple of dtypes prints as ['bf16', 'bf16'] or its like.
+    # A tuple of dtypes prints as ['bf16', 'bf16'] or similarly.
     return re.sub(r"triton\.language\.|[\"']|constexpr\[(.*?)\]", r"\1", str(value))
 
 
 def _multiplies_matrices(ttir: str) -> bool:
-    # Matrix units take float32 as TF32, if the kernel allows that.
+    # Matrix units take float32 as TF32, if the kernel allows it.
     products = re.findall(r"tt\.dot(?:_scaled)? .*", ttir)
     return any("xf32>" not in product.partition(" -> ")[0] or "tf32" in product for product in products)
 
@@ -159,13 +165,13 @@ def _nvidia(kernel: CompiledKernel, target: str) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
     usage = _cuobjdump("--dump-resource-usage", kernel.asm["cubin"])
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    # Those of a warp group take 64 rows or more of a product; for fewer, the instruction of a warp is what there is.
+    # Instructions of a warp group take 64 rows or more of a product; fewer rows need the instruction of a warp.
     grouped = _rows_of_products(kernel.asm["ttir"]) >= 64 and kernel.metadata.num_warps >= 4
     instruction = (GROUP_INSTRUCTIONS.get(target) if grouped else None) or "mma.sync"
     return {
         "registers": used["REG"],
         "stack": used["STACK"],
-        # Registers are spilled to the stack, so where there is none the slow disassembly is spared.
+        # Registers are spilled to the stack; without a stack, the slow disassembly is not needed.
         "spills": _count(disassembly(kernel), r"\b(?:LDL|STL)\b") if used["STACK"] else 0,
         **_widths("loads", ptx, r"\bld\.global\S*|\bcp\.async\S*\.shared\S*\.global[^;]*"),
         **_widths("stores", ptx, r"\bst\.global\S*|\bcp\.async\.bulk\S*\.global\S*\.shared\S*"),
@@ -178,7 +184,7 @@ def _nvidia(kernel: CompiledKernel, target: str) -> dict[str, Any]:
 
 
 def _in_flight(ptx: str, metadata: Any) -> int:
-    """Copies to shared memory fill all stages but the one in use; loads to registers wait at the end of their block."""
+    """Copies to shared memory fill all stages but the one in use; loads to registers wait at the end of a block."""
     copied = metadata.shared * (metadata.num_stages - 1) // metadata.num_stages if "cp.async" in ptx else 0
     straight = re.split(r"^\$?\w+:|\bbra\b|\bbar\.sync\b", ptx, flags=re.MULTILINE)
     bytes_of_a_thread = max(
@@ -224,8 +230,8 @@ def _amd(assembly: str) -> dict[str, Any]:
     }
 
 
-# What moves 16 bytes or more: of PTX, also asynchronously and by tiles (bulk). In AMD's assembly 8 bytes or more: a
-# wave has 64 lanes, so that its request, too, is of 512 bytes.
+# Instructions that move 16 bytes or more: in PTX, also asynchronously and by tiles (bulk). In AMD's assembly 8 bytes or
+# more: a wave has 64 lanes, so that its request is of 512 bytes, too.
 WIDE = re.compile(r"\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.|\.v4\.[bfu]64|\.b128|bulk|, (?:16|0x10)\b|dwordx[24]")
 
 
@@ -240,5 +246,5 @@ def _count(code: str, pattern: str) -> int:
 
 
 def as_json(facts: Facts) -> dict[str, Any]:
-    """The facts, and what the gate finds wrong with them."""
+    """The facts, and the faults that the gate finds."""
     return {**asdict(facts), "faults": facts.faults()}

@@ -1,10 +1,10 @@
-"""Compile what launchers launch and run the compiled PTX, on the very CPU tensors they are given.
+"""Compile the kernels of launchers and run the compiled PTX, on the CPU tensors that the launchers are given.
 
     with emulating("sm_80", reachable=tensors_that_tables_point_to) as executions:
         launcher(...)
     executions[0].counts.loads.sectors_per_request
 
-In a process that does not interpret kernels (no TRITON_INTERPRET): it could not compile them.
+For a process that does not interpret kernels (no TRITON_INTERPRET), because one that does cannot compile them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SCALARS = {"fp16": np.float16, "fp32": np.float32, "fp64": np.float64}
 
 @dataclass
 class Execution:
-    """One launch: its kernel, its grid, how many blocks of it ran, and what they did."""
+    """One launch: its kernel, its grid, how many of its blocks ran, and counts of their instructions."""
 
     name: str
     grid: Block
@@ -51,12 +51,15 @@ def emulating(
     reachable: Sequence[torch.Tensor] = (),
     edit: Callable[[str], str] | None = None,
 ) -> Iterator[list[Execution]]:
-    """Within this context a launch runs as PTX for `target`; the list gets what each one did.
+    """Context manager: launches run as PTX for `target`; yields a list, to which the execution of each is added.
 
-    ctas: from a grid to the blocks of it to run, instead of all. reachable: tensors that kernels find by addresses in
-    tables; those that are passed to a launch are known. edit: changes the PTX, to see that a mistake is found.
+    A launch raises Fault for an operation that a GPU would not do, or not reliably, and Unsupported for one that is not
+    emulated.
 
-    A launch raises Fault for what a GPU would not do, or not reliably, and Unsupported for what is not emulated.
+    Args:
+        ctas: takes a grid and returns the blocks to run, instead of all.
+        reachable: tensors that kernels reach by addresses in tables; those that are passed to a launch are known.
+        edit: changes the PTX, to test that a mistake is found.
     """
     executions: list[Execution] = []
     compile_or_run = JITFunction.run
@@ -91,7 +94,7 @@ def emulating(
 
 
 def _bound(function: JITFunction[Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name; options of the compiler are none of them."""
+    """The arguments by name, without the options of the compiler."""
     signature = inspect.signature(function.fn)
     bound = signature.bind(*arguments, **{name: value for name, value in named.items() if name in signature.parameters})
     bound.apply_defaults()
@@ -99,7 +102,7 @@ def _bound(function: JITFunction[Any], arguments: tuple[Any, ...], named: dict[s
 
 
 def _values(signature: dict[str, Any], bound: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(name, Triton's type, value) of all that is passed at run time, tuples taken apart."""
+    """(name, Triton's type, value) of all arguments at run time, tuples flattened."""
 
     def leaves(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
         if isinstance(kind, tuple):
@@ -113,7 +116,7 @@ def _values(signature: dict[str, Any], bound: dict[str, Any]) -> Iterator[tuple[
 
 
 def _parameters(program: Program, values: list[tuple[str, str, Any]]) -> dict[str, Any]:
-    """Parameters of the PTX as unsigned integers. Those at the end that Triton adds, for scratch memory, are null."""
+    """The parameters of the PTX as unsigned integers. Those that Triton adds for scratch memory, at the end, are 0."""
     parameters: dict[str, Any] = {}
     for (name, kind), (_, triton_type, value) in zip(program.parameters.items(), values, strict=False):
         parameters[name] = _encoded(triton_type, value, int(kind[1:]))

@@ -1,4 +1,4 @@
-"""What a case shows when its launch is carried out in some way: in the interpreter, or as emulated PTX."""
+"""The evidence that a case gives when its launch runs in the interpreter or as emulated PTX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Seen = TypeVar("Seen")
 
 @dataclass(frozen=True)
 class Evidence:
-    """error: the greatest of any output, as a share of its tolerance. ratio: bytes moved over the minimum."""
+    """error: the maximum error of the outputs, as a share of its tolerance. ratio: bytes moved over the minimum."""
 
     outputs: dict[str, Tensor]
     error: float
@@ -26,24 +26,24 @@ class Evidence:
 
 
 def interpreted(case: Case) -> Evidence:
-    """Carry out a case in the interpreter of this process, in which accesses that no tensor allows are faults."""
+    """Run a case in the interpreter of this process, which raises a fault for accesses outside of tensors."""
     call = case.build(Random())
-    traffic, error = _carried_out(call, Traffic(*call.reachable))
+    traffic, error = _run(call, Traffic(*call.reachable))
     moved = traffic.loaded + traffic.stored
     return Evidence(dict(call.outputs), error, moved / call.minimum_bytes if call.minimum_bytes else None)
 
 
 def emulated(case: Case, target: str) -> Evidence:
-    """Carry out a case as the PTX for `target`, in a process that does not interpret."""
+    """Run a case as the PTX for `target`, in a process that does not interpret."""
     from .emulator import emulating
 
     call = case.build(Random())
-    _, error = _carried_out(call, emulating(target, reachable=call.reachable))
+    _, error = _run(call, emulating(target, reachable=call.reachable))
     return Evidence(dict(call.outputs), error)
 
 
-def _carried_out(call: Call, surroundings: AbstractContextManager[Seen]) -> tuple[Seen, float]:
-    truths = call.expected()  # first, for a launch may change its inputs
+def _run(call: Call, surroundings: AbstractContextManager[Seen]) -> tuple[Seen, float]:
+    truths = call.expected()  # first, because a launch may change its inputs
     with surroundings as seen:
         call.launch()
     return seen, max(disagreement(call.outputs[name], truth) for name, truth in truths.items())

@@ -1,12 +1,12 @@
-"""Triton's interpreter (3.6 to 3.9), made to give what a GPU gives.
+"""Triton's interpreter (3.6 to 3.9), corrected to compute as a GPU does.
 
-`install()` replaces, for the life of the process, what CORRECTIONS lists. Kernels then compute in bfloat16 as a GPU
-does, tensor cores read TF32, functions of libdevice and inline PTX work (see intrinsics.py), so do autotuned kernels,
-`tl.device_assert` and the check for overflow of int32 are on, and reductions by a function of one's own take
-logarithmically many calls of it instead of one an element.
+`install()` replaces, for the life of the process, the methods that CORRECTIONS lists. Kernels then compute in bfloat16
+as a GPU does, tensor cores read TF32, functions of libdevice and inline PTX work (see intrinsics.py), as do autotuned
+kernels, `tl.device_assert` and the check for overflow of int32 are on, and reductions by a custom function take a
+logarithmic count of calls instead of one an element.
 
-What stays different: the order of sums, the last bits of exp, log, sin and their like, and that programs run one after
-another.
+Differences that remain: the order of sums, the last bits of exp, log, sin and similar functions, and that programs run
+one after another.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _values(handle: TensorHandle) -> NDArray[Any]:
 
 
 def _handle(values: Any, dtype: tl.dtype) -> TensorHandle:
-    """Values, of any type, as an operand of type `dtype`, rounded once."""
+    """An operand of type `dtype` from values of any type, rounded once."""
     values = np.asarray(values)
     if dtype.scalar != tl.bfloat16:
         return TensorHandle(values.astype(_get_np_dtype(dtype), copy=False), dtype.scalar)
@@ -111,7 +111,7 @@ def _cast_rounding(
 
 
 def _through_float32(stock: Any, builder: InterpreterBuilder, *operands: Any) -> TensorHandle:
-    """24 bits are more than 2 * 8 + 2: sums, products and quotients rounded twice are as if rounded once."""
+    """bfloat16 arithmetic in float32. As 24 bits are more than 2 * 8 + 2, rounding twice equals rounding once."""
     if not any(map(_is_bfloat16, operands)):
         return stock(builder, *operands)
     result = stock(builder, *(_handle(_values(each), tl.float32) if _is_bfloat16(each) else each for each in operands))
@@ -149,10 +149,10 @@ def _dot(
 ) -> TensorHandle:
     """a @ b + c; the products are summed in float64 and rounded to float32 once, then c is added.
 
-    Not in float32 by BLAS, whose order of sums goes by where a row lies in a block and by the processor.
+    BLAS in float32 would have an order of sums that depends on the row and on the processor.
 
-    Triton hands float32 to tensor cores as it is (no cvt.tf32 in the PTX for sm_80, sm_90 and sm_100), and these read
-    the upper 19 bits. tf32x3 and bf16x3 are taken for float32, whose accuracy they approach.
+    Triton passes float32 to tensor cores unchanged (no cvt.tf32 in the PTX for sm_80, sm_90 and sm_100), and these read
+    the upper 19 bits. tf32x3 and bf16x3 are computed in float32, whose accuracy they approach.
     """
     if not {a.dtype.scalar, b.dtype.scalar} <= {tl.bfloat16, tl.float16, tl.float32}:
         return stock(builder, a, b, c, precision, *rest)
@@ -181,7 +181,7 @@ def _atomic(
     )
     before = np.zeros(addresses.shape, np.uint16)
     lanes = np.flatnonzero(active)
-    while lanes.size:  # each time round, the first of the lanes left at each address
+    while lanes.size:  # each iteration handles the first of the lanes left at each address
         first = np.unique(addresses[lanes], return_index=True)[1]
         turn = lanes[first]
         where, all_on = np.ascontiguousarray(addresses[turn]), np.ones(turn.shape, bool)
@@ -191,7 +191,7 @@ def _atomic(
     return TensorHandle(before.reshape(pointers.data.shape), tl.bfloat16)
 
 
-# Functions that numpy stands in for.
+# Functions that numpy computes.
 
 
 def _extern(
@@ -224,7 +224,7 @@ def _computed(function: Function, operands: Sequence[TensorHandle], result: tl.d
 
 
 def _interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of libdevice that is called without the compiler; Triton's own dispatch by dtype ends in _extern."""
+    """A function of libdevice in the interpreter; Triton's own dispatch by dtype ends in _extern."""
     return lambda *arguments: function(*arguments, _semantic=stock_interpreter.interpreter_semantic)
 
 
@@ -270,7 +270,7 @@ def _condition(value: Any) -> Any:
 
 
 def _boolean(method: str, *operands: Callable[[], Any]) -> Any:
-    """Constants cut the evaluation short, as in the compiler; tensors do not."""
+    """`and` and `or`: constants short-circuit the evaluation, as in the compiler; tensors do not."""
     tensors: list[tl.tensor] = []
     for operand in operands:
         value = operand()
@@ -314,7 +314,7 @@ def _languages(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def _run_once(launch: Callable[[], Any], quantiles: Sequence[float]) -> list[float]:
-    """Instead of a benchmark: every configuration runs, none is faster, the first is taken."""
+    """Replaces a benchmark: every configuration runs, and the first is chosen."""
     launch()
     return [1.0] * len(quantiles)
 

@@ -1,7 +1,7 @@
-"""What kernels call by name and the interpreter does not know: functions of libdevice and inline PTX, in numpy.
+"""Functions of libdevice and inline PTX, which the interpreter does not know, in numpy.
 
-Functions get float64 and may give float64 back: the interpreter rounds to the type of the call. A GPU approximates
-where this is exact; `tanh.approx.f32` is off by up to 2^-11 of the value, `ex2.approx.f32` by 2^-22.5.
+Functions take float64 and may return float64: the interpreter rounds to the type of the call. A GPU approximates
+where these are exact; `tanh.approx.f32` is off by up to 2^-11 of the value, `ex2.approx.f32` by 2^-22.5.
 """
 
 from __future__ import annotations

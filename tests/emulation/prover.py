@@ -1,9 +1,9 @@
-"""The half of a proof that needs a process without the interpreter: compile, emulate, predict.
+"""The part of a proof that needs a process without the interpreter: compile, emulate, predict.
 
 `start` runs this module as such a process. It writes FOLDER/facts.json, and for each emulated case a file with its
-outputs. quick, a part of the tests: what Gemma-2 launches compiled for two targets, SMALL emulated for sm_80. full:
-every case compiled for every target, emulated for every target of NVIDIA whose instructions the emulator knows, and
-predicted.
+outputs. The mode "quick", for the tests, compiles the launches of Gemma-2 for two targets and emulates SMALL for
+sm_80. "full" compiles every case for every target, emulates it for every target of NVIDIA whose instructions the
+emulator knows, and predicts its time.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ Record = dict[str, Any]
 
 
 def start(mode: str, folder: Path) -> subprocess.Popen[str]:
-    """Begin in the background; `finished` waits for it, `stop` ends it with its own processes."""
+    """Start the process in the background; `finished` waits for it, `stop` ends it and its own processes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}  # there is a process a core
+    environment |= {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}  # one process a core
     environment.setdefault("TRITON_CACHE_DIR", str(ROOT / ".triton-cache"))
     command = [sys.executable, "-m", "emulation.prover", mode, str(folder)]
     return subprocess.Popen(
@@ -53,14 +53,14 @@ def start(mode: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """Leave nothing running, finished or not."""
+    """End the process and its own processes, whether they have finished or not."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def finished(process: subprocess.Popen[str], folder: Path) -> dict[str, list[Record]]:
-    """What the process found. Raises RuntimeError if it came to grief."""
+    """The facts that the process found. Raises RuntimeError if it failed."""
     _, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"the prover failed: {errors[-4000:]}")
@@ -68,7 +68,7 @@ def finished(process: subprocess.Popen[str], folder: Path) -> dict[str, list[Rec
 
 
 def failures(facts: Mapping[str, Sequence[Record]]) -> dict[tuple[str, str], list[str]]:
-    """By op and target ("": all): jobs that failed, and what the compile gate does not let through."""
+    """Jobs that failed and faults of the compile gate, by op and target ("": all targets)."""
     found: dict[tuple[str, str], list[str]] = {}
     for record in (record for records in facts.values() for record in records):
         for key in ("failed", "fault"):
@@ -108,7 +108,7 @@ def _launched(record: Record, case: Case) -> list[Record]:
 
 
 def compile_op(op: str, target: str, names: Sequence[str]) -> Record:
-    """The facts of every kernel that the named cases of an op launch, and for each case which of these they are."""
+    """The facts about every kernel that the named cases of an op launch, and for each case the names of its kernels."""
     facts: dict[str, Facts] = {}
     launched: dict[str, Record] = {}
     for case in _cases(op):
@@ -129,7 +129,7 @@ def compile_op(op: str, target: str, names: Sequence[str]) -> Record:
 
 
 def emulate_case(op: str, name: str, target: str, file: Path) -> Record:
-    """How far the outputs of a case's PTX are from the truth; the outputs themselves go to `file`."""
+    """The error of the outputs of a case's PTX; the outputs are written to `file`."""
     record = {"op": op, "case": name, "target": target}
     try:
         evidence = emulated(_case(op, name), target)
@@ -142,7 +142,7 @@ def emulate_case(op: str, name: str, target: str, file: Path) -> Record:
 
 
 def predict_case(op: str, name: str) -> Record:
-    """Times of a case on every machine, from a few emulated blocks of its launches."""
+    """Predicted times of a case on every machine, from a few emulated blocks of its launches."""
     case = _case(op, name)
     facts, executions = _sample(case, "sm_80")
     assert executions is not None
@@ -165,7 +165,7 @@ def predict_case(op: str, name: str) -> Record:
 
 
 def _sample(case: Case, target: str, like: Sequence[Facts] | None = None) -> tuple[list[Facts], list[Execution] | None]:
-    """Facts of a case's launches, and what a few blocks did: None if that is as for `like`, or cannot be emulated."""
+    """Facts about a case's launches, and counts of a few blocks: None if equal to those of `like`, or not emulated."""
     call = case.build(Blank())
     with compiling_for(target) as kernels:
         call.launch()
@@ -220,7 +220,7 @@ def _case(op: str, name: str) -> Case:
 
 
 def _attempt(job: partial[Record]) -> Record:
-    """A job that fails must not take the others along; its record says so, and counts as a failure."""
+    """Run a job. If it fails, the others go on, and its record counts as a failure."""
     started = time.perf_counter()
     try:
         with warnings.catch_warnings():
@@ -233,7 +233,7 @@ def _attempt(job: partial[Record]) -> Record:
 
 
 def prove(mode: str, folder: Path) -> dict[str, list[Record]]:
-    """Do all jobs of a mode and gather what they found, by kind."""
+    """Run all jobs of a mode and collect their records, by kind."""
     folder.mkdir(parents=True, exist_ok=True)
     ops = list(dict.fromkeys(case.op for case in SMALL + MODELS))
     quick = mode == "quick"
@@ -253,7 +253,7 @@ def prove(mode: str, folder: Path) -> dict[str, list[Record]]:
         "predicted": [] if quick else [partial(predict_case, case.op, case.name) for case in MODELS],
     }
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        # Those that take longest first: what is left at the end then fits both processes.
+        # The longest first, so that both processes end at about the same time.
         running = {kind: list(map(partial(pool.submit, _attempt), jobs[kind])) for kind in reversed(jobs)}
         return {kind: [each.result() for each in running[kind]] for kind in jobs}
 

@@ -1,7 +1,7 @@
-"""Reductions and scans of the interpreter, by halves as on a GPU; stock calls the function once an element.
+"""Reductions and scans of the interpreter, by halves as on a GPU.
 
-Stock knows sum, min, max, cumsum and cumprod by name and gives them to numpy, codes of bfloat16 too. Those go the
-general way here, in which every step rounds, as on a GPU.
+Triton's stock interpreter calls the function once an element, and passes sum, min, max, cumsum and cumprod to numpy,
+also for codes of bfloat16. Here those take the general way, in which every step rounds, as on a GPU.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def generic_scan(stock: Stock, scan: ScanOps, tensors: Sequence[tl.tensor]) -> l
     arrays = [np.moveaxis(tensor.handle.data, scan.axis, 0) for tensor in tensors]
     step = 1
     while step < len(arrays[0]):
-        # Hillis and Steele. Rolled, and cut afterwards, because the size of a block has to be a power of two.
+        # Hillis and Steele. Rolled, and cut afterwards, because the size of a block must be a power of two.
         earlier = [np.roll(array, step, axis=0) for array in arrays]
         combined = _combined(scan, dtypes, earlier, arrays)
         arrays = [np.concatenate([old[:step], new[step:]]) for old, new in zip(arrays, combined, strict=True)]

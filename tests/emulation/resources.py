@@ -1,4 +1,4 @@
-"""What GPUs have: limits that compiled kernels must keep, and peaks from which a roofline is predicted.
+"""Resources of GPUs: limits of compiled kernels, and peaks from which a roofline is predicted.
 
 Sources. Limits, and results a clock cycle of a multiprocessor: NVIDIA, CUDA C++ Programming Guide 13, "Technical
 Specifications per Compute Capability" and "Throughput of Native Arithmetic Instructions"; AMD, "CDNA 3 Instruction Set
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one multiprocessor, and of one block on it. shared: bytes; warps, blocks: resident at a time."""
+    """Limits of a multiprocessor and of a block on it. shared: bytes; warps, blocks: resident at a time."""
 
     shared_block: int
     shared_multiprocessor: int
@@ -37,8 +37,13 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """bandwidth: of DRAM, bytes a second. tensor: operations a second on matrices of bfloat16. fp32: operations a
-    second, two for a multiply-add. *_lanes: results a clock cycle of a multiprocessor.
+    """A GPU.
+
+    Attributes:
+        bandwidth: of DRAM, bytes a second.
+        tensor: operations a second on matrices of bfloat16.
+        fp32: operations a second, two for a multiply-add.
+        *_lanes: results a clock cycle of a multiprocessor.
     """
 
     name: str
@@ -53,7 +58,7 @@ class Machine:
 
     @property
     def clock(self) -> float:
-        """In Hz: the one at which the float32 units have their peak."""
+        """The clock rate in Hz at which the float32 units have their peak."""
         return self.fp32 / (2 * self.fp32_lanes * self.multiprocessors)
 
     @property

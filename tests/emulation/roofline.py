@@ -1,19 +1,19 @@
-"""How long a launch would take at best, predicted from its compiled code: a roofline, not a measurement.
+"""The minimum time of a launch, predicted from its compiled code: a roofline, not a measurement.
 
-A launch takes as long as the resource that it keeps busy longest:
+The time of a launch is that of the resource that it keeps busy longest:
 
     dram      the bytes of the contract, times the traffic that the interpreter counted
-    l2        32-byte sectors that blocks ask for, 64 bytes a cycle for a multiprocessor
+    l2        32-byte sectors that blocks request, 64 bytes a cycle for a multiprocessor
     tensor    operations of matrix instructions, masked and padded ones included
     fp32, fp64, special (ex2, rcp, rsqrt ...)    results of their units
     issue     instructions, four a cycle for a multiprocessor
     shared    passes over shared memory, one a cycle for a multiprocessor
 
-DRAM is shared by all; of the others each multiprocessor has its own, so the one that gets most blocks decides. DRAM
-gives its rate only if enough bytes are under way (Little's law): what a block asks for before it has to wait, times
-the blocks that registers, warps and shared memory let in (idle ones count as if they asked, too). Counts are of
-blocks that were emulated, of PTX, not of the instructions of the machine. Caches are cold; the time from host to GPU
-is left out (see LAUNCH); latencies other than DRAM's are taken to be hidden.
+All multiprocessors share the DRAM; each has its own units for the rest, so the multiprocessor with the most blocks
+decides. DRAM reaches its rate only if enough bytes are in flight (Little's law): the bytes that a block requests before
+it waits, times the blocks that fit by registers, warps and shared memory (idle blocks are counted, too). Counts are
+those of emulated blocks, of PTX, not of machine instructions. Caches are cold; the time from host to GPU is left out
+(see LAUNCH); latencies other than that of DRAM are assumed to be hidden.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ATTAINABLE_TENSOR = 0.80
 
 LATENCY = 600e-9  # of DRAM under load, seconds; an assumption for all four machines
 LAUNCH = 3e-6  # from launch to launch of a stream, seconds, where no CUDA graph is used; in no fraction
-# Blocks that are emulated of a launch: more, where that takes few instructions, in warps. Idle blocks are quick.
+# Blocks of a launch to emulate: more if they take few warp instructions. Idle blocks are quick.
 SAMPLES = (5, 25, 125, 625)
 MOST_INSTRUCTIONS = 20_000
 
@@ -47,7 +47,7 @@ Block = tuple[int, int, int]
 
 
 def sampled(count: int) -> Callable[[Block], Collection[Block]]:
-    """From a grid to some `count` blocks that stand for it: the middles of as many equal parts of each axis."""
+    """A function from a grid to about `count` blocks that represent it: the middles of equal parts of each axis."""
 
     def blocks(grid: Block) -> Collection[Block]:
         x, y, z = grid
@@ -65,7 +65,7 @@ def sampled(count: int) -> Callable[[Block], Collection[Block]]:
 
 @dataclass(frozen=True)
 class Work:
-    """What all blocks of a launch do. fp32, fp64, special: results of a thread; issue: instructions of a warp."""
+    """The work of all blocks of a launch. fp32, fp64, special: results of a thread; issue: instructions of a warp."""
 
     blocks: int
     l2_bytes: float
@@ -78,10 +78,10 @@ class Work:
 
 
 def work(counts: Counts, ran: int, blocks: int, by_groups: bool = False) -> Work:
-    """From the counts of `ran` blocks, which stand for all `blocks`.
+    """The work of all `blocks`, from the counts of `ran` blocks that represent them.
 
     by_groups: the counts are of code for sm_80, but the code to predict multiplies by groups of warps: these read
-    shared memory themselves, at the pace of the matrix units, and one instruction does the work of many.
+    shared memory themselves, at the rate of the matrix units, and one instruction does the work of many.
     """
     scale = blocks / ran
     replaced = {
@@ -114,7 +114,7 @@ def _unit(opcode: str) -> str | None:
 
 
 def resident_blocks(limits: Limits, registers: int, shared: int, warps: int) -> int:
-    """Blocks that a multiprocessor holds at a time; 0: it cannot hold one.
+    """Blocks that fit on a multiprocessor at a time; 0 if none fits.
 
     CUDA's rules: each of four partitions has 16,384 registers and gives them to a warp by 256; a block takes shared
     memory by 128 bytes and 1 KiB more, for the system.
@@ -128,9 +128,12 @@ def resident_blocks(limits: Limits, registers: int, shared: int, warps: int) -> 
 
 @dataclass(frozen=True)
 class Prediction:
-    """seconds: without the time to launch. parts: seconds of each resource, the greatest of which `bound` names.
+    """A predicted time.
 
-    resident: blocks on a multiprocessor at a time.
+    Attributes:
+        seconds: without the time to launch.
+        parts: seconds of each resource; `bound` names the one with the maximum.
+        resident: blocks on a multiprocessor at a time.
     """
 
     seconds: float
@@ -140,12 +143,12 @@ class Prediction:
 
 
 def predict(machine: Machine, facts: Facts, work: Work, dram_bytes: float) -> Prediction:
-    """One launch of the code that `facts` describe, which is for the machine's target."""
+    """Predict one launch of the code that `facts` describes, which is for the machine's target."""
     resident = resident_blocks(machine.limits, facts.registers, facts.shared, facts.warps)
     if resident == 0:
         raise ValueError(f"{facts} does not fit on a {machine.name}")
     under_way = min(work.blocks, resident * machine.multiprocessors) * max(facts.in_flight, 1)
-    # As if the work of all blocks were that of the blocks on the busiest multiprocessor, times the multiprocessors.
+    # The work of all blocks is taken as that of the busiest multiprocessor, times the multiprocessors.
     uneven = math.ceil(work.blocks / machine.multiprocessors) * machine.multiprocessors / work.blocks
     cycles = machine.clock * machine.multiprocessors / uneven
     parts = {
@@ -165,7 +168,7 @@ def predict(machine: Machine, facts: Facts, work: Work, dram_bytes: float) -> Pr
 def predict_call(
     machine: Machine, facts: Sequence[Facts], works: Sequence[Work], dram_bytes: float
 ) -> tuple[float, Prediction]:
-    """(seconds of all launches of a call, the prediction of the longest). Sectors share out the bytes among them."""
+    """The seconds of all launches of a call, and the prediction of the longest. Bytes are divided by sectors."""
     asked = sum(work.l2_bytes for work in works)
     predictions = [
         predict(machine, each, work, dram_bytes * work.l2_bytes / asked)
@@ -175,5 +178,5 @@ def predict_call(
 
 
 def roof(machine: Machine, minimum_bytes: int, operations: int) -> float:
-    """The least seconds that the contract of an op allows, at the published peaks."""
+    """The minimum seconds that the contract of an op allows, at the published peaks."""
     return max(minimum_bytes / machine.bandwidth, operations / machine.tensor)

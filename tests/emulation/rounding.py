@@ -1,4 +1,4 @@
-"""What a GPU does to the bits of numbers, in numpy: bfloat16, TF32 and sums that round once."""
+"""The rounding of a GPU, in numpy: bfloat16, TF32 and sums that round once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cut_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def cut_to_tf32(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """float32 without its last 13 bits, towards zero: what a tensor core reads of a float32."""
+    """float32 without its last 13 bits, towards zero: the bits of a float32 that a tensor core reads."""
     bits = np.ascontiguousarray(values).view(np.uint32).reshape(values.shape)
     return np.where(np.isnan(values), values, (bits & np.uint32(0xFFFFE000)).view(np.float32))
 
@@ -52,7 +52,7 @@ def narrow_to_odd(values: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def multiply_add(x: Floats, y: Floats, z: Floats) -> NDArray[np.float64]:
-    """x * y + z of values that float32 holds, so that rounding it to float32 or less rounds the exact result once.
+    """x * y + z of float32 values, such that rounding it to float32 or less rounds the exact result once.
 
     The product of two float32 is exact in float64, Knuth's two-sum yields the error of the addition, and where there
     is one, the sum is rounded to odd.

@@ -1,16 +1,16 @@
-"""Count the bytes that kernels ask of memory under the interpreter, and refuse those they have no business with.
+"""Count the bytes that kernels move under the interpreter, and refuse accesses that no correct kernel makes.
 
     with Traffic(*tensors) as traffic:
         launcher(...)
     traffic.loaded, traffic.stored, traffic.launches
 
-`tensors` are those that kernels reach by addresses from a table; what is passed to a launch is added by itself. Lanes
+`tensors` are those that kernels reach by addresses from a table; tensors that are passed to a launch are known. Lanes
 that are masked off count nothing. A byte that is loaded, or stored, several times in a launch counts once, as if caches
-were endless. Raised, as a Fault:
+were infinite. Fault is raised for:
 
 - an access outside the elements of these tensors, gaps of strided ones included (but neighbours in memory look like
   one tensor);
-- a byte that two programs of a launch store, by whichever values, unless by atomics.
+- a byte that two programs of a launch store, with any values, unless by atomics.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Fault(AssertionError):
 
 
 class Intervals(NamedTuple):
-    """[starts[i], ends[i]) of addresses: ascending, apart from each other."""
+    """Ranges of addresses [starts[i], ends[i]), ascending and not adjacent."""
 
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
@@ -49,7 +49,7 @@ class Intervals(NamedTuple):
 
 @dataclass
 class Launch:
-    """loaded, stored: bytes, each once. requested_*: those of all lanes. atomics: read-modify-writes of an element."""
+    """One launch. loaded, stored: bytes, each once. requested_*: bytes of all lanes. atomics: read-modify-writes."""
 
     kernel: str
     programs: int = 0
@@ -61,7 +61,7 @@ class Launch:
 
 
 class Traffic:
-    """kernels: a record of every launch. loaded, stored, requested_loaded, requested_stored, atomics: their sums."""
+    """Counts of all launches. kernels: the record of each. The other attributes are their sums."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self.kernels: list[Launch] = []
@@ -82,7 +82,7 @@ class Traffic:
                 self._patches.enter_context(mock.patch.object(owner, name, watched))
 
         watch(GridExecutor, "__call__", self._launch)
-        watch(InterpreterBuilder, "create_masked_load", self._load)  # those without a mask and by descriptor, too
+        watch(InterpreterBuilder, "create_masked_load", self._load)  # also loads without a mask and by descriptor
         watch(InterpreterBuilder, "create_masked_store", self._store)
         watch(InterpreterBuilder, "create_atomic_rmw", self._atomic)
         watch(InterpreterBuilder, "create_atomic_cas", self._compare_and_swap)
@@ -158,7 +158,7 @@ class Traffic:
         return stock(builder, pointers, expected, value, *rest)
 
     def _access(self, kind: str, builder: InterpreterBuilder, pointers: Any, mask: Any) -> tuple[int, Intervals]:
-        """The bytes of all lanes, and where they are. Raises if no tensor has some of them."""
+        """The bytes of all lanes, and their addresses. Raises Fault for bytes outside of all tensors."""
         itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         addresses = pointers.data.ravel()
         if mask is not None:
@@ -190,7 +190,7 @@ class _Reach:
         return (number >= 0) & (intervals.ends <= self._all.ends[number])
 
     def place(self, address: int) -> str:
-        """`address` in words, by the nearest tensor."""
+        """`address` in words, relative to the nearest tensor."""
         if not self._elements:
             return f"address {address:#x}, and no tensor was passed"
 
@@ -213,7 +213,7 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _elements(tensor: torch.Tensor) -> Intervals:
-    """The bytes of a tensor's elements; from the innermost dimension on, those without gaps make one run."""
+    """The bytes of a tensor's elements; inner dimensions without gaps are one range."""
     run = tensor.element_size()
     starts = np.array([tensor.data_ptr()])
     steps = [stride * tensor.element_size() for stride in tensor.stride()]
@@ -226,14 +226,14 @@ def _elements(tensor: torch.Tensor) -> Intervals:
 
 
 def _intervals(addresses: NDArray[np.int64], itemsize: int) -> Intervals:
-    """Where accesses of `itemsize` bytes lie. Those of a block mostly ascend, one after another."""
+    """The ranges of accesses of `itemsize` bytes. Those of a block are mostly adjacent and ascending."""
     if addresses.size > 1 and (addresses[1:] - addresses[:-1] == itemsize).all():
         return Intervals(addresses[:1], addresses[-1:] + itemsize)
     return _union([Intervals(addresses, addresses + itemsize)])
 
 
 def _union(parts: Sequence[Intervals]) -> Intervals:
-    """What any part holds; the parts need not be in order, but each start before its end."""
+    """The union of the parts, which need not be in order; each must start before it ends."""
     empty = np.zeros(0, np.int64)
     starts = np.concatenate([empty, *(part.starts for part in parts)])
     ends = np.concatenate([empty, *(part.ends for part in parts)])

@@ -16,7 +16,7 @@ from arcmerge.ops import lm_head_argmax, lm_head_logits, lm_head_logprob, lm_hea
 from arcmerge.ops.gumbel import gumbel
 from arcmerge.ops.lm_head_sample import _likely, kept
 from cases.case import Random
-from cases.lm_head import exact_scores, first_greatest, operands, seen_bits
+from cases.lm_head import exact_scores, first_maximum, operands, seen_bits
 from operands import BF16, F32, every_variant, normal, same_bits, using
 
 dtypes = pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -208,7 +208,7 @@ def test_draws_follow_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn, steps = torch.full((64,), -1), torch.arange(64)
     _C.lm_head_draw(drawn.data_ptr(), scores.data_ptr(), 64, 4096, 9, steps.data_ptr())
     noisy = (scores + gumbel(9, steps[:, None], torch.arange(4096))).double()
-    assert torch.equal(drawn, first_greatest(noisy, torch.full_like(noisy, 2.0**-21)).value)
+    assert torch.equal(drawn, first_maximum(noisy, torch.full_like(noisy, 2.0**-21)).value)
 
 
 def test_wrong_calls_are_refused_in_a_sentence() -> None:
