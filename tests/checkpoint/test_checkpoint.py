@@ -59,7 +59,7 @@ def entry(dtype: Any = "F16", shape: Any = (2,), offsets: Any = (0, 4)) -> dict[
 
 
 @pytest.mark.parametrize("form", ["index", "no index", "single file"])
-def test_reads_what_safetensors_wrote(tmp_path: Path, form: str) -> None:
+def test_files_of_the_safetensors_library_are_read(tmp_path: Path, form: str) -> None:
     folder = write_model(tmp_path, index=form == "index")
     if form == "single file":
         for file in SHARDS:

@@ -36,7 +36,7 @@ def http_error(kind: type[errors.HfHubHTTPError], message: str = "refused") -> E
 
 
 @pytest.mark.parametrize("name", ["plain", "with+plus@at", "two words"])
-def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_local_folder_is_used_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -48,7 +48,7 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("path", ["./x", "../x", "/no/such", "a/b/c", "~/no-such-model", "a b", "owner/"])
-def test_a_path_without_folder_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+def test_a_path_without_a_folder_is_not_searched_on_the_hub(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     calls = replace_download(monkeypatch, ValueError())
     with pytest.raises(ArcmergeError) as caught:
         locate(path)
@@ -115,7 +115,7 @@ def test_each_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Except
     assert "\n" not in str(caught.value)
 
 
-def test_offline_for_real(tmp_path: Path) -> None:
+def test_the_hub_client_offline(tmp_path: Path) -> None:
     code = "import sys; from arcmerge.checkpoint.hub import locate; locate('owner/no-such-model', None, sys.argv[1])"
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],

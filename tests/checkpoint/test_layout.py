@@ -1,4 +1,4 @@
-"""Shards: order, sizes, headers that the safetensors library accepts, and the sizes a user may write."""
+"""Shards: their order and sizes, headers that the safetensors library accepts, and the sizes that users may give."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write(folder: Path, laid_out: Shard) -> Path:
     return path
 
 
-def test_natural_order_puts_the_embedding_first_and_layers_by_number() -> None:
+def test_natural_order_puts_the_embedding_first_and_layers_by_index() -> None:
     ordered = [
         "model.embed_tokens.weight",
         "model.layers.0.self_attn.q_proj.weight",
@@ -96,7 +96,7 @@ def test_shards_hold_every_tensor_once_within_the_size_and_aligned(
 
 @settings(deadline=None, max_examples=40)
 @given(tensors=TENSORS, shard_bytes=st.integers(-1, 3000))
-def test_what_we_lay_out_is_read_by_us(
+def test_a_layout_is_read_by_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, tensors: tuple[OutputTensor, ...], shard_bytes: int
 ) -> None:
     folder = tmp_path_factory.mktemp("out")
@@ -108,7 +108,7 @@ def test_what_we_lay_out_is_read_by_us(
         ]
 
 
-def test_what_we_lay_out_is_read_by_safetensors(tmp_path: Path) -> None:
+def test_a_layout_is_read_by_the_safetensors_library(tmp_path: Path) -> None:
     tensors = [
         OutputTensor("model.norm.weight", F32, (3,)),
         OutputTensor("model.layers.10.w", F16, (5, 1)),
@@ -134,7 +134,7 @@ def test_a_larger_tensor_has_its_own_shard() -> None:
     assert [[entry.nbytes for entry in laid_out.entries] for laid_out in shards] == [[10], [500], [50, 50], [1]]
 
 
-def test_two_tensors_of_one_name_are_refused() -> None:
+def test_two_tensors_with_the_same_name_are_refused() -> None:
     with pytest.raises(ValueError, match="one name"):
         shard([OutputTensor("w", F16, (1,)), OutputTensor("w", F32, (1,))], 0)
 
@@ -167,6 +167,6 @@ def test_sizes(text: str | int, size: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "B", "five", "5GiB", "-2", -5, "1.5", "0.0001K", "5 5", "1e9", "nan", "9" * 400, "٣M"]
 )
-def test_nonsense_sizes(text: str | int) -> None:
+def test_wrong_sizes(text: str | int) -> None:
     with pytest.raises(ArcmergeError, match="'out_shard_size' must be a number of bytes such as 5B"):
         parse_size(text)

@@ -1,4 +1,4 @@
-"""The output folder: complete or not at all, and nothing of the user's is ever lost."""
+"""The output folder appears complete or not at all, and no file of the user is ever lost."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_an_interrupted_run_leaves_the_older_output(tmp_path: Path, interruption
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_waits_until_the_older_output_is_cleared(
+def test_an_interrupt_waits_until_the_older_output_is_removed(
     tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = fill(tmp_path / "out", OLDER)
@@ -106,7 +106,7 @@ def test_an_interrupted_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_another_run_clears_before_it_is_locked_is_made_again(
+def test_a_folder_that_another_run_removes_before_it_is_locked_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flock, cleared = output_folder.fcntl.flock, []
@@ -190,7 +190,7 @@ def test_a_killed_run_leaves_the_older_output_and_the_next_run_removes_the_rest(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_neighbour_with_a_longer_name_is_not_cleared(tmp_path: Path) -> None:
+def test_a_folder_with_a_longer_name_is_not_removed(tmp_path: Path) -> None:
     neighbour = fill(tmp_path / ".out.other.partial-1234", NEWER)
     with OutputFolder(tmp_path / "out"):
         assert read(neighbour) == NEWER
@@ -215,7 +215,7 @@ def test_a_neighbour_with_a_longer_name_is_not_cleared(tmp_path: Path) -> None:
     ],
     ids=["unknown file", "a recipe", "json only", "weights", "fine-tune", "adapter", "trained here"],
 )
-def test_a_folder_that_is_no_output_is_refused(tmp_path: Path, files: dict[str, bytes], sentence: str) -> None:
+def test_a_folder_that_is_not_an_output_is_refused(tmp_path: Path, files: dict[str, bytes], sentence: str) -> None:
     target = fill(tmp_path / "out", files)
     with pytest.raises(ArcmergeError) as caught:
         OutputFolder(target)
@@ -260,7 +260,7 @@ def test_an_output_of_mergekit_is_replaced_unless_a_model_was_saved_over_it(
         assert read(target) == NEWER
 
 
-def test_the_disk_must_have_room(tmp_path: Path) -> None:
+def test_the_disk_must_have_enough_space(tmp_path: Path) -> None:
     with pytest.raises(ArcmergeError, match=r"must have 1,000,000,000,000\.0 MB free for the output, got .* MB"):
         OutputFolder(tmp_path / "out", nbytes=10**18)
     assert not list(tmp_path.iterdir())

@@ -41,7 +41,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def refuse_direct(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    """Makes the system refuse direct writes: as the flag is set, or as some network file systems do, at the write."""
+    """Make the system refuse direct writes: when the flag is set, or at the write, as some network file systems do."""
     set_flags, pwrite = fcntl.fcntl, os.pwrite
 
     def fcntl_refusing(file: int, command: int, flags: int = 0) -> Any:
@@ -62,7 +62,7 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
 
 @pytest.mark.parametrize("nbytes", [1, BLOCK - 1, BLOCK, BLOCK + 1, PIECE, 3 * PIECE, 3 * PIECE + BLOCK + 17])
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
-def test_bytes_arrive(tmp_path: Path, nbytes: int, backwards: bool) -> None:
+def test_bytes_are_written(tmp_path: Path, nbytes: int, backwards: bool) -> None:
     data = content(nbytes)
     with ShardFile(tmp_path / "shard", nbytes) as file:
         write_pieces(file, data, lambda starts: starts[:: -1 if backwards else 1])
@@ -82,7 +82,7 @@ def test_falls_back_to_buffered_writes(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(not os.access(SHARED_MEMORY, os.W_OK), reason="needs a tmpfs at /dev/shm")
-def test_bytes_arrive_on_tmpfs(tmp_path: Path) -> None:
+def test_bytes_are_written_on_tmpfs(tmp_path: Path) -> None:
     data = content(2 * PIECE + 5)
     path = SHARED_MEMORY / f"arcmerge-test-{os.getpid()}"
     try:
@@ -110,7 +110,7 @@ def test_short_writes_are_continued(tmp_path: Path, limits: list[int]) -> None:
     assert path.read_bytes() == data
 
 
-def test_threads_write_at_once(tmp_path: Path) -> None:
+def test_several_threads_write(tmp_path: Path) -> None:
     data = content(64 * BLOCK + 100)
     with ShardFile(tmp_path / "shard", len(data)) as file:
         threads = [
@@ -156,7 +156,7 @@ def test_partial_blocks_inside_the_file_are_refused(tmp_path: Path, offset: int,
         file.write(offset, aligned_buffer(nbytes)[:nbytes])
 
 
-def test_an_unfinished_file_is_not_finished(tmp_path: Path) -> None:
+def test_an_incomplete_file_cannot_be_finished(tmp_path: Path) -> None:
     with ShardFile(tmp_path / "shard", 2 * BLOCK) as file:
         file.write(0, aligned_buffer(BLOCK))
         with pytest.raises(ValueError, match="must be written completely, got 4096 of 8192 bytes"):

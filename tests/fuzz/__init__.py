@@ -1,4 +1,5 @@
-"""Fuzzing: files that strangers wrote, changed at random, must end in a result or in an ArcmergeError.
+"""Fuzzing: reading files from others, changed at random, must end with a result or an ArcmergeError.
 
-`make fuzz` runs `python -m fuzz` over targets.py, guided by coverage (atheris); tests/test_fuzz.py runs a few of each.
+`make fuzz` runs `python -m fuzz` over targets.py, guided by coverage (atheris); tests/test_fuzz.py runs a few
+inputs of each target.
 """

@@ -1,8 +1,8 @@
-"""python -m fuzz [--inputs N] [--seed S] [TARGET ...]: N changed inputs, shared among the targets.
+"""python -m fuzz [--inputs N] [--seed S] [TARGET ...]: run N changed inputs, divided among the targets.
 
-With atheris (pip install atheris) changes are guided by the code that they reach; without it they are blind. An input
-whose reading raises anything but ArcmergeError, takes a minute or writes elsewhere is kept in .fuzz/, named after its
-target; `--replay FILE` runs one again. Exits with 1 if there are any.
+With atheris (pip install atheris) changes are guided by coverage; without it they are random. An input that raises
+anything but ArcmergeError, takes a minute, or writes outside its folder is kept in .fuzz/ under the name of its target.
+`--replay FILE` runs it again. The exit code is 1 if there is any.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SECONDS = 60
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzz")
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help="what to fuzz; by default everything")
-    parser.add_argument("--inputs", type=int, default=100_000, help="how many inputs, of all targets together")
-    parser.add_argument("--seed", type=int, default=1, help="of the changes")
-    parser.add_argument("--replay", metavar="FILE", type=Path, help="read this kept input again")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help="the targets to fuzz; default: all")
+    parser.add_argument("--inputs", type=int, default=100_000, help="the number of inputs, of all targets together")
+    parser.add_argument("--seed", type=int, default=1, help="the seed of the changes")
+    parser.add_argument("--replay", metavar="FILE", type=Path, help="run this kept input again")
     parser.add_argument("--child", metavar="TARGET", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
@@ -53,12 +53,12 @@ def main() -> int:
         if done.returncode:  # ended by a signal, most likely
             broken.append(name)
             print(f"{name} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-        print(f"{name}: {count} inputs, {len(list(KEPT.glob(f'{name}-*')))} kinds of faults", flush=True)
+        print(f"{name}: {count} inputs, {len(list(KEPT.glob(f'{name}-*')))} kinds of failures", flush=True)
     return 1 if broken or any(KEPT.iterdir()) else 0
 
 
 class Watch:
-    """Reads inputs and keeps the first of each kind of fault: of each exception and the line that raised it."""
+    """Runs inputs and keeps the first of each kind of failure: an exception and the line that raised it."""
 
     def __init__(self, world: Any, name: str) -> None:
         self._world = world
@@ -111,16 +111,16 @@ def _fuzz(name: str, count: int, seed: int) -> None:
             corpus.mkdir()
             (corpus / "seed").write_bytes(start)
 
-            def changed(data: bytes, most: int, number: int) -> bytes:
-                return target.mutate(data, random.Random(number))[:most]
+            def changed(data: bytes, max_size: int, seed: int) -> bytes:
+                return target.mutate(data, random.Random(seed))[:max_size]
 
             options = [f"-runs={count}", f"-seed={seed}", "-verbosity=0", "-rss_limit_mb=0"]
             options += [f"-max_len={8 * len(start) + 16384}", str(corpus)]
             atheris.Setup([name, *options], watch, custom_mutator=changed)
             atheris.Fuzz()  # ends the process
-        chance, data = random.Random(f"{seed} {name}"), start
+        rng, data = random.Random(f"{seed} {name}"), start
         for _ in range(count):
-            data = target.mutate(data if chance.random() < 0.5 and len(data) < 4 * len(start) else start, chance)
+            data = target.mutate(data if rng.random() < 0.5 and len(data) < 4 * len(start) else start, rng)
             watch(data)
         confined.close()
 

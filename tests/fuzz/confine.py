@@ -1,4 +1,4 @@
-"""Writes outside of a folder, seen as Python makes them."""
+"""Refuses writes outside of some folders, by a Python audit hook."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _PROGRAMS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.f
 
 
 class Confined:
-    """From now on an OSError for what opens to write, makes, moves or removes outside of `folders`, or runs a program.
+    """From now on, raises OSError if code changes files outside of `folders` or runs programs.
 
-    The hook cannot be taken away; `close` lets it pass everything again.
+    An audit hook cannot be removed; after `close` it allows everything.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self._folders = (*(str(folder.resolve()) for folder in folders), "/dev/null")
         self._open = True
-        sys.addaudithook(self._hear)
+        sys.addaudithook(self._audit)
 
     def close(self) -> None:
         self._open = False
 
-    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._open:
             return
         if event in _PROGRAMS:
@@ -39,4 +39,4 @@ class Confined:
                 where = os.path.realpath(os.fspath(path))
                 where = where.decode() if isinstance(where, bytes) else where
                 if not where.startswith(self._folders):
-                    raise OSError(f"{event} elsewhere: {where}")
+                    raise OSError(f"{event} outside: {where}")

@@ -1,4 +1,4 @@
-// libFuzzer: the first byte of an input chooses a file of operations, the second one of them.
+// The entry point of libFuzzer: the first byte of an input chooses a file of operations, the second an operation of it.
 #include "native.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {

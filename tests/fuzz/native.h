@@ -1,4 +1,4 @@
-// What the native fuzzers share: the bytes of an input as choices, memory of exactly the promised size, and checks.
+// Tools of the native fuzzers: the bytes of an input as choices, memory of exactly the stated size, and checks.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ namespace fuzz {
 using arcmerge::DType;
 using Count = std::int64_t;
 
-// The choices of an input, all of them the first ones when its bytes are used up.
+// The choices of an input. When its bytes are used up, every choice is the first one.
 class Input {
  public:
   Input(const std::uint8_t* data, std::size_t size) : next_(data), end_(data + size) {}
@@ -32,15 +32,15 @@ class Input {
   DType activation() { return flag() ? DType::f32 : DType::bf16; }
   DType dtype() { return DType(below(3)); }
 
-  // Up to `most`; mostly small, else near a size at which an operation begins another piece.
-  Count count(Count most) {
+  // A number up to `max`, mostly small, else near a size at which an operation starts another block.
+  Count count(Count max) {
     constexpr Count kEdges[] = {128, 256, 384, 512, 1024, 2048, 4096, 8192};
     const std::uint8_t choice = byte();
     const Count large = kEdges[choice % std::size(kEdges)] + below(5) - 2;
-    return std::min(most, choice < 208 ? choice % 70 : large);
+    return std::min(max, choice < 208 ? choice % 70 : large);
   }
 
-  // Bits that follow from a byte of the input.
+  // Bits that depend on the input.
   std::uint64_t random() {
     std::uint64_t bits = (state_ += 0x9e3779b97f4a7c15);  // splitmix64 (Steele et al. 2014)
     bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
@@ -54,7 +54,7 @@ class Input {
   std::uint64_t state_ = 0;
 };
 
-// `bytes` bytes, `shift` past an aligned address, which end where AddressSanitizer sees the next one.
+// `bytes` bytes, `shift` bytes past an aligned address; AddressSanitizer detects accesses after their end.
 class Memory {
  public:
   explicit Memory(Count bytes, Count shift = 0, int filling = 0xa5)
@@ -86,7 +86,7 @@ inline void require(bool right, const char* what) {
   std::abort();
 }
 
-// ---- numbers, one by one
+// ---- conversions of single numbers
 
 inline float value_of(const char* address, DType dtype, Count i) {
   if (dtype == DType::f32) {
@@ -107,7 +107,7 @@ inline float value_of(const char* address, DType dtype, Count i) {
   return value;
 }
 
-// Rounds to nearest even; NaN becomes the quiet positive one.
+// Rounds to nearest even; NaN becomes the quiet positive NaN.
 inline void put_value(char* address, DType dtype, Count i, float value) {
   if (dtype == DType::f32) {
     const std::uint32_t nan = 0x7fc00000;
@@ -134,7 +134,7 @@ inline float rounded(float value, DType dtype) {
   return value_of(bytes, dtype, 0);
 }
 
-// Numbers in [-1, 1) or, where `wild`, any bits at all.
+// Numbers in [-1, 1), or any bits if `wild`.
 inline Memory tensor(Input& in, Count count, DType dtype, bool wild, Count shift = 0) {
   Memory made(count * arcmerge::item_size(dtype), shift);
   in.seed();
@@ -148,12 +148,12 @@ inline Memory tensor(Input& in, Count count, DType dtype, bool wild, Count shift
   return made;
 }
 
-// Whether two sums are the same number, or both none.
+// Whether two sums are the same number, or both NaN.
 inline bool same(double a, double b) { return std::isnan(a) ? std::isnan(b) : std::memcmp(&a, &b, sizeof a) == 0; }
 
 inline bool close(double a, double b, double tolerance) { return std::fabs(a - b) <= tolerance; }
 
-// One thread, or several; mostly as many as before, as new ones take longer than the work.
+// Uses one thread or several, mostly as many as before, because starting threads takes longer than the work.
 inline void use_threads(Input& in, bool several) {
   arcmerge::set_threads(!several ? 1 : in.byte() < 250 ? 3 : 2 + int(in.below(6)));
 }

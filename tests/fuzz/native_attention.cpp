@@ -1,5 +1,6 @@
-// The operations of gemma2.h that hold a cache, in which only what they may read is a number: whole and alone, by one
-// thread and by several, with the same bits; and near to what plain loops in f64 make of it.
+// The operations of gemma2.h with a cache, whose elements are NaN except those that an operation may read. All
+// sequences together and each alone, with one thread and with several, must give the same bits, close to plain loops in
+// f64.
 #include <set>
 #include <utility>
 
@@ -8,8 +9,8 @@
 namespace fuzz {
 namespace {
 
-using arcmerge::KvCache;
 using arcmerge::item_size;
+using arcmerge::KvCache;
 
 // Two caches whose elements are NaN until they are set.
 struct Caches {
@@ -69,7 +70,7 @@ struct Scores {
   Count first(Count position) const { return window ? std::max<Count>(0, position - window + 1) : 0; }
 };
 
-// Row `row` of `out` is near to the softmax of the scores of row `row` of `query` with the keys, times the values.
+// Requires row `row` of `out` to be close to the softmax of the scores of row `row` of `query`, times the values.
 void require_attention(const char* out, const char* query, Count row, Count heads, Count sequence, Count position,
                        const Caches& caches, const Scores& how, const char* what) {
   const Count dim = caches.dim, first = how.first(position), keys = position + 1 - first;
@@ -201,7 +202,7 @@ void attention_decode(Input& in) {
   }
 }
 
-// `heads` heads, rotated one by one.
+// Rotates `heads` heads one by one.
 void rotate(char* to, const char* from, Count heads, Count dim, DType dtype, const char* angles, DType table_dtype) {
   for (Count i = 0; i < heads * dim; ++i) {
     const Count pair = i % dim % (dim / 2), first = i / dim * dim + pair, second = first + dim / 2;

@@ -1,5 +1,5 @@
-// The operations of merge.h, each twice: in place, and by the addresses of rows elsewhere, with another variant and
-// in other pieces. Both must give the bits of plain loops.
+// The operations of merge.h, each called twice: with operands in place, and with the addresses of rows elsewhere,
+// another variant and other ranges. Both must give the bits of plain loops.
 #include <optional>
 #include <stdexcept>
 
@@ -11,7 +11,7 @@ namespace {
 
 using arcmerge::Operand;
 
-// The numbers of a matrix, and the two ways in which an operation may find them.
+// The numbers of a matrix, and two operands that hold them.
 class Source {
  public:
   Source(Input& in, Count rows, Count columns, bool wild) : rows_(rows), columns_(columns) {
@@ -219,7 +219,7 @@ void transpose(Input& in) {
               "transpose");
 }
 
-// What is refused is refused before memory is touched.
+// Wrong arguments are refused before memory is touched.
 void refusals(Input& in) {
   const Count negative = -1 - in.below(200), kind = in.below(6);
   const std::vector<Operand> operands(kind == 0 ? 0 : kind == 1 ? arcmerge::kMaxOperands + 1 : 2);

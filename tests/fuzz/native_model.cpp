@@ -1,5 +1,5 @@
-// The operations of gemma2.h but for attention: by one thread and by several, whole and in parts, with the same bits;
-// and near to what plain loops in f64 make of numbers that are not wild.
+// The operations of gemma2.h except attention. With one thread and with several, whole and in parts, they must give the
+// same bits, and for numbers that are not wild, results close to plain loops in f64.
 #include "native.h"
 
 namespace fuzz {
@@ -7,7 +7,7 @@ namespace {
 
 using arcmerge::item_size;
 
-// So many of `count` rows that they are summed as all are: more than 16, or not.
+// A number of rows that are summed in the same way as all `count` rows: more than 16 or not.
 Count some_rows(Input& in, Count count) {
   if (count > 16) return 17 + in.below(std::min<Count>(count - 16, 200));
   return count ? 1 + in.below(count) : 0;
@@ -161,7 +161,7 @@ void rmsnorm(Input& in) {
 void head(Input& in) {
   const DType dtype = in.activation();
   const bool wild = in.byte() % 4 == 0;
-  const bool many = in.byte() == 0;  // more tokens than are kept at a time
+  const bool many = in.byte() == 0;  // more tokens than lm_head keeps at a time
   const Count count = many ? 1020 + in.below(10) : in.count(70), ids = 1 + in.count(many ? 20 : 1100);
   const Count length = in.count(std::min<Count>(600, 60000 / (1 + count * ids)));
   const Memory x = tensor(in, count * length, dtype, wild, in.below(4));
@@ -180,7 +180,7 @@ void head(Input& in) {
   arcmerge::lm_head_scores(plain.as<float>(), nullptr, head, {});
   use_threads(in, true);
   arcmerge::lm_head_scores(scores.as<float>(), with_maxima ? maxima.as<float>() : nullptr, head,
-                        {some_seen ? seen.as<std::uint32_t>() : nullptr, penalty, temperature});
+                           {some_seen ? seen.as<std::uint32_t>() : nullptr, penalty, temperature});
   arcmerge::lm_head_logprob(logprob.as<float>(), best.as<Count>(), head, choose ? chosen.as<Count>() : nullptr);
   for (Count t = 0; t < count; ++t) {
     const float *logits = plain.as<float>() + t * ids, *score = scores.as<float>() + t * ids;

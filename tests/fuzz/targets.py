@@ -1,4 +1,4 @@
-"""What is fuzzed: for each kind of file a seed, a way to change it, and everything that reads it."""
+"""The targets of fuzzing: for each kind of file a seed, a way to change it, and all code that reads it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _WORDS = (b"t: 0.5", b"- ", b"{", b"}", b"&a", b"*a", b"<<: *a", b"!!python/obje
 _TAGS = (b"{{", b"}}", b"{%", b"%}", b"{% for m in messages %}", b"{% endfor %}", b"messages", b"|", b"(", b"[0]", b"~")
 _TAGS += (b"raise_exception('x')", b"strftime_now('%d')", b"{% break %}", b"{% generation %}", b"tools", b".__class__")
 TEMPLATE = b"{{ bos_token }}{% for m in messages %}{{ m['role'] + m.content | trim }}<end_of_turn>\n{% endfor %}"
-# What published files hold beside tiny's: every key that anything reads.
+# The keys of published files that the tiny models do not have, as far as any code reads them.
 CONFIG: dict[str, Any] = {
     "attention_bias": False,
     "attn_logit_softcapping": 50.0,

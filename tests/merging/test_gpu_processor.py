@@ -72,7 +72,7 @@ def test_the_gpu_gives_the_result_of_the_cpu(
         return GpuProcessor(prepared.plan.jobs, rows, "cpu", prepared.options.thread_count)
 
     monkeypatch.setattr("arcmerge.merging.merge.processor_for", on_device)
-    # The interpreter replaces parts of triton while a kernel runs: one thread only.
+    # The interpreter replaces parts of triton while a kernel runs, so only one thread may use it.
     arcmerge.merge(config, tmp_path / "gpu", threads=1)
     on_cpu, on_gpu = (load_file(tmp_path / name / "model.safetensors") for name in ("cpu", "gpu"))
     assert on_cpu.keys() == on_gpu.keys()
@@ -81,7 +81,7 @@ def test_the_gpu_gives_the_result_of_the_cpu(
 
 
 def assert_alike(on_gpu: torch.Tensor, on_cpu: torch.Tensor) -> None:
-    # The interpreter cuts bf16 results off where a GPU rounds them: one unit in the last place at most.
+    # The interpreter truncates bf16 results that a GPU rounds, an error of at most one unit in the last place.
     tolerance = 2**-7 if on_cpu.dtype == torch.bfloat16 else 2**-22
     torch.testing.assert_close(on_gpu, on_cpu, rtol=tolerance, atol=2**-120)
 

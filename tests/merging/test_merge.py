@@ -1,4 +1,4 @@
-"""The journey from a configuration to a folder: same bits however it is run, bounded memory, whole or not at all."""
+"""Merges from a recipe to a folder: equal bits for any threads and chunks, bounded memory, complete or not at all."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_bits_do_not_depend_on_threads(models: Path, tmp_path: Path, threads: in
 def test_bits_do_not_depend_on_chunks(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    """Tiny files are one chunk as a rule: here nearly every tensor straddles chunks."""
+    """A tiny file is usually one chunk; with small chunks nearly every tensor lies in several."""
     config = recipe(models, "gemma-a", "gemma-b-f32")
     arcmerge.merge(config, tmp_path / "whole")
     for module in (work_units, to_disk):
@@ -64,8 +64,8 @@ def test_bits_do_not_depend_on_chunks(
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
 
-def test_sums_of_many_shares(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that lie elsewhere move a Gram matrix by 1e-7 at these lengths: single values, by one unit of bf16."""
+def test_a_gram_matrix_of_many_pieces(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other pieces change a Gram matrix by 1e-7 at these sizes, and thereby single weights by one unit of bf16."""
     config = recipe(models, "gemma-a", "gemma-b")
     arcmerge.merge(config, tmp_path / "whole")
     monkeypatch.setattr(work_units, "PIECE_ELEMENTS", 100)
@@ -76,7 +76,7 @@ def test_sums_of_many_shares(models: Path, tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.allclose(whole[name].float(), cut[name].float(), rtol=2**-7, atol=0) for name in whole)
 
 
-def test_shards_hold_what_one_file_holds(models: Path, tmp_path: Path) -> None:
+def test_shards_hold_the_tensors_of_one_file(models: Path, tmp_path: Path) -> None:
     config = recipe(models, "gemma-a", "gemma-b")
     arcmerge.merge(config, tmp_path / "one")
     arcmerge.merge(config, tmp_path / "many", out_shard_size="20K")
@@ -91,7 +91,7 @@ def test_shards_hold_what_one_file_holds(models: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def longer(tmp_path: Path) -> Path:
-    """gemma-b in float32 with a token that gemma-a lacks: its row, and that of no other token, is no bfloat16."""
+    """gemma-b in float32 with tokens that gemma-a does not have; only their rows do not fit into bfloat16."""
     model = tiny.MODELS["gemma-b-vocabulary"]
     tiny.write_checkpoint(tmp_path / "longer", dataclasses.replace(model, dtype="F32"))
     return tmp_path / "longer"
@@ -102,7 +102,7 @@ def longer(tmp_path: Path) -> Path:
 def test_rows_of_a_float32_model_stand_in_for_those_of_a_bfloat16_model(
     models: Path, longer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str | None
 ) -> None:
-    """A token that one model has is merged with itself: whatever the method, its row comes out parallel to itself."""
+    """A token of one model alone is merged with itself, so that with every method its row keeps its direction."""
     config = {
         "merge_method": method,
         "models": [{"model": str(models / "gemma-a")}, {"model": str(longer)}],
@@ -124,7 +124,7 @@ def test_rows_of_a_float32_model_stand_in_for_those_of_a_bfloat16_model(
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
 
-def test_an_embedding_that_stands_in_for_a_head_is_filtered_as_a_head(models: Path, tmp_path: Path) -> None:
+def test_an_embedding_that_is_used_as_lm_head_is_filtered_as_lm_head(models: Path, tmp_path: Path) -> None:
     weight = [{"filter": "lm_head", "value": 1}, {"value": 0}]
     listed = [
         {"model": str(models / "gemma-a"), "parameters": {"weight": weight}},
@@ -139,7 +139,7 @@ def test_an_embedding_that_stands_in_for_a_head_is_filtered_as_a_head(models: Pa
 
 
 def test_config_json_has_the_rows_of_the_embedding(models: Path, longer: Path, tmp_path: Path) -> None:
-    """The embedding is the first slice's, the rest of config.json the base model's."""
+    """The embedding comes from the first slice, the rest of config.json from the base model."""
     slices = [{"sources": [{"model": str(longer), "layer_range": layers}]} for layers in ([0, 3], [3, 6])]
     arcmerge.merge(
         {"merge_method": "passthrough", "slices": slices, "base_model": str(models / "gemma-a")}, tmp_path / "out"
@@ -156,7 +156,7 @@ def test_an_embedding_and_a_head_of_different_vocabularies_are_refused(
         arcmerge.merge({"merge_method": "passthrough", "slices": slices}, tmp_path / "out")
 
 
-def test_the_report_counts_what_was_done(models: Path, tmp_path: Path) -> None:
+def test_the_report_counts_the_branches(models: Path, tmp_path: Path) -> None:
     report = arcmerge.merge(recipe(models, "gemma-a", "gemma-b", parameters={"t": 0.3}), tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert report.merged + report.copied == len(tensors)
@@ -167,7 +167,7 @@ def test_the_report_counts_what_was_done(models: Path, tmp_path: Path) -> None:
     assert "13" in str(report)
 
 
-def test_progress_ends_at_the_whole(models: Path, tmp_path: Path) -> None:
+def test_progress_ends_at_the_total(models: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     arcmerge.merge(
         recipe(models, "gemma-a", "gemma-b"), tmp_path / "out", progress=lambda done, total: seen.append((done, total))
@@ -204,7 +204,7 @@ def test_a_value_that_is_not_finite_is_named(models: Path, tmp_path: Path, value
     assert all(bool(tensor.isfinite().all()) for other, tensor in merged.items() if other != name)
 
 
-def test_overflow_of_the_output_type_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_overflow_of_the_output_dtype_is_named(tmp_path: Path) -> None:
     large = {name: tensor * 1e6 for name, tensor in tiny.weights(3).items()}
     tiny.write_checkpoint(tmp_path / "large", tiny.Model(lambda: large))
     config = recipe(tmp_path, "large", merge_method="linear", parameters={"weight": 1}, dtype="bfloat16")
@@ -222,14 +222,14 @@ def test_a_failure_leaves_the_older_output(models: Path, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_older_output_is_replaced_whole(models: Path, tmp_path: Path) -> None:
+def test_an_older_output_is_replaced_completely(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arcmerge.merge(recipe(models, "gemma-a", "gemma-b"), out, out_shard_size="20K")
     arcmerge.merge(recipe(models, "gemma-a", "gemma-b"), out)
     assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
 
 
-def test_a_killed_run_leaves_the_older_output_and_the_next_clears_up(models: Path, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_the_older_output_and_the_next_run_removes_the_rest(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     config = recipe(models, "gemma-a", "gemma-b")
     arcmerge.merge(config, out)
@@ -275,7 +275,7 @@ def test_a_merge_on_the_cpu_loads_neither_torch_nor_triton(models: Path, tmp_pat
 
 
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
-    """192 MB of inputs, of which one tensor is most, through buffers of 96 MB: what grows is mapped, not allocated."""
+    """192 MB of inputs, mostly one tensor, are merged with buffers of 96 MB; other memory is mapped, not allocated."""
     sizes = tiny.Geometry(vocab_size=49152, hidden_size=512)
     for seed, name in enumerate("ab"):
         tiny.write_checkpoint(
@@ -287,12 +287,12 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
         "    status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
         "    return int(status['RssAnon'].split()[0])\n"
         "import arcmerge.merging.merge\n"
-        "before, most = peak(), 0\n"
+        "before, highest = peak(), 0\n"
         "def look(done, total):\n"
-        "    global most\n"
-        "    most = max(most, peak())\n"
+        "    global highest\n"
+        "    highest = max(highest, peak())\n"
         "arcmerge.merge(json.loads(sys.argv[1]), sys.argv[2], progress=look, device='cpu')\n"
-        "print(most - before)\n"
+        "print(highest - before)\n"
     )
     config = json.dumps(recipe(tmp_path, "a", "b", parameters={"t": 0.4}))
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The native module: conversions, the small operations, the choice of variants, and what it refuses."""
+"""The native module: conversions, small operations, the choice of variants, and wrong arguments."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_every_16_bit_value_is_widened_exactly(variant, dtype):
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_float32_is_rounded_to_nearest_even(variant, dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).short().view(dtype).float()
-    # Each value, the point half way to the next bit pattern, and the neighbours of both in float32.
+    # Each value, the midpoint to the next value, and the neighbours of both in float32.
     half_way = every.view(torch.int32) + (1 << 15 if dtype == BF16 else 1 << 12)
     near = [(bits + step).view(F32) for bits in (every.view(torch.int32), half_way) for step in (-1, 0, 1)]
     values = torch.cat([*near, any_bits(100_000, F32), torch.tensor([65519.996, 65520.0, 2.0**-25, 3 * 2.0**-25])])
@@ -146,7 +146,7 @@ def test_an_unknown_variant_is_refused():
         ),
     ],
 )
-def test_wrong_calls_are_refused_in_a_sentence(call, sentence):
+def test_wrong_arguments_are_refused(call, sentence):
     with pytest.raises(ValueError) as caught:  # noqa: PT011, the whole sentence is compared
         call(operand(normal(1)))
     assert str(caught.value) == sentence

@@ -1,5 +1,7 @@
-"""Native attention, attention_decode and rope_cache: the cases of the kernels and those of their own blocks, within
-what rounding allows in every variant, and with the same bits on any number of threads and in any company."""
+"""Native attention, attention_decode and rope_cache: the cases of the kernels, and cases for their own blocks.
+
+Results are within the error of rounding for every variant, and do not depend on threads or other queries.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def native_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads; afterwards it is what it was."""
+    """Sets the number of threads, and resets it after the test."""
     before = _C.threads()
     yield _C.set_threads
     _C.set_threads(before)
@@ -56,7 +58,7 @@ def agrees(call: Call) -> None:
 
 KERNELS = [*prefill.SMALL, *decode.SMALL, *rope.SMALL]
 
-# Blocks of 96 columns (48 queries of 2 heads) and 128 keys, which a ring may cut anywhere; splits of 512 keys.
+# Blocks have 96 columns (48 queries of 2 heads) and 128 keys, and a ring may end inside; splits have 512 keys.
 BLOCKS = {
     "round blocks of keys": partial(
         prefill.build, sequences=((1, 127), (2, 128), (1, 129), (3, 257)), heads=(2, 1), head_dim=64, loud=5.0
@@ -108,7 +110,9 @@ def test_blocks(variant: str, build: Callable[[Random], Call]) -> None:
 
 @every_variant
 @pytest.mark.parametrize("build", [BLOCKS["round blocks of queries"], BLOCKS["an odd ring over splits"]])
-def test_threads_change_nothing(variant: str, build: Callable[[Random], Call], threads: Callable[[int], None]) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(
+    variant: str, build: Callable[[Random], Call], threads: Callable[[int], None]
+) -> None:
     found = []
     for number in (1, 2, 5):
         threads(number)
@@ -127,7 +131,7 @@ def integers(*values: int) -> Tensor:
 @every_variant
 @dtypes
 @pytest.mark.parametrize("window", [0, 37])
-def test_a_query_is_answered_alike_in_any_company(variant: str, dtype: torch.dtype, window: int) -> None:
+def test_a_query_does_not_depend_on_other_queries(variant: str, dtype: torch.dtype, window: int) -> None:
     draw = Random(44)
     query = draw.normal(300, 4, 32, dtype=dtype, scale=5.0)
     key, value = draw.normal(2, 2, 2, 320, 32, dtype=dtype)
@@ -144,7 +148,7 @@ def test_a_query_is_answered_alike_in_any_company(variant: str, dtype: torch.dty
 
 @every_variant
 @dtypes
-def test_a_new_token_is_answered_alike_in_any_company(variant: str, dtype: torch.dtype) -> None:
+def test_a_new_token_does_not_depend_on_other_tokens(variant: str, dtype: torch.dtype) -> None:
     draw = Random(45)
     qkv, table = draw.normal(3, 8 * 32, dtype=dtype), draw.normal(700, 32, dtype=F32)
     key, value = draw.normal(2, 3, 2, 700, 32, dtype=dtype)
@@ -161,7 +165,7 @@ def test_a_new_token_is_answered_alike_in_any_company(variant: str, dtype: torch
 
 @every_variant
 @pytest.mark.parametrize("window", [2**31, 2**32, 2**32 + 3, 2**62])
-def test_a_window_of_any_size_shows_all_before_it(variant: str, window: int) -> None:
+def test_a_window_of_any_size_contains_all_keys_before_the_query(variant: str, window: int) -> None:
     draw = Random(46)
     query, table = draw.normal(20, 4, 32), draw.normal(300, 32)
     key, value = draw.normal(2, 1, 2, 300, 32)
@@ -181,7 +185,7 @@ def test_a_window_of_any_size_shows_all_before_it(variant: str, window: int) -> 
 
 
 @every_variant
-def test_a_query_that_is_not_a_number_is_answered_so(variant: str) -> None:
+def test_a_nan_query_gives_nan(variant: str) -> None:
     draw = Random(46)
     query, key, value = draw.normal(5, 2, 16), draw.normal(1, 1, 64, 16), draw.normal(1, 1, 64, 16)
     query[2, 1] = float("nan")
@@ -192,7 +196,7 @@ def test_a_query_that_is_not_a_number_is_answered_so(variant: str) -> None:
 
 
 @dtypes
-def test_stepwise_is_left_to_the_reference(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_the_reference_serves_stepwise(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     draw = Random(47)
     query, key, value = (draw.normal(*shape, dtype=dtype) for shape in ((9, 2, 16), (1, 1, 64, 16), (1, 1, 64, 16)))
     qkv, table = draw.normal(1, 4 * 16, dtype=dtype), draw.normal(64, 16, dtype=dtype)
@@ -223,7 +227,7 @@ def test_caches_at_any_address(variant: str, dtype: torch.dtype) -> None:
     assert same_bits(out, expected)
 
 
-def test_wrong_calls_are_refused_in_a_sentence() -> None:
+def test_wrong_arguments_are_refused() -> None:
     cache = _C.KvCache(0, 0, 1, 2, 64, 16, 0)
     with pytest.raises(ValueError, match=r"^'heads' must be a multiple of the cache's 2, got 3$"):
         _C.attention(0, 0, 3, cache, 0, 0, 1.0, 0.0, 0)

@@ -1,4 +1,4 @@
-"""Native linear and linear_geglu: the order of their sums bit by bit, and the pool of threads that they run on."""
+"""Native linear and linear_geglu: the order of their sums, bit by bit, and the thread pool."""
 
 import os
 import signal
@@ -21,14 +21,14 @@ dtypes = pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; afterwards it is what it was."""
+    """Sets the number of threads, and resets it after the test."""
     before = _C.threads()
     yield _C.set_threads
     _C.set_threads(before)
 
 
 def native(x, weights, offset=0):
-    """Operands `offset` bytes past an aligned address; the output among NaN that must stay."""
+    """Operands `offset` bytes past an aligned address, and an output surrounded by NaN that must stay."""
     buffers = [at_offset(tensor.flatten(), offset) for tensor in (x, *weights)]
     count, rows, guard = len(x), sum(map(len, weights)), 5
     out = torch.full((count * rows + 2 * guard,), float("nan"), dtype=x.dtype)
@@ -48,8 +48,11 @@ def native_geglu(x, gate, up):
 
 
 def sums_in_lanes(x, weight):
-    """x times weight in the order of matmul/gemv.cpp, for products that float32 holds: what FMA does then changes
-    nothing. Steps of 128 bytes, two lines of 16 lanes; of two bf16 in a lane, the odd one first."""
+    """x times weight, summed in the order of matmul/gemv.cpp.
+
+    Products must be exact in float32, so that FMA changes nothing. A step has 128 bytes, for 2 * 16 lanes;
+    of two bf16 in a lane, the odd element comes first.
+    """
     per_lane = 4 // x.element_size()
     step = 32 * per_lane
     operands = [torch.nn.functional.pad(tensor.float(), (0, -tensor.shape[1] % step)) for tensor in (x, weight)]
@@ -85,7 +88,7 @@ def test_f32_within_the_error_of_f32_sums(variant, count, length):
     with using(variant):
         out = native(x, [weight], 4)
     truth, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
-    # Each of the terms of a lane is rounded, and at most ten sums follow; of many rows, all terms are in one lane.
+    # Each term of a lane is rounded, and at most ten sums follow. With many rows all terms are in one lane.
     terms = length if count > 16 else length // 32 + 1
     assert ((out - truth).abs() <= (2 * terms + 10) * 2.0**-24 * size).all()
     if count > 16:
@@ -114,7 +117,7 @@ def test_bf16_sums_of_many_rows_in_the_order_of_their_terms(variant, offset, cou
 @every_variant
 @dtypes
 @pytest.mark.parametrize("length", [96, 6000])
-def test_a_row_has_the_same_bits_in_any_company(variant, dtype, length):
+def test_a_row_does_not_depend_on_other_rows(variant, dtype, length):
     x, weight = normal(40, length, dtype=dtype), normal(67, length, dtype=dtype, seed=1)
     with using(variant):
         alone = torch.cat([native(row[None], [weight]) for row in x])
@@ -128,7 +131,7 @@ def test_a_row_has_the_same_bits_in_any_company(variant, dtype, length):
 
 
 @every_variant
-def test_infinities_and_nan_reach_only_their_outputs(variant):
+def test_infinity_and_nan_stay_in_their_outputs(variant):
     x, weight = torch.ones(3, 83, dtype=BF16), torch.ones(70, 83, dtype=BF16)
     weight[65, 82], x[1, 81] = float("inf"), float("nan")
     with using(variant):
@@ -147,7 +150,7 @@ def test_stepwise_has_the_bits_of_torch(dtype, count):
 
 
 @pytest.mark.parametrize("instructions", [True, False])
-def test_many_rows_go_to_torch_where_it_has_instructions_for_bfloat16(monkeypatch, instructions):
+def test_torch_serves_many_rows_if_it_has_instructions_for_bfloat16(monkeypatch, instructions):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: instructions)
     x, gate, up = normal(18, 700), *normal(2, 133, 700, seed=1)
     torch_serves = linear(x, [gate, up]), linear_geglu(x, gate, up)
@@ -165,7 +168,7 @@ def test_geglu_is_rounded_once(variant, count):
     with using(variant):
         wide = native_geglu(x.float(), gate.float(), up.float())
         narrow = native_geglu(x, gate, up)
-    # bf16 and f32 differ in the order of their sums: by 100 roundings at the very most, and gelu's slope is below 1.13.
+    # bf16 and f32 differ in the order of their sums, by at most 100 roundings. The slope of gelu is below 1.13.
     sizes = [x.double().abs() @ weight.double().abs().T for weight in (gate, up)]
     values = [x.double() @ weight.double().T for weight in (gate, up)]
     error = 200 * 2.0**-24 * (1.13 * sizes[0] * values[1].abs() + sizes[1] * values[0].abs())
@@ -176,10 +179,10 @@ def test_geglu_is_rounded_once(variant, count):
 
 @dtypes
 @pytest.mark.parametrize("count", [1, 16, 17])
-def test_the_ops_are_served_natively(monkeypatch, dtype, count):
+def test_the_native_backend_serves_the_ops(monkeypatch, dtype, count):
     monkeypatch.delenv("ARCMERGE_BACKEND", raising=False)
     assert all(backends("cpu")[name].startswith("native") for name in ("linear", "linear_geglu"))
-    # Whole numbers, whose sums are exact in any order.
+    # Integers, whose sums are exact in any order.
     strided = normal(100, count, dtype=dtype).round().T
     weights = [normal(rows, 200, dtype=dtype, seed=rows).round()[:, ::2] for rows in (9, 20, 20)]
     products = linear(strided, weights)
@@ -187,13 +190,13 @@ def test_the_ops_are_served_natively(monkeypatch, dtype, count):
     monkeypatch.setenv("ARCMERGE_BACKEND", "reference")
     assert same_bits(products, linear(strided, weights))
     defined = linear_geglu(strided, *weights[1:], stepwise=True)
-    # gelu and the product may each be rounded the other way; 1 + tanh cancels to a few 2^-24 in the reference.
+    # gelu and the product may each be rounded in the other direction; in the reference 1 + tanh cancels to a few 2^-24.
     sizes = [products[:, part].double().abs() for part in (slice(9, 29), slice(29, 49))]
     tolerance = 2 * torch.finfo(dtype).eps * defined.abs() + 2.0**-22 * sizes[0] * sizes[1]
     assert ((activated - defined).abs() <= tolerance).all()
 
 
-# ---- the pool of threads
+# ---- the thread pool
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -202,7 +205,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads, count):
     expected = sums_in_lanes(x, torch.cat(weights))
     threads(count)
     assert _C.threads() == count
-    for pause in (0, 0, 0.005, 0):  # workers that look for work, and workers that sleep
+    for pause in (0, 0, 0.005, 0):  # workers that spin, and workers that sleep
         time.sleep(pause)
         assert same_bits(native(x, weights), expected)
 
@@ -225,7 +228,7 @@ def test_several_python_threads_may_call_at_once(threads):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells how many threads there are")
-def test_a_forked_process_has_threads_of_its_own(threads):
+def test_a_forked_process_has_its_own_threads(threads):
     threads(3)
     x, weight = normal(4, 300, dtype=F32), normal(400, 300, seed=1, dtype=F32)
     out = torch.zeros(4, 400)
@@ -234,8 +237,8 @@ def test_a_forked_process_has_threads_of_its_own(threads):
     _C.linear(*call)
     expected = bytes(view)
     child = os.fork()
-    if child == 0:  # without torch, whose own threads no fork survives
-        signal.alarm(20)  # a child that waits for threads that it has not got would wait for ever
+    if child == 0:  # without torch, whose threads do not survive a fork
+        signal.alarm(20)  # a child that waits for threads that it does not have would wait forever
         out.zero_()
         _C.linear(*call)
         same = bytes(view) == expected
@@ -246,7 +249,7 @@ def test_a_forked_process_has_threads_of_its_own(threads):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="there is no affinity")
-def test_there_is_a_thread_for_each_cpu_that_the_process_may_run_on():
+def test_the_default_is_one_thread_per_usable_cpu():
     code = "from arcmerge import _C; print(_C.threads())"
     allowed = sorted(os.sched_getaffinity(0))
     variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -272,7 +275,7 @@ def test_there_is_a_thread_for_each_cpu_that_the_process_may_run_on():
         ),
     ],
 )
-def test_wrong_calls_are_refused_in_a_sentence(call, sentence):
+def test_wrong_arguments_are_refused(call, sentence):
     with pytest.raises(ValueError) as caught:  # noqa: PT011, the whole sentence is compared
         call()
     assert str(caught.value) == sentence

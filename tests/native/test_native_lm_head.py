@@ -1,5 +1,4 @@
-"""The native head: logits against float64, choices against the reference, in every variant and on any number of
-threads."""
+"""Native lm_head: logits against float64 and ids against the reference, for every variant and number of threads."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ FILTERS = {
     "min_p": (0, 0.0, 0.05),
     "all": (40, 0.9, 0.02),
 }
-# Few rows go one way and more than 16 another, by 48; ids come in blocks of 512, columns in words of two bf16.
+# Up to 16 rows use gemv and more use gemm, 48 at a time; ids are in blocks of 512, columns in words of two bf16.
 SHAPES = [(1, 1, 8), (1, 513, 64), (3, 512, 33), (16, 511, 40), (17, 1300, 72), (49, 130, 64), (100, 600, 33)]
 
 
@@ -42,7 +41,7 @@ def native_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads; afterwards it is what it was."""
+    """Sets the number of threads, and resets it after the test."""
     before = _C.threads()
     yield _C.set_threads
     _C.set_threads(before)
@@ -55,7 +54,7 @@ def by_reference(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Tensor]
 
 
 def wanted(rows: int, ids: int) -> Tensor:
-    """Ids of all blocks, the last among them."""
+    """Ids of all blocks, including the last id."""
     return ids - 1 - torch.arange(rows) * 37 % ids
 
 
@@ -74,7 +73,7 @@ def test_logits_are_those_of_float64(variant: str, dtype: torch.dtype, softcap: 
     assert ((logits - values).abs() <= error).all()
     assert torch.equal(best, logits.argmax(dim=1))
     truth = values.log_softmax(dim=1).gather(1, ids[:, None])[:, 0]
-    # Exponentials within 2^-22 with their arguments' rounding, which are up to 60 below the greatest; sums of 32.
+    # Exponentials are within 2^-22 including the rounding of their arguments, down to max - 60; sums have 32 terms.
     tolerance = 2 * error.amax(dim=1) + 2.0**-24 * (60 + 32 + 4 * truth.abs())
     assert ((chosen - truth).abs() <= tolerance).all()
 
@@ -94,16 +93,16 @@ def test_exponentials_are_within_a_unit_in_the_last_place(variant: str) -> None:
     x = torch.linspace(-20, 0, 2001)[:, None]
     with using(variant):
         out, _ = lm_head_logprob(x, torch.tensor([[0.0], [1.0]]), torch.zeros(2001, dtype=torch.int64), softcap=0.0)
-    # That of 1 + exp(x) is 2^-23.
+    # The last place of 1 + exp(x) is 2^-23.
     assert ((out + x[:, 0].double().exp().log1p()).abs() <= 2.0**-23).all()
 
 
 @every_variant
 @pytest.mark.parametrize("rows", [2, 17, 60])
 @pytest.mark.parametrize("stepwise", [False, True])
-def test_the_lowest_of_equals(variant: str, rows: int, stepwise: bool) -> None:
-    # Products are exact in float32, but not in bfloat16; every vector of the weight comes 40 times, within a block and
-    # across.
+def test_equal_logits_give_the_lowest_id(variant: str, rows: int, stepwise: bool) -> None:
+    # Products are exact in float32, but not in bfloat16. Every row of the weight occurs 40 times, in the same block and
+    # in others.
     x, weight = (normal(rows, 24) * 2).round(), ((normal(41, 24, seed=1) * 16).round() / 16).repeat(40, 1)
     values = exact_scores(Scores(x, weight, 30.0, stepwise))[0].float()
     first = (values == values.amax(1, keepdim=True)).int().argmax(1)
@@ -118,8 +117,8 @@ def test_the_lowest_of_equals(variant: str, rows: int, stepwise: bool) -> None:
 
 
 @pytest.mark.parametrize("rows", [16, 1100])
-def test_threads_and_company_change_nothing(rows: int, threads: Callable[[int], None]) -> None:
-    # More than 1024 rows are taken in parts.
+def test_results_do_not_depend_on_threads_or_other_rows(rows: int, threads: Callable[[int], None]) -> None:
+    # More than 1024 rows are processed in parts.
     x, weight = operands(Random(), rows, 700, 40)
     ids, found = wanted(rows, 700), []
     for number in (1, 2, 5):
@@ -133,7 +132,7 @@ def test_threads_and_company_change_nothing(rows: int, threads: Callable[[int], 
 
 
 @every_variant
-def test_rows_that_are_not_numbers_get_an_id(variant: str) -> None:
+def test_nan_rows_get_an_id(variant: str) -> None:
     x, weight = operands(Random(), 20, 700, 16)
     x[1] = float("nan")
     for some in (x[:3], x):
@@ -156,7 +155,7 @@ def sample(x: Tensor, weight: Tensor, filters: tuple[int, float, float], **chang
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 @pytest.mark.parametrize("spread", [1.0, 0.05], ids=["peaked", "flat"])
 @pytest.mark.parametrize(("rows", "ids"), [(1, 300), (18, 1301)])
-def test_draws_are_those_of_the_reference(
+def test_samples_are_those_of_the_reference(
     monkeypatch: pytest.MonkeyPatch,
     variant: str,
     filters: tuple[int, float, float],
@@ -189,7 +188,7 @@ def test_filters_keep_nothing_unlikely(filters: tuple[int, float, float], spread
 @every_variant
 @pytest.mark.parametrize("seed", [0, 2**31 - 1, 2**62 + 12345])
 def test_noise_is_that_of_the_reference(variant: str, seed: int, threads: Callable[[int], None]) -> None:
-    # Of equal scores the noise alone decides; a third of the ids is out of the question.
+    # With equal scores the noise alone decides; a third of the ids cannot be sampled.
     steps, ids = torch.arange(10) * 2**40 + 2**33 + 5, torch.arange(20001)
     scores = torch.zeros(10, 20001)
     scores[:, 5000:11667] = float("-inf")
@@ -202,8 +201,8 @@ def test_noise_is_that_of_the_reference(variant: str, seed: int, threads: Callab
         assert torch.equal(drawn, noisy.argmax(dim=1))
 
 
-def test_draws_follow_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where scores differ as much as noise does, an estimate of the noise that is too low would lose the winner.
+def test_samples_follow_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    # If scores differ as much as noise does, a bound of the noise that is too low would lose the best id.
     scores = 3 * normal(64, 4096, dtype=F32)
     drawn, steps = torch.full((64,), -1), torch.arange(64)
     _C.lm_head_draw(drawn.data_ptr(), scores.data_ptr(), 64, 4096, 9, steps.data_ptr())
@@ -211,7 +210,7 @@ def test_draws_follow_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(drawn, first_maximum(noisy, torch.full_like(noisy, 2.0**-21)).value)
 
 
-def test_wrong_calls_are_refused_in_a_sentence() -> None:
+def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^'head' must have tokens, columns and ids, got 1, 8 and 0$"):
         _C.lm_head_logprob(0, 0, _C.LmHead(0, 0, 1, 0, 8, 0, 30.0), 0)
     with pytest.raises(ValueError, match=r"^'dtype' must be 0 \(bf16\) or 2 \(f32\), got 1$"):

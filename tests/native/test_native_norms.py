@@ -24,7 +24,7 @@ def native_by_default(monkeypatch):
 
 
 def norm(x, weight):
-    """In f32, with the squares summed as csrc/cpu/gemma2/rmsnorm.cpp does: in 16 lanes of f64."""
+    """rmsnorm in f32, with the squares summed in 16 lanes of f64 as in csrc/cpu/gemma2/rmsnorm.cpp."""
     x, gain = x.float().numpy(), weight.float().numpy() + np.float32(1)
     squares = np.pad(np.square(x.astype(np.float64)), ((0, 0), (0, -x.shape[1] % 16))).reshape(len(x), -1, 16)
     lanes = np.zeros((len(x), 16))
@@ -77,7 +77,7 @@ def test_norms_within_the_error_of_f32(monkeypatch, dtype, stream):
         for x, weight in ((branch, post), (total, pre))
     ]
     units = [torch.finfo(kind).eps / 2 for kind in (stream, dtype)]
-    # Four roundings to f32 before that to the result's dtype; a stream of bf16 rounds the norm and the sum.
+    # Four roundings to f32 come before that to the dtype of the result; a bf16 residual rounds the norm and the sum.
     assert ((normed - exact[1]).abs() <= (units[1] + 4 * 2.0**-24) * exact[1].abs()).all()
     sums = residual.double() + exact[0]
     assert ((total - sums).abs() <= units[0] * sums.abs() + (2 * units[0] + 2.0**-22) * exact[0].abs()).all()
@@ -126,7 +126,7 @@ GATES = torch.cat(
 
 @every_variant
 @pytest.mark.parametrize("count", [len(GATES), 1, 15, 1030])
-def test_gelu_within_a_unit_of_f32_everywhere(variant, count):
+def test_gelu_is_within_a_unit_in_the_last_place(variant, count):
     gate = GATES[-count:][None]
     with using(variant):
         out = geglu(gate, torch.ones_like(gate))
@@ -150,11 +150,11 @@ def test_geglu_bit_by_bit(variant, dtype, stepwise):
     assert out.is_contiguous()
 
 
-def test_geglu_of_what_is_not_finite():
+def test_geglu_of_nan_and_infinity():
     gate = torch.tensor([[float("inf"), float("nan"), -float("inf"), 1.0]])
     out = geglu(gate, torch.tensor([[2.0, 1.0, 1.0, float("nan")]]))
     assert out[0, 0] == float("inf")
-    # As in torch, where -inf * 0 is not a number.
+    # As in torch, where -inf * 0 is NaN.
     assert out[0, 1:].isnan().all()
 
 
@@ -189,7 +189,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         ),
     ],
 )
-def test_wrong_calls_are_refused_in_a_sentence(call, sentence):
+def test_wrong_arguments_are_refused(call, sentence):
     with pytest.raises(ValueError) as caught:  # noqa: PT011, the whole sentence is compared
         call()
     assert str(caught.value) == sentence

@@ -1,4 +1,4 @@
-"""How many threads compute: by the processors, OMP_NUM_THREADS, the quota, and whoever sets it."""
+"""The number of threads: from the processors, OMP_NUM_THREADS, the CPU quota, and set_num_threads."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ GROUP, MOUNTS, FS = "proc/self/cgroup", "proc/self/mountinfo", "sys/fs/cgroup"
         ({GROUP: "0::/", MOUNTS: V2, f"{FS}/cpu.max": "150000 100000"}, 2),
         ({GROUP: "0::/", MOUNTS: V2, f"{FS}/cpu.max": "20000 100000"}, 1),
         ({GROUP: "0::/", MOUNTS: V2, f"{FS}/cpu.max": "text"}, NONE),
-        # That of a group above holds too.
+        # The quota of a parent group holds too.
         ({GROUP: "0::/a/b", MOUNTS: V2, f"{FS}/a/cpu.max": "300000 100000", f"{FS}/a/b/cpu.max": "max 100000"}, 3),
-        # A container is told the path of its host, under which it sees itself as the root.
+        # A container gets the path of its host, but sees its own group as the root.
         ({GROUP: "0::/host/c", MOUNTS: V2.replace(" / ", " /host/c "), f"{FS}/cpu.max": "400000 100000"}, 4),
         (
             {
@@ -65,7 +65,7 @@ def test_the_quota_of_a_control_group(tmp_path: Path, files: dict[str, str], exp
 
 
 @pytest.mark.parametrize(("value", "one"), [("1", True), ("1,4", True), ("0", False), ("many", False), ("", False)])
-def test_omp_num_threads_is_the_most(value: str, one: bool) -> None:
+def test_omp_num_threads_is_a_limit(value: str, one: bool) -> None:
     code = "import arcmerge; print(arcmerge.get_num_threads())"
     command = [sys.executable, "-c", code]
 
@@ -76,7 +76,7 @@ def test_omp_num_threads_is_the_most(value: str, one: bool) -> None:
     assert threads(OMP_NUM_THREADS=value) == (1 if one else threads())
 
 
-def test_a_number_that_is_set_is_that_of_merges_too() -> None:
+def test_set_num_threads_applies_to_merges() -> None:
     before = arcmerge.get_num_threads()
     arcmerge.set_num_threads(before + 1)
     try:

@@ -1,5 +1,5 @@
-// For ThreadSanitizer: callers on several threads use the operations at once, while others change the number of threads
-// and fork; then the process ends while one still computes. Every result must be the one that a call alone gives.
+// A program for ThreadSanitizer. Several threads call the operations at once, while others change the number of threads
+// and fork; then the process ends while a thread still computes. Every result must be that of a call alone.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -39,7 +39,7 @@ const char* bytes(const std::vector<float>& numbers) { return reinterpret_cast<c
 
 using Result = std::vector<float>;
 
-// Never destroyed, as a thread still reads them at exit.
+// Never destroyed, because a thread still reads them at exit.
 const Result &kX = *new Result(numbers(kTokens * kLength, 1)), &kWeight = *new Result(numbers(kRows * kLength, 2)),
              &kUp = *new Result(numbers(kRows * kLength, 3));
 
@@ -116,7 +116,7 @@ void all_at_once(const std::vector<Result>& alone, int times) {
   for (std::size_t number = 0; number < kCalls.size(); ++number)
     callers.emplace_back([&, number] {
       for (int i = 0; i < times; ++i)
-        require(kCalls[number]() == alone[number], "a result is not the one of a call alone");
+        require(kCalls[number]() == alone[number], "a result differs from that of a call alone");
     });
   callers.emplace_back([&] {
     for (int i = 0; i < times; ++i) {
@@ -151,7 +151,7 @@ int main() {
   all_at_once(alone, kTimes);
   forked(alone);  // while the workers wait
   std::thread busy([&] { all_at_once(alone, kTimes); });
-  for (int i = 0; i < 5; ++i) forked(alone);  // while others work
+  for (int i = 0; i < 5; ++i) forked(alone);  // while other threads work
   busy.join();
   std::thread([&] {
     for (;;) multiplied();
