@@ -147,7 +147,7 @@ def test_missing_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(arcmerge.ArcmergeError) as caught:
         memory.must_stream(int(21 * GB), int(1 * GB), cpu)
     assert str(caught.value) == (
-        "the memory of cpu must have 22.1 GB free for the merged weights and what runs them, got 20.0 GB, "
+        "the memory of cpu must have 22.1 GB free for the merged weights and a running model, got 20.0 GB, "
         "2.1 GB too little; end other programs, or use --device cpu"
     )
     free["machine"] = 10 * GB

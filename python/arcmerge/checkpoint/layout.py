@@ -119,6 +119,10 @@ def parse_size(text: str | int) -> int:
 
     Raises:
         ArcmergeError: `text` is anything else.
+
+    Example:
+        >>> parse_size("1.5G")
+        1500000000
     """
     stripped = str(text).strip()
     match = _SIZE.fullmatch(stripped)

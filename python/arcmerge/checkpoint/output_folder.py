@@ -55,6 +55,11 @@ class OutputFolder:
 
     Raises:
         ArcmergeError: an argument breaks a rule, or the disk has too little space.
+
+    Example:
+        >>> with OutputFolder(Path("merged"), inputs=[parent], nbytes=len(content)) as folder:
+        ...     (folder.path / "config.json").write_bytes(content)
+        ...     folder.commit()
     """
 
     def __init__(self, target: Path, inputs: Iterable[Path] = (), nbytes: int = 0) -> None:

@@ -58,6 +58,11 @@ class Checkpoint:
 
     Raises:
         ArcmergeError: names everything that is wrong with the folder, one line each.
+
+    Example:
+        >>> checkpoint = Checkpoint(Path("gemma-2-2b"))
+        >>> checkpoint.tensors["model.norm.weight"].shape
+        (2304,)
     """
 
     def __init__(self, folder: Path) -> None:

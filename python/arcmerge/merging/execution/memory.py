@@ -290,7 +290,7 @@ def must_stream(required: int, parents: int, device: torch.device) -> bool:
     if required + parents <= free:
         return False
     _require_memory(
-        f"the memory of {device}", required, free, "the merged weights and what runs them", "use --device cpu"
+        f"the memory of {device}", required, free, "the merged weights and a running model", "use --device cpu"
     )
     advice = f"use --device cpu, or a GPU of {(required + parents) / 1e9:.0f} GB"
     _require_memory("pinned memory", parents, available_memory(), f"the models, which do not fit on {device}", advice)
