@@ -85,10 +85,13 @@ TURNS = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd
 
 @dataclass(frozen=True)
 class Target:
-    """A file of a world, or several that are read alike, and what is done with it.
+    """A file of a world to change, and the code that reads it.
 
-    seed: of the world's folder, the bytes to start from. run: reads the changed file in the world's folder; raises
-    ArcmergeError for what is wrong with it.
+    Attributes:
+        file: the path in the world's folder.
+        mutate: changes the content.
+        run: reads the changed file, given the world's folder; raises ArcmergeError if the file is wrong.
+        seed: the content to start from, given the world's folder.
     """
 
     file: str
@@ -98,12 +101,12 @@ class Target:
 
 
 class World:
-    """A folder with two small models and what else is read; one of its files is changed at a time."""
+    """A folder with two small models and other files to read; one of its files is changed at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for number, name in enumerate("ab"):
-            weights = partial(tiny.weights, number, geometry=SMALL)
+        for seed, name in enumerate("ab"):
+            weights = partial(tiny.weights, seed, geometry=SMALL)
             tiny.write_checkpoint(folder / name, tiny.Model(weights, geometry=SMALL))
             (folder / name / "chat_template.jinja").write_bytes(TEMPLATE)
             for file, more in (("config.json", CONFIG), ("generation_config.json", GENERATION_CONFIG)):
@@ -120,11 +123,11 @@ class World:
             "".join(json.dumps({"context": "ab", "choices": ["c", "d"], "answer": n % 2}) + "\n" for n in range(3))
         )
         with Journal(folder / "journal.jsonl", _ABOUT) as journal:
-            for number in range(2):
-                journal.add(Scored(f"t={number}", {"t": number}, {"t": float(number)}, score=2.5, seconds=0.1))
+            for t in range(2):
+                journal.add(Scored(f"t={t}", {"t": t}, {"t": float(t)}, score=2.5, seconds=0.1))
 
     def run(self, name: str, data: bytes) -> None:
-        """Read the target's file with `data` as its content; raises what reading it raises."""
+        """Read the target's file with `data` as its content; raises the errors of reading it."""
         target = TARGETS[name]
         file = self.folder / target.file
         before = file.read_bytes()
@@ -157,7 +160,7 @@ def _plan_plain(folder: Path) -> None:
 
 
 def _merge(recipe: Any, folder: Path) -> None:
-    """Whole, so that what is written can be seen: all of it or nothing."""
+    """Merge to disk and check that the output is complete or absent."""
     out = folder / "out"
     try:
         merge(recipe, out, warn=_ignore, threads=1)
@@ -169,7 +172,7 @@ def _merge(recipe: Any, folder: Path) -> None:
 
 
 def _model(folder: Path) -> None:
-    """Whatever a merge says of the file, the runner reads it too: the faults of one would hide those of the other."""
+    """Plan a merge, and run the model even if that fails, because one error would hide the other."""
     try:
         _plan_plain(folder)
     finally:

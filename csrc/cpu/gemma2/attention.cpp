@@ -97,7 +97,11 @@ ARCMERGE_VARIANTS(void, pack_values,
                   (std::uint32_t* out, const char* value, std::int64_t keys, std::int64_t dim, DType dtype),
                   (out, value, keys, dim, dtype))
 
-// Column g * count + i is query i of head g of the group. Columns without a query have zeros, at the first position.
+// Loads the queries of one head of keys as the columns of the right operand, [word][column]. They come from all heads
+// of the group, and columns without a query are zeros at the first position:
+//
+//     column   0 ... count - 1     count ... 2 count - 1   ...   group * count ...
+//     query    of head 0           of head 1               ...   none
 void load_queries(const Workspace& workspace, std::int64_t columns, const QueryBlock& queries, std::int64_t head,
                   const Call& call) {
   std::fill_n(workspace.queries, call.words() * columns, 0u);

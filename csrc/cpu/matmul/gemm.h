@@ -1,6 +1,9 @@
 // Matrix products of many rows with many columns.
 //
-// Operands consist of words of 4 bytes: one f32, or two bf16 of which the first is the low half.
+// Operands consist of words of 4 bytes, which hold one f32 or two bf16:
+//
+//     bit    31 .......... 16   15 .......... 0
+//     bf16   element 2i + 1     element 2i
 #pragma once
 
 #include <cstdint>
