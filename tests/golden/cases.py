@@ -1,7 +1,7 @@
-"""The golden cases: a config each, and what mergekit 0.1.5 made of it, as recorded in expected.json.
+"""The golden cases: a config each, and the recorded result of mergekit 0.1.5 in expected.json.
 
 A tensor is recorded as its type, shape, hash, norm and a sample of its values, with the parameters that mergekit
-resolved for it and the input tensors it came from. Whoever compares needs neither mergekit nor its whole output.
+resolved for it and its input tensors. So the comparison needs neither mergekit nor its whole output.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Expected:
-    """What mergekit did with a config. An error may come after the tensors were written."""
+    """The result of mergekit for a config. An error may occur after the tensors were written."""
 
     error: str | None
     tensors: dict[str, Recorded]
@@ -95,7 +95,7 @@ def sample(tensor: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def sampled_values(name: str, shape: tuple[int, ...], *, aligned: bool) -> int:
-    """One value from each row of a vocabulary that was brought in line, a few from anything else."""
+    """One value from each row of an aligned vocabulary, a few from any other tensor."""
     return shape[0] if aligned and name in ("model.embed_tokens.weight", "lm_head.weight") else SAMPLED_VALUES
 
 
@@ -104,14 +104,14 @@ def vocabulary_digest(vocabulary: dict[str, int]) -> str:
 
 
 def render(chat_template: str) -> str:
-    """What the template makes of one question and its answer: two texts of a template may mean the same."""
+    """The text of one question and its answer, because different templates may give the same text."""
     conversation = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
     template = jinja2.Template(chat_template, trim_blocks=True, lstrip_blocks=True)
     return str(template.render(messages=conversation, bos_token="<bos>", eos_token="<eos>"))
 
 
 def encode_tensor(name: str, tensor: torch.Tensor, parameters: int, sources: int, *, aligned: bool) -> list[Any]:
-    """The row of expected.json; parameters and sources are numbers in the case's own tables."""
+    """The row of expected.json; parameters and sources are indices into the tables of the case."""
     values = sample(tensor, sampled_values(name, tuple(tensor.shape), aligned=aligned))
     return [
         str(tensor.dtype).removeprefix("torch."),

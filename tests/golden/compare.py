@@ -1,4 +1,4 @@
-"""How tensors are read and compared: by bits, by rank among the floats of their type, by what rounding allows."""
+"""Readers and comparisons of tensors: by bits, by rank among the floats of their dtype, by rounding error."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def assert_same_bits(found: Tensors, expected: Tensors) -> None:
 
 
 def magnitude(inputs: Sequence[Tensor]) -> Tensor:
-    """Element by element, the sum of what the inputs hold there."""
+    """The elementwise sum of the magnitudes of the inputs."""
     return torch.stack([x.double().abs() for x in inputs]).sum(0)
 
 
 def is_rounded_from(actual: Tensor, exact: Tensor, size: Tensor, result: torch.dtype) -> bool:
-    """Whether `actual` is the exact value, but for f32 arithmetic on terms of `size`, rounded to `result` and stored.
+    """Whether `actual` is the exact value up to f32 arithmetic on terms of `size`, rounded to `result` and stored.
 
     Coefficients, products and sums are rounded in f32, by 2^-24 each. Rounding is monotone: so the values must lie
     between those that the two ends of the error's range are rounded to.

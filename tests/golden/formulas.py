@@ -1,4 +1,4 @@
-"""Every merge method written down a second time: on whole tensors, in float64, straight from its definition.
+"""A second implementation of every merge method: on whole tensors, in float64, by its definition.
 
 The product computes these from Gram matrices; nothing here does. Inputs are float64 tensors of one shape, `base` the
 position of base_model among them or None, `weight` one number an input (None for the base).
@@ -142,7 +142,7 @@ def nearswap(inputs: Sequence[Tensor], base: int, t: float) -> Tensor:
 
 
 def merged(method: str, inputs: Sequence[Tensor], parameters: dict[str, Any]) -> Tensor:
-    """`method` by the name and the parameters of a config, of which those it does not know are left out."""
+    """`method` by the name and the parameters of a config, without parameters that it does not have."""
     function, accepted = _METHODS[method]
     known = {"scale" if key == "lambda" else key: value for key, value in parameters.items() if key in accepted}
     return function(inputs, parameters["base"], **known)

@@ -1,4 +1,4 @@
-"""Record what mergekit 0.1.5 makes of every config: writes expected.json beside this file.
+"""Record the results of mergekit 0.1.5 for every config: writes expected.json next to this file.
 
     pip install mergekit==0.1.5
     PYTHONPATH=tests python -m golden.record
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def record(case: str, models: Path, out: Path) -> dict[str, Any]:
-    """Run one case; what was written counts even if mergekit fails after writing it."""
+    """Run one case. Its output counts even if mergekit fails after writing it."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions

@@ -1,4 +1,4 @@
-"""What a merge of two tiny checkpoints must be, whatever their architecture; each shortfall is one sentence."""
+"""Checks of a merge of two tiny checkpoints of any architecture; each failure is one sentence."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from architectures import Kind
 torch.set_num_threads(1)
 
 _LOADING = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-# What transformers writes about the file and not about the network.
+# Keys that transformers writes about the file and not about the network.
 _ABOUT_THE_FILE = {"_name_or_path", "transformers_version"}
-# What the code of a network takes from the number of a layer or from the depth, and no merge can change: DiffLlama's,
+# Attributes that the code of a network derives from the index of a layer or from the depth: DiffLlama's,
 # BigBird's, Gemma 4's, MiniCPM 3's.
 _BY_NUMBER = re.compile(r"layer|_idx$|^(?:lambda_init|seed|store_full_length_kv|residual_scale)$")
-# Families whose attention alternates by the number of the layer, by design.
+# Families whose attention alternates by the index of the layer.
 _ALTERNATING = ("gemma2", "gemma3", "gemma3_text")
 _OTHER_LISTS = re.compile(r"architectures$|_ids$|languages$|vision|audio")
 _PATHS = re.compile(r"/\S*(/[ab]\b)")
@@ -52,7 +52,7 @@ Settings = dict[str, dict[str, Any]]
 
 @dataclass
 class Outcome:
-    """What became of one architecture: remarks are shortfalls, refused the sentence of a merge that was not made."""
+    """The result for one architecture. remarks: failed checks; refused: the message of a merge that was refused."""
 
     remarks: list[str] = field(default_factory=list)
     refused: str | None = None
@@ -74,7 +74,7 @@ class Loaded(NamedTuple):
 
 
 def examine(kind: Kind, model_type: str, folder: Path) -> Outcome:
-    """Merge two tiny models of an architecture, at both ends, half way and in slices, and look at all that came out."""
+    """Merge two tiny models of an architecture at both ends, in the middle and in slices, and check the results."""
     outcome = Outcome()
     folder.mkdir(exist_ok=True)
     parents = architectures.write(kind, model_type, folder)
@@ -142,7 +142,7 @@ def _merge(recipe: dict[str, Any], out: Path) -> list[str]:
 
 
 def _load(path: Path) -> Loaded:
-    """A model as transformers reads it, and what it says of the keys."""
+    """A model as transformers loads it, and its report about the keys."""
     cls = getattr(architectures.transformers, _json(path)["architectures"][0])
     with _quiet():
         model, loading = cls.from_pretrained(path, output_loading_info=True, local_files_only=True)
@@ -184,7 +184,7 @@ def _compare_files(out: Path, parents: tuple[Path, Path], like: int | None, said
 
 
 def _beside(theirs: Any, ours: Any, base: Any, like: int) -> list[str]:
-    """Tensors that come whole from the base model although the merge asks for the other's."""
+    """Tensors that are copied from the base model although t = 1 asks for the other model's."""
     if like == 0:
         return []
     return [name for name in ours if not _same(theirs.get(name), ours[name]) and _same(base.get(name), ours[name])]
@@ -199,14 +199,14 @@ def _lost(out: Path, parents: Any, said: list[str]) -> list[str]:
 
 
 def _named(name: str, text: str) -> bool:
-    """Whether a text names a tensor, or the part of the network that it belongs to."""
+    """Whether a text names a tensor or the part of the network that contains it."""
     parts = name.split(".")
     prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)] + [parts[-1], ".".join(parts[-2:])]
     return any(re.search(rf"(?<![\w]){re.escape(prefix)}(?![\w])", text) for prefix in prefixes if prefix != "model")
 
 
 def _compare_model(out: Path, letter: str, own: Loading, tokens: Any, logits: torch.Tensor) -> list[str]:
-    """An end of the curve loads as its parent does and computes the same."""
+    """The merge at an end loads as its model does and computes the same."""
     try:
         found = _load(out)
         got = _output(found.model, tokens)
@@ -219,7 +219,7 @@ def _compare_model(out: Path, letter: str, own: Loading, tokens: Any, logits: to
 
 
 def _compare_form(out: Path, end: Path) -> list[str]:
-    """Half way lie the tensors that lie at an end, which was loaded."""
+    """The merge in the middle has the tensors of the merge at an end, which was loaded."""
     ours, theirs = (
         {name: (tensor.shape, tensor.dtype) for name, tensor in _tensors(path).items()} for path in (out, end)
     )
@@ -227,7 +227,7 @@ def _compare_form(out: Path, end: Path) -> list[str]:
 
 
 def _loading_remarks(loading: Loading, own: Loading, *, numbered: bool = False) -> list[str]:
-    """What reloading complains of beyond what it does of the parent. numbered: in whichever layer."""
+    """The warnings of reloading that the model itself does not give. numbered: in any layer."""
     remarks = []
     for kind in _LOADING:
         before, after = (
@@ -240,7 +240,7 @@ def _loading_remarks(loading: Loading, own: Loading, *, numbered: bool = False) 
 
 
 def _changed(donor: Any, ours: Any, path: str = "") -> str:
-    """What differs between two configurations."""
+    """The differences between two configurations."""
     found = []
     for key in sorted(set(donor) | set(ours)):
         if key in _ABOUT_THE_FILE:
@@ -255,7 +255,7 @@ def _changed(donor: Any, ours: Any, path: str = "") -> str:
 
 
 def _compare_layers(out: Path, parent: Path, layers: list[int]) -> list[str]:
-    """Every tensor of a layer is that of the layer it descends from."""
+    """Every tensor of a layer is that of its source layer."""
     theirs, ours = _tensors(parent), _tensors(out)
     new = {match["prefix"] for name in ours if name not in theirs and (match := _numbered(name))}
     wrong = []
@@ -273,7 +273,7 @@ def _compare_layers(out: Path, parent: Path, layers: list[int]) -> list[str]:
 
 
 def _compare_lists(before: dict[str, Any], after: dict[str, Any], layers: list[int]) -> list[str]:
-    """Lists of config.json with an entry for each layer still have one, that of the layer it descends from."""
+    """Lists of config.json with an entry for each layer still have one, that of its source layer."""
     remarks = []
     now = dict(_lists(after))
     for path, value in _lists(before):
@@ -311,7 +311,7 @@ def _settings(model: Any) -> Settings:
 
 
 def _compare_settings(ours: Settings, theirs: Settings, layers: list[int]) -> list[str]:
-    """The modules of a layer are set as those of the layer it descends from."""
+    """The modules of a layer have the attributes of those of its source layer."""
     new = {match["prefix"] for name in ours if name not in theirs and (match := _numbered(f"{name}."))}
     differing: list[str] = []
     for name, settings in ours.items():
@@ -354,7 +354,7 @@ def _some(names: Any) -> str:
 
 
 def table(outcomes: dict[str, Outcome | str]) -> str:
-    """docs/architectures.md: what becomes of each architecture."""
+    """docs/architectures.md: the result for each architecture."""
     rows = ["| class | model type | whole models | another depth |", "|---|---|---|---|"]
     for name, outcome in outcomes.items():
         kind, model_type = name.split("/")

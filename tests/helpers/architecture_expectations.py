@@ -1,4 +1,4 @@
-"""Which merges of tiny architectures are refused, and why: what the sentence must say. All others are made."""
+"""The merges of tiny architectures that are refused, with words of the message. All others succeed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REFUSED = {
 _BY_INDEX = "must give each layer the kind of its tensors"
 _SEVERAL = "serves several of the 4 layers"
 
-# Slices of another depth: the layers 0 to 3 and 1 to 3 once more.
+# Slices of another depth: the layers 0 to 3, then 1 to 3 again.
 REFUSED_DEPTH = {
     "causal/dory": "must not select layers by index",
     "causal/ernie4_5_moe": _BY_INDEX,
@@ -32,7 +32,7 @@ REFUSED_DEPTH = {
     "reward/jamba": _BY_INDEX,
 }
 
-# What transformers cannot build here, or cannot run on text alone.
+# Architectures that transformers cannot build here, or cannot run on text only.
 UNBUILDABLE = {
     "causal/blt": "transformers 5.24 cannot run it from its own configuration",
     "causal/gemma3n": "its tower needs timm",

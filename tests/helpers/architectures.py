@@ -35,7 +35,7 @@ MAPPINGS = {
     "sequence": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 
-# The first pattern that matches a key says its small value.
+# The first pattern that matches a key gives its small value.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"^(?:vocab_size|.*_vocab_size|unpadded_vocab_size|vocab_size_per_layer_input)$", VOCABULARY),
     (r"_token_id$|_token_index$|^(?:eoi|boi|image|audio|video)_token", 1),
@@ -64,7 +64,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
 _WIDE = re.compile(r"(?:hidden_size|d_model|n_embd|dim_model|_dim|_size|_width|_length|_channels|channels|width|dim)$")
 _KEPT = re.compile(r"chunk_size_feed_forward|chunk_size_lm_head|conv.*kernel|d_conv|type_vocab_size|num_channels")
 
-# What the names of keys do not tell, by the model type of their level.
+# Values that do not follow from the names of keys, by the model type of their level.
 _MAMBA = {"mamba_n_heads": 8}
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
 _GEMMA4 = {"layer_types": [_SLIDING, _FULL] * 2, "per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}}}
@@ -136,7 +136,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-# Networks that compute in float32 alone.
+# Networks that compute in float32 only.
 _FLOAT32 = ("reformer", "xlnet")
 
 
@@ -186,10 +186,10 @@ def _size(key: str, value: int) -> int:
 
 
 def build(kind: Kind, model_type: str, seed: int) -> Any:
-    """A model in memory whose weights depend on the seed alone."""
+    """A model in memory whose weights depend on the seed only."""
     torch.manual_seed(seed)
     cls = model_class(kind, model_type)
-    # The decoder alone of a model for several media has a configuration of its own.
+    # The decoder of a model for several media has its own configuration.
     settings = CONFIG_MAPPING[model_type] if kind == "image" else cls.config_class
     config = tiny_config(settings, settings.model_type)
     model = cls(config).eval()
@@ -202,7 +202,7 @@ def build(kind: Kind, model_type: str, seed: int) -> Any:
 
 
 def write(kind: Kind, model_type: str, folder: Path) -> tuple[Path, Path]:
-    """Two parents of one configuration and independent weights."""
+    """Two models with the same configuration and independent weights."""
     parents = folder / "a", folder / "b"
     dtype = torch.float32 if model_type in _FLOAT32 else torch.bfloat16
     for seed, path in enumerate(parents):

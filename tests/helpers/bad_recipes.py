@@ -1,4 +1,4 @@
-"""Broken recipes, and what the sentence about each must hold. tests/merging/test_bad_input.py runs them."""
+"""Broken recipes, and the words that the message of each must have. tests/merging/test_bad_input.py runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of networks that are told by their names alone: a few small tensors where others have large ones."""
+"""Checkpoints with the tensor names of a network and a few small tensors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, tensors: Mapping[str, npt.NDArray[Any]], settings: Mapping[str, Any]) -> Path:
-    """A folder of one shard: float32 arrays are stored as bfloat16, float64 as float32, others as they are."""
+    """A folder with one shard. float32 arrays are stored as bfloat16, float64 as float32, others unchanged."""
     folder.mkdir(parents=True)
     header: dict[str, object] = {}
     blobs: list[bytes] = []

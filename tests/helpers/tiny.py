@@ -1,4 +1,4 @@
-"""Tiny checkpoints, the same bits on every machine, for tests that need models and not their size.
+"""Tiny checkpoints with the same bits on every machine, for tests that need models of any size.
 
 Weights come from numpy PCG64 streams keyed by a seed and the tensor's name, so they depend on no other library's
 generator and on no order of construction. `make(name, folder)` writes one of `MODELS`; the parts it is made of
@@ -40,7 +40,7 @@ _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that config.json states."""
+    """The sizes in config.json."""
 
     hidden_size: int = 32
     intermediate_size: int = 64
@@ -54,7 +54,7 @@ class Geometry:
 GEOMETRY = Geometry()
 DEEP = Geometry(8, 16, 26, 2, 1, 4, 288)
 
-# Dimensions of a layer's tensors: h hidden, i intermediate, q and k all query and key heads, d one head,
+# Dims of a layer's tensors: h hidden, i intermediate, q and k all query and key heads, d one head,
 # a the fused query, key and value, g the fused gate and up projection.
 _LLAMA = {
     "input_layernorm.weight": "h",
@@ -105,7 +105,7 @@ def shapes(family: str, geometry: Geometry = GEOMETRY, *, head: bool = False) ->
 
 
 def normal(seed: int, name: str, shape: tuple[int, ...], scale: float) -> Array:
-    """Normal numbers of deviation `scale` that depend on the seed and the name alone."""
+    """Normal numbers of deviation `scale` that depend on the seed and the name only."""
     generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
     return (generator.standard_normal(shape) * scale).astype(np.float32)
 
@@ -165,7 +165,7 @@ def _longer_embedding(tensors: Weights, rows: int) -> Weights:
 
 @dataclass(frozen=True)
 class Model:
-    """What `make` writes: weights (made on demand), and how they are stored and described."""
+    """A model for `make`: its weights (made on demand), and how they are stored and described."""
 
     weights: Callable[[], Weights]
     family: str = "gemma2"
@@ -307,7 +307,7 @@ def config(model: Model) -> dict[str, object]:
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": 2,
-        # Checkpoints saved before transformers 5 say torch_dtype.
+        # Checkpoints of transformers before version 5 have torch_dtype.
         "dtype" if model.family == "gemma2" else "torch_dtype": _DTYPE_NAMES[model.dtype],
     }
     if model.family == "gemma2":
@@ -319,7 +319,7 @@ def config(model: Model) -> dict[str, object]:
 
 
 def vocabulary(size: int, *, reverse: bool = False) -> list[str]:
-    """Special tokens, the 256 bytes, pairs of letters; `reverse` numbers the pairs backwards and ends in a new one."""
+    """Special tokens, the 256 bytes, pairs of letters; `reverse` reverses the ids of the pairs and adds one."""
     from tokenizers import pre_tokenizers
 
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]

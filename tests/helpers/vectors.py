@@ -1,4 +1,4 @@
-"""Merges of explicit float64 vectors: a method applied to them, and what vectors at known angles should give."""
+"""Merges of explicit float64 vectors by a method, and expected results for vectors at known angles."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def arguments_of(name: str, count: int, base: int | None, parameters: Mapping[st
 
 
 def merge(name: str, tensors: Sequence[Any], base: int | None = None, **parameters: Any) -> Array:
-    """What a whole merge does with a method, in float64: Gram matrix, coefficients, combination."""
+    """A merge by a method in float64: Gram matrix, coefficients, combination."""
     stack = np.stack([np.asarray(tensor, np.float64) for tensor in tensors])
     method, arguments = get(name), arguments_of(name, len(stack), base, parameters)
     assert method.check(arguments) == []

@@ -1,4 +1,4 @@
-"""Tiny models with a tokenizer and an embedding, and what becomes of their rows in a common vocabulary."""
+"""Tiny models with a tokenizer and an embedding, and their rows in a common vocabulary."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def gather(rows: RowAddresses) -> NDArray[np.float64]:
 
 
 class ThreeModels:
-    """The fixtures of tests on a base and two fine-tunes of it."""
+    """Fixtures with a base and two fine-tunes of it."""
 
     @pytest.fixture
     def base(self, tmp_path: Path) -> Model:
@@ -116,7 +116,7 @@ class ThreeModels:
 
     @pytest.fixture
     def chat(self, tmp_path: Path) -> Model:
-        """Has the words of the base by other numbers, words that it lacks, and two tokens added."""
+        """Has the tokens of the base with other ids, tokens that the base does not have, and two added tokens."""
         return Model(tmp_path / "chat", ["cd", "cde", "ab", "abc"], ["<chat>", "<end>"])
 
     @pytest.fixture

@@ -1,6 +1,6 @@
-"""Merges of every architecture that transformers can build tiny: the two ends, half way, and slices of another depth.
+"""Merges of every architecture that transformers can build tiny: both ends, the middle, and slices of another depth.
 
-`make test` runs a sample of architectures that are built differently; `make architectures` runs all of them and writes
+`make test` runs a sample of architectures of different kinds; `make architectures` runs all of them and writes
 docs/architectures.md.
 """
 
@@ -39,7 +39,7 @@ SAMPLE: tuple[tuple[Kind, str], ...] = (
 )
 
 
-# Beside all decoders: classes of other kinds, of the families that are merged most, and of those built otherwise.
+# Classes of other kinds than decoders, of the families that are merged most often and of unusual networks.
 OTHERS: dict[Kind, str] = {
     "reward": (
         "bert bloom deberta-v2 falcon gemma2 gemma3 gemma3_text gpt2 gpt_neox jamba llama mistral mixtral modernbert "
@@ -87,5 +87,5 @@ def test_a_merge_of_this_architecture_is_right_or_refused(
 
 
 def _as_expected(sentence: str | None, reason: str | None) -> bool:
-    """Whether a merge was refused for its reason, and none without one."""
+    """Whether a merge was refused for its reason, or not refused if there is no reason."""
     return sentence is None if reason is None else reason in (sentence or "")

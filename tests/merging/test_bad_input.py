@@ -1,8 +1,7 @@
-"""What goes wrong in a user's hands: each broken recipe, checkpoint or call gets one sentence and changes nothing.
+"""Broken recipes, checkpoints and calls: each gives one error message and changes nothing.
 
-The sentence stands on a line of its own on standard error, says which thing breaks which rule with which value, and
-what to do; the words that it must hold are in the tables. Exit code 1 is work that failed, 2 a wrong call. Neither a
-file nor a temporary one is left behind, and an older output stays as it was.
+The message is one line on standard error with the rule, the value and the advice; the tables have words that it must
+contain. Exit code 1 is a failed merge, 2 a wrong call. No files are left behind, and an older output does not change.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def edit_config(change: Callable[[Recipe], object], model: str = "llama-b") -> C
 
 
 def edit_header(change: Callable[[Recipe], object]) -> Callable[[], None]:
-    """Change the header of llama-b's safetensors and leave its data."""
+    """Change the header of llama-b's safetensors but not its data."""
 
     def spoil() -> None:
         blob = WEIGHTS.read_bytes()
@@ -52,7 +51,7 @@ def edit_header(change: Callable[[Recipe], object]) -> Callable[[], None]:
 
 
 def edit_tensors(change: Callable[[tiny.Weights], object], dtype: str = "BF16") -> Callable[[], None]:
-    """Write llama-b anew with other tensors."""
+    """Write llama-b with other tensors."""
 
     def spoil() -> None:
         tensors = tiny.MODELS["llama-b"].weights()
@@ -232,7 +231,7 @@ CALLS = {
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with models, an older output, a file and a folder that has nothing to do with models."""
+    """A working folder with models, an older output, a file, and a folder without a model."""
     folder = tmp_path_factory.mktemp("pristine")
     for name in MODELS:
         tiny.make(name, folder / "models")
@@ -247,7 +246,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it as the current folder, with no network."""
+    """A copy of it as the current folder, without a network."""
     shutil.copytree(pristine, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -261,14 +260,14 @@ def _write_recipe(content: Recipe | str | None) -> None:
 
 
 def _contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every path below with its time of change and content."""
+    """Every path below a folder with its modification time and content."""
     return {
         str(path.relative_to(folder)): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in folder.rglob("*")
     }
 
 
-def test_the_unbroken_call_works(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_correct_call_works(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write_recipe(None)
     assert main(["merge", "recipe.yml", "out"]) == 0, capsys.readouterr().err
     assert (workplace / "out" / "model.safetensors").exists()
@@ -283,9 +282,7 @@ def test_the_unbroken_call_works(workplace: Path, capsys: pytest.CaptureFixture[
         for name, bad in cases.items()
     ],
 )
-def test_one_sentence_and_nothing_changed(
-    bad: Bad, over: str, workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_message_and_no_change(bad: Bad, over: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write_recipe(bad.recipe)
     if over == "an-older-output":
         Path("older").rename("out")
@@ -302,7 +299,7 @@ def test_one_sentence_and_nothing_changed(
     assert _contents(workplace) == before
 
 
-def test_the_process_ends_like_the_function(workplace: Path) -> None:
+def test_the_process_ends_as_the_function_does(workplace: Path) -> None:
     _write_recipe(recipe(merge_method="slrep"))
     for arguments, code in ((["merge", "recipe.yml", "out"], 1), (["merge", "recipe.yml"], 2)):
         ended = subprocess.run([sys.executable, "-m", "arcmerge", *arguments], capture_output=True, text=True)

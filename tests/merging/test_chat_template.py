@@ -94,8 +94,8 @@ class TestNamed:
         assert render(named_template(name), [SYSTEM, USER, ANSWER, AGAIN]) == FORMATS[name]
 
     @pytest.mark.parametrize("name", NAMED)
-    def test_a_conversation_grows_at_its_end(self, name: str) -> None:
-        """What the model has read stays as it was when its answer and the next question follow."""
+    def test_a_longer_conversation_has_the_shorter_one_as_its_prefix(self, name: str) -> None:
+        """The text that the model has read does not change if its answer and the next question follow."""
         before = render(named_template(name), [USER])
         after = render(named_template(name), [USER, ANSWER, AGAIN], ask=False)
         assert after.startswith(before.rstrip())
@@ -104,14 +104,14 @@ class TestNamed:
     def test_exaone_opens_with_an_empty_system_turn(self) -> None:
         assert render(named_template("exaone"), [USER]).startswith("[|system|][|endofturn|]\n[|user|]")
 
-    def test_mistral_takes_turns(self) -> None:
+    def test_mistral_needs_alternating_roles(self) -> None:
         with pytest.raises(Exception, match="must take turns"):
             render(named_template("mistral"), [USER, AGAIN])
 
     @pytest.mark.parametrize("messages", [[USER], [SYSTEM, USER], [USER, ANSWER, AGAIN]], ids=len)
     @pytest.mark.parametrize("name", sorted(set(NAMED) - {"gemma"}))
-    def test_mergekit_differs_at_most_in_white_space(self, name: str, messages: list[dict[str, str]]) -> None:
-        """chatml and mistral not even in that; the others' files leak their own line ends into the prompt."""
+    def test_mergekit_differs_in_white_space_only(self, name: str, messages: list[dict[str, str]]) -> None:
+        """chatml and mistral are equal; mergekit's other files put their own line breaks into the prompt."""
         folder = pytest.importorskip("mergekit._data.chat_templates").__path__[0]
         theirs = render(Path(folder, f"{name}.jinja").read_text(), messages)
         ours = render(named_template(name), messages)
@@ -139,10 +139,10 @@ class TestChoice:
     def test_auto_takes_the_most_common(self, folders: list[Path]) -> None:
         assert find_template("auto", folders) == "{{ second }}"
 
-    def test_auto_takes_the_first_in_a_draw(self, folders: list[Path]) -> None:
+    def test_auto_takes_the_first_if_there_is_a_tie(self, folders: list[Path]) -> None:
         assert find_template("auto", folders[:2]) == "{{ first }}"
 
-    def test_auto_without_any(self, folders: list[Path]) -> None:
+    def test_auto_without_templates(self, folders: list[Path]) -> None:
         assert find_template("auto", folders[3:]) is None
 
     def test_text(self) -> None:
@@ -150,7 +150,7 @@ class TestChoice:
         assert find_template(text, []) == text
 
     @pytest.mark.parametrize("setting", ["chatlm", "{{ too short }}", "a long sentence without a single brace"])
-    def test_neither_name_nor_template(self, setting: str) -> None:
+    def test_text_that_is_neither_a_name_nor_a_template(self, setting: str) -> None:
         with pytest.raises(ArcmergeError, match=r"must be auto, one of alpaca, chatml, .*mistral, or the text"):
             find_template(setting, [])
 

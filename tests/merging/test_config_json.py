@@ -24,7 +24,7 @@ GEMMA2: dict[str, Any] = {
 }
 
 
-def test_same_layers_leave_all_but_the_type_and_the_path() -> None:
+def test_with_the_same_layers_only_dtype_and_path_change() -> None:
     expected = {key: value for key, value in GEMMA2.items() if key != "_name_or_path"} | {"dtype": "bfloat16"}
     assert output_config(GEMMA2, range(6), dtype=BF16) == expected
 
@@ -47,11 +47,11 @@ def test_the_donor_is_not_changed() -> None:
         pytest.param({}, {}, id="neither"),
     ],
 )
-def test_type_of_the_weights(present: dict[str, str], expected: dict[str, str]) -> None:
+def test_dtype_of_the_weights(present: dict[str, str], expected: dict[str, str]) -> None:
     assert output_config({"num_hidden_layers": 1, **present}, [0], dtype=BF16) == {"num_hidden_layers": 1, **expected}
 
 
-def test_a_part_that_names_no_type_gets_none() -> None:
+def test_a_part_without_a_dtype_gets_none() -> None:
     donor = {"dtype": None, "attn_config": {"dtype": None}, "text_config": {"torch_dtype": "float32", "dtype": None}}
     assert output_config(donor, [0], dtype=BF16) == {
         "dtype": "bfloat16",
@@ -65,15 +65,15 @@ def test_rows_and_head() -> None:
     assert (config["vocab_size"], config["tie_word_embeddings"]) == (336, False)
 
 
-def test_gemma2_alternates_by_position_whatever_the_layers_were() -> None:
-    """Runtimes that know Gemma-2 take the kind of attention from the layer's number."""
+def test_gemma2_alternates_by_index_whatever_the_source_layers() -> None:
+    """Runtimes for Gemma-2 derive the kind of attention from the layer's index."""
     config = output_config(GEMMA2, [0, 1, 1, 2, 3, 4, 5], dtype=BF16)
     assert config["num_hidden_layers"] == 7
     assert config["layer_types"] == [SLIDING, FULL, SLIDING, FULL, SLIDING, FULL, SLIDING]
 
 
 @pytest.mark.parametrize("key", ["sliding_window_pattern", "_sliding_window_pattern", None])
-def test_gemma3_attends_fully_in_every_nth_layer(key: str | None) -> None:
+def test_gemma3_has_full_attention_in_every_nth_layer(key: str | None) -> None:
     n = 3 if key else 6
     donor = {"model_type": "gemma3_text", "num_hidden_layers": 6, "layer_types": [SLIDING] * 5 + [FULL]}
     config = output_config(donor | ({key: n} if key else {}), [*range(6), 0, 0], dtype=BF16)
@@ -98,7 +98,7 @@ def test_other_lists_follow_their_layers() -> None:
     assert {key: config[key] for key in unchanged} == {key: donor[key] for key in unchanged}
 
 
-def test_as_many_layers_in_another_order() -> None:
+def test_the_same_number_of_layers_in_another_order() -> None:
     config = output_config(
         {"model_type": "x", "num_hidden_layers": 2, "layer_types": [FULL, SLIDING]}, [1, 0], dtype=BF16
     )
@@ -121,7 +121,7 @@ def test_nested_decoder() -> None:
 
 @pytest.mark.parametrize("depth", [4, 6, 7, 13])
 def test_transformers_accepts_any_depth_of_gemma2(depth: int) -> None:
-    """mergekit's own result is refused here: its layer_types keep the donor's length."""
+    """transformers refuses mergekit's own result, whose layer_types has the donor's length."""
     transformers = pytest.importorskip("transformers")
     donor = transformers.Gemma2Config(num_hidden_layers=6, vocab_size=320).to_dict()
     config = output_config(donor, [layer % 6 for layer in range(depth)], dtype=BF16)
@@ -136,7 +136,7 @@ def test_layers_of_a_deeper_model_keep_its_entries() -> None:
     assert config["layer_types"] == [FULL, FULL, FULL, SLIDING]
 
 
-def test_layers_of_a_deeper_model_without_entries_repeat_the_donors() -> None:
+def test_layers_of_a_deeper_model_without_entries_repeat_those_of_the_donor() -> None:
     donor = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}
     config = output_config(donor, [0, 1, 2], dtype=BF16, models=[donor, donor, {"num_hidden_layers": 4}])
     assert config["layer_types"] == [SLIDING, FULL, SLIDING]

@@ -1,4 +1,4 @@
-"""What config.json says of layers when a merge takes them in another order or number."""
+"""The entries of config.json about layers if a merge changes their order or number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from arcmerge.dtypes import BF16
 from arcmerge.merging.output.config_json import output_config
 from arcmerge.merging.plan.config_layers import change_layers, claimed_depths, levels
 
-# Six layers of four: the last two once more.
+# Six layers of four: the last two are repeated.
 AGAIN = [0, 1, 2, 3, 2, 3]
 
 
@@ -21,12 +21,12 @@ def change(donor: dict[str, Any], layers: list[int], depth: int = 4, kinds: Any 
 @pytest.mark.parametrize(
     "key", ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks"]
 )
-def test_the_depth_by_any_name(key: str) -> None:
+def test_the_depth_has_many_names(key: str) -> None:
     assert output_config({key: 4, "hidden_size": 4}, AGAIN, dtype=BF16) == {key: 6, "hidden_size": 4}
 
 
 @pytest.mark.parametrize("section", ["text_config", "llm_config", "language_config"])
-def test_the_depth_of_a_decoder_among_others(section: str) -> None:
+def test_the_depth_of_a_decoder_in_a_section(section: str) -> None:
     donor = {section: {"n_layer": 4}, "vision_config": {"num_hidden_layers": 4, "depth": 4}}
     assert output_config(donor, AGAIN, dtype=BF16) == {**donor, section: {"n_layer": 6}}
 
@@ -37,7 +37,7 @@ def test_the_depth_at_two_levels() -> None:
     assert found == {"num_hidden_layers": 6, "text_config": {"num_hidden_layers": 6, "layer_types": [*"abcdcd"]}}
 
 
-def test_a_depth_that_is_left_to_a_default_is_added_where_the_merge_has_another() -> None:
+def test_a_default_depth_is_added_if_the_merge_changes_it() -> None:
     assert output_config({"text_config": {}}, range(4), dtype=BF16, depth=4) == {"text_config": {}}
     assert output_config({"text_config": {}}, AGAIN, dtype=BF16, depth=4) == {"text_config": {"num_hidden_layers": 6}}
     assert output_config({"net_depth": 4}, AGAIN, dtype=BF16, depth=4) == {"net_depth": 6}
@@ -107,20 +107,20 @@ def test_keys_follow_their_layers(donor: dict[str, Any], expected: Any) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_no_value_says_is_a_problem(donor: dict[str, Any], word: str) -> None:
+def test_layers_that_a_key_cannot_describe_are_a_problem(donor: dict[str, Any], word: str) -> None:
     (((key, rule, _),), (expected, *_)) = change(donor, AGAIN).problems, donor
     assert key == expected
     assert word in rule
 
 
-def test_layers_of_a_kind_by_their_number() -> None:
+def test_layers_whose_kind_follows_from_their_index() -> None:
     donor, mamba, attention = {"attn_layer_period": 2}, {"mamba"}, {"attention"}
     kinds = [mamba, attention, mamba, attention]
     moved = [mamba, attention, attention]
     assert "layer 2" in change(donor, [0, 1, 3], kinds=(kinds, moved)).problems[0][2]
     kept = change(donor, [0, 1, 2, 3, 2, 3], kinds=(kinds, [*kinds, mamba, attention]))
     assert (kept.problems, kept.warnings) == ([], [])
-    # Six is nowhere in the donor: what a layer there would have to be is not known.
+    # The donor has no layer at index 6 modulo 8, so the kind of a layer there is unknown.
     assert change({"attn_layer_period": 8}, AGAIN, kinds=([mamba] * 4, [mamba] * 6)).problems
     windows = change({"sliding_window_pattern": 4}, AGAIN, kinds=([mamba] * 4, [mamba] * 6))
     assert "sliding_window_pattern" in windows.warnings[0]
@@ -137,7 +137,7 @@ def test_layers_of_a_kind_by_their_number() -> None:
         ("max_window_layers", "layer_types"),
     ],
 )
-def test_a_list_of_the_same_kinds_stands_for_a_number(key: str, kinds: str) -> None:
+def test_a_list_of_kinds_takes_precedence_over_a_count(key: str, kinds: str) -> None:
     found = change({key: 3, kinds: [*"aaab"], "use_sliding_window": True}, AGAIN)
     assert (found.problems, found.values[kinds]) == ([], [*"aaabab"])
 
@@ -153,7 +153,7 @@ def test_a_list_of_the_same_kinds_stands_for_a_number(key: str, kinds: str) -> N
     ],
 )
 @pytest.mark.parametrize("more", [{}, {"layer_types": ["linear", "full", "linear", "full"]}])
-def test_dense_layers_beside_every_nth_sparse_one(
+def test_dense_layers_with_a_sparse_step(
     donor: dict[str, Any], layers: list[int], expected: tuple[int, list[int]], more: dict[str, Any]
 ) -> None:
     kinds = [{"mlp"}, {"expert"}, {"mlp"}, {"expert"}]
@@ -164,7 +164,7 @@ def test_dense_layers_beside_every_nth_sparse_one(
 
 
 @pytest.mark.parametrize("key", ["decoder_sparse_step", "moe_layer_interval", "expert_layer_period"])
-def test_a_list_of_attention_does_not_say_which_layers_are_sparse(key: str) -> None:
+def test_a_list_of_kinds_of_attention_does_not_give_the_sparse_layers(key: str) -> None:
     kinds = [{"linear", "mlp"}, {"full", "expert"}] * 2
     donor = {key: 2, "layer_types": ["linear", "full"] * 2}
     moved = [0, 1, 2, 3, 1, 2]
@@ -172,8 +172,8 @@ def test_a_list_of_attention_does_not_say_which_layers_are_sparse(key: str) -> N
     assert not change(donor, AGAIN, kinds=(kinds, [kinds[i] for i in AGAIN])).problems
 
 
-def test_layers_whose_attention_is_listed_may_move_where_their_mixture_allows() -> None:
-    """The last layer comes to a number at which the donor has dense ones with either kind of attention."""
+def test_layers_with_listed_attention_may_move_if_their_experts_fit() -> None:
+    """The last layer gets an index at which the donor has dense layers with both kinds of attention."""
     kinds = [{"linear", "mlp"}, {"full", "mlp"}, {"linear", "mlp"}, {"linear", "expert"}, {"full", "mlp"}]
     donor = {"moe_layer_interval": 4, "layer_types": ["linear", "full", "linear", "linear", "full"]}
     layers = [0, 1, 2, 3, 1]
@@ -184,7 +184,7 @@ def test_layers_whose_attention_is_listed_may_move_where_their_mixture_allows() 
 @pytest.mark.parametrize(
     "donor", [{"scale_depth": 1.4}, {"scale_attn_by_inverse_layer_idx": True}, {"model_type": "diffllama"}]
 )
-def test_layers_that_are_scaled_by_their_number_are_named(donor: dict[str, Any]) -> None:
+def test_layers_that_are_scaled_by_their_index_give_a_warning(donor: dict[str, Any]) -> None:
     (warning,) = change(donor, AGAIN).warnings
     assert f"`{next(iter(donor))}" in warning
     assert not change(donor, [0, 1, 2, 3]).warnings
@@ -192,7 +192,7 @@ def test_layers_that_are_scaled_by_their_number_are_named(donor: dict[str, Any])
     assert not change({"scale_attn_by_inverse_layer_idx": False}, AGAIN).warnings
 
 
-def test_layers_of_another_model_keep_what_it_says_of_them() -> None:
+def test_layers_of_another_model_keep_its_entries() -> None:
     donor, other = {"full_attn_idxs": [0], "first_k_dense_replace": 1}, {"full_attn_idxs": [2, 3]}
     found = change_layers(donor, 4, [(donor, 0), (donor, 1), (other, 2), (other, 3)])
     assert found.values == {"full_attn_idxs": [0, 2, 3], "first_k_dense_replace": 1}
@@ -200,7 +200,7 @@ def test_layers_of_another_model_keep_what_it_says_of_them() -> None:
     assert found.values == {"full_attn_idxs": [0, 1, 2], "first_k_dense_replace": 1}
 
 
-def test_claims_are_named_by_their_place() -> None:
+def test_claimed_depths_have_the_path_of_their_key() -> None:
     config = {"n_layer": True, "llm_config": {"num_hidden_layers": 3, "n_layers": "3"}, "vision_config": {"n_layer": 2}}
     assert claimed_depths(config) == {"llm_config.num_hidden_layers": 3}
     assert levels({"thinker_config": {"text_config": {}}}) == [

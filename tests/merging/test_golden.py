@@ -1,8 +1,8 @@
 """arcmerge against mergekit 0.1.5 on golden/configs, and against float64 formulas of every method.
 
-mergekit's results are on record (golden/record.py), its resolved parameters with them. So each case is held to three
-things: the same files, names, types, shapes and config; values within rounding of the exact formula; and values as
-near to mergekit's as mergekit's own arithmetic is good. Where arcmerge differs on purpose, a table here says so.
+mergekit's results and its resolved parameters are recorded (golden/record.py). Each case checks three things: the same
+files, names, dtypes, shapes and config; values within rounding of the exact formula; values as close to mergekit's as
+mergekit's own arithmetic is exact. Tables list the intended differences.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from golden.compare import Tensors, assert_same_bits, is_rounded_from, load, mag
 
 EXPECTED = cases.load()
 
-# Refused by both; words that our sentence must hold.
+# Refused by both, with words that arcmerge's message must have.
 REFUSED = {
     "depth-unequal-models": ("gemma-shallow", "4", "6"),
     "dtype-unknown": ("bf16", "bfloat16"),
@@ -40,7 +40,7 @@ REFUSED = {
     "vocabulary-mismatch": ("320", "336", "tokenizer"),
 }
 
-# Refused or left half done by mergekit, merged by us.
+# Refused or not completed by mergekit, merged by arcmerge.
 ACCEPTED = {
     "depth-deeper-slerp": "mergekit writes the weights, then fails on the length of layer_types",
     "depth-stack": "the same",
@@ -51,14 +51,14 @@ ACCEPTED = {
     "slerp-zero-length-tail": "a way to choose the final norm, as in mergekit 0.1.4",
 }
 
-# What mergekit ignores without a word.
+# Entries that mergekit ignores without a warning.
 IGNORED = {
     "slerp-t-under-models": ("models[1].parameters.t",),
     "slerp-unknown-keys": ("name", "parameters.strength"),
     "gradient-precedence": ("slices[0].sources[1].parameters.t",),
 }
 
-# Keys of config.json that are true to the weights, where mergekit's are not.
+# Keys of config.json that match the weights, while mergekit's do not.
 CONFIG_DIFFERENCES: dict[str, dict[str, Any]] = {
     "dtype-none-mixed": {"dtype": "float32"},
     "dtype-none-mixed-half": {"dtype": "float32"},
@@ -66,10 +66,10 @@ CONFIG_DIFFERENCES: dict[str, dict[str, Any]] = {
     "head-tied-untied": {"tie_word_embeddings": False},
 }
 
-# Tensors of mergekit's output that ours leaves out: a head that only repeats the embedding.
+# Tensors of mergekit's output that arcmerge leaves out: a head that only repeats the embedding.
 NOT_WRITTEN = {"head-spurious": {tiny.HEAD}}
 
-# mergekit computes these in bf16, where norms, angles and differences keep two or three digits.
+# mergekit computes these in bf16, in which norms, angles and differences have two or three digits.
 BF16_ARITHMETIC = {"nuslerp", "multislerp", "karcher", "model_stock", "task_arithmetic", "nearswap"}
 BF16_ERROR = 0.05
 
@@ -98,7 +98,7 @@ def read(models: Path) -> Callable[[str], Tensors]:
 
 @pytest.fixture(scope="session")
 def merged(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder that arcmerge makes of a case, once a session."""
+    """The folder that arcmerge writes for a case, once for the session."""
     root = tmp_path_factory.mktemp("merged")
 
     def run(case: str) -> Path:
@@ -129,7 +129,7 @@ def test_every_config_is_recorded_and_every_error_accounted_for() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*ignored:UserWarning")
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_mergekit_refuses_is_refused_in_words(case: str, models: Path, tmp_path: Path) -> None:
+def test_configs_that_mergekit_refuses_are_refused_with_a_message(case: str, models: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(cases.config_text(case, models))
     with pytest.raises(arcmerge.ArcmergeError) as caught:
@@ -141,7 +141,7 @@ def test_what_mergekit_refuses_is_refused_in_words(case: str, models: Path, tmp_
 @pytest.mark.parametrize("case", _complete())
 def test_files(case: str, merged: Callable[[str], Path], models: Path) -> None:
     out = merged(case)
-    # mergekit loses generation_config.json wherever it loads the tokenizer.
+    # mergekit loses generation_config.json if it loads the tokenizer.
     assert {path.name for path in out.iterdir()} == {*EXPECTED[case].files, "generation_config.json"}
     assert (out / "mergekit_config.yml").read_text() == cases.config_text(case, models)
     with safe_open(out / "model.safetensors", "pt") as file:
@@ -155,7 +155,7 @@ def test_config_and_tokenizer(case: str, merged: Callable[[str], Path]) -> None:
     config["dtype"] = config.get("dtype", config.get("torch_dtype"))
     config["layer_types"] = len(config.get("layer_types", ()))
     wanted = {**expected.config, **CONFIG_DIFFERENCES.get(case, {})}
-    if wanted["model_type"] != "gemma2":  # transformers adds layer_types as it saves; we keep what the base has
+    if wanted["model_type"] != "gemma2":  # transformers adds layer_types on saving; arcmerge keeps the base's keys
         wanted["layer_types"] = 0
     assert {key: config.get(key) for key in wanted} == wanted
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
@@ -202,7 +202,7 @@ def _input(source: Source, dtype: str | None, read: Callable[[str], Tensors]) ->
 
 
 def _is_aligned(case: str, name: str) -> bool:
-    """Whether rows of the inputs were moved to a common vocabulary before they were merged."""
+    """Whether rows of the inputs were aligned to a common vocabulary before the merge."""
     config = cases.config(case)
     return name in (tiny.EMBEDDING, tiny.HEAD) and ("tokenizer" in config or "tokenizer_source" in config)
 
@@ -223,7 +223,7 @@ def _promoted(tensors: list[Tensor]) -> torch.dtype:
 
 
 @pytest.mark.parametrize("case", _with_tensors())
-def test_values_are_near_those_of_mergekit(case: str, merged: Callable[[str], Path]) -> None:
+def test_values_are_close_to_those_of_mergekit(case: str, merged: Callable[[str], Path]) -> None:
     tensors = load(merged(case))
     method = cases.config(case)["merge_method"]
     differ = total = 0
@@ -231,7 +231,7 @@ def test_values_are_near_those_of_mergekit(case: str, merged: Callable[[str], Pa
         if name in NOT_WRITTEN.get(case, ()):
             continue
         if method == "nuslerp" and name.endswith((f"4.{ANTIPODAL}", f"4.{NEAR_ANTIPODAL}")) and len(one.sources) == 2:
-            continue  # mergekit takes the angle from a bf16 cosine, which cannot tell -0.999 from -1
+            continue  # mergekit derives the angle from a bf16 cosine, in which -0.999 is -1
         ours = cases.sample(tensors[name], len(one.sample))
         difference = (ours.double() - one.sample.double()).abs()
         size = one.norm / tensors[name].numel() ** 0.5
@@ -242,12 +242,12 @@ def test_values_are_near_those_of_mergekit(case: str, merged: Callable[[str], Pa
             assert bool((((rank(ours) - rank(one.sample)).abs() <= 1) | (difference <= 2e-4 * size)).all()), name
             differ += int((difference > 0).sum())
             total += len(ours)
-    # Sums by decimal weights are often ties of the rounding, which fall one way or the other.
+    # Sums with decimal weights are often ties, which may be rounded either way.
     assert differ <= 1 + total // (50 if method == "linear" else 100)
 
 
 def _tolerance(case: str, method: str, name: str, one: Recorded) -> float:
-    """What mergekit's arithmetic allows, relative to the root mean square of the tensor."""
+    """The error of mergekit's arithmetic, relative to the root mean square of the tensor."""
     if method in BF16_ARITHMETIC:
         return BF16_ERROR
     if one.dtype != torch.float32 or "bfloat16" in str(cases.config(case).get("dtype")):
@@ -256,7 +256,7 @@ def _tolerance(case: str, method: str, name: str, one: Recorded) -> float:
 
 
 @pytest.mark.parametrize(("case", "ignored"), IGNORED.items())
-def test_what_is_ignored_is_named(case: str, ignored: tuple[str, ...], models: Path, tmp_path: Path) -> None:
+def test_ignored_entries_give_a_warning(case: str, ignored: tuple[str, ...], models: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yml").write_text(cases.config_text(case, models))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -266,7 +266,7 @@ def test_what_is_ignored_is_named(case: str, ignored: tuple[str, ...], models: P
     assert all(any(name in sentence for sentence in sentences) for name in ignored)
 
 
-# What only we can do: results told from the inputs, for mergekit has none.
+# Results that mergekit does not have, derived from the inputs.
 
 
 def test_a_model_with_itself_is_a_copy(merged: Callable[[str], Path], read: Callable[[str], Tensors]) -> None:
@@ -294,7 +294,7 @@ def test_shards_need_no_index(models: Path, merged: Callable[[str], Path], tmp_p
 
 
 def test_without_a_base_the_first_model_gives_config_and_tokenizer(merged: Callable[[str], Path]) -> None:
-    """mergekit picks one by the hash of its name, another in every process."""
+    """mergekit picks one by the hash of its name, which differs between processes."""
     generation = json.loads((merged("linear-three") / "generation_config.json").read_text())
     assert generation["_name_or_path"] == "gemma-b"
 

@@ -1,4 +1,4 @@
-"""Output heads: of any name, tied to the embedding or not, in one parent only, lost."""
+"""Output heads: with any name, tied to the embedding or not, in one model only, or missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from decoders import EMBEDDING, HEAD, TOKENS, WIDTH
 
 
 @pytest.mark.parametrize("head", ["language_model.lm_head.weight", "embed_out.weight", "output.weight", "head.weight"])
-def test_heads_of_any_name_leave_config_json_as_it_is(head: str, tmp_path: Path) -> None:
+def test_heads_with_any_name_do_not_change_config_json(head: str, tmp_path: Path) -> None:
     a, b = decoders.pair(tmp_path, head=head)
     found, _ = decoders.merge(decoders.slerp(a, b), tmp_path / "out")
     assert head in found
@@ -22,7 +22,7 @@ def test_heads_of_any_name_leave_config_json_as_it_is(head: str, tmp_path: Path)
 
 @pytest.mark.parametrize("score", ["score.weight", None])
 @pytest.mark.parametrize("tied", [{"tie_word_embeddings": False}, {"tie_word_embeddings": True}, {}])
-def test_models_without_a_head_leave_config_json_as_it_is(
+def test_models_without_a_head_do_not_change_config_json(
     tied: dict[str, bool], score: str | None, tmp_path: Path
 ) -> None:
     config = {key: value for key, value in decoders.config().items() if key != "tie_word_embeddings"}
@@ -40,7 +40,9 @@ def test_models_without_a_head_leave_config_json_as_it_is(
 
 @pytest.mark.parametrize("head", [HEAD, "language_model.lm_head.weight", "embed_out.weight"])
 @pytest.mark.parametrize("of_base", [True, False])
-def test_a_head_of_one_parent_meets_the_embedding_of_the_other(head: str, of_base: bool, tmp_path: Path) -> None:
+def test_a_head_of_one_model_is_merged_with_the_embedding_of_the_other(
+    head: str, of_base: bool, tmp_path: Path
+) -> None:
     tied = decoders.write(tmp_path / "tied", decoders.decoder(1, head=None), decoders.config(tie_word_embeddings=True))
     own = decoders.write(tmp_path / "own", decoders.decoder(2, head=head), decoders.config())
     config = decoders.slerp(*([own, tied] if of_base else [tied, own]), merge_method="linear", parameters={"weight": 1})
@@ -50,7 +52,7 @@ def test_a_head_of_one_parent_meets_the_embedding_of_the_other(head: str, of_bas
     assert decoders.settings(tmp_path / "out")["tie_word_embeddings"] is False
 
 
-def test_a_score_or_a_head_of_unknown_name_is_no_lost_head(tmp_path: Path) -> None:
+def test_a_score_or_a_head_with_an_unknown_name_is_not_a_missing_head(tmp_path: Path) -> None:
     for name, shape in (("score.weight", (1, WIDTH)), ("model.to_logits.weight", (TOKENS, WIDTH))):
         a, b = decoders.pair(tmp_path / name, head=None, more=[(name, shape)])
         found, _ = decoders.merge(decoders.slerp(a, b), tmp_path / name / "out")
@@ -58,7 +60,7 @@ def test_a_score_or_a_head_of_unknown_name_is_no_lost_head(tmp_path: Path) -> No
         assert decoders.settings(tmp_path / name / "out") == decoders.settings(a)
 
 
-def test_the_key_is_added_only_where_the_merge_has_made_the_head(tmp_path: Path) -> None:
+def test_the_key_is_added_only_if_the_merge_makes_the_head(tmp_path: Path) -> None:
     silent = {key: value for key, value in decoders.config().items() if key != "tie_word_embeddings"}
     tied = decoders.write(tmp_path / "tied", decoders.decoder(1, head=None), silent)
     own = decoders.write(tmp_path / "own", decoders.decoder(2), silent)
@@ -68,8 +70,8 @@ def test_the_key_is_added_only_where_the_merge_has_made_the_head(tmp_path: Path)
     assert decoders.settings(tmp_path / "kept") == silent
 
 
-def test_heads_of_parents_that_all_say_they_are_tied_leave_the_key(tmp_path: Path) -> None:
-    """BigBird-Pegasus: its class ties nothing, whatever config.json says."""
+def test_heads_of_models_that_are_all_tied_do_not_change_the_key(tmp_path: Path) -> None:
+    """BigBird-Pegasus: its class ties nothing, whatever its config.json has."""
     said = decoders.config(tie_word_embeddings=True)
     a, b = (decoders.write(tmp_path / letter, decoders.decoder(seed), said) for seed, letter in enumerate("ab"))
     own = decoders.write(tmp_path / "own", decoders.decoder(2), decoders.config())
@@ -79,8 +81,8 @@ def test_heads_of_parents_that_all_say_they_are_tied_leave_the_key(tmp_path: Pat
         assert decoders.settings(out)["tie_word_embeddings"] is tied
 
 
-def test_a_head_that_ends_with_a_slice_of_a_tied_model_is_that_models_embedding(tmp_path: Path) -> None:
-    """Not that of the first slice, whose model has a head of its own: its embedding was never trained as one."""
+def test_the_head_after_a_slice_of_a_tied_model_is_that_models_embedding(tmp_path: Path) -> None:
+    """The embedding of the first slice is from a model with its own head and was not trained as a head."""
     own = decoders.write(tmp_path / "own", decoders.decoder(2), decoders.config())
     tied = decoders.write(tmp_path / "tied", decoders.decoder(1, head=None), decoders.config(tie_word_embeddings=True))
     for base in (own, tied):
@@ -100,7 +102,7 @@ def test_a_head_that_ends_with_a_slice_of_a_tied_model_is_that_models_embedding(
         "BertForMultipleChoice",
     ],
 )
-def test_a_head_of_a_task_that_was_lost_is_refused(architecture: str, tmp_path: Path) -> None:
+def test_a_missing_task_head_is_refused(architecture: str, tmp_path: Path) -> None:
     config = decoders.config(architectures=[architecture], tie_word_embeddings=True)
     a, b = (decoders.write(tmp_path / letter, decoders.decoder(n, head=None), config) for n, letter in enumerate("ab"))
     with pytest.raises(arcmerge.ArcmergeError, match=rf"must have a head, .* says {architecture}, got none"):
@@ -114,7 +116,7 @@ def test_a_head_of_a_task_that_was_lost_is_refused(architecture: str, tmp_path: 
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_head_that_was_lost_is_refused(nested: bool, tmp_path: Path) -> None:
+def test_a_missing_head_is_refused(nested: bool, tmp_path: Path) -> None:
     a, _ = decoders.pair(tmp_path)
     config = decoders.config()
     if nested:

@@ -62,7 +62,7 @@ class TestSlerp:
         assert np.arctan2(result @ unit(b - (a @ b) * a), result @ a) == pytest.approx(0.5 * t, rel=1e-14)
 
     @given(angles, steps)
-    def test_from_the_other_end(self, angle: float, t: float) -> None:
+    def test_swapped_inputs_with_1_minus_t_give_the_same(self, angle: float, t: float) -> None:
         a, b = at_angle(angle, 0.7, 1.9)
         back = merge("slerp", [b, a], 0, t=1 - t)
         assert_close(merge("slerp", [a, b], 0, t=t), back, [a, b], RELATIVE / np.sin(angle) ** 2)
@@ -101,7 +101,7 @@ class TestSlerp:
         np.testing.assert_array_equal(merge("slerp", [a, -a], 0, t=0.5, slerp_normalize=normalize), 0 * a)
 
     @given(angles, lengths, lengths, st.floats(0, 1))
-    def test_normalized_goes_evenly_in_direction_and_length(
+    def test_normalized_changes_direction_and_length_uniformly(
         self, angle: float, length_a: float, length_b: float, t: float
     ) -> None:
         a, b = at_angle(angle, length_a, length_b)
@@ -113,7 +113,7 @@ class TestSlerp:
         a, b = at_angle(0.03, 2.0, 5.0)
         result = merge("slerp", [a, b], 0, t=0.25, slerp_normalize=True)
         assert np.linalg.norm(result) == pytest.approx(0.75 * 2 + 0.25 * 5, rel=1e-14)
-        # The chord of an angle is passed at the pace of the arc but for the cube of the angle.
+        # The chord of an angle differs from its arc by the cube of the angle.
         assert_close(unit(result), rotated(a, b, 0.25), [unit(a)], relative=0.03**3)
 
     def test_normalized_of_a_zero_tensor_is_linear(self) -> None:
@@ -141,7 +141,7 @@ class TestNuSlerp:
         result = merge("nuslerp", tensors, base, weight=weight, **switches)
         assert_close(result, origin + expected, tensors)
 
-    def test_row_wise_says_nothing_of_a_flat_tensor(self) -> None:
+    def test_row_wise_has_no_effect_on_a_flat_tensor(self) -> None:
         tensors = random_tensors(2, 2)
         rows = merge("nuslerp", tensors, weight=(1, 2), nuslerp_row_wise=True)
         np.testing.assert_array_equal(rows, merge("nuslerp", tensors, weight=(1, 2)))
@@ -151,13 +151,13 @@ class TestNuSlerp:
         a, b = at_angle(0.8)
         assert_close(merge("nuslerp", [a, b], weight=weight), rotated(a, b, t), [a, b])
 
-    def test_stays_on_the_arc_where_slerp_goes_straight(self) -> None:
+    def test_stays_on_the_arc_where_slerp_is_linear(self) -> None:
         a, b = at_angle(0.01)
         result = get("nuslerp").coefficients(
             np.array([[1, a @ b], [a @ b, 1]]), arguments_of("nuslerp", 2, None, {"weight": 1})
         )
         assert result.branch == "nuslerp"
-        # From cosine to angle, rounding grows by 1 / 0.01; the coefficients change with the square of the angle alone.
+        # Rounding errors grow by 1 / 0.01 from cosine to angle. The coefficients depend on its square only.
         np.testing.assert_allclose(result.values, np.sin(0.005) / np.sin(0.01), rtol=1e-12)
 
     def test_a_length_below_1e_7_counts_as_that(self) -> None:
@@ -166,7 +166,7 @@ class TestNuSlerp:
             np.testing.assert_allclose(values, 0.5 / np.cos(np.arccos(cosine) / 2), rtol=1e-14)
 
     @pytest.mark.parametrize("factor", [1.0, 2.0, -1.0, -2.0])
-    def test_parallel_tensors_are_mixed_straight(self, factor: float) -> None:
+    def test_parallel_tensors_are_mixed_linearly(self, factor: float) -> None:
         (a,) = random_tensors(3, 1)
         expected = (0.7 + 0.3 * factor) * a
         assert_close(merge("nuslerp", [a, factor * a], weight=(0.7, 0.3)), expected, [a, a])
@@ -186,13 +186,13 @@ class TestMultiSlerp:
         result = merge("multislerp", tensors, weight=weight, normalize_weights=normalize, eps=eps)
         assert_close(result, exponential_map_mean(tensors, weights, eps), tensors)
 
-    def test_about_a_base(self) -> None:
+    def test_relative_to_a_base(self) -> None:
         base, *others = random_tensors(5, 4)
         expected = base + exponential_map_mean([x - base for x in others], np.full(3, 1 / 3))
         result = merge("multislerp", [*others[:1], base, *others[1:]], 1, weight=(1, None, 1, 1))
         assert_close(result, expected, [base, *others])
 
-    def test_opposite_pair_is_mixed_straight(self) -> None:
+    def test_an_opposite_pair_is_mixed_linearly(self) -> None:
         (a,) = random_tensors(6, 1)
         np.testing.assert_array_equal(merge("multislerp", [a, -a], weight=(1, 1)), 0 * a)
         np.testing.assert_allclose(merge("multislerp", [a, -3 * a], weight=(1, 1)), -a, rtol=1e-15)
@@ -201,7 +201,7 @@ class TestMultiSlerp:
         with pytest.raises(ArcmergeError, match="directions zero in multislerp, got a sum shorter than eps"):
             coefficients("multislerp", [[1, -1, 2], [-1, 1, -2], [2, -2, 4]], weight=(1, 2, 1))
 
-    def test_one_model_beside_the_base_is_copied(self) -> None:
+    def test_one_model_besides_the_base_is_copied(self) -> None:
         constant = get("multislerp").constant(arguments_of("multislerp", 2, 0, {"weight": (None, 0.3)}))
         assert constant is not None
         assert (constant.values.tolist(), constant.branch) == ([0, 1], "copy")
@@ -230,7 +230,7 @@ class TestKarcher:
         (a,) = random_tensors(9, 1)
         assert_close(merge("karcher", [a, -3 * a], tol=tol), 2 * a, [a])
 
-    def test_a_zero_tensor_counts_in_the_length_alone(self) -> None:
+    def test_a_zero_tensor_counts_in_the_length_only(self) -> None:
         a, b = at_angle(1.0)
         assert_close(merge("karcher", [a, 0 * a, b]), 2 / 3 * rotated(a, b, 0.5), [a, b])
 
@@ -253,7 +253,7 @@ class TestModelStock:
             expected[row] = ratio * np.mean([x[row] for x in others], axis=0) + (1 - ratio) * origin[row]
         assert_close(merge("model_stock", tensors, base, filter_wise=filter_wise), expected, tensors)
 
-    def test_keeps_the_base_where_the_ratio_has_no_value(self) -> None:
+    def test_keeps_the_base_if_the_ratio_is_undefined(self) -> None:
         assert coefficients("model_stock", [[1, -1], [-1, 1]], 1, count=3).tolist() == [0, 1, 0]
 
     def test_tiny_differences_count_as_orthogonal(self) -> None:
@@ -285,7 +285,7 @@ CONSTANT: list[tuple[str, int | None, dict[str, Any], list[float], str]] = [
 
 
 @pytest.mark.parametrize(("name", "base", "parameters", "values", "branch"), CONSTANT)
-def test_known_without_reading_a_weight(
+def test_coefficients_that_do_not_depend_on_the_weights(
     name: str, base: int | None, parameters: dict[str, Any], values: list[float], branch: str
 ) -> None:
     constant = get(name).constant(arguments_of(name, len(values), base, parameters))
@@ -334,7 +334,7 @@ class TestEveryGramMethod:
         np.testing.assert_array_equal(np.delete(values, 2, axis=0), np.delete(expected, 2, axis=0))
 
     @pytest.mark.parametrize("scale", [1e-2, 1e17, 1e38], ids="{:.0e}".format)
-    def test_the_unit_of_the_weights_is_immaterial(self, name: str, scale: float) -> None:
+    def test_the_scale_of_the_tensors_has_no_effect(self, name: str, scale: float) -> None:
         grams = self.grams(name)
         # The absolute thresholds are 1e-5 and less.
         np.testing.assert_allclose(self.apply(name, scale**2 * grams), self.apply(name, grams), rtol=1e-6)
@@ -353,13 +353,13 @@ class TestEveryGramMethod:
 @pytest.mark.parametrize(
     ("name", "weight"), [("nuslerp", (None, 0.4, 0.9)), ("multislerp", (None, 0.4, 0.9)), ("model_stock", None)]
 )
-def test_a_tensor_equal_to_the_base_everywhere_comes_out_bit_for_bit(name: str, weight: Any) -> None:
+def test_a_tensor_equal_to_the_base_in_all_models_is_copied(name: str, weight: Any) -> None:
     parameters = {} if weight is None else {"weight": weight}
     assert coefficients(name, np.zeros((2, 2)), 0, 3, **parameters).tolist() == [1, 0, 0]
 
 
 @given(st.permutations(range(4)), st.sampled_from(["karcher", "multislerp"]))
-def test_the_order_of_the_inputs_is_immaterial(order: list[int], name: str) -> None:
+def test_the_order_of_the_inputs_has_no_effect(order: list[int], name: str) -> None:
     tensors, weights = random_tensors(14, 4), (0.1, 0.2, 0.3, 0.4)
     some: dict[str, Any] = {"weight": weights} if name == "multislerp" else {}
     same: dict[str, Any] = {"weight": [weights[i] for i in order]} if name == "multislerp" else {}
@@ -383,7 +383,7 @@ def test_the_order_of_the_inputs_is_immaterial(order: list[int], name: str) -> N
          "by the sum, got a sum of 0; change a weight or set normalize_weights: false"),
     ],
 )  # fmt: skip
-def test_wrong_inputs_are_told(name: str, count: int, base: int | None, parameters: Any, sentence: str) -> None:
+def test_wrong_inputs_give_a_message(name: str, count: int, base: int | None, parameters: Any, sentence: str) -> None:
     assert get(name).check(arguments_of(name, count, base, parameters)) == [sentence]
 
 
@@ -395,6 +395,6 @@ def test_wrong_inputs_are_told(name: str, count: int, base: int | None, paramete
         ("quantize", "'merge_method' must be one of slerp, .*, got 'quantize'$"),
     ],
 )
-def test_a_name_without_a_method_is_told(name: str, sentence: str) -> None:
+def test_an_unknown_method_is_an_error(name: str, sentence: str) -> None:
     with pytest.raises(ArcmergeError, match=sentence):
         get(name)

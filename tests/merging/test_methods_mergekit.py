@@ -1,4 +1,4 @@
-"""Merge methods against the functions of mergekit 0.1.5, in float64, where mergekit is installed."""
+"""Merge methods against the functions of mergekit 0.1.5 in float64, if mergekit is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.merging.methods.registry import METHODS, get
 from vectors import assert_close, merge, random_tensors
 
-# Whatever mergekit 0.1.5 computes in float64; its bf16 and float32 paths round where these do not.
+# Functions that mergekit 0.1.5 can compute in float64; its bf16 and float32 paths round intermediate values.
 MERGEKIT: list[tuple[str, int, int | None, dict[str, Any]]] = [
     *(("slerp", 2, base, {"t": t}) for base in (0, 1) for t in (0.0, 0.3, 1.0, 1.5, -0.5)),
     ("nuslerp", 2, None, {"weight": (0.4, 0.9)}),
@@ -38,15 +38,13 @@ MERGEKIT: list[tuple[str, int, int | None, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "count", "base", "parameters"), MERGEKIT)
 @pytest.mark.parametrize("case", ["apart", "near", "with zero", "opposite"])
-def test_is_what_mergekit_computes(
-    name: str, count: int, base: int | None, parameters: dict[str, Any], case: str
-) -> None:
+def test_agrees_with_mergekit(name: str, count: int, base: int | None, parameters: dict[str, Any], case: str) -> None:
     methods = pytest.importorskip("mergekit.merge_methods.api")
     torch = pytest.importorskip("torch")
     tensors = random_tensors(15, count, common=30.0 if case == "near" else 0.5)
     if case == "with zero":
         tensors[0] = 0 * tensors[0]
-    if case == "opposite" and name != "nuslerp":  # whose mergekit divides by the sine of 180 degrees, rounded
+    if case == "opposite" and name != "nuslerp":  # mergekit's nuslerp divides by the rounded sine of 180 degrees
         tensors[-1] = -2 * tensors[0]
     theirs = {
         key: [v for v in value if v is not None] if isinstance(value, tuple) else value
@@ -58,8 +56,8 @@ def test_is_what_mergekit_computes(
         base_index=base if get(name).base != "ignored" else None,
         parameters=theirs,
     )
-    # On the straight line our weights of slerp are those of mergekit's float32, here it has float64. Elsewhere:
-    # multislerp's tangent vector, zero but for rounding, is compared with eps = 1e-8.
+    # On the linear branch slerp has the weights of mergekit's float32, and mergekit uses float64 here. Elsewhere,
+    # multislerp's tangent vector, zero up to rounding, is compared with eps = 1e-8.
     relative = 2**-24 if name == "slerp" and case == "opposite" else 1e-9
     assert_close(merge(name, tensors, base, **parameters), expected.numpy(), tensors, relative=relative)
 
@@ -72,7 +70,7 @@ def test_every_method_of_mergekit_is_supported_or_refused_by_name() -> None:
             ours = {p.name: p.scope for p in METHODS[method.spec.name].parameters if not p.extension}
             theirs = {p.name: p.scope.value for p in method.spec.parameters}
             assert theirs.items() >= ours.items()
-            # An extension must have a name that no recipe for mergekit has, whatever its method.
+            # The name of an extension must not occur in recipes for mergekit, for any method.
             assert not {p.name for p in METHODS[method.spec.name].parameters if p.extension} & everywhere
         else:
             with pytest.raises(ArcmergeError, match="does not support"):

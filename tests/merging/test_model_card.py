@@ -1,4 +1,4 @@
-"""The model card and the files that travel with the weights."""
+"""The model card and the files that are copied from the donor."""
 
 from __future__ import annotations
 

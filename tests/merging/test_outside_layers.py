@@ -1,4 +1,4 @@
-"""Merges of networks that hold more than a decoder, or hold it under other names: what each tensor of the result is."""
+"""Merges of networks with more than a decoder, or with other names: the source of each tensor of the result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PREDICTION = [(f"{LAST}self_attn.q_proj.weight", (WIDTH, WIDTH)), (f"{LAST}eh_pr
 
 
 @pytest.mark.parametrize("how", ["slerp", "slices"])
-def test_a_tower_comes_whole_from_the_base(how: str, tmp_path: Path) -> None:
+def test_a_tower_is_copied_from_the_base(how: str, tmp_path: Path) -> None:
     a, b = decoders.pair(tmp_path, more=VISION)
     config = decoders.slerp(b, a) if how == "slerp" else decoders.slices((a, 0, 3), (b, 1, 4), base_model=str(b))
     found, report = decoders.merge(config, tmp_path / "out")
@@ -39,21 +39,21 @@ def test_a_tower_comes_whole_from_the_base(how: str, tmp_path: Path) -> None:
     assert note in str(report)
 
 
-def test_a_tower_is_cast_as_the_rest(tmp_path: Path) -> None:
+def test_a_tower_is_cast_like_other_tensors(tmp_path: Path) -> None:
     a, b = decoders.pair(tmp_path, more=VISION, config={"vision_config": {"torch_dtype": "bfloat16"}})
     found, _ = decoders.merge(decoders.slerp(a, b, dtype="float32", out_dtype="float16"), tmp_path / "out")
     assert {tensor.dtype for tensor in found.values()} == {torch.float16}
     assert decoders.settings(tmp_path / "out")["vision_config"] == {"torch_dtype": "float16"}
 
 
-def test_a_tower_that_the_base_has_not_is_left_out(tmp_path: Path) -> None:
+def test_a_tower_that_the_base_does_not_have_is_left_out(tmp_path: Path) -> None:
     a, b = decoders.pair(tmp_path, only_b=VISION)
     found, report = decoders.merge(decoders.slerp(a, b), tmp_path / "out")
     assert not [name for name in found if name.startswith("visual")]
     assert report.notes == (f"visual (3 tensors) left out, because {a} has none",)
 
 
-def test_a_tower_beside_a_language_model_of_as_many_layers(tmp_path: Path) -> None:
+def test_a_tower_with_as_many_layers_as_the_language_model(tmp_path: Path) -> None:
     more = [(f"model.vision_tower.encoder.layers.{layer}.mlp.up_proj.weight", (4, 4)) for layer in range(4)]
     names = {"stack": "model.language_model.layers.", "embedding": "model.language_model.embed_tokens.weight"}
     config = {"architectures": ["XForConditionalGeneration"], "text_config": {"num_hidden_layers": 4}}
@@ -92,7 +92,7 @@ def test_buffers_are_the_bases_if_it_has_them(owner: str, tmp_path: Path) -> Non
 # ---- layers for multi-token prediction
 
 
-def test_a_layer_behind_the_last_is_merged_where_whole_models_meet(tmp_path: Path) -> None:
+def test_a_layer_after_the_last_is_merged_with_whole_models(tmp_path: Path) -> None:
     a, b = decoders.pair(tmp_path, more=PREDICTION, config={"num_nextn_predict_layers": 1})
     found, report = decoders.merge(
         decoders.slerp(a, b, merge_method="linear", parameters={"weight": 0.5}), tmp_path / "out"
@@ -104,7 +104,7 @@ def test_a_layer_behind_the_last_is_merged_where_whole_models_meet(tmp_path: Pat
 
 
 @pytest.mark.parametrize("also_b", [True, False])
-def test_it_follows_the_last_layer_of_slices_and_is_the_bases(also_b: bool, tmp_path: Path) -> None:
+def test_it_follows_the_last_layer_of_slices_and_is_from_the_base(also_b: bool, tmp_path: Path) -> None:
     a, b = decoders.pair(
         tmp_path, only_a=PREDICTION, only_b=PREDICTION if also_b else [], config={"num_nextn_predict_layers": 1}
     )
@@ -115,7 +115,7 @@ def test_it_follows_the_last_layer_of_slices_and_is_the_bases(also_b: bool, tmp_
     assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (6, 1)
 
 
-def test_a_stack_of_its_own_in_one_parent_only_is_left_out(tmp_path: Path) -> None:
+def test_a_separate_stack_in_one_model_only_is_left_out(tmp_path: Path) -> None:
     a, b = decoders.pair(tmp_path, only_b=[("mtp.layers.0.mlp.up_proj.weight", (4, 4)), ("mtp.fc.weight", (4, 4))])
     found, report = decoders.merge(decoders.slerp(a, b), tmp_path / "out")
     assert "mtp.fc.weight" not in found
@@ -125,7 +125,7 @@ def test_a_stack_of_its_own_in_one_parent_only_is_left_out(tmp_path: Path) -> No
 # ---- the same network under other names
 
 
-def test_a_checkpoint_of_the_base_class_meets_one_of_the_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_base_class_is_merged_with_one_of_the_full_class(tmp_path: Path) -> None:
     whole = {"stack": "transformer.h.", "embedding": "transformer.wte.weight", "norm": "transformer.ln_f.weight"}
     base = {name: value.removeprefix("transformer.") for name, value in whole.items()}
     settings = decoders.config(tie_word_embeddings=True, n_layer=4)
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_the_base_class_meets_one_of_the_whole(tmp_path: Path) -
     assert (deeper["n_layer"], deeper["num_hidden_layers"]) == (5, 5)
 
 
-# ---- what fits no other layers
+# ---- tensors that do not fit other layers
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_the_base_class_meets_one_of_the_whole(tmp_path: Path) -
         "model.layers.0.shared_transformer.adapter_list.0.weight",
     ],
 )
-def test_tensors_with_a_part_for_each_layer_fit_no_slices(name: str, tmp_path: Path) -> None:
+def test_tensors_with_a_part_for_each_layer_cannot_be_sliced(name: str, tmp_path: Path) -> None:
     more = [(name.replace("3", str(i)), (TOKENS, 16)) for i in range(4)]
     a, b = decoders.pair(tmp_path, more=more)
     decoders.merge(decoders.slerp(a, b), tmp_path / "whole")
@@ -162,7 +162,7 @@ def test_tensors_with_a_part_for_each_layer_fit_no_slices(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize(("owners", "word"), [([0], "has"), ([1, 2, 3], "lacks")])
-def test_an_end_with_other_tensors_stays_at_its_end(owners: list[int], word: str, tmp_path: Path) -> None:
+def test_a_first_layer_with_other_tensors_must_stay_first(owners: list[int], word: str, tmp_path: Path) -> None:
     a, _ = decoders.pair(tmp_path, more=[(f"model.layers.{layer}.pre_norm.weight", (WIDTH,)) for layer in owners])
     found, _ = decoders.merge(decoders.slices((a, 0, 4), (a, 2, 4)), tmp_path / "out")
     assert ("model.layers.0.pre_norm.weight" in found) == (0 in owners)
@@ -170,14 +170,14 @@ def test_an_end_with_other_tensors_stays_at_its_end(owners: list[int], word: str
         arcmerge.merge(decoders.slices((a, 0, 2), (a, 0, 4)), tmp_path / "wrong")
 
 
-def test_layer_numbers_that_no_key_can_say_are_refused(tmp_path: Path) -> None:
+def test_layers_that_no_key_can_describe_are_refused(tmp_path: Path) -> None:
     a, _ = decoders.pair(tmp_path, config={"first_k_dense_replace": 3})
     with pytest.raises(arcmerge.ArcmergeError, match=r"'first_k_dense_replace' must .*, got 3 .*; give other"):
         arcmerge.merge(decoders.slices((a, 0, 4), (a, 2, 4)), tmp_path / "out")
 
 
 def test_an_embedding_with_rows_for_more_than_tokens(tmp_path: Path) -> None:
-    """Mllama's has eight for images, which its head has not."""
+    """Mllama's has eight rows for images, which its head does not have."""
     folders = []
     for seed, letter in enumerate("ab"):
         tensors = decoders.decoder(seed)
@@ -191,7 +191,7 @@ def test_an_embedding_with_rows_for_more_than_tokens(tmp_path: Path) -> None:
 # ---- config.json
 
 
-def test_the_type_is_that_of_most_bytes(tmp_path: Path) -> None:
+def test_the_dtype_is_that_of_most_bytes(tmp_path: Path) -> None:
     folders = []
     for seed, letter in enumerate("ab"):
         bias = {"model.layers.0.mlp.gate.e_score_correction_bias": np.ones(4, np.float64)}
@@ -201,7 +201,7 @@ def test_the_type_is_that_of_most_bytes(tmp_path: Path) -> None:
     assert decoders.settings(tmp_path / "out")["torch_dtype"] == "bfloat16"
 
 
-def test_parents_that_compute_otherwise_are_named_with_both_values(tmp_path: Path) -> None:
+def test_models_with_other_settings_give_a_warning_with_both_values(tmp_path: Path) -> None:
     a, b = (tmp_path / letter for letter in "ab")
     common = {"rms_norm_eps": 1e-6, "use_sliding_window": False, "max_position_embeddings": 8}
     ours = {
@@ -244,7 +244,7 @@ def test_parents_that_compute_otherwise_are_named_with_both_values(tmp_path: Pat
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_keys_that_change_what_weights_compute(ours: Any, theirs: Any, key: str, tmp_path: Path) -> None:
+def test_keys_that_change_the_results_of_weights(ours: Any, theirs: Any, key: str, tmp_path: Path) -> None:
     for letter, changes in (("a", ours), ("b", theirs)):
         decoders.write(tmp_path / letter, decoders.decoder(1), decoders.config(**changes))
     _, report = decoders.merge(decoders.slerp(tmp_path / "a", tmp_path / "b"), tmp_path / "out")
@@ -283,7 +283,7 @@ def test_code_is_copied_and_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "reference", ["owner/repo--modeling_x.M", "../modeling_x.M", "sub/modeling_x.M", "/etc/x.M", "x"]
 )
-def test_code_elsewhere_is_named(reference: str, tmp_path: Path) -> None:
+def test_code_of_other_repositories_gives_a_warning(reference: str, tmp_path: Path) -> None:
     a, b = decoders.pair(tmp_path, config={"auto_map": {"AutoModelForCausalLM": reference}})
     (tmp_path / "modeling_x.py").write_text("")
     _, report = decoders.merge(decoders.slerp(a, b), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Settings: gradients against numpy.interp, filters and levels against what mergekit was observed to do."""
+"""Parameters: gradients against numpy.interp, filters and levels against the behaviour of mergekit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TestGradient:
         assert gradient(values, u) == pytest.approx(expected, rel=0, abs=tolerance)
 
     @given(gradients)
-    def test_ends_on_its_ends(self, values):
+    def test_ends_are_the_first_and_last_entry(self, values):
         assert gradient(values, 0.0) == values[0]
         assert gradient(values, 1.0) == values[-1]
 
@@ -83,7 +83,7 @@ class TestConvert:
         ],
         ids=repr,
     )
-    def test_takes_what_spells_a_value(self, value, kind, expected):
+    def test_accepts_text_that_spells_a_value(self, value, kind, expected):
         result = convert(value, kind, "t")
         assert result == expected
         assert type(result) is kind
@@ -102,7 +102,7 @@ class TestConvert:
         ],
         ids=["word", "empty", "nan", "infinity", "overflow", "fraction", "not-a-switch", "two"],
     )
-    def test_refuses_the_rest_in_a_sentence(self, value, kind, sentence):
+    def test_refuses_other_values_with_a_message(self, value, kind, sentence):
         with pytest.raises(ArcmergeError) as caught:
             convert(value, kind, "t")
         assert str(caught.value).startswith(sentence)
@@ -122,7 +122,7 @@ class TestFilters:
             ("model.norm.weight", 0.5),
         ],
     )
-    def test_are_plain_parts_of_the_name(self, tensor_name, expected):
+    def test_match_a_part_of_the_name(self, tensor_name, expected):
         assert resolve(T, [self.RULES], tensor_name, 0.0) == expected
 
     def test_are_case_sensitive(self):
@@ -131,7 +131,7 @@ class TestFilters:
     def test_first_match_wins(self):
         assert resolve(T, [level(("mlp", 0.1), ("mlp.up", 0.2))], "layers.0.mlp.up_proj", 0.0) == 0.1
 
-    def test_famous_configuration(self):
+    def test_the_common_slerp_configuration(self):
         rules = Settings(
             "parameters",
             {
@@ -157,7 +157,7 @@ class TestLevels:
     def test_first_level_with_a_match_wins(self):
         assert resolve(T, [level((None, 0.1)), level((None, 0.2))], "x", 0.0) == 0.1
 
-    def test_level_whose_filters_all_miss_falls_through(self):
+    def test_a_level_without_a_matching_filter_is_skipped(self):
         levels = [level(("mlp", 0.2)), level(("self_attn", 0.6), (None, 0.7))]
         assert resolve(T, levels, "layers.0.mlp.up_proj", 0.0) == 0.2
         assert resolve(T, levels, "layers.0.self_attn.q_proj", 0.0) == 0.6
@@ -168,7 +168,7 @@ class TestLevels:
         assert resolve(scale, [level(("mlp", 0.2), name="scale")], "layers.0.mlp.up_proj", 0.0) == 0.2
         assert resolve(scale, [level(("mlp", 0.2), name="scale")], "model.norm", 0.0) == 1.0
 
-    def test_missing_catch_all_is_named_as_the_cause(self):
+    def test_a_missing_entry_without_filter_is_named_as_the_cause(self):
         levels = [level(("mlp", 0.2), place="slices[0].parameters"), level(("self_attn", 0.6))]
         with pytest.raises(ArcmergeError) as caught:
             resolve(T, levels, "model.embed_tokens.weight", 0.0)
@@ -178,7 +178,7 @@ class TestLevels:
             "add a last entry without a filter, `- value: ...`, for all other tensors"
         )
 
-    def test_parameter_that_nothing_sets(self):
+    def test_a_parameter_that_is_not_set(self):
         with pytest.raises(ArcmergeError) as caught:
             resolve(T, [Settings(""), Settings("parameters")], "model.norm.weight", 0.0)
         assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""Recipes: the forms they come in, what every tensor gets, and the sentence for each way to get one wrong."""
+"""Recipes: their forms, and the values of parameters for each tensor."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TestForms:
         from_mapping = load_recipe(yaml.safe_load(self.TEXT))
         assert replace(from_mapping, text=from_text.text) == from_text
 
-    def test_text_is_kept_to_the_letter(self):
+    def test_text_is_kept_verbatim(self):
         assert load_recipe(self.TEXT).text == self.TEXT
 
     def test_text_of_a_mapping_reads_back_as_the_same_recipe(self):
@@ -59,7 +59,7 @@ class TestForms:
         recipe = load_recipe(config)
         assert load_recipe(recipe.text) == recipe
 
-    def test_a_mapping_may_hold_paths_and_what_numpy_and_torch_have_for_numbers(self):
+    def test_a_mapping_may_have_paths_and_numbers_of_numpy_and_torch(self):
         for t in (np.linspace(0, 1, 3), [np.float64(0), np.float32(0.5), np.int64(1)], torch.tensor([0, 0.5, 1])):
             recipe = load_recipe(pair(base_model=Path("A"), parameters={"t": t}))
             assert recipe.base_model == A
@@ -124,19 +124,19 @@ class TestReferences:
         assert str(A) == "A"
 
     @pytest.mark.parametrize("name", ["c++ model", "a@b", "a@b@c", "x+y@z"])
-    def test_folder_that_exists_is_taken_as_it_is(self, tmp_path, name):
+    def test_an_existing_folder_is_not_split(self, tmp_path, name):
         folder = tmp_path / name
         folder.mkdir()
         assert ModelReference.parse(str(folder)) == ModelReference(str(folder))
         assert ModelReference.parse(f"{folder}@main") == ModelReference(str(folder), "main")
 
-    def test_longest_folder_that_exists_is_taken(self, tmp_path):
+    def test_the_longest_existing_folder_is_taken(self, tmp_path):
         (tmp_path / "m").mkdir()
         (tmp_path / "m@v1").mkdir()
         assert ModelReference.parse(f"{tmp_path}/m@v1@x") == ModelReference(f"{tmp_path}/m@v1", "x")
         assert ModelReference.parse(f"{tmp_path}/m@v2@x") == ModelReference(f"{tmp_path}/m", "v2@x")
 
-    def test_revision_of_a_folder_is_warned_of(self, tmp_path):
+    def test_the_revision_of_a_folder_gives_a_warning(self, tmp_path):
         (warning,) = load_recipe(pair(base_model=None, models=[{"model": f"{tmp_path}@main"}])).warnings
         assert warning == "models[0].model: a folder has no revisions, `@main` is ignored"
 
@@ -178,7 +178,7 @@ class TestValues:
             "slices[0].sources[1].parameters.t: ignored, all inputs share one `t`; move it to the slice or recipe",
         )
 
-    def test_module_stands_between_slice_and_recipe(self):
+    def test_the_module_is_between_slice_and_recipe(self):
         module = {"slices": [{"sources": [layers("A", 0, 2)], "parameters": {"t": [{"filter": "mlp", "value": 0.1}]}}]}
         module["parameters"] = {"t": [{"filter": "self_attn", "value": 0.2}]}
         recipe = load_recipe({"merge_method": "slerp", "modules": {"default": module}, "parameters": {"t": 0.3}})

@@ -1,7 +1,7 @@
-"""What recipes mean, beside mergekit 0.1.5: random ones, planned by both, value by value.
+"""Random recipes, planned by arcmerge and by mergekit 0.1.5, with every value compared.
 
-mergekit's planner resolves every parameter of every tensor before it reads a weight; so does ours. What the methods
-make of equal values is the subject of test_methods_mergekit.py.
+Both planners resolve every parameter of every tensor before a weight is read. test_methods_mergekit.py compares the
+results of the methods for equal values.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from vectors import assert_close, merge, random_tensors
 
 THEIRS = {method.spec.name: method.spec for method in registered_methods()}
 SHARED_METHODS = [name for name in THEIRS if name in METHODS]
-# Every name that mergekit has for some method, and some that public recipes carry for none.
+# Every name that mergekit has for some method, and names in public recipes that no method has.
 NAMES = sorted({parameter.name for spec in THEIRS.values() for parameter in spec.parameters} | {"random_seed", "tau"})
 LAYERS = 3
 RECIPES = 60
 FILTERS = ["self_attn", "mlp", "norm", "embed_tokens", "lm_head", "layers.1.", "q_proj", "Norm", ".*", ""]
 OPTIONS = Options(device="cpu", threads=1)
-# Refused by us where mergekit divides by zero.
+# Refused by arcmerge; mergekit divides by zero.
 BY_ZERO = "must not add up to 0"
 
 
@@ -92,7 +92,7 @@ class Recipes:
         return {"sources": sources, "parameters": self.block(method, 0.3), **base}
 
     def block(self, method: str, often: float) -> dict[str, Any]:
-        """Parameters of the method, each with this probability, and some that are not its own."""
+        """Parameters of the method, each with this probability, and parameters of other methods."""
         own = {parameter.name: parameter for parameter in THEIRS[method].parameters}
         block = {name: self.setting(one.value_type) for name, one in own.items() if self.random.random() < often}
         for name in self.random.sample(NAMES, self.random.choice([0, 0, 1, 2])):
@@ -109,7 +109,7 @@ class Recipes:
         return rules[0] if len(rules) == 1 and self.random.random() < 0.5 else rules
 
     def values(self, kind: Any) -> Any:
-        """A value or a gradient, rarely one of no entries."""
+        """A value or a gradient, rarely an empty one."""
         count = self.random.choice([1, 1, 1, 2, 2, 3, 3, 4])
         return (
             [self.scalar(kind) for _ in range(0 if self.random.random() < 0.05 else count)]
@@ -127,7 +127,7 @@ class Recipes:
 
 
 def planned(config: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """mergekit's parameters of every tensor: those of all inputs, and those of each."""
+    """mergekit's parameters of every tensor: the shared ones, and those of each input."""
     parsed, options = MergeConfiguration.model_validate(config), MergeOptions()
     architecture, result = get_architecture_info(parsed, options), parsed.referenced_models()[0].config()
     planner = MergePlanner(parsed, architecture, options, result)
@@ -152,13 +152,13 @@ def set_names(config: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("first", range(0, RECIPES, RECIPES // 5))
-def test_every_tensor_gets_what_mergekit_would_give_it(home: Path, first: int) -> None:
+def test_every_tensor_has_the_parameters_of_mergekit(home: Path, first: int) -> None:
     compared = 0
     for seed in range(first, first + RECIPES // 5):
         config = Recipes(seed, home).recipe()
         try:
             expected = planned(config)
-        except Exception:  # whatever mergekit refuses, with whatever it has for that
+        except Exception:  # mergekit refuses recipes with exceptions of many types
             continue
         warnings: list[str] = []
         try:
@@ -185,7 +185,7 @@ def test_every_tensor_gets_what_mergekit_would_give_it(home: Path, first: int) -
 
 
 @pytest.mark.parametrize("name", SHARED_METHODS)
-def test_what_a_method_does_not_know_changes_nothing_and_is_said(home: Path, name: str) -> None:
+def test_unknown_parameters_have_no_effect_and_give_a_warning(home: Path, name: str) -> None:
     known = {parameter.name: 0.5 for parameter in THEIRS[name].parameters if parameter.required}
     unknown = dict.fromkeys(set(NAMES) - {parameter.name for parameter in THEIRS[name].parameters}, True)
     models = [str(home / letter) for letter in {"passthrough": "A", "model_stock": "ABC"}.get(name, "AB")]
@@ -228,7 +228,7 @@ def test_parameters_have_its_types_and_defaults(name: str) -> None:
     [{"int8_mask": True}, {"rescale": True}, {"rescale": False}, {"density": 0.3}, {"density": 0.3, "rescale": True}],
 )
 def test_parameters_of_task_arithmetic_that_have_no_effect_in_mergekit(extra: dict[str, Any]) -> None:
-    """What its relatives read, its own schema has, and its arithmetic never looks at: so it is none of ours."""
+    """mergekit's schema has them and related methods read them, but its arithmetic does not."""
     tensors = random_tensors(4, 3)
     theirs = api.merge_tensors(
         [torch.tensor(tensor) for tensor in tensors],

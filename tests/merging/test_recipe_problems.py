@@ -1,4 +1,4 @@
-"""Recipes with something wrong or useless in them: the one sentence that each gives."""
+"""Recipes with errors or entries without effect, and the one message that each gives."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ BROKEN = {
 
 class TestProblems:
     @pytest.mark.parametrize(("config", "sentence"), BROKEN.values(), ids=BROKEN.keys())
-    def test_one_sentence_each(self, config, sentence):
+    def test_one_message_each(self, config, sentence):
         (problem,) = refusal(config, T, SWITCH)
         assert problem.startswith(sentence)
         assert "\n" not in problem
@@ -295,16 +295,16 @@ class TestProblems:
         ],
         ids=["unclosed", "tab", "duplicate", "two-documents", "unsafe-tag", "control-character", "list", "empty"],
     )
-    def test_text_that_is_no_recipe(self, text, sentence):
+    def test_text_that_is_not_a_recipe(self, text, sentence):
         (problem,) = refusal(text)
         assert problem.startswith(sentence)
         assert "\n" not in problem
 
-    def test_key_that_overrides_a_merged_one_is_no_duplicate(self):
+    def test_a_key_that_overrides_a_merged_one_is_not_a_duplicate(self):
         text = "merge_method: slerp\nmodels:\n- &a {model: A, parameters: {weight: 1}}\n- {<<: *a, model: B}\n"
         assert load_recipe(text).slices[0].sources[1].model == ModelReference("B")
 
-    def test_file_that_is_not_there(self, tmp_path):
+    def test_a_file_that_does_not_exist(self, tmp_path):
         (problem,) = refusal(tmp_path / "none.yml")
         assert problem == (
             f"'{tmp_path}/none.yml' must be a file that can be read as a recipe, got No such file or directory"

@@ -40,7 +40,7 @@ def test_ends_are_exact(dtype: torch.dtype) -> None:
         assert arcmerge.slerp(a, b, t).view(torch.uint8).tolist() == end.view(torch.uint8).tolist()
 
 
-def test_turning_round_is_the_same_merge() -> None:
+def test_swapped_inputs_with_1_minus_t_are_the_same_merge() -> None:
     a, b = pair(dtype=torch.bfloat16)
     assert torch.equal(arcmerge.slerp(a, b, 0.25), arcmerge.slerp(b, a, 0.75))
 
@@ -62,7 +62,7 @@ def test_strided_tensors_are_taken() -> None:
     assert torch.equal(arcmerge.slerp(a.T, b.T, 0.3), arcmerge.slerp(a, b, 0.3).T)
 
 
-def test_state_dicts_go_by_name() -> None:
+def test_state_dicts_are_matched_by_name() -> None:
     first, second = pair(seed=1), pair(seed=2)
     a, b = ({"x": first[i], "y": second[i]} for i in (0, 1))
     merged = arcmerge.slerp(a, b, lambda name: 0.0 if name == "x" else 0.3)
@@ -76,12 +76,12 @@ def test_buffers_of_whole_numbers_are_kept() -> None:
     assert torch.equal(merged["x"], positions)
 
 
-def test_a_tensor_that_cannot_be_merged_is_named() -> None:
+def test_the_message_names_a_tensor_that_cannot_be_merged() -> None:
     with pytest.raises(arcmerge.ArcmergeError, match=r"'x\.weight'.*float64"):
         arcmerge.slerp({"x.weight": torch.ones(3).double()}, {"x.weight": torch.ones(3).double()}, 0.5)
 
 
-def test_inputs_are_left_alone() -> None:
+def test_inputs_do_not_change() -> None:
     a, b = pair()
     before = a.clone(), b.clone()
     arcmerge.slerp(a, b, 0.3).fill_(0)
@@ -104,19 +104,19 @@ def test_inputs_are_left_alone() -> None:
     ],
     ids=["shapes", "names", "kinds", "devices"],
 )
-def test_what_does_not_match_is_named(a: object, b: object, sentence: str) -> None:
+def test_inputs_that_do_not_match_are_an_error(a: object, b: object, sentence: str) -> None:
     with pytest.raises(arcmerge.ArcmergeError) as caught:
         arcmerge.slerp(a, b, 0.5)  # type: ignore[call-overload]
     assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize("t", [10**400, float("nan"), "half", None, [0.5]])
-def test_a_t_that_is_no_number_is_refused(t: object) -> None:
+def test_a_t_that_is_not_a_number_is_refused(t: object) -> None:
     with pytest.raises(arcmerge.ArcmergeError, match="'t' must be a finite number, got "):
         arcmerge.slerp(torch.ones(3), torch.ones(3), t)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("b", [None, [1.0], 5])
-def test_what_is_no_tensor_is_refused(b: object) -> None:
+def test_values_that_are_not_tensors_are_refused(b: object) -> None:
     with pytest.raises(arcmerge.ArcmergeError, match="must both be tensors"):
         arcmerge.slerp(torch.ones(3), b, 0.5)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""One folder is one model, however a recipe spells it; and a recipe is one, in however many lines."""
+"""Spellings of the same folder are the same model, and a recipe may be one line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SPELLINGS = ["A/", "./A", "A/.", "A//", "../{home}/A", "{here}/A", "~/A", "link"
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_spellings_of_a_folder_are_one_model(here: Path, spelling: str) -> None:
+def test_spellings_of_a_folder_are_the_same_model(here: Path, spelling: str) -> None:
     spelt = ModelReference.parse(spelling.format(here=here, home=here.name))
     assert spelt == ModelReference("A")
     assert hash(spelt) == hash(ModelReference("A"))
@@ -55,7 +55,7 @@ def test_spellings_of_a_folder_are_one_model(here: Path, spelling: str) -> None:
     assert spelt != ModelReference("B")
 
 
-def test_names_of_repositories_are_one_model_only_where_they_are_equal(here: Path) -> None:
+def test_names_of_repositories_are_the_same_model_only_if_they_are_equal(here: Path) -> None:
     names = ["org/name", "org/name@main", "org/name@v2", "org/Name", "name"]
     assert len({ModelReference.parse(name) for name in names}) == len(names)
     assert ModelReference.parse("org/name@v2") == ModelReference("org/name", "v2")
@@ -89,7 +89,7 @@ def test_a_model_of_the_tokenizer_block_is_found_among_the_models(here: Path, tm
     assert merged({**SLERP, "tokenizer": {"source": "./A", "tokens": spelt}}, tmp_path / "spelt") == before
 
 
-def test_cards_and_sentences_say_what_was_written(here: Path, tmp_path: Path) -> None:
+def test_cards_and_messages_have_the_spelling_of_the_recipe(here: Path, tmp_path: Path) -> None:
     config = {**SLERP, "base_model": "./A/", "models": [{"model": "~/A"}, {"model": "B"}]}
     merged(config, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -123,14 +123,14 @@ def test_inspection_of_one_folder_by_two_names(here: Path, capsys: pytest.Captur
         ),
     ],
 )
-def test_sentences_about_counts_name_the_models(here: Path, config: dict[str, Any], sentence: str) -> None:
+def test_messages_about_counts_name_the_models(here: Path, config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(arcmerge.ArcmergeError) as caught:
         arcmerge.merge({**SLERP, **config}, "out", device="cpu", warn=lambda sentence: None)
     (problem,) = caught.value.problems
     assert sentence in problem
 
 
-# ---- recipes of one line
+# ---- recipes in one line
 
 
 ONE_LINE = yaml.safe_dump(SLERP, default_flow_style=True, width=10_000).strip()
@@ -149,7 +149,7 @@ def test_a_line_is_a_recipe(text: str) -> None:
 @pytest.mark.parametrize(
     "path", ["nowhere.yml", "{name}.yml", "models/absent.yml", "my models: second.yml", "a" * 5000, "x\0y", "slerp"]
 )
-def test_a_file_that_is_not_there_is_said_to_be(path: str) -> None:
+def test_a_file_that_does_not_exist_is_an_error(path: str) -> None:
     with pytest.raises(arcmerge.ArcmergeError, match=r"^'.*' must be a file that can be read as a recipe, got "):
         load_recipe(path)
 
@@ -161,12 +161,14 @@ def test_a_file_whose_name_looks_like_a_recipe_is_read(tmp_path: Path, monkeypat
     assert load_recipe(name).text == ONE_LINE
 
 
-def test_a_slip_in_a_line_is_one_of_yaml() -> None:
+def test_a_typing_error_in_a_line_is_an_error_of_yaml() -> None:
     with pytest.raises(arcmerge.ArcmergeError, match=r"^'recipe' must be one valid YAML document, got line 1, column "):
         load_recipe(ONE_LINE.removesuffix("}"))
 
 
-def test_everywhere_a_recipe_is_taken(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_function_accepts_a_recipe_in_one_line(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = merged(SLERP, tmp_path / "before")
     arcmerge.merge(ONE_LINE, tmp_path / "python", device="cpu")
     assert (tmp_path / "python" / "model.safetensors").read_bytes() == before
@@ -176,7 +178,7 @@ def test_everywhere_a_recipe_is_taken(here: Path, tmp_path: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out)[0]["name"] == tiny.EMBEDDING
 
 
-def test_a_sweep_of_a_line_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_of_a_recipe_in_one_line_has_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     called: dict[str, Any] = {}
 
     def sweep(config: str, out: Path, **options: object) -> SweepResult:

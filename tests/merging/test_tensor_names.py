@@ -1,4 +1,4 @@
-"""What a tensor is in its network, told from names and shapes: of many architectures, by how their checkpoints look."""
+"""The role of a tensor by its name and shape, for checkpoints of many architectures."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_parts_of_the_decoder(network: str, tmp_path: Path) -> None:
     assert set(names.towers) == set(TOWERS)
 
 
-def test_parts_beside_what_is_called_the_language_model_are_not_its_own(tmp_path: Path) -> None:
+def test_parts_outside_the_language_model_are_not_part_of_it(tmp_path: Path) -> None:
     stack, embedding, head, norm = NETWORKS["llava"]
     more = [(name, (4, 4)) for name in ("mlp1.0.weight", "vit.layers.0.attn.q.weight", "score.weight")]
     names = names_of(
@@ -108,7 +108,7 @@ def test_parts_beside_what_is_called_the_language_model_are_not_its_own(tmp_path
     assert "score.weight" in names.outer
 
 
-def test_a_head_is_told_from_modules_of_its_name_by_its_rows(tmp_path: Path) -> None:
+def test_a_head_is_found_by_its_number_of_rows(tmp_path: Path) -> None:
     more = [("output.weight", (TOKENS + 1, WIDTH)), ("model.head.weight", (2, WIDTH))]
     assert names_of(tmp_path / "a", decoders.decoder(1, head=None, more=more)).head is None
 
@@ -136,7 +136,7 @@ def test_layers_for_multi_token_prediction(changes: dict[str, Any], extra: str, 
     assert [*names.prediction, *found] == [extra]
 
 
-def test_masks_are_no_biases(tmp_path: Path) -> None:
+def test_masks_are_not_biases(tmp_path: Path) -> None:
     stack = "transformer.h."
     masks = [(f"{stack}0.attn.bias", (1, 1, 4, 4)), (f"{stack}0.attn.masked_bias", ()), ("rotary_emb.inv_freq", (4,))]
     weights = [(f"{stack}0.attn.c_attn.bias", (12,)), (f"{stack}1.attn.bias", (12,))]

@@ -1,4 +1,4 @@
-"""Vocabularies of two and three models brought together, row by row, against mergekit and the rules in words."""
+"""Common vocabularies of two and three models, row by row, against the rules."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class TestRows(ThreeModels):
             np.testing.assert_array_equal(ours[number], expected[0])
             np.testing.assert_array_equal(theirs[number], expected[-1])
 
-    def test_mean_of_owners_where_the_base_has_none(self, base: Model, chat: Model, code: Model) -> None:
+    def test_mean_of_owners_if_the_base_has_no_row(self, base: Model, chat: Model, code: Model) -> None:
         vocabulary, (ours, theirs, _) = aligned(TokenizerRecipe("union"), base, chat, code)
         number = vocabulary.ids["cd"]
         mean = (chat.row("cd") + code.row("cd")) / 2
         np.testing.assert_array_equal(ours[number], decode(encode(mean, BF16), BF16))
         np.testing.assert_array_equal(theirs[number], chat.row("cd"))
 
-    def test_rows_of_the_base_stand_in_before_means(self, base: Model, chat: Model, tmp_path: Path) -> None:
+    def test_rows_of_the_base_take_precedence_over_means(self, base: Model, chat: Model, tmp_path: Path) -> None:
         bare = Model(tmp_path / "bare")
         vocabulary, (_, _, theirs) = aligned(TokenizerRecipe("union"), base, chat, bare)
         np.testing.assert_array_equal(theirs[vocabulary.ids["abc"]], base.row("abc"))
@@ -78,7 +78,7 @@ class TestRows(ThreeModels):
             mean = decode(encode(rows[:named].mean(axis=0), dtype), dtype)
             np.testing.assert_array_equal(rows[named:], np.tile(mean, (3, 1)))
 
-    def test_source_model_decides_the_numbers(self, base: Model, chat: Model) -> None:
+    def test_the_source_model_decides_the_token_ids(self, base: Model, chat: Model) -> None:
         vocabulary, (ours, theirs) = aligned(TokenizerRecipe(chat.reference), base, chat)
         assert list(vocabulary.ids) == chat.tokens
         np.testing.assert_array_equal(theirs, chat.values)
@@ -88,7 +88,7 @@ class TestRows(ThreeModels):
             "vocab_size": 1,
         }
 
-    def test_same_vocabulary_is_read_in_place(self, base: Model, tmp_path: Path) -> None:
+    def test_the_same_vocabulary_is_read_in_place(self, base: Model, tmp_path: Path) -> None:
         other = Model(tmp_path / "other", ["ab", "abc"], ["<base>"])
         vocabulary = build(TokenizerRecipe("union"), base, other)
         rows = align(vocabulary, "embed", {model.reference: model.table for model in (base, other)})
@@ -99,7 +99,7 @@ class TestRows(ThreeModels):
 
 
 class TestTypes(ThreeModels):
-    def test_rows_change_type_under_a_common_dtype(self, tmp_path: Path) -> None:
+    def test_rows_are_converted_to_a_common_dtype(self, tmp_path: Path) -> None:
         models = [Model(tmp_path / "one", ["ab"], dtype=F32), Model(tmp_path / "two", ["cd"], dtype=BF16)]
         vocabulary, (ours, theirs) = aligned(TokenizerRecipe("union"), *models, cast=BF16)
         np.testing.assert_array_equal(ours[vocabulary.ids["cd"]], models[1].row("cd"))
@@ -108,7 +108,7 @@ class TestTypes(ThreeModels):
 
     @pytest.mark.parametrize("narrow", [BF16, F16], ids=lambda dtype: dtype.name)
     def test_rows_of_wider_types_lose_no_bits(self, tmp_path: Path, narrow: DType) -> None:
-        """A mean over bfloat16 and float32 is a float32, and so is the padding of a table with such rows."""
+        """The mean of bfloat16 and float32 rows is float32, and so is the padding of a table with such rows."""
         one = Model(tmp_path / "one", ["ab"], dtype=F32)
         two, three = (Model(tmp_path / name, ["cd"], dtype=narrow) for name in ("two", "three"))
         vocabulary, all_rows = aligned(TokenizerRecipe("union", pad_to_multiple_of=8), one, two, three)
@@ -122,7 +122,7 @@ class TestTypes(ThreeModels):
         np.testing.assert_array_equal(all_rows[1][ids["cd"]], two.row("cd"))
 
     def test_rounding_to_bfloat16_is_to_nearest_even_once(self) -> None:
-        # Just above a tie: through float32 it would become the tie, and round down to even.
+        # Just above a tie: rounded to float32 first it would be the tie, which rounds down to even.
         values = np.array([1 + 2**-8 + 2**-40, 1 + 2**-8, 1 + 3 * 2**-8, -(2**-133) * 1.5, 2**-134, 3.4e38, np.nan])
         expected = [1 + 2**-7, 1.0, 1 + 2**-6, -(2**-132), 0.0, np.inf, np.nan]
         np.testing.assert_array_equal(decode(encode(values, BF16), BF16), expected)
@@ -130,7 +130,7 @@ class TestTypes(ThreeModels):
 
 class TestTokenizers(ThreeModels):
     def test_tokens_without_rows_are_left_out(self, tmp_path: Path, base: Model) -> None:
-        """Both kinds go: added tokens, and words of the model with the merges that lead to them."""
+        """Both added tokens and tokens of the model are removed, with the merges that make them."""
         short = Model(tmp_path / "short", ["ab", "abc", "abcd"], ["<over>"], rows=len(SPECIAL + LETTERS) + 2)
         vocabulary = build(TokenizerRecipe("base"), short, base)
         assert list(vocabulary.ids) == [*SPECIAL, *LETTERS, "ab", "abc"]
@@ -139,7 +139,7 @@ class TestTokenizers(ThreeModels):
         assert load(vocabulary, tmp_path).encode("abcd") == [vocabulary.ids["abc"], vocabulary.ids["d"]]
 
     def test_special_tokens_without_rows_get_rows(self, tmp_path: Path) -> None:
-        """A padding token that was added without resizing the model would be numbered past the rows on loading."""
+        """A padding token that was added without resizing the model would get an id without a row on loading."""
         model = Model(tmp_path / "padded", ["ab"], config={"pad_token": "[PAD]"})
         vocabulary, (rows,) = aligned(TokenizerRecipe("base"), model)
         assert vocabulary.ids["[PAD]"] == len(model.tokens)
@@ -147,7 +147,7 @@ class TestTokenizers(ThreeModels):
         assert "'[PAD]'" in vocabulary.warnings[-1]
         assert load(vocabulary, tmp_path).pad_token_id == len(model.tokens)
 
-    def test_model_without_a_tokenizer_is_numbered_as_the_base(self, base: Model, tmp_path: Path) -> None:
+    def test_a_model_without_a_tokenizer_has_the_ids_of_the_base(self, base: Model, tmp_path: Path) -> None:
         other = Model(tmp_path / "other", ["ab", "abc"], ["<base>"])
         (other.folder / "tokenizer.json").unlink()
         vocabulary, (_, rows) = aligned(TokenizerRecipe("union"), base, other)
@@ -155,7 +155,7 @@ class TestTokenizers(ThreeModels):
         assert "other: has no tokenizer" in vocabulary.warnings[0]
 
     @pytest.mark.parametrize("source", ["base", "union"])
-    def test_unchanged_files_are_the_bases(self, base: Model, tmp_path: Path, source: Any) -> None:
+    def test_unchanged_files_are_those_of_the_base(self, base: Model, tmp_path: Path, source: Any) -> None:
         (base.folder / "tokenizer.model").write_bytes(b"sentencepiece")
         (base.folder / "chat_template.jinja").write_text("{{ messages }}")
         twin = Model(tmp_path / "twin", ["ab", "abc"], ["<base>"])
@@ -165,7 +165,7 @@ class TestTokenizers(ThreeModels):
 
     @pytest.mark.parametrize("source", ["base", "union", "chat"])
     @pytest.mark.parametrize("repeated", [False, True], ids=["v5-files", "v4-files"])
-    def test_transformers_gives_the_same_numbers(
+    def test_transformers_has_the_same_token_ids(
         self, base: Model, chat: Model, tmp_path: Path, source: Any, repeated: bool
     ) -> None:
         if repeated:
@@ -224,12 +224,12 @@ class TestErrors(ThreeModels):
         with pytest.raises(ArcmergeError, match=words):
             build(TokenizerRecipe(), base)
 
-    def test_half_a_character_in_the_settings(self, base: Model) -> None:
+    def test_an_unpaired_surrogate_in_the_settings(self, base: Model) -> None:
         (base.folder / "tokenizer_config.json").write_text('{"extra_special_tokens": ["a\\ud800"]}')
         with pytest.raises(ArcmergeError, match=r"tokenizer_config\.json must hold valid Unicode"):
             build(TokenizerRecipe(), base)
 
-    def test_only_bpe_can_lose_words(self, tmp_path: Path) -> None:
+    def test_only_bpe_tokenizers_can_lose_tokens(self, tmp_path: Path) -> None:
         model = Model(tmp_path / "words", ["ab"], rows=len(SPECIAL))
         document = json.loads((model.folder / "tokenizer.json").read_text())
         del document["model"]["merges"]
@@ -250,7 +250,7 @@ class TestErrors(ThreeModels):
             pytest.param(18, r"must be one of the 18 rows of .*chat, got token id 18", id="id not there"),
         ],
     )
-    def test_rule_that_names_no_row(self, base: Model, chat: Model, source: Any, message: str) -> None:
+    def test_a_rule_for_a_row_that_does_not_exist(self, base: Model, chat: Model, source: Any, message: str) -> None:
         if source == "chat":
             source = chat.reference
         elif isinstance(source, int):
@@ -264,7 +264,7 @@ class TestErrors(ThreeModels):
         with pytest.raises(ArcmergeError, match=r"base: 'embed' must have more than 14 rows, .*, got 5"):
             align(vocabulary, "embed", {base.reference: short, chat.reference: chat.table})
 
-    def test_rows_of_other_length(self, base: Model, chat: Model) -> None:
+    def test_rows_of_different_lengths(self, base: Model, chat: Model) -> None:
         vocabulary = build(TokenizerRecipe(), base, chat)
         wide = Table(chat.table.address, BF16, chat.rows, 7)
         with pytest.raises(ArcmergeError, match=r"rows of the same length .*, got 24 in .*base and 7 in .*chat"):

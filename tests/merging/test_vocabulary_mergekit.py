@@ -22,11 +22,11 @@ RULES = {
 
 
 class TestAgainstMergekit(ThreeModels):
-    """The same rows for every token in every model. Means are only near: mergekit adds them up in the stored type."""
+    """The same rows for every token in every model. Means are close: mergekit sums them in the stored dtype."""
 
     @pytest.mark.parametrize(
         ("source", "rules"),
-        # With a token that the base lacks, mergekit 0.1.5 fails for `source: base` with a KeyError.
+        # With a token that the base does not have, mergekit 0.1.5 raises KeyError for `source: base`.
         [(s, r) for s in ("union", "base", "chat") for r in RULES if s != "base" or r in ("plain", "force")],
     )
     @pytest.mark.parametrize("multiple", [None, 16])
@@ -40,7 +40,7 @@ class TestAgainstMergekit(ThreeModels):
             assert our_rows.shape == their_rows.shape
             for token, number in vocabulary.ids.items():
                 mean = token == "<end>" or token == "cd"
-                # One unit in the last of 8 bits, of values below 8: rounded sums, then rounded quotients.
+                # One unit in the last of 8 bits of values below 8: rounded sums, then rounded quotients.
                 atol = 2**-5 if mean else 0.0
                 np.testing.assert_allclose(
                     our_rows[number],
@@ -65,7 +65,7 @@ def read_rules(rules: Mapping[str, tuple[str, bool]], chat: Model) -> dict[str, 
 
 
 def mergekit_rows(recipe: TokenizerRecipe, *models: Model) -> tuple[dict[str, int], list[NDArray[np.float64]]]:
-    """What mergekit makes of the same: the numbers of its tokens, and the rows of each model."""
+    """mergekit's result: the ids of its tokens, and the rows of each model."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("mergekit")
     from mergekit.common import ModelReference as Reference

@@ -208,8 +208,8 @@ class _Layers:
         new = {name: self._indices(name, entry, sources, first) for name, entry in lists.items()}
         self.change.values[key] = {**value, **new}
 
-    def _indices(self, key: str, donors: list[Any], sources: Sequence[tuple[Settings, int]], first: int) -> list[int]:
-        own = [self._own(model, key, donors) for model, _ in sources]
+    def _indices(self, key: str, given: list[Any], sources: Sequence[tuple[Settings, int]], first: int) -> list[int]:
+        own = [self._own(model, key, given) for model, _ in sources]
         return [i + first for i, (_, layer) in enumerate(sources) if layer + first in own[i]]
 
     def _set_first(self, key: str, value: Any, more: int) -> None:
@@ -296,15 +296,15 @@ class _Layers:
             )
 
     @staticmethod
-    def _own(model: Settings, key: str, donors: Any) -> Any:
+    def _own(model: Settings, key: str, donor_value: Any) -> Any:
         """The entry of a layer's own model, if it has the type of the donor's entry; else the donor's."""
         own = model.get(key)
-        return own if type(own) is type(donors) else donors
+        return own if type(own) is type(donor_value) else donor_value
 
 
-def _entry(own: Any, layer: int, donors: Sequence[Any]) -> Any:
+def _entry(own: Any, layer: int, donor_value: Sequence[Any]) -> Any:
     """The entry of a layer in its own model's list, or else in the donor's list, repeated."""
-    return own[layer] if isinstance(own, list) and layer < len(own) else donors[layer % len(donors)]
+    return own[layer] if isinstance(own, list) and layer < len(own) else donor_value[layer % len(donor_value)]
 
 
 def _listed(settings: Settings, layer: int) -> list[Any]:

@@ -36,10 +36,10 @@ class OutsideLayers:
 
     def prediction(self, slice_: Slice, depth: int, in_place: bool) -> Iterator[Job | None]:
         """Layers for multi-token prediction: merged if whole models are merged and all have them, else the donor's."""
-        donors = self._prediction_names(self.donor)
+        of_donor = self._prediction_names(self.donor)
         found = {source.model: self._prediction_names(source.model) for source in slice_.sources}
-        merged = in_place and all(names.keys() == donors.keys() for names in found.values())
-        for key, name in donors.items():
+        merged = in_place and all(names.keys() == of_donor.keys() for names in found.values())
+        for key, name in of_donor.items():
             output = name if key[0] is None else self.names[self.donor].in_layer(depth + key[0], key[1])
             vocabulary = self.names[self.donor].is_vocabulary(name)
             if merged:
@@ -49,10 +49,10 @@ class OutsideLayers:
                 yield self.jobs.whole(output, self.donor, name, vocabulary=vocabulary)
         what = "multi-token prediction"
         if merged:
-            self._note(what, donors.values(), "merged like a layer after the last one")
+            self._note(what, of_donor.values(), "merged like a layer after the last one")
         else:
             self._note_whole(
-                what, {self.donor: list(donors.values()), **{m: list(n.values()) for m, n in found.items()}}
+                what, {self.donor: list(of_donor.values()), **{m: list(n.values()) for m, n in found.items()}}
             )
 
     def _prediction_names(self, model: ModelReference) -> dict[tuple[int | None, str], str]:
@@ -78,8 +78,8 @@ class OutsideLayers:
         self._note_whole(", ".join(dict.fromkeys(map(kind_of, chain(*buffers.values())))), buffers)
 
     def _note_whole(self, what: str, found: Mapping[ModelReference, Sequence[str]]) -> None:
-        if donors := found[self.donor]:
-            self._note(what, donors, f"copied from {self.donor}")
+        if of_donor := found[self.donor]:
+            self._note(what, of_donor, f"copied from {self.donor}")
         else:
             self._note(what, next(filter(None, found.values()), ()), f"left out, because {self.donor} has none")
 
