@@ -11,6 +11,7 @@ from arcmerge.checkpoint.hub import locate
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.methods import registry
+from arcmerge.merging.methods.method import Method
 from arcmerge.merging.options import Options, Warn
 from arcmerge.merging.output.donor_files import code_files
 from arcmerge.merging.plan.agreement import disagreements
@@ -42,7 +43,8 @@ class Prepared:
 
     def with_recipe(self, recipe: Recipe) -> Prepared:
         """The same checkpoints with a recipe that differs in its parameters only."""
-        return replace(self, recipe=recipe, plan=_plan(recipe, self.checkpoints, self.vocabulary, self.options))
+        plan = _plan(recipe, self.plan.method, self.checkpoints, self.vocabulary, self.options)
+        return replace(self, recipe=recipe, plan=plan)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -66,11 +68,12 @@ class Prepared:
 def prepare(config: MergeConfig, options: Options, warn: Warn) -> Prepared:
     """Read the recipe, open its models (downloading them from the hub if needed) and plan every tensor."""
     recipe = load_recipe(config)
-    for sentence in (*recipe.warnings, *recipe.check_parameters(registry.get(recipe.method).parameters)):
+    method = registry.get(recipe.method)
+    for sentence in (*recipe.warnings, *recipe.check_parameters(method.parameters)):
         warn(sentence)
     checkpoints = _open(recipe, options)
     vocabulary = _vocabulary(recipe, checkpoints, options)
-    plan = _plan(recipe, checkpoints, vocabulary, options)
+    plan = _plan(recipe, method, checkpoints, vocabulary, options)
     code, code_warnings = code_files(checkpoints[plan.donor].folder, tokenizer=options.copy_tokenizer)
     configs = {model: checkpoint.config for model, checkpoint in checkpoints.items()}
     for sentence in (
@@ -85,11 +88,15 @@ def prepare(config: MergeConfig, options: Options, warn: Warn) -> Prepared:
 
 
 def _plan(
-    recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpoint], vocabulary: Vocabulary | None, options: Options
+    recipe: Recipe,
+    method: Method,
+    checkpoints: Mapping[ModelReference, Checkpoint],
+    vocabulary: Vocabulary | None,
+    options: Options,
 ) -> Plan:
     return Planner(
         recipe,
-        registry.get(recipe.method),
+        method,
         checkpoints,
         vocabulary_rows=vocabulary.size if vocabulary else None,
         truncate_embeddings=options.unsafe_truncate_embeddings,
