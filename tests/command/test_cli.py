@@ -206,7 +206,7 @@ def test_a_fault_of_ours_is_one_sentence(
 
 
 def test_debug_shows_the_traceback(workplace: Path) -> None:
-    with pytest.raises(Exception, match="cannot be read"):
+    with pytest.raises(Exception, match="must be a file that can be read"):
         main(["merge", str(workplace / "absent.yml"), str(workplace / "out"), "--debug"])
 
 

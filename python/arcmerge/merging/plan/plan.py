@@ -291,7 +291,7 @@ class Planner:
 
 
 def _listed(words: Sequence[str] | None) -> str:
-    return ", ".join(words) if words else "model without a named architecture"
+    return ", ".join(words) if words else "no named architecture"
 
 
 def _same_bytes(a: memoryview, b: memoryview, step: int = 1 << 24) -> bool:
