@@ -66,7 +66,16 @@ class Prepared:
 
 
 def prepare(config: MergeConfig, options: Options, warn: Warn) -> Prepared:
-    """Read the recipe, open its models (downloading them from the hub if needed) and plan every tensor."""
+    """Read the recipe, open its models (downloading them from the hub if needed) and plan every tensor.
+
+    Args:
+        config: path of a YAML file, YAML text, or the configuration as a mapping.
+        options: options of the merge.
+        warn: called with a sentence for each warning.
+
+    Raises:
+        ArcmergeError: with one sentence for each problem.
+    """
     recipe = load_recipe(config)
     method = registry.get(recipe.method)
     for sentence in (*recipe.warnings, *recipe.check_parameters(method.parameters)):
