@@ -1,21 +1,24 @@
-"""All merge methods by name. A new file of methods is one more entry of `_FILES`."""
+"""All merge methods by name. To add a file of methods, add its name to `_FILES`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.methods import linear, nearswap, spherical
 from arcmerge.merging.methods.method import Method
 from arcmerge.merging.recipe.yaml_document import did_you_mean
 
+# Files of this folder. Each has a tuple METHODS of its methods; error messages list the methods in this order.
 _FILES = (
-    spherical,
-    linear,
-    nearswap,
+    "spherical",
+    "linear",
+    "nearswap",
 )
 
-METHODS: Mapping[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
+METHODS: Mapping[str, Method] = {
+    method.name: method for file in _FILES for method in import_module(f"{__package__}.{file}").METHODS
+}
 
 # mergekit's methods that elect signs, sort, sample or compare element by element.
 _NOT_SUPPORTED = (
