@@ -122,7 +122,7 @@ def test_a_merge_in_gpu_memory_has_the_weights_of_one_on_the_cpu(
 
     compare()
     for parameters in (OTHERWISE.get(case, {"t": [0, 1, 0.25]}), OTHERWISE.get(case, {"t": 1})):
-        assert on_gpu.set_t(parameters) == on_cpu.set_t(parameters)
+        assert on_gpu.set_parameters(**parameters) == on_cpu.set_parameters(**parameters)
         compare()
     assert [tensor.data_ptr() for tensor in on_gpu.network.weights.tensors] == before
 
