@@ -339,7 +339,10 @@ def test_answers_that_do_not_fit_raise(folder: Path, caplog: pytest.LogCaptureFi
     pair = ("word " * 60, "end")
     assert scores(one, pair)[0] == pytest.approx(scores(other, pair)[0], rel=1e-5)
     assert "1 of 1 contexts are truncated on the left" in caplog.text
-    for wrong, said in ((("a", "word " * 60), "must have at most 200 tokens"), (("a", ""), "at least one character")):
+    for wrong, said in (
+        (("a", "word " * 60), "must have at most 200 tokens"),
+        (("a", ""), "'continuation' must have one character or more"),
+    ):
         with pytest.raises(AssertionError):
             scores(other, wrong)
         with pytest.raises(arcmerge.ArcmergeError, match=said):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from arcmerge.gemma2.generation.generation_config import GenerateArguments as Named
     from arcmerge.gemma2.merged_model import MergedGemma2
-    from arcmerge.gemma2.text.conversation import Message
+    from arcmerge.gemma2.text.conversation import Messages
     from arcmerge.merging.options import Progress
 
     TokenIds = TypeVar("TokenIds", list[int], list[list[int]], Tensor, NDArray[Any])
@@ -229,10 +229,10 @@ class Gemma2:
         return out
 
     @overload
-    def generate(self, input_ids: str | list[Message], attention_mask: None = None, **named: Unpack[Named]) -> str: ...
+    def generate(self, input_ids: str | Messages, attention_mask: None = None, **named: Unpack[Named]) -> str: ...
     @overload
     def generate(
-        self, input_ids: list[str] | list[list[Message]], attention_mask: None = None, **named: Unpack[Named]
+        self, input_ids: list[str] | Sequence[Messages], attention_mask: None = None, **named: Unpack[Named]
     ) -> list[str]: ...
     @overload
     def generate(self, input_ids: TokenIds, attention_mask: Any = None, **named: Unpack[Named]) -> TokenIds: ...
