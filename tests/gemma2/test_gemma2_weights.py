@@ -83,7 +83,7 @@ def test_a_head_equal_to_the_embedding_takes_no_memory(plain: Path, tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         weights = load(tmp_path).network.weights
-    assert weights.head is weights.embed_tokens
+    assert weights.lm_head is weights.embed_tokens
 
 
 @pytest.mark.parametrize(

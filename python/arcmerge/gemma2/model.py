@@ -214,11 +214,11 @@ class Gemma2:
         check_token_ids(self.network, [row for row in rows if row])
         out = torch.zeros(len(rows), prompts.width, self.config.vocab_size, device=self.device)
         runner = Runner(self.network, len(rows), max(map(len, rows)))
-        head = self.network.weights.head
+        lm_head = self.network.weights.lm_head
         with self.network.lock:
             for batch, hidden in runner.feed(rows):
                 logits = ops.lm_head_logits(
-                    hidden, head, softcap=self.config.final_logit_softcapping, stepwise=self.network.stepwise
+                    hidden, lm_head, softcap=self.config.final_logit_softcapping, stepwise=self.network.stepwise
                 )
                 columns = [
                     prompts.columns[row][position]

@@ -47,27 +47,30 @@ class LayerWeights:
 class Weights:
     """All weights of a model.
 
-    embed_tokens, head: [vocab_size, hidden_size]; the same object where they are tied, as in released Gemma-2 models.
-    checkpoint: keeps the mapped files open.
+    Attributes:
+        embed_tokens, lm_head: [vocab_size, hidden_size]; the same object where they are tied, as in released models.
+        layers: the weights of each decoder layer.
+        norm: [hidden_size], of the final norm.
+        checkpoint: keeps the mapped files open.
     """
 
     embed_tokens: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
-    head: Tensor
+    lm_head: Tensor
     checkpoint: Checkpoint | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor once."""
-        own = [] if self.head is self.embed_tokens else [self.head]
+        own = [] if self.lm_head is self.embed_tokens else [self.lm_head]
         layers = (tensor for layer in self.layers for tensor in vars(layer).values())
         return [self.embed_tokens, *own, self.norm, *layers]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights that a decoding step reads; without an untied embedding, of which it reads a few rows."""
-        read = self.tensors if self.head is self.embed_tokens else self.tensors[1:]
+        """Bytes of weights that a decoding step reads; an untied embedding is not included, as it reads only few rows."""
+        read = self.tensors if self.lm_head is self.embed_tokens else self.tensors[1:]
         return sum(tensor.numel() * tensor.element_size() for tensor in read)
 
     def require_read(self) -> None:
@@ -106,9 +109,9 @@ def load(checkpoint: Checkpoint, config: Gemma2Config, dtype: torch.dtype, devic
 
     weights = assemble(config, get, LM_HEAD in stored, checkpoint)
     checkpoint.require_read()
-    if weights.head is not weights.embed_tokens and torch.equal(weights.head, weights.embed_tokens):
-        return replace(weights, head=weights.embed_tokens)
-    if weights.head is not weights.embed_tokens:
+    if weights.lm_head is not weights.embed_tokens and torch.equal(weights.lm_head, weights.embed_tokens):
+        return replace(weights, lm_head=weights.embed_tokens)
+    if weights.lm_head is not weights.embed_tokens:
         advice = "; set 'tie_word_embeddings' to false in config.json" if config.tie_word_embeddings else ""
         warnings.warn(
             f"{checkpoint.folder}: '{LM_HEAD}' differs from the embedding, which released Gemma-2 models use as their "
@@ -200,9 +203,9 @@ def _full_names(found: Iterable[str], known: Collection[str]) -> tuple[dict[str,
 
 
 def assemble(
-    config: Gemma2Config, get: Callable[[str], Tensor], own_head: bool = False, checkpoint: Checkpoint | None = None
+    config: Gemma2Config, get: Callable[[str], Tensor], has_lm_head: bool = False, checkpoint: Checkpoint | None = None
 ) -> Weights:
-    """Weights whose tensors `get` returns by their names in `tensor_shapes`; own_head: one of them is the lm_head."""
+    """Weights whose tensors `get` returns by their names in `tensor_shapes`; has_lm_head: one of them is the lm_head."""
 
     def layer(index: int) -> LayerWeights:
         tensors: dict[str, Any] = {field.name: get(_name(index, field.name)) for field in fields(LayerWeights)}
@@ -210,7 +213,7 @@ def assemble(
 
     layers = tuple(layer(index) for index in range(config.num_hidden_layers))
     embedding = get(EMBEDDING)
-    return Weights(embedding, layers, get("model.norm.weight"), get(LM_HEAD) if own_head else embedding, checkpoint)
+    return Weights(embedding, layers, get("model.norm.weight"), get(LM_HEAD) if has_lm_head else embedding, checkpoint)
 
 
 def _name(index: int, field: str) -> str:

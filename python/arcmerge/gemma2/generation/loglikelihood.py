@@ -159,7 +159,7 @@ def _add_scores(
             continue
         logprobs, best = ops.lm_head_logprob(
             hidden[torch.tensor(rows, device=device)],
-            network.weights.head,
+            network.weights.lm_head,
             torch.tensor([token for _, token in scored], device=device),
             softcap=network.config.final_logit_softcapping,
             stepwise=network.stepwise,

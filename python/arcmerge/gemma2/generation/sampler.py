@@ -101,13 +101,13 @@ class Sampler:
     def choose(self, hidden: Tensor) -> list[int]:
         """The next token of each sequence, from its hidden states [B, hidden_size]."""
         network, params = self._network, self._params
-        head, softcap = network.weights.head, network.config.final_logit_softcapping
+        lm_head, softcap = network.weights.lm_head, network.config.final_logit_softcapping
         if not params.draws and self._seen is None:
-            chosen = ops.lm_head_argmax(hidden, head, softcap=softcap, stepwise=network.stepwise)
+            chosen = ops.lm_head_argmax(hidden, lm_head, softcap=softcap, stepwise=network.stepwise)
         else:
             chosen = ops.lm_head_sample(
                 hidden,
-                head,
+                lm_head,
                 self._steps + self._streams,
                 seed=params.seed or 0,
                 temperature=params.temperature if params.draws else 0.0,
