@@ -69,7 +69,7 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights that a decoding step reads; an untied embedding is not included, as it reads only few rows."""
+        """Bytes of weights that a decoding step reads, without an untied embedding, of which it reads few rows."""
         read = self.tensors if self.lm_head is self.embed_tokens else self.tensors[1:]
         return sum(tensor.numel() * tensor.element_size() for tensor in read)
 
@@ -205,7 +205,7 @@ def _full_names(found: Iterable[str], known: Collection[str]) -> tuple[dict[str,
 def assemble(
     config: Gemma2Config, get: Callable[[str], Tensor], has_lm_head: bool = False, checkpoint: Checkpoint | None = None
 ) -> Weights:
-    """Weights whose tensors `get` returns by their names in `tensor_shapes`; has_lm_head: one of them is the lm_head."""
+    """Weights whose tensors `get` returns by their names in `tensor_shapes`; has_lm_head: the head is untied."""
 
     def layer(index: int) -> LayerWeights:
         tensors: dict[str, Any] = {field.name: get(_name(index, field.name)) for field in fields(LayerWeights)}
