@@ -21,9 +21,13 @@ _TOP_K = 50
 class GenerationArguments:
     """The generation arguments of a request.
 
-    stop_strings: end an answer; they include the text of the EOS token. max_new_tokens: of an answer. max_length: of
-    prompt and answer together; None: not given. stop_token_ids: end an answer; None: the model's. warnings: about
-    arguments without effect.
+    Attributes:
+        sampling_params: how tokens are chosen.
+        stop_strings: end an answer; they include the text of the EOS token.
+        max_new_tokens: of an answer.
+        max_length: of prompt and answer together; None: not given.
+        stop_token_ids: end an answer; None: the model's.
+        warnings: about arguments without effect.
     """
 
     sampling_params: SamplingParams

@@ -8,7 +8,8 @@ from collections.abc import Callable
 class Undo:
     """Changes to a host program; undo() or the end of a `with` block reverts them.
 
-    left: names of the parts that were not changed, as they are not supported.
+    Attributes:
+        left: names of the parts that were not changed, as they are not supported.
     """
 
     def __init__(self) -> None:

@@ -24,7 +24,8 @@ _EXIT_TIMEOUT = 30.0
 class LockedModel:
     """Base class of a model that several threads may share.
 
-    lock: reentrant; a call holds it from beginning to end, so that it sees one state of the weights.
+    Attributes:
+        lock: reentrant; a call holds it from beginning to end, so that it sees one state of the weights.
     """
 
     def __init__(self) -> None:

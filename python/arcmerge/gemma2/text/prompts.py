@@ -22,9 +22,14 @@ _TEXT = (str, bytes, bytearray)  # sequences that are no token ids
 class Prompts:
     """One prompt or several.
 
-    rows: the token ids of each, without padding. columns: for each token, its column in `padded`. padded: as given,
-    with padding. given: the argument; the result has the same form. is_single: one prompt, not a list of one. is_text:
-    text or conversations, whose answers are text. is_chat: conversations.
+    Attributes:
+        rows: the token ids of each prompt, without padding.
+        columns: for each token, its column in `padded`.
+        padded: the token ids as given, with padding.
+        given: the argument; the result has the same form.
+        is_single: one prompt, not a list of one.
+        is_text: text or conversations, whose answers are text.
+        is_chat: conversations.
     """
 
     rows: list[list[int]]

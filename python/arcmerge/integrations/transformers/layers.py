@@ -104,7 +104,11 @@ class Attention(gemma2.Gemma2Attention):
 
 
 class DecoderLayer(gemma2.Gemma2DecoderLayer):
-    """step: runs the layer for one token of one sequence."""
+    """A decoder layer that runs as a few ops if none of its submodules was changed.
+
+    Attributes:
+        step: runs the layer for one token of one sequence.
+    """
 
     step: DecodeStep
     self_attn: Attention
