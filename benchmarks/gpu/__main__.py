@@ -1,11 +1,11 @@
-"""Everything there is to know from a GPU, in one run of less than eight minutes, without a network.
+"""All measurements of a GPU, in one run of less than eight minutes, without a network.
 
     python -m benchmarks.gpu          on the GPU
-    python -m benchmarks.gpu --dry    the same without one, on tiny shapes in the interpreter: do all parts still work?
+    python -m benchmarks.gpu --dry    without a GPU, on tiny shapes in the interpreter, to test that all parts work
 
 In this order, each part with a share of the time: tests of every kernel against the truth, the roofs of this GPU, every
-launch that a Gemma-2 makes, a merge of resident 2.6B models, prefill and decoding of one with random weights. What
-fails is recorded and the rest goes on; what the time did not suffice for is listed. Exits with 1 if anything failed.
+launch that a Gemma-2 makes, a merge of resident 2.6B models, prefill and decoding of one with random weights. Failures
+are recorded and the rest goes on; parts for which there is no time are listed. Exits with 1 if anything failed.
 
 Prints a table and writes JSON:
 
@@ -13,14 +13,14 @@ Prints a table and writes JSON:
                   versions, commit, date; dry: whether it was a dry run, which measures nothing
     tests         passed: how many; failed: [{test, error}]; unfinished: why some did not run, or null
     roofs         bandwidth: bytes a second, the better of copy and read; matmul: operations a second in bfloat16
-    predicted_for the machine of results/proof.json that this GPU is, by its name; null if none is
+    predicted_for the machine of results/proof.json that has the name of this GPU; null if none has
     measurements  [{section, op, case, seconds, p20, p80, repetitions, bytes, operations, bytes_per_second,
                   operations_per_second, fraction, predicted_seconds, measured_over_predicted, tokens_per_second}]
                   section: roofs, kernels, merge, prefill or decode. seconds: the median. fraction: of the roof, the
-                  least time that bytes and operations allow over the time measured. The last three where there are.
+                  minimum time that bytes and operations allow over the time measured. The last three may be absent.
     launches_per_layer  kernels of a decoding step for each layer, null if they were not counted
     failures      [{section, op, case, error}]
-    not_reached   [{section, op, case}], for lack of time
+    not_reached   [{section, op, case}], for which there was no time
     seconds       of the whole run
 """
 
@@ -40,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Tests and times everything on the GPU of this machine.")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter, to try this program out")
     parser.add_argument("--out", type=Path, help="the JSON file; else benchmarks/results/gpu-<device>.json")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which what is left is left out")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit; the rest is left out")
     arguments = parser.parse_args()
     if arguments.dry:
         # Before triton is imported, here and in every process that follows.

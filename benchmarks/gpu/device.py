@@ -1,4 +1,4 @@
-"""How work is timed on a GPU; and on the CPU, in place of one, so that the same code can be tried out."""
+"""Timers of work on a GPU, and on the CPU to test the same code."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ CLOCK = 3e9
 
 
 class Device:
-    """The CPU: what is timed there means nothing but that it can be timed."""
+    """The CPU, to test that work can be timed; the times mean nothing."""
 
     memory = torch.device("cpu")
 
     def finish(self) -> None:
-        """Wait until all that was launched is done."""
+        """Wait until all launches are done."""
 
     def once(self, work: Work) -> float:
-        """Seconds by the clock of the host until all that `work` launches is done."""
+        """Seconds by the clock of the host until all launches of `work` are done."""
         started = time.perf_counter()
         work()
         self.finish()

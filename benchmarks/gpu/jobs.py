@@ -1,7 +1,7 @@
-"""What is measured on a GPU, a function each: a worker carries them out, and keeps what is cached here between them.
+"""The measurements on a GPU, one function each. A worker runs them and keeps the caches of this module between them.
 
-A measurement has the median "seconds" with its 20th and 80th percentile and the number of repetitions; "bytes" is what
-must move, "operations" what matrix products must compute.
+A measurement has the median "seconds" with its 20th and 80th percentile and the number of repetitions; "bytes"
+are those that must move, "operations" those of matrix products.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def measured_cases() -> list[Case]:
 
 @cache
 def device() -> Device:
-    """Of this process. On a GPU, products of float32 that torch is asked for are exact, so TF32 stays off."""
+    """The device of this process. On a GPU, TF32 stays off, so that products of float32 in torch are exact."""
     return Device() if DRY else Gpu()
 
 
@@ -74,7 +74,7 @@ def statistics(seconds: Sequence[float]) -> Measurement:
 
 
 def environment() -> dict[str, Any]:
-    """Names, versions and sizes by which the figures can be understood."""
+    """Names, versions and sizes that explain the figures."""
     found: dict[str, Any] = {
         **provenance("arcmerge", "torch", "triton", "numpy"),
         "device": "none: a dry run in the interpreter",
@@ -104,11 +104,11 @@ def _driver() -> str | None:
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().partition("\n")[0] or None
 
 
-# Roofs: what plain torch reaches with nothing but one kind of work.
+# Roofs: the rates of plain torch with one kind of work.
 
 
 def roof_copy() -> Measurement:
-    """Copies 2 GiB: bytes are those read and those written."""
+    """Copies 2 GiB; bytes count reads and writes."""
     source = torch.zeros(1 << (16 if DRY else 31), dtype=torch.uint8, device=device().memory)
     out = torch.empty_like(source)
     return {**statistics(device().seconds(lambda: out.copy_(source))), "bytes": 2 * source.numel(), "operations": 0}
@@ -121,7 +121,7 @@ def roof_read() -> Measurement:
 
 
 def roof_matmul() -> Measurement:
-    """Multiplies two square matrices of bfloat16; their values are random, for zeros would save power and time."""
+    """Multiplies two square matrices of bfloat16, of random values, because zeros would save power and time."""
     size = 64 if DRY else 8192
     one, other = (torch.randn(size, size, device=device().memory).to(BF16) for _ in range(2))
     out = torch.empty_like(one)
@@ -143,7 +143,7 @@ class OnDevice:
 
 
 def kernel(op: str, name: str) -> Measurement:
-    """The launches of a case, one repetition after another, each with what it reads out of the L2 cache."""
+    """The launches of a case, repeated, each with its inputs evicted from the L2 cache."""
     (case,) = (case for case in measured_cases() if (case.op, case.name) == (op, name))
     call = case.build(OnDevice())
     timed = statistics(device().seconds(call.launch))
@@ -159,7 +159,7 @@ def _config() -> Gemma2Config:
 
 
 def merge() -> dict[str, Measurement]:
-    """A slerp of two models that lie in memory into a third, by the clock of the host; and its two launches alone."""
+    """A slerp of two models in memory into a third, by the clock of the host; and its two launches alone."""
     counts = [torch.Size(shape).numel() for shape in tensor_shapes(_config()).values()]
     groups = [[OnDevice().normal(count) for _ in range(2)] for count in counts]
     outs = [OnDevice().empty(count) for count in counts]
@@ -196,7 +196,7 @@ def _network() -> Network:
 
 
 def _prompt(tokens: int) -> list[int]:
-    return [(7919 * place) % SHAPE.vocabulary for place in range(tokens)]
+    return [(7919 * position) % SHAPE.vocabulary for position in range(tokens)]
 
 
 @torch.inference_mode()
@@ -215,7 +215,7 @@ def prefill(tokens: int) -> Measurement:
 
 @torch.inference_mode()
 def decode() -> dict[str, Measurement]:
-    """Greedy steps for one sequence: as generate makes them, and without a host that waits for each token.
+    """Greedy steps for one sequence: those of generate, and steps for which the host does not wait.
 
     Bytes are those of the weights, and of keys and values at the start, none of which a window hides.
     """
@@ -250,7 +250,7 @@ def decode() -> dict[str, Measurement]:
 
 @torch.inference_mode()
 def launches() -> float | None:
-    """Kernels of a decoding step but for the head, for each layer. None on the CPU."""
+    """Kernels of a decoding step for each layer, without the head. None on the CPU."""
     if not isinstance(device(), Gpu):
         return None
     empty = KVCache(_config(), 1, CONTEXT, 1, BF16, device().memory)

@@ -1,4 +1,4 @@
-"""The GPU-marked tests, in processes of their own: a fresh one for what is left when a test took the GPU's context."""
+"""The GPU-marked tests, in separate processes: a new process runs the rest when a test broke the CUDA context."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OK, FAILED, INTERRUPTED, NONE_LEFT = 0, 1, 2, 5  # exit codes of pytest
 
 
 def run_tests(chosen: Sequence[str], seconds: float) -> dict[str, Any]:
-    """How many tests passed, and what failed: names and the first line of each reason.
+    """The count of tests that passed, and the failures: names and the first line of each reason.
 
     chosen: names of tests, none for all. "unfinished": why some did not run, or None.
     """
@@ -57,7 +57,7 @@ def _pytest(chosen: Sequence[str], done: Sequence[str], report: Path, seconds: f
 
 
 def _verdicts(report: Path) -> dict[str, str | None]:
-    """The reason for which each test failed, or None. One that was skipped has failed: all are to run here."""
+    """The reason for which each test failed, or None. A skipped test has failed, because all must run here."""
     verdicts = {}
     for test in ElementTree.parse(report).iter("testcase"):
         problem = next((each for kind in ("failure", "error", "skipped") for each in test.iter(kind)), None)

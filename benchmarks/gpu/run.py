@@ -1,4 +1,4 @@
-"""The run on a GPU: its parts in order of importance, and what they found."""
+"""The run on a GPU: its parts in order of importance, and their results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Report:
-    """As the JSON that is described in gpu.py."""
+    """The report, as the JSON that __main__.py describes."""
 
     environment: Record = field(default_factory=dict)
     tests: Record = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Report:
 
 
 class Run:
-    """Carries out jobs for a report, as long as there is time."""
+    """Runs jobs for a report, as long as there is time."""
 
     def __init__(self, seconds: float, worker: Worker) -> None:
         self.report = Report()
@@ -64,7 +64,7 @@ class Run:
         return self._started + UNTIL[section] * self._seconds - time.monotonic()
 
     def job(self, section: str, op: str, case: str, job: Callable[..., Any], *arguments: object) -> Any:
-        """What a job returns; None if it failed, or was not begun."""
+        """The result of a job; None if it failed or was not started."""
         place = {"section": section, "op": op, "case": case}
         if (left := self.left(section)) <= 0:
             self.report.not_reached.append(place)
@@ -124,9 +124,9 @@ class Run:
 
 
 def rates(measured: Record, roofs: Mapping[str, float], predicted_seconds: float | None = None) -> Record:
-    """A measurement with what follows from it: rates, its share of the roofs and of a prediction."""
+    """A measurement with the rates, and the shares of the roofs and of a prediction, that follow from it."""
     seconds = measured["seconds"]
-    least = max(
+    minimum = max(
         measured["bytes"] / roofs.get("bandwidth", float("inf")),
         measured["operations"] / roofs.get("matmul", float("inf")),
     )
@@ -134,7 +134,7 @@ def rates(measured: Record, roofs: Mapping[str, float], predicted_seconds: float
         **measured,
         "bytes_per_second": measured["bytes"] / seconds,
         "operations_per_second": measured["operations"] / seconds,
-        "fraction": least / seconds,
+        "fraction": minimum / seconds,
     }
     if predicted_seconds is not None:
         found |= {"predicted_seconds": predicted_seconds, "measured_over_predicted": seconds / predicted_seconds}

@@ -1,4 +1,4 @@
-"""The report of a run on a GPU as a table for people."""
+"""The report of a run on a GPU as a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def print_report(report: Report) -> None:
-    """What was measured, one row each, then what failed and what was not reached."""
+    """One row for each measurement, then the failures and the parts that were not reached."""
     console = Console()
     width = None if console.is_terminal else 160  # a file has no width of its own
     console = Console(width=width)

@@ -1,8 +1,7 @@
-"""A process for what may go wrong on a GPU.
+"""A process for jobs that may fail on a GPU.
 
-An access to what is no memory takes the whole context of its process along, and a kernel may never end. So jobs run
-in a process of their own, which keeps what it has compiled and made from job to job, and gives way to a new one
-when a job failed.
+An illegal memory access breaks the CUDA context of its process, and a kernel may never end. So jobs run in a separate
+process, which keeps compiled kernels and data from job to job, and is replaced by a new one when a job failed.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 
 class JobError(Exception):
-    """What went wrong with a job, in one line."""
+    """The error of a job, in one line."""
 
 
 class Worker:
@@ -23,7 +22,7 @@ class Worker:
         self._process: multiprocessing.process.BaseProcess | None = None
 
     def run(self, job: Callable[..., Any], *arguments: object, seconds: float) -> Any:
-        """What `job`, a function of a module, returns; JobError if it raises, dies, or takes more than `seconds`."""
+        """The result of `job`, a function of a module; JobError if it raises, dies, or takes more than `seconds`."""
         if self._process is None:
             self._start()
         try:

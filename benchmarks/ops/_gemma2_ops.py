@@ -1,4 +1,4 @@
-"""How an op of a Gemma-2 2.6B is timed: as arcmerge.ops has it, on all threads, beside what transformers does."""
+"""Timings of an op of a Gemma-2 2.6B: arcmerge.ops on all threads, next to transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from _bench import append, interleaved, provenance, spread
 from arcmerge import _C
 from full_size_pair import Geometry
 
-# Beside Geometry, what config.json says of every Gemma-2 of this size.
+# The sizes, and values of config.json that are not in Geometry.
 SIZES = Geometry()
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = SIZES.num_attention_heads, SIZES.num_key_value_heads, SIZES.head_dim
 EPSILON, THETA, SOFTCAP, FINAL_SOFTCAP = 1e-6, 10_000.0, 50.0, 30.0
@@ -65,7 +65,7 @@ def counted(tokens: int) -> str:
 
 
 def cold(make: Callable[[], Operands]) -> list[Operands]:
-    """As many sets of operands as it takes for none to be in a cache when its turn comes again."""
+    """As many sets of operands as are needed for none to be in a cache when it is used again."""
     first = make()
     held = sum(tensor.nbytes for tensor in first)
     return [first, *(make() for _ in range(COLD_BYTES // held))]
@@ -89,10 +89,10 @@ def norm(weight: Tensor) -> torch.nn.Module:
 
 
 def record(op: str, *cases: Case) -> None:
-    """Time cases, print and append the rows: microseconds of a call, and what that is in GB/s and GFLOP/s.
+    """Time cases, print and append the rows: microseconds, GB/s and GFLOP/s of a call.
 
-    A reading of memory by all threads takes its turn between the calls: it is the roof of whatever is not in a cache.
-    Raises SystemExit where native, reference and transformers differ: what is wrong is not timed.
+    A read of memory by all threads is timed between the calls; it is the roof of operands that are not in a cache.
+    Raises SystemExit if native, reference and transformers differ.
     """
     origin, memory, rows = provenance("arcmerge", "torch", "transformers"), torch.ones(COLD_BYTES // 4), []
     with torch.inference_mode():

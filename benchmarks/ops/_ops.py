@@ -1,4 +1,4 @@
-"""How an op is timed: in this process, on one thread, beside a copy of the same tensors, which is the roof."""
+"""Timings of an op, in this process, on one thread, next to a copy of the same tensors, which is the roof."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUNDS = 15
 
 @dataclass(frozen=True)
 class Call:
-    """A way to do an op in this process, and the bytes that it must move for each element."""
+    """An implementation of an op, and the bytes that it must move for each element."""
 
     name: str
     function: Callable[[], object]
@@ -45,7 +45,7 @@ def copy_of(source: torch.Tensor) -> Call:
 
 
 def agree(name: str, error: float, bound: float) -> None:
-    """Raises SystemExit if a provider's error is above its bound: what is wrong is not timed."""
+    """Raises SystemExit if the error of a provider is above its bound."""
     if not error <= bound:
         sys.exit(f"{name} disagrees with the reference by {error:.2e}, more than {bound:.0e}; nothing was timed")
 

@@ -1,4 +1,4 @@
-"""rmsnorm_add_rmsnorm, what lies between two linear layers of a Gemma-2 2.6B, against transformers' three steps."""
+"""rmsnorm_add_rmsnorm between two linear layers of a Gemma-2 2.6B, against the three steps of transformers."""
 
 from __future__ import annotations
 

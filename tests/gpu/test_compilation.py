@@ -1,6 +1,6 @@
-"""The compile gate: clean code passes for every target, and each fault that is planted is named.
+"""The compile gate: clean code passes for every target, and each planted fault is named.
 
-Run as a script, in a process that does not interpret, this file compiles its kernels and prints what came out.
+Run as a script, in a process that does not interpret, this file compiles its kernels and prints the result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiled kernels, executed: those of the merge and some that use what these do not, as they are and with faults."""
+"""The emulator runs compiled kernels: those of the merge and some that use other features, correct and with faults."""
 
 from __future__ import annotations
 

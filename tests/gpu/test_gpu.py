@@ -1,7 +1,7 @@
-"""Every kernel on a GPU against the truth, every op against its reference in the network that it is for.
+"""Every kernel on a GPU against the truth, and every op against its reference in its network.
 
-Without a GPU these tests are skipped; ARCMERGE_DRY=1 runs them in the interpreter and on a tiny network, to see that
-the tests themselves work before the day there is one. `make gpu` runs them first.
+Without a GPU these tests are skipped; ARCMERGE_DRY=1 runs them in the interpreter and on a tiny network, to test the
+tests themselves. `make gpu` runs them first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu" and not D
 
 @pytest.fixture(autouse=True)
 def _context_of_the_gpu() -> Iterator[None]:
-    """An access to what is no memory takes the process's context along: what follows would fail without a cause."""
+    """An illegal memory access breaks the CUDA context of the process, so that all later tests would fail as well."""
     yield
     if DEVICE.type == "cuda":
         try:
@@ -64,7 +64,7 @@ def network() -> Network:
 
 
 class BothWays(TorchDispatchMode):
-    """Every op of ours is carried out by its kernels and by its reference; what they return or change must agree."""
+    """Runs every op by its kernels and by its reference; the tensors that they return or change must agree."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,9 +79,9 @@ class BothWays(TorchDispatchMode):
         backend = "triton" if "triton" in OPS[name].implementations else "reference"
         actual = served_by(backend, func, *args, **kwargs)
         self.compared.add(name)
-        for place, (ours, reference) in enumerate(zip(tensors(actual, args), tensors(expected, copies), strict=True)):
+        for index, (ours, reference) in enumerate(zip(tensors(actual, args), tensors(expected, copies), strict=True)):
             error, allowed = difference(ours, reference)
-            assert error <= allowed, f"{name}, tensor {place} of {tuple(ours.shape)}: {error} of {allowed} allowed"
+            assert error <= allowed, f"{name}, tensor {index} of {tuple(ours.shape)}: {error} of {allowed} allowed"
         return actual
 
 
@@ -94,13 +94,13 @@ def tensors(*trees: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
 
 
-# Of the greatest value. Result and reference are each rounded, by at most half a unit (2^-8 in bfloat16), and so are
+# Shares of the maximum. Result and reference are each rounded, by at most half a unit (2^-8 in bfloat16), and so are
 # the weights of attention; sums of float32 are in other orders; those of Gram matrices nearly exact.
 ALLOWED = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-16, torch.float64: 1e-9}
 
 
 def difference(ours: Tensor, reference: Tensor) -> tuple[float, float]:
-    """The greatest difference, and what is allowed; whole numbers, as of tokens chosen, are equal."""
+    """The maximum difference, and the allowed difference; integers, such as token ids, must be equal."""
     assert (ours.shape, ours.dtype) == (reference.shape, reference.dtype)
     error = (ours.double() - reference.double()).abs().max()
     return float(error), ALLOWED.get(ours.dtype, 0.0) * float(reference.double().abs().max())
@@ -116,7 +116,7 @@ def prefilled(network: Network, prompt: list[int], capacity: int) -> tuple[KVCac
 
 @torch.inference_mode()
 def test_ops_agree_with_their_references(network: Network) -> None:
-    prompt = [(7 * place) % network.config.vocab_size for place in range(PROMPT_TOKENS)]
+    prompt = [(7 * position) % network.config.vocab_size for position in range(PROMPT_TOKENS)]
     head, softcap = network.weights.embed_tokens, network.config.final_logit_softcapping
     layer = network.weights.layers[0]
     with BothWays() as both:
@@ -134,7 +134,7 @@ def test_ops_agree_with_their_references(network: Network) -> None:
 
 @torch.inference_mode()
 def test_replayed_steps_give_the_tokens_of_plain_calls(network: Network) -> None:
-    prompt = [(5 * place) % network.config.vocab_size for place in range(PROMPT_TOKENS)]
+    prompt = [(5 * position) % network.config.vocab_size for position in range(PROMPT_TOKENS)]
     (answer,) = generate(network, [prompt], SamplingParams(), StoppingCriteria(STEPS + 1, stop_token_ids=())).tokens
     head, softcap = network.weights.embed_tokens, network.config.final_logit_softcapping
     cache, hidden = prefilled(network, prompt, len(prompt) + STEPS)

@@ -1,4 +1,4 @@
-"""The run for the day there is a GPU: all of it in dry mode, and what it does when something goes wrong."""
+"""The benchmark of a GPU: all of it in dry mode, and its behaviour when a part fails."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_dry_run_goes_through_all_parts(tmp_path: Path) -> None:
 
 
 class Here:
-    """In place of a worker: jobs run in this process."""
+    """Replaces a worker: jobs run in this process."""
 
     def __init__(self, error: type[Exception]) -> None:
         self._error = error

@@ -84,14 +84,14 @@ def test_bfloat16_is_rounded_to_nearest_even(convert: Any) -> None:
     assert (rounded.view(torch.int16)[rounded.isnan()] == 0x7FFF).all()
 
 
-def test_bfloat16_is_cut_if_asked() -> None:
+def test_bfloat16_is_truncated_on_request() -> None:
     values = AROUND_BF16[~AROUND_BF16.isnan()]
     cut = (values.view(I32) >> 16).to(torch.int16).view(BF16)
     assert_same(interpret(cut_to_bfloat16, values, dtype=BF16), cut)
 
 
 def test_float64_is_rounded_once() -> None:
-    # Half-way between two bfloat16, but for what float32 cannot hold.
+    # Half-way between two bfloat16, except for a part that float32 cannot hold.
     ties = (EVERY_BF16.float().view(I32) | 0x8000).view(F32).double()
     ties = ties[(ties.abs() < 3e38) & (ties.abs() > 1e-30)]
     above, below = ties * (1 + 2.0**-40), ties * (1 - 2.0**-40)
@@ -163,7 +163,7 @@ def clamp(x):
 
 
 def of_numbers(extreme: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """NaN if both are, signalling NaN too, of which torch.fmax makes NaN at once."""
+    """NaN if both are NaN, also signalling NaN, for which torch.fmax returns NaN."""
     return lambda x, y: torch.where(x.isnan(), y, torch.where(y.isnan(), x, extreme(x, y)))
 
 

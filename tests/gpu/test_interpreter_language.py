@@ -45,7 +45,7 @@ def matmul(a: Tensor, b: Tensor, precision: str = "ieee") -> Tensor:
 
 
 def sum_bound(a: Tensor, b: Tensor) -> Tensor:
-    """Of the error of 1 + a @ b when float32 holds the products exactly, for any order of additions."""
+    """A bound of the error of 1 + a @ b if float32 holds the products exactly, for any order of additions."""
     return (a.shape[1] + 1) * 2.0**-24 * (1 + a.double().abs() @ b.double().abs())
 
 
@@ -141,7 +141,7 @@ def test_running_sums(dtype: torch.dtype) -> None:
 
 @triton.jit
 def _merge_moments(count, mean, squares, other_count, other_mean, other_squares):
-    """Of Chan, Golub and LeVeque."""
+    """The method of Chan, Golub and LeVeque."""
     total = count + other_count
     difference = other_mean - mean
     mean += difference * other_count / total
@@ -236,7 +236,7 @@ def test_descriptors_end_where_tensors_end(dtype: torch.dtype) -> None:
     descriptors = [TensorDescriptor.from_tensor(tensor, [16, 32]) for tensor in (x, out)]
     _copy_tile[(2, 2)](*descriptors, ROWS=16, COLUMNS=32)
     assert torch.equal(out[:21], x)
-    assert (out[21:] == 0).all()  # what a load past the end gives
+    assert (out[21:] == 0).all()  # the result of a load past the end
 
 
 # Launches.

@@ -1,6 +1,6 @@
 """The Triton kernels that merge: on a GPU if there is one, else in the interpreter. test_proof.py compiles them.
 
-Every launch serves many groups, as in a merge: the interpreter takes milliseconds a program, whatever its size.
+Every launch has many groups, as in a merge, because the interpreter takes milliseconds a program of any size.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Guarded:
 def random_groups(
     counts: Sequence[int], dtypes: Sequence[torch.dtype], random: torch.Generator, skipped: Sequence[int] | None = None
 ) -> list[list[Tensor]]:
-    """A group for each count. Neighbours are far apart in magnitude and alike in sign, as bad for sums as it gets."""
+    """A group for each count. Neighbours differ in magnitude and agree in sign, the worst case for sums."""
 
     def values(count: int, dtype: torch.dtype) -> Tensor:
         spread = torch.exp2(-6 * torch.rand(count, generator=random))
@@ -90,7 +90,7 @@ def assert_gram(groups: Sequence[Sequence[Tensor]], bases: Sequence[Tensor] | No
     for number, group in enumerate(groups):
         exact = exact_gram(group, None if bases is None else bases[number])
         lengths = exact.diagonal().sqrt()
-        # The contract. In truth the error is near 1e-16, for any count: what float32 sums lose is added again.
+        # The contract; the error is near 1e-16, for any count, because the errors of float32 sums are added again.
         assert ((out[number] - exact).abs() <= 1e-9 * lengths[:, None] * lengths).all(), (
             f"{group[0].numel()} elements: {out[number].tolist()} instead of {exact.tolist()}"
         )
@@ -142,7 +142,7 @@ def test_gram_of_rows(columns: int, random: torch.Generator) -> None:
     torch.testing.assert_close(out, torch.stack(by_row), rtol=1e-12, atol=0)
 
 
-def test_gram_is_the_same_alone_and_in_company(random: torch.Generator) -> None:
+def test_gram_is_the_same_alone_and_among_other_groups(random: torch.Generator) -> None:
     groups = random_groups((5000, 70000, 3), [BF16, BF16], random)
     together = torch.empty(3, 2, 2, dtype=torch.float64, device=DEVICE)
     gram(groups, together)
@@ -162,7 +162,7 @@ def reference(group: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 def run_combine(
     groups: Sequence[Sequence[Tensor]], out: torch.dtype, random: torch.Generator, skipped: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(output, exact float32 total) of each group."""
+    """The output and the exact float32 total of each group."""
     coefficients = torch.randn(len(groups), len(groups[0]), generator=random).to(DEVICE)
     nonfinite = torch.zeros(len(groups), dtype=torch.int64, device=DEVICE)
     guarded = [Guarded(torch.full((group[0].numel(),), float("nan"), dtype=out), skipped) for group in groups]
@@ -207,8 +207,8 @@ def test_combine_of_rows_and_of_several_dtypes(random: torch.Generator) -> None:
 def test_combine_counts_values_that_are_not_finite() -> None:
     def tensor(count: int, **changed: float) -> Tensor:
         values = torch.ones(count, device=DEVICE)
-        for place, value in changed.items():
-            values[int(place[1:])] = value
+        for index, value in changed.items():
+            values[int(index[1:])] = value
         return values
 
     cases = {

@@ -1,4 +1,4 @@
-"""Every kernel, proved as far as a machine without a GPU can: the quick part. `make prove` does all of it.
+"""The quick part of the proof of every kernel on a machine without a GPU. `make prove` does all of it.
 
 A process without the interpreter compiles and emulates in the background while this one interprets.
 """
@@ -94,7 +94,7 @@ def test_combine_rounds_every_product_and_writes_sixteen_bytes_at_a_time(facts: 
         assert [kernel for kernel in kernels if kernel["fused"] or not kernel["wide_stores"]] == []
 
 
-# ---- what is wrong is named
+# ---- faults are named
 
 
 def _spill(record: Record) -> None:

@@ -1,4 +1,4 @@
-"""The emulator of PTX: instructions written by hand, against arithmetic written in another way."""
+"""The emulator of PTX: single instructions, against independent arithmetic."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REGISTERS = """
 
 
 def run(body: str, *arrays: Array, threads: int = 32, blocks: int = 1, shared: int = 0) -> Counts:
-    """Run statements with the addresses of `arrays` in %d0, %d1, ... and the thread's number in %r0."""
+    """Run statements with the addresses of `arrays` in %d0, %d1, ... and the index of the thread in %r0."""
     parameters = ", ".join(f".param .u64 p{i}" for i in range(len(arrays)))
     loads = "".join(f"ld.param.b64 %d{i}, [p{i}];\n" for i in range(len(arrays)))
     program = parse(
@@ -122,7 +122,7 @@ def test_fused_float64_rounds_once() -> None:
 
 def test_bfloat16_conversions_of_every_code_and_of_ties() -> None:
     codes = np.arange(1 << 16, dtype=np.uint32)
-    # Every bfloat16, and what lies just below, at and above the middle to the next one.
+    # Every bfloat16, and the values just below, at and above the middle to the next one.
     for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         values = (codes << 16 | low).astype(np.uint32).view(np.float32)
         expected = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
@@ -233,7 +233,7 @@ def test_instruction(instruction: str, kinds: str, operands: list[Any], expected
 
 
 def test_lanes_part_and_meet_again() -> None:
-    """Each lane adds 1 as often as its number is; those of odd number then double what they have."""
+    """Each lane adds 1 as often as its index; lanes of odd index then double their value."""
     out = np.zeros(64, np.uint32)
     body = """
         mov.u32 %r1, 0; mov.u32 %r2, %ctaid.x; add.s32 %r5, %r0, %r2;
@@ -360,7 +360,7 @@ def test_atomics_go_lane_after_lane() -> None:
 
 
 def test_matrix_instructions() -> None:
-    """a (16, 16) from shared memory by ldmatrix, b (16, 8) by ldmatrix.trans, their product plus one by mma."""
+    """a [16, 16] from shared memory by ldmatrix, b [16, 8] by ldmatrix.trans, their product plus one by mma."""
     generator = np.random.default_rng(0)
     a, b = generator.integers(-8, 8, (16, 16)).astype(np.float16), generator.integers(-8, 8, (16, 8)).astype(np.float16)
     out = np.zeros((16, 8), np.float32)

@@ -1,4 +1,4 @@
-"""The predicted roofline: occupancy worked by hand, and each resource in turn made the one that decides."""
+"""The predicted roofline: occupancy computed by hand, and each resource as the bottleneck in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes counted and faults seen by Traffic: every number here is counted by hand, every fault is planted."""
+"""Traffic counts bytes and finds faults: every expected count is made by hand, every fault is planted."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ VIEWS = {
 @pytest.mark.parametrize("name", VIEWS)
 def test_strided_tensors_have_their_elements_and_nothing_else(name: str) -> None:
     x = VIEWS[name]
-    # The value of an element is its place in the buffer.
+    # The value of an element is its index in the buffer.
     own = x.unique().int() - x.storage_offset()
     out = torch.empty(len(own))
     with Traffic() as traffic:

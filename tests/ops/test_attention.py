@@ -74,7 +74,7 @@ def test_kernel_is_within_what_rounding_allows(case: Case) -> None:
 
 
 def test_kernel_sees_exactly_a_window_of_4096(draw: Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each query sees, of what counts, only one loud key: the oldest that is visible to the first of three, then none.
+    # Only one key is loud: the oldest that the first of three queries sees. The other queries do not see it.
     length, count = 4099, 3
     query = torch.ones(count, 2, 16, device=DEVICE)
     key, value = torch.zeros(2, 1, 1, length, 16, device=DEVICE)
@@ -87,7 +87,7 @@ def test_kernel_sees_exactly_a_window_of_4096(draw: Random, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-def test_rows_do_not_depend_on_their_company(dtype: torch.dtype, draw: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, draw: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
     query = draw.normal(50, 4, 16, dtype=dtype)
     key, value = draw.normal(2, 3, 2, 64, 16, dtype=dtype)

@@ -108,7 +108,7 @@ def test_window_of_4096_is_exact(slots: int) -> None:
         assert (out > 0.9).all() if seen else (out == 0).all()
 
 
-def test_rows_do_not_depend_on_their_company(draw: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_the_others(draw: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
     qkv, table = draw.normal(3, 8 * 16), draw.normal(300, 16, dtype=F32)
     caches = draw.normal(2, 3, 2, 300, 16)

@@ -73,7 +73,7 @@ def test_bf16_pair_at_every_length_and_alignment_writes_nothing_else(variant):
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 @pytest.mark.parametrize("out_dtype", [BF16, F16, F32], ids=str)
 def test_every_kind_of_value_is_rounded_as_torch_does(variant, dtype, out_dtype):
-    # 0.5 and 1.5 make ties of neighbouring values; random bits bring denormals, infinities and NaN.
+    # 0.5 and 1.5 make ties of neighbouring values; random bits include denormals, infinities and NaN.
     a, b = any_bits(50_000, dtype, seed=3), any_bits(50_000, dtype, seed=4)
     with using(variant):
         for coefficients in ([0.5, 1.5], [1.0, 0.0], [-2.5e-3, 1e-7]):

@@ -22,7 +22,7 @@ EVERY = EVERY[EVERY.abs() < 2.0**120]
 
 
 def exact_gelu(gate):
-    """By the error function's stand-in itself, tanh, but where 1 + tanh cancels: there by an exponential."""
+    """The definition by tanh, but by an exponential where 1 + tanh cancels."""
     gate = gate.double()
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
     return torch.where(inner > -1, gate / 2 * (1 + inner.tanh()), gate * (2 * inner).exp() / (1 + (2 * inner).exp()))

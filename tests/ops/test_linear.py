@@ -52,7 +52,7 @@ def test_strided_operands_and_parameters(monkeypatch, backend, tokens):
 
 
 @pytest.mark.parametrize("weights", [1, 3])
-def test_a_row_depends_neither_on_the_other_rows_nor_on_the_weights_beside_it(monkeypatch, weights):
+def test_a_row_depends_neither_on_the_other_rows_nor_on_the_other_weights(monkeypatch, weights):
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
     x, matrices = normal(16, 530).to(DEVICE), [normal(18, 530, seed=seed).to(DEVICE) for seed in range(weights)]
     alone = [linear(x[:1], [matrix]) for matrix in matrices]

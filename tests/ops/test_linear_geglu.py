@@ -21,7 +21,7 @@ dtypes = pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 
 
 def eighths(*shape, dtype=BF16, seed=0):
-    """Their products and sums are exact in float32, in any order."""
+    """Multiples of 1/8, whose products and sums are exact in float32, in any order."""
     return (normal(*shape, dtype=F32, seed=seed) * 8).round().div(8).to(dtype)
 
 

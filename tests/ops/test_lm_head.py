@@ -1,4 +1,4 @@
-"""The head: the reference against transformers and float64, the kernels through the ops against the reference."""
+"""lm_head: the reference against transformers and float64, the kernels through the ops against the reference."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ every_stepwise = pytest.mark.parametrize("stepwise", [False, True], ids=["once",
 
 
 def operands(rows, ids, columns, dtype=BF16):
-    """Logits of up to the cap."""
+    """Operands whose logits reach the cap."""
     weight = normal(ids, columns, dtype=F32, seed=1) * 15 * columns**-0.5
     return normal(rows, columns, dtype=dtype).to(DEVICE), weight.to(dtype).to(DEVICE)
 
@@ -119,7 +119,7 @@ def test_stepwise_rounds_every_step(monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "fewer"), [(16, 1), (130, 18)])
-def test_a_row_has_the_same_bits_in_any_company(monkeypatch, rows, fewer):
+def test_a_row_has_the_same_bits_among_any_others(monkeypatch, rows, fewer):
     x, weight = operands(rows, 150, 72)
     ids = torch.arange(rows, device=DEVICE)
     whole, _ = on(monkeypatch, "triton", lambda: lm_head_logprob(x, weight, ids, softcap=30.0))

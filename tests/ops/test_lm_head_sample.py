@@ -38,13 +38,13 @@ every_spread = pytest.mark.parametrize("spread", [6.0, 0.3], ids=["peaked", "fla
 
 
 def operands(rows, ids, columns=32, dtype=BF16, spread=6.0):
-    """Logits with about this standard deviation."""
+    """Operands whose logits have about the standard deviation `spread`."""
     weight = normal(ids, columns, dtype=F32, seed=1) * spread * columns**-0.5
     return normal(rows, columns, dtype=dtype).to(DEVICE), weight.to(dtype).to(DEVICE)
 
 
 def bits_of(tokens, rows, ids):
-    """`seen` of the op: for every row, the tokens of a prompt."""
+    """The argument `seen`, from pairs of row and token id."""
     words = torch.zeros(rows, -(-ids // 32), 32, dtype=torch.int64)
     for row, token in tokens:
         words[row, token // 32, token % 32] = 1
@@ -187,7 +187,7 @@ def test_top_p_knows_the_mass_of_tiles_that_are_not_visited(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_temperature_0_takes_the_greatest_after_the_penalty(monkeypatch, backend):
+def test_temperature_0_takes_the_maximum_after_the_penalty(monkeypatch, backend):
     monkeypatch.setenv("ARCMERGE_BACKEND", backend)
     x, weight = operands(3, 200)
     scores = logits(x, weight, 30.0, False)
@@ -206,7 +206,7 @@ def test_temperature_0_takes_the_greatest_after_the_penalty(monkeypatch, backend
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("filters", [(0, 1.0, 0.0), (9, 0.8, 0.0)], ids=["none", "some"])
-def test_a_row_is_drawn_alike_in_any_company(monkeypatch, backend, filters):
+def test_a_row_is_drawn_alike_among_any_others(monkeypatch, backend, filters):
     monkeypatch.setenv("ARCMERGE_BACKEND", backend)
     x, weight = operands(20, 300, spread=1.0)
     steps = torch.arange(20, device=DEVICE) % 7
@@ -234,12 +234,12 @@ def test_no_filter_keeps_a_score_below_the_bound(filters, spread):
     scores = normal(6, 64 * width, dtype=F32) * spread
     tiles = scores.double().unflatten(1, (-1, width))
     maxima = tiles.amax(2)
-    least, mass = bound(maxima, (tiles - maxima[:, :, None]).exp().sum(2), *filters, width)
+    floor, mass = bound(maxima, (tiles - maxima[:, :, None]).exp().sum(2), *filters, width)
     found = kept(scores, *filters)
-    assert (found.double().masked_fill(found == -torch.inf, torch.inf) >= least).all()
+    assert (found.double().masked_fill(found == -torch.inf, torch.inf) >= floor).all()
     torch.testing.assert_close(mass.log(), scores.double().logsumexp(1, keepdim=True) - maxima.amax(1, keepdim=True))
     if filters != FILTERS["none"] and not filters[0] and spread == 12.0:
-        assert (maxima >= least).sum(1).max() <= 16  # of 64
+        assert (maxima >= floor).sum(1).max() <= 16  # of 64
 
 
 def test_op_keeps_the_rules_of_torch():

@@ -61,7 +61,7 @@ def test_op_serves_strided_and_empty_tensors(monkeypatch, backend):
     assert rmsnorm(x[:0], weight, eps=EPSILON).shape == (0, 70)
 
 
-def test_a_row_has_the_same_bits_in_any_company(monkeypatch):
+def test_a_row_has_the_same_bits_among_any_others(monkeypatch):
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
     x, weight = normal(3, 2304, dtype=F32).to(DEVICE), normal(2304, dtype=F32, seed=1).to(DEVICE)
     x[0, 7], x[2, 9] = float("nan"), float("inf")

@@ -40,7 +40,7 @@ def test_op_rounds_as_the_residual_stream_says(monkeypatch, backend, dtype, stre
     total, normed = rmsnorm_add_rmsnorm(branch, residual, post_weight, pre_weight, eps=EPSILON)
     assert (total.dtype, normed.dtype) == (stream, dtype)
     assert disagreement(total, exact_total(branch, residual, post_weight)) <= 1
-    # That the second norm is of the stream as it was stored shows in what was stored.
+    # The second norm must be that of the stream as it was stored.
     truth = exact(total, pre_weight)
     assert disagreement(normed, Expected(truth, truth.abs() * (half_unit(dtype) + FLOAT32_ERROR))) <= 1
 
@@ -61,7 +61,7 @@ def test_op_serves_strided_and_empty_tensors_and_writes_no_input(monkeypatch, ba
     assert [out.shape for out in empty] == [(0, 70)] * 2
 
 
-def test_a_row_has_the_same_bits_in_any_company(monkeypatch):
+def test_a_row_has_the_same_bits_among_any_others(monkeypatch):
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
     branch, residual, *weights = operands(BF16, F32, 3, 2304)
     branch[0, 7], residual[2, 9] = float("nan"), float("inf")

@@ -20,9 +20,9 @@ def operands(positions, sequences, dtype=BF16, table_dtype=F32, heads=(4, 2), sl
     rows = normal(len(positions), all_heads * HEAD_DIM, dtype=dtype).to(DEVICE)
     query, key, value = rows.unflatten(1, (all_heads, HEAD_DIM)).split([heads[0], heads[1], heads[1]], dim=1)
     table = rope_table(LENGTH, HEAD_DIM, THETA, table_dtype, DEVICE)
-    places = [torch.tensor(numbers, device=DEVICE) for numbers in (positions, sequences)]
+    indices = [torch.tensor(numbers, device=DEVICE) for numbers in (positions, sequences)]
     caches = [torch.full((3, heads[1], slots, HEAD_DIM), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2)]
-    return [query, key, value, table, *places, *caches]
+    return [query, key, value, table, *indices, *caches]
 
 
 def transformers_angles(length, head_dim, dtype):
@@ -99,7 +99,7 @@ def test_op_serves_no_tokens(monkeypatch, backend):
     monkeypatch.setenv("ARCMERGE_BACKEND", backend)
     arguments = operands([5], [0])
     arguments[:3] = [states[:0] for states in arguments[:3]]
-    arguments[4:6] = [places[:0] for places in arguments[4:6]]
+    arguments[4:6] = [indices[:0] for indices in arguments[4:6]]
     assert rope_cache(*arguments).shape == (0, 4, HEAD_DIM)
 
 

@@ -1,4 +1,4 @@
-"""torch.compile goes over the ops without a break, and what it makes of them has the same bits."""
+"""torch.compile compiles the ops without a graph break, and the compiled code gives the same bits."""
 
 from __future__ import annotations
 
