@@ -24,6 +24,12 @@ def require(met: bool, name: str, rule: str, value: object) -> None:
         raise ArcmergeError(f"'{name}' must {rule}, got {value}")
 
 
+def _any_of(values: Sequence[object]) -> str:
+    """ "a, b or c"."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 # ---- shapes
 
 
@@ -53,13 +59,12 @@ def shapes(letters: str, **named: Any) -> list[int]:
             if letter in named:
                 sizes[letter] = named.pop(letter)
     for (dims, leading), (name, tensor) in zip(specs, named.items(), strict=True):
-        shape, known = tensor.shape, len(sizes)
+        shape, known = tuple(tensor.shape), len(sizes)
         rest = len(shape) - len(dims)
-        if leading or rest:
-            if not leading or rest < 0 or sizes.setdefault("...", shape[:rest]) != shape[:rest]:
-                raise _mismatch(name, tensor, dims, leading, sizes, known)
-            shape = shape[rest:]
-        if tuple(map(sizes.setdefault, dims, shape)) != shape:
+        if leading and rest >= 0:
+            first, shape = shape[:rest], shape[rest:]
+            rest = sizes.setdefault("...", first) != first
+        if rest or tuple(map(sizes.setdefault, dims, shape)) != shape:
             raise _mismatch(name, tensor, dims, leading, sizes, known)
     return [*map(sizes.__getitem__, free)]
 
@@ -109,9 +114,7 @@ def require_dtype(dtypes: Sequence[torch.dtype], **named: Tensor | torch.dtype) 
     for name, value in named.items():
         dtype = value.dtype if isinstance(value, Tensor) else value
         if dtype not in dtypes:
-            *others, last = map(_name, dtypes)
-            rule = f"{', '.join(others)} or {last}" if others else last
-            raise ArcmergeError(f"'{name}' must be {rule}, got {_name(dtype)}")
+            require(False, name, f"be {_any_of([*map(_name, dtypes)])}", _name(dtype))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -152,16 +155,17 @@ def require_activations(**tensors: Tensor) -> None:
 
 def require_alike(tensors: Sequence[Tensor], base: Tensor | None = None) -> None:
     """Check that 1 to 8 tensors, and a base, have one shape and device, and are bfloat16, float16 or float32."""
-    require(1 <= len(tensors) <= _C.MAX_OPERANDS, "tensors", f"be 1 to {_C.MAX_OPERANDS} tensors", len(tensors))
-    named = {f"tensors[{index}]": tensor for index, tensor in enumerate(tensors)}
+    if not 1 <= len(tensors) <= _C.MAX_OPERANDS:
+        require(False, "tensors", f"be 1 to {_C.MAX_OPERANDS} tensors", len(tensors))
+    first, named = tensors[0], {f"tensors[{index}]": tensor for index, tensor in enumerate(tensors)}
     if base is not None:
         named["base"] = base
     for name, tensor in named.items():
-        if tensor.shape != tensors[0].shape:
-            shape = list(tensors[0].shape)
-            raise ArcmergeError(f"'{name}' must have the shape of 'tensors[0]', {shape}, got {list(tensor.shape)}")
-    require_same_device(**named)
-    require_dtype(WEIGHTS, **named)
+        if tensor.shape != first.shape:
+            require(False, name, f"have the shape of 'tensors[0]', {list(first.shape)}", list(tensor.shape))
+        if tensor.dtype not in WEIGHTS or tensor.device != first.device:
+            require_dtype(WEIGHTS, **named)
+            require_same_device(**named)
 
 
 def require_matrix_dim(tensor: Tensor, dim: int | None) -> None:
@@ -180,10 +184,8 @@ def require_caches(key_cache: Tensor, value_cache: Tensor, **states: Tensor) -> 
     require_activations(**tensors)
     require_same_dtype(**tensors)
     sizes = shapes("B Hkv S Dh, B Hkv S Dh", key_cache=key_cache, value_cache=value_cache)
-    *others, last = HEAD_DIMS
     if sizes[3] not in HEAD_DIMS:
-        rule = f"have heads of {', '.join(map(str, others))} or {last} elements"
-        require(False, "key_cache", rule, sizes[3])
+        require(False, "key_cache", f"have heads of {_any_of(HEAD_DIMS)} elements", sizes[3])
     require_contiguous(**tensors)
     return sizes
 

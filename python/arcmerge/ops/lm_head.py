@@ -119,7 +119,7 @@ def _fake_logits(x: Tensor, weight: Tensor, **_: object) -> Tensor:
 
 @lm_head_argmax.fake
 def _fake_argmax(x: Tensor, *_: Tensor, **__: object) -> Tensor:
-    return x.new_empty(len(x), dtype=torch.int64)
+    return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
 @lm_head_logprob.fake
@@ -129,7 +129,9 @@ def _fake_logprob(x: Tensor, *_: Tensor, **__: object) -> tuple[Tensor, Tensor]:
 
 def native_head(x: Tensor, weight: Tensor, softcap: float) -> _C.LmHead:
     """Contiguous CPU tensors for the native backend, which reads them in place."""
-    return _C.LmHead(x.data_ptr(), weight.data_ptr(), len(x), len(weight), x.shape[1], native_dtype(x.dtype), softcap)
+    return _C.LmHead(
+        x.data_ptr(), weight.data_ptr(), x.shape[0], weight.shape[0], x.shape[1], native_dtype(x.dtype), softcap
+    )
 
 
 @lm_head_logits.native

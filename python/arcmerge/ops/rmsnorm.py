@@ -54,12 +54,11 @@ def _fake(x: Tensor, weight: Tensor, **_: object) -> Tensor:
 @rmsnorm.native
 def _native(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     out = _fake(x, weight)
-    if out.numel():
+    if elements := out.numel():
         x, weight, columns = x.contiguous(), weight.contiguous(), weight.shape[0]
         dtypes = native_dtype(x.dtype), native_dtype(weight.dtype)
-        _C.rmsnorm(
-            out.data_ptr(), x.data_ptr(), dtypes[0], weight.data_ptr(), dtypes[1], x.numel() // columns, columns, eps
-        )
+        rows = elements // columns
+        _C.rmsnorm(out.data_ptr(), x.data_ptr(), dtypes[0], weight.data_ptr(), dtypes[1], rows, columns, eps)
     return out
 
 
