@@ -49,14 +49,18 @@ class Op(Generic[Parameters, Result]):
     """
 
     def __init__(
-        self, reference: Callable[Parameters, Result], name: str, mutates: Collection[str], stepwise: Collection[str]
+        self,
+        reference: Callable[Parameters, Result],
+        name: str,
+        mutates: Collection[str],
+        stepwise_by_reference: Collection[str],
     ) -> None:
         functools.update_wrapper(self, reference)
         self.name = name
         self.implementations: dict[str, Implementation] = {"reference": reference}
         parameters = inspect.signature(reference).parameters.values()
         self._defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
-        self._stepwise = stepwise
+        self._stepwise_by_reference = stepwise_by_reference
         self._check: Implementation
         self._fake: Implementation
         LIBRARY.define(schema(reference, name, mutates))
@@ -91,11 +95,12 @@ class Op(Generic[Parameters, Result]):
         return function
 
     def _runner(self, device: str) -> Implementation:
-        name, defaults, implementations, by_reference = self.name, self._defaults, self.implementations, self._stepwise
+        name, defaults, implementations = self.name, self._defaults, self.implementations
+        by_reference = self._stepwise_by_reference
 
         def run(*arguments: Any, **named: Any) -> Any:
-            if defaults:  # the dispatcher leaves out arguments that are equal to them
-                named = defaults | named
+            if defaults:
+                named = defaults | named  # the dispatcher leaves out arguments that are equal to their defaults
             self._check(*arguments, **named)
             backend = choose(device, name, implementations).name
             if backend in by_reference:
@@ -141,6 +146,7 @@ def schema(reference: Callable[..., Any], name: str, mutates: Collection[str]) -
     types = get_type_hints(reference)
     arguments = []
     for index, each in enumerate(inspect.signature(reference).parameters.values()):
+        assert each.default is each.empty or each.kind == each.KEYWORD_ONLY, each
         if each.kind == each.KEYWORD_ONLY and "*" not in arguments:
             arguments.append("*")
         kind = f"Tensor(a{index}!)" if each.name in mutates else SCHEMA_TYPES[types[each.name]]

@@ -44,21 +44,21 @@ def attention_decode(
 ) -> Tensor:
     """Rotate the queries and the key of a new token, append its key and value, and attend, for every sequence.
 
-    Which keys are visible, what must be in the cache, scale, softcap, window, stepwise and the rounding inside: as in
-    `attention`; but the cache of a window may have any number of slots from `window` on. A row of the result does not
-    depend on the others.
+    The visible keys, the content of the cache, the rounding and the other arguments are those of `attention`, except
+    that the cache of a window may have any count of slots from `window` on. A row of the result does not depend on the
+    others.
 
     Must move qkv, a row of cos_sin and the result once, the visible keys and values once, and the new ones to the
-    cache. A GPU also writes and reads again the float32 sums of splits of 128 keys (256 where Hkv > 4): 3.2 % of the
-    bytes of bfloat16 keys and values (1.6 %) for two heads a group, which the L2 cache holds.
+    cache. A GPU also writes and reads the float32 sums of splits of 128 keys (256 if Hkv > 4), which the L2 cache
+    holds: for two heads a group, 3.2 % (1.6 %) of the bytes of bfloat16 keys and values.
 
     Args:
         qkv: [B, (H + 2 Hkv) * Dh], bfloat16 or float32: the projections of a token, H queries, Hkv keys, Hkv values. Dh
             is 16, 32, 64, 128 or 256.
         key_cache, value_cache: [B, Hkv, S, Dh], in the dtype of qkv, changed in place: position p is in slot p % S. All
             tensors are contiguous and on one device.
-        seqlens_k: [B] int32, the tokens of each sequence with the new one, whose position is seqlens_k[b] - 1. 0 for a
-            row that rests: its result is 0, and nothing else of it is read or written.
+        seqlens_k: [B] int32, the tokens of each sequence with the new one, whose position is seqlens_k[b] - 1. 0 for an
+            idle row: its result is 0, and nothing else of it is read or written.
         heads: H.
         cos_sin: [P, Dh], from rope_table, P at least the longest sequence; its dtype, float32 or that of qkv, decides
             the rounding as in `rope_cache`. None: no rotation; S must then be at least the longest sequence.
