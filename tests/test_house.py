@@ -49,16 +49,16 @@ MAY_IMPORT = {
 # The largest number of lines: of a file, and of all files in a part of the product.
 MAX_FILE_LINES = 400
 MAX_LINES = {
-    "csrc": 4_700,
+    "csrc": 4_300,
     "kernels": 2_000,
-    "python/arcmerge/checkpoint": 1_300,
-    "python/arcmerge/cli": 800,
-    "python/arcmerge/dispatch": 500,
-    "python/arcmerge/gemma2": 3_000,
-    "python/arcmerge/integrations": 1_500,
-    "python/arcmerge/merging": 6_800,
-    "python/arcmerge/ops": 2_000,
-    "python/arcmerge/sweeping": 1_200,
+    "python/arcmerge/checkpoint": 1_400,
+    "python/arcmerge/cli": 900,
+    "python/arcmerge/dispatch": 650,
+    "python/arcmerge/gemma2": 3_300,
+    "python/arcmerge/integrations": 1_600,
+    "python/arcmerge/merging": 7_300,
+    "python/arcmerge/ops": 1_900,
+    "python/arcmerge/sweeping": 1_300,
 }
 # The largest number of files in a folder, `__init__.py` aside. A plain list of one kind may have any number.
 MAX_FOLDER_FILES = 12

@@ -17,22 +17,7 @@ RAISED = {"ArcmergeError", "MissingPackage", "ValueError", "TypeError"}
 COLLECTED = {"add", "problem"}
 # "{}" stands for a value. The name, or the place, in front of "must" is quoted or is a value of its own.
 FORM = re.compile(r"(?:\S.*: )?(?:'[^']+'|\{\})[^;]* must [^;]+, got [^;]+(?:; .+)?(?<![.!])", re.DOTALL)
-ROOMS = (
-    "checkpoint",
-    "cli",
-    "dispatch",
-    "gemma2",
-    "integrations",
-    "merging/execution",
-    "merging/inspect",
-    "merging/methods",
-    "merging/output",
-    "merging/plan",
-    "merging/recipe",
-    "merging/vocabulary",
-    "ops",
-    "sweeping",
-)
+ROOMS = ("", "checkpoint", "cli", "dispatch", "gemma2", "integrations", "merging", "ops", "sweeping")
 
 
 def template(node: ast.expr) -> str | None:
