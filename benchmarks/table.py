@@ -41,7 +41,7 @@ MANY_OPERATIONS = 20
 PRODUCTS = ("attention", "attention_decode", "linear", "linear_geglu", "lm_head")
 MARK = "¹"
 NO_BFLOAT16 = (
-    f"{MARK} Measured on a processor without bfloat16 instructions. torch has no vectorised bfloat16 matrix product "
+    f"{MARK} Measured on a processor without bfloat16 instructions. torch has no vectorized bfloat16 matrix product "
     "for such processors, so the ratio says little about processors that have these instructions."
 )
 
