@@ -157,6 +157,7 @@ class ArcmergeLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The end-of-text token."""
         return self.model.config.eos_token_id[0]
 
     @property
@@ -166,6 +167,7 @@ class ArcmergeLM(TemplateLM):
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         return self.model.device
 
     @property
@@ -234,12 +236,14 @@ class ArcmergeLM(TemplateLM):
         return tokens[-left_truncate_len:] if left_truncate_len else tokens
 
     def tok_decode(self, tokens: int | Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
         return self._tokenizer.decode([tokens] if isinstance(tokens, int) else tokens, skip_special_tokens)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
         return self._tokenizer.encode_pair(context, continuation, self.tok_encode)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(logprob, is_greedy) of the continuation of each request (context, continuation)."""
         if self.enable_thinking:
             raise ArcmergeError("'enable_thinking' must be False for tasks that score given answers, got True")
         empty = next((request.args for request in requests if not request.args[1]), None)

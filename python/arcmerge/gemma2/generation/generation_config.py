@@ -120,22 +120,23 @@ class GenerationConfig:
         return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}
 
     def sampling_params(self, seed: int | None = None) -> SamplingParams:
+        """The options of sampling, with this seed."""
         names = {one.name for one in fields(SamplingParams)}
         return SamplingParams(**{name: value for name, value in self.settings.items() if name in names}, seed=seed)
 
     def check_lengths(self) -> None:
-        """Raise ArcmergeError for a length below one token."""
+        """Raise ArcmergeError if a maximum length is below 1."""
         for name in ("max_new_tokens", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ArcmergeError(f"'{name}' must be 1 or more, got {value!r:.80}")
 
     @property
     def max_answer_tokens(self) -> int:
-        """The maximum for an answer to any prompt."""
+        """The maximum number of tokens of an answer, for any prompt."""
         return self.max_new_tokens or self.max_length or _MAX_NEW_TOKENS
 
     def max_new_tokens_for(self, prompt_tokens: int) -> int:
-        """The maximum for an answer to a prompt of this length; ArcmergeError if max_length leaves none."""
+        """The maximum number of tokens of an answer to a prompt; ArcmergeError if max_length leaves none."""
         self.check_lengths()
         if self.max_new_tokens is not None or self.max_length is None:
             return self.max_answer_tokens

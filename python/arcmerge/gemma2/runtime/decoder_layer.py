@@ -46,8 +46,16 @@ def decoder_layer(
 def attention_block(
     weights: LayerWeights, normed: Tensor, attend: Callable[[Tensor], Tensor], stepwise: bool = False
 ) -> Tensor:
-    """[T, D]: the projections around `attend`, which maps queries, keys and values [T, (H + 2 * Hkv) * Dh] to
-    [T, H * Dh].
+    """The attention block of a layer: its projections around `attend`.
+
+    Args:
+        weights: of the layer.
+        normed: [T, D], the input.
+        attend: maps queries, keys and values [T, (H + 2 * Hkv) * Dh] to [T, H * Dh].
+        stepwise: as in `decoder_layer`.
+
+    Returns:
+        [T, D].
     """
     qkv = ops.linear(normed, [weights.q_proj, weights.k_proj, weights.v_proj], stepwise=stepwise)
     return ops.linear(attend(qkv), [weights.o_proj], stepwise=stepwise)

@@ -29,6 +29,8 @@ _ATTENTION = {"eager": eager_attention, NAME: attention_forward}
 
 
 class Norm(gemma2.Gemma2RMSNorm):
+    """RMSNorm by one op."""
+
     def forward(self, x: Tensor) -> Tensor:
         if not ops_apply(self, x, [self.weight]):
             return super().forward(x)
@@ -43,7 +45,10 @@ class Linear(nn.Linear):
 
 
 class MLP(gemma2.Gemma2MLP):
+    """The gated MLP by two ops."""
+
     def is_plain(self) -> bool:
+        """True if activation and projections are those of a plain Gemma-2."""
         return is_unmodified(self.act_fn, _GELU) and _are_linear(self.gate_proj, self.up_proj, self.down_proj)
 
     def weights(self) -> list[Tensor]:
@@ -57,7 +62,10 @@ class MLP(gemma2.Gemma2MLP):
 
 
 class Attention(gemma2.Gemma2Attention):
+    """Projections, RoPE and attention by ops, with the caches and masks of transformers."""
+
     def is_plain(self) -> bool:
+        """True if the implementation of attention, the head size and the projections are supported."""
         is_known = self.config._attn_implementation in _ATTENTION and self.head_dim in HEAD_DIMS
         return is_known and _are_linear(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
 
