@@ -25,7 +25,7 @@ HEAVY = {"torch", "triton", "transformers"}
 
 # Every module may import these.
 SHARED = {"dtypes", "errors", "interrupts", "threads"}
-# The rooms of the package: the rooms and modules that each may import from, beside itself and the shared modules.
+# The rooms and modules that each room of the package may import, in addition to itself and the shared modules.
 MAY_IMPORT = {
     "kernels": set(),
     "dispatch": {"_C"},

@@ -1,4 +1,4 @@
-"""The element types of a checkpoint, under the three names they go by."""
+"""The element types of a checkpoint, with their names in torch, in safetensors and in the native code."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DType:
-    """name: as torch and config.json say it; code: as safetensors does; itemsize: bytes.
+    """An element type.
 
-    native: the number by which csrc knows a type that can be merged, -1 for one that can only be copied.
-    largest: the largest finite number of a type that can be merged.
+    Attributes:
+        name: the name in torch and in config.json.
+        code: the name in safetensors.
+        itemsize: the size of an element in bytes.
+        native: the number of the type in csrc; -1 for types that can be copied but not merged.
+        largest: the largest finite value of a type that can be merged.
     """
 
     name: str
@@ -48,6 +52,6 @@ BY_NAME = {dtype.name: dtype for dtype in (*MERGEABLE, *_COPIED)}
 
 
 def promote(dtypes: Iterable[DType]) -> DType:
-    """The smallest mergeable type that holds every value of `dtypes` (torch's promotion rule)."""
+    """The smallest mergeable type that represents every value of `dtypes`, as torch promotes types."""
     distinct = set(dtypes)
     return distinct.pop() if len(distinct) == 1 else F32

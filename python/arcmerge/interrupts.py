@@ -1,9 +1,9 @@
-"""Ctrl-C, SIGTERM and SIGHUP: a command ends at once with one sentence, but for blocks that finish or tidy up first.
+"""Ctrl-C, SIGTERM and SIGHUP: a command ends at once with one sentence, except in blocks that must finish first.
 
-Python itself raises KeyboardInterrupt between any two steps of the main thread. In an import or a destructor that is
-lost or leaves a traceback; in `Thread.join` it makes Python take a living thread for one that has ended (bpo-45274),
-and what it then computes while the interpreter is torn down ends by SIGABRT. So threads that work, and folders that
-must be removed again, are waited for inside of `held`, where an interrupt is noted and asked for by `check`.
+Python raises KeyboardInterrupt between any two steps of the main thread. In an import or a destructor the exception is
+lost or leaves a traceback. In `Thread.join` it makes Python believe that a running thread has ended (bpo-45274), and
+the process ends by SIGABRT when that thread computes during the shutdown of the interpreter. So the code waits for
+worker threads, and removes folders, inside of `held`, which records an interrupt until `check` asks for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-# Of the outermost `held`: the handlers that it stands in for, and the signals that came.
+# The state of the outermost `held`: the handlers that it replaces, and the signals that arrived.
 _before: dict[int, Any] = {}
 _waiting: list[int] = []
 
@@ -32,9 +32,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def end_at_once(consequence: str) -> None:
-    """From now on an interrupt ends this process, with its consequence in words and 128 + the number of the signal.
+    """Let an interrupt end this process with a sentence and the exit code 128 + the number of the signal.
 
-    For the main program alone. A signal that is ignored, as under nohup, stays so.
+    Only the main program may call this. A signal that is ignored, as under nohup, stays ignored.
+
+    Args:
+        consequence: the end of the sentence: what the interrupt leaves.
     """
     say(consequence)
     for number in _SIGNALS:
@@ -43,25 +46,25 @@ def end_at_once(consequence: str) -> None:
 
 
 def ignore() -> None:
-    """From now on the process, which has done its work or is being ended, ends without being interrupted."""
+    """Ignore interrupts, because the process has done its work or is ending."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def say(consequence: str) -> None:
-    """What an interrupt from now on means to the one who called the command."""
+    """Set the consequence that the sentence of an interrupt names from now on."""
     global _consequence, _told
     _consequence, _told = consequence, False
 
 
 def sentence(number: int = signal.SIGINT) -> str:
-    """What is said of an interrupt."""
+    """The sentence about an interrupt."""
     what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     return f"{what}; {_consequence}" if _consequence else what
 
 
 def tell(complain: Callable[[str], object]) -> None:
-    """Passes the sentence to `complain`; an interrupt that comes after it ends the process without another."""
+    """Pass the sentence to `complain`. A later interrupt ends the process without another sentence."""
     global _told
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     complain(sentence())
@@ -70,7 +73,7 @@ def tell(complain: Callable[[str], object]) -> None:
 
 
 def remove_at_end(folder: str) -> Callable[[], None]:
-    """Lets an end at once remove a folder; the function that is returned forgets it again."""
+    """Let an interrupt remove a folder. Returns a function that cancels this."""
     entry = folder, os.getpid()
     _folders.add(entry)
     return lambda: _folders.discard(entry)
@@ -78,7 +81,7 @@ def remove_at_end(folder: str) -> Callable[[], None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Lets interrupts wait for `check` or the end of the block. Only the main thread is ever interrupted."""
+    """Delay interrupts until `check` or the end of the block. Only the main thread is interrupted."""
     if _before or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -100,10 +103,10 @@ def held() -> Iterator[None]:
 
 
 def check() -> None:
-    """Inside of `held`, on the main thread: raises Interrupted if an interrupt waits.
+    """Raise Interrupted if an interrupt waits. Call this inside of `held`, on the main thread.
 
-    The signal is raised again at the end of the block, for whoever handled it before. A handler that somebody
-    installed for a purpose of their own is called here instead, and decides.
+    The signal is raised again at the end of the block, for its earlier handler. A handler that the user's program has
+    installed is called here instead.
     """
     if not _waiting or threading.current_thread() is not threading.main_thread():
         return
@@ -121,8 +124,8 @@ def _note(number: int, _: Any) -> None:
 
 
 def _end(number: int, _: Any) -> NoReturn:
-    ignore()  # a second one would say the same again
-    # Not by print, which may be what was interrupted. A progress bar may have hidden the cursor.
+    ignore()  # a second interrupt would repeat the sentence
+    # print is not safe here, because it may be the interrupted code. A progress bar may have hidden the cursor.
     with suppress(OSError):
         if not _told:
             os.write(2, (b"\n\x1b[?25h" if os.isatty(2) else b"") + f"arcmerge: {sentence(number)}\n".encode())

@@ -163,7 +163,7 @@ def score_candidates(
     warn: Warn = warnings.warn,
     **options: Any,
 ) -> SweepResult:
-    """As :func:`sweep`, with candidates and a score of any kind. `options` are those of Gemma2.from_merge."""
+    """Run a sweep like :func:`sweep`, with any candidates and score. `options` go to Gemma2.from_merge."""
     recipe, folder = load_recipe(config), Path(out)
     for parameters in [*(one.parameters for one in candidates), *([{"t": optimize.low}] if optimize else [])]:
         changed_recipe(recipe, parameters)
