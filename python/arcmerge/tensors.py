@@ -48,6 +48,7 @@ def slerp(
     Example:
         >>> merged = arcmerge.slerp(a.state_dict(), b.state_dict(), lambda name: 0.7 if "mlp" in name else 0.3)
         >>> model.load_state_dict(merged)
+        <All keys matched successfully>
     """
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         if unmatched := sorted(a.keys() ^ b.keys()):
@@ -94,6 +95,7 @@ def merge_state_dicts(
         ...     parameters={"weight": [1.0, 0.5], "lambda": 0.8},
         ... )
         >>> model.load_state_dict(merged)
+        <All keys matched successfully>
     """
     chosen, given = registry.get(method), parameters or {}
     base_index = next((index for index, model in enumerate(models) if model is base), None)

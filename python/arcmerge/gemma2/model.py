@@ -333,7 +333,12 @@ class Gemma2:
         sampling_params: SamplingParams,
         stopping_criteria: StoppingCriteria,
     ) -> Generated:
-        """Generate answers to prompts of token ids, of any lengths; see `generation.generate.generate`."""
+        """Generate answers to several prompts together, with their timing.
+
+        Args:
+            prompts: token ids, of any lengths.
+            sampling_params, stopping_criteria: the options of sampling, and the ends of an answer.
+        """
         return generate(self.network, prompts, sampling_params, stopping_criteria)
 
     @torch.inference_mode()

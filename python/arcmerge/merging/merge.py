@@ -68,17 +68,15 @@ def merge(
             before anything is written.
 
     Example:
-        >>> report = arcmerge.merge(
-        ...     {
-        ...         "merge_method": "slerp",
-        ...         "base_model": "google/gemma-2-2b",
-        ...         "models": [{"model": "google/gemma-2-2b"}, {"model": "google/gemma-2-2b-it"}],
-        ...         "parameters": {"t": 0.3},
-        ...     },
-        ...     "out/",
-        ... )
-        >>> report.merged
-        288
+        >>> recipe = {
+        ...     "merge_method": "slerp",
+        ...     "base_model": "base/",
+        ...     "models": [{"model": "base/"}, {"model": "tuned/"}],
+        ...     "parameters": {"t": 0.3},
+        ... }
+        >>> report = arcmerge.merge(recipe, "merged/")
+        >>> report.method
+        'slerp'
     """
     started = time.monotonic()
     options = Options(

@@ -118,11 +118,11 @@ def sweep(
     Raises:
         ArcmergeError: for a wrong argument or configuration, before a candidate is scored; or if a score fails.
 
-    Example::
-
-        result = arcmerge.sweep("recipe.yml", "sweep/", text="validation.txt", t=[0, 0.25, 0.5, 0.75, 1])
-        print(result.best.parameters, result.best.score)
-        arcmerge.merge("sweep/best.yml", "merged/")
+    Example:
+        >>> result = arcmerge.sweep("recipe.yml", "swept/", text="validation.txt", t=[0.25, 0.5, 0.75])
+        >>> len(result.scored)  # with both parents
+        5
+        >>> report = arcmerge.merge("swept/best.yml", "best/")
     """
     recipe = load_recipe(config)
     score = _score(text, tasks, function, window, minimize)
