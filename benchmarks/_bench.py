@@ -1,4 +1,4 @@
-"""The protocol of every benchmark here: what is timed, in which order, and where the figures go.
+"""The protocol of all benchmarks: the order of the runs, the statistics, and the result files.
 
 Providers run interleaved, in another order each round, so that a machine that slows down slows all of them. A figure is
 a median with its 20th and 80th percentile. Rows are appended to results/<benchmark>.csv: one a timed run, with the
@@ -84,7 +84,7 @@ def anonymous_mb(pid: int) -> float:
 
 
 def warm(files: Iterable[Path]) -> None:
-    """Read files through the page cache, so that what follows finds them there."""
+    """Read files, so that they are in the page cache."""
     buffer = bytearray(1 << 22)
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -104,13 +104,13 @@ def interleaved(providers: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median of repeated measurements, and the two values that 60 % of them lie between."""
+    """The median, the 20th and the 80th percentile of repeated measurements."""
     low, middle, high = np.percentile(values, [20, 50, 80])
     return {"median": float(middle), "p20": float(low), "p80": float(high)}
 
 
 def provenance(*packages: str) -> dict[str, str]:
-    """The columns that say where and when a row was measured; of the processor also the best instructions it has."""
+    """The columns for machine, versions, date and commit of a row, with the best instruction set of the processor."""
     cpu = next(
         (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),

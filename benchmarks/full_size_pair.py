@@ -1,4 +1,4 @@
-"""A pair of checkpoints with the names, shapes, dtype and sharding of google/gemma-2-2b, and weights that mean nothing.
+"""A pair of checkpoints with the names, shapes, dtype and sharding of google/gemma-2-2b, and random weights.
 
     python benchmarks/full_size_pair.py .bench/2.6b           A and B: 2 x 5.23 GB, 288 tensors, 2 shards
     python benchmarks/full_size_pair.py .bench/tiny --tiny    the same in small, to try the benchmarks out
@@ -45,7 +45,7 @@ class Geometry:
     head_dim: int = 256
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every tensor; the head is tied to the embedding and has none of its own."""
+        """Name and shape of every tensor. The head is tied to the embedding."""
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         yield "model.embed_tokens.weight", (self.vocab_size, hidden)
@@ -96,7 +96,7 @@ def to_f32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 
 def make_pair(folder: Path, geometry: Geometry) -> tuple[Path, Path]:
-    """The folders A and B inside `folder`, made unless they are there."""
+    """The folders A and B inside `folder`, which are made if they are missing."""
     first, second = folder / "A", folder / "B"
     for out, near in ((first, None), (second, first)):
         if not out.is_dir():
@@ -105,7 +105,7 @@ def make_pair(folder: Path, geometry: Geometry) -> tuple[Path, Path]:
 
 
 def write_checkpoint(out: Path, geometry: Geometry, near: Path | None) -> None:
-    """One checkpoint: noise, or `near` and a little noise. `out` appears when it is complete."""
+    """Write a checkpoint of noise, or of `near` with a little noise. `out` appears when it is complete."""
     shards = shard([OutputTensor(name, BF16, shape) for name, shape in geometry.tensors()], SHARD_BYTES)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/gemma2.py                    makes the model in .bench/ (5.2 GB) the first time
     python benchmarks/gemma2.py --tiny             tries everything out on a tiny model and records nothing
-    python benchmarks/gemma2.py --llama-bench PATH --gguf PATH         with llama.cpp's own benchmark beside them
+    python benchmarks/gemma2.py --llama-bench PATH --gguf PATH         also run llama.cpp's benchmark
 
 `accelerated` is transformers with our ops inside. Tasks: `speed`, a prompt of 512 tokens and 16 steps of decoding
 after it; `memory`, a prompt of 2,048 and four steps; `score`, the last 32 tokens of sequences of 512. Every run is a
@@ -44,7 +44,7 @@ Row = Mapping[str, object]
 
 
 def worker(provider: str, model: Path, task: str, sequences: int) -> dict[str, float]:
-    """The figures of one run, with the most anonymous memory that the process had."""
+    """The figures of one run, with the peak of its anonymous memory."""
     command = [sys.executable, str(HERE / "gemma2_worker.py"), provider, str(model), task, "--sequences"]
     usage = run_process([*command, str(sequences)])
     return {**json.loads(usage.output.splitlines()[-1]), "peak_anonymous_mb": usage.peak_anonymous_mb}
@@ -65,7 +65,7 @@ def llama_bench(program: Path, gguf: Path, threads: int) -> dict[str, float]:
 
 
 def check_agreement(rows: Sequence[Row]) -> None:
-    """Raises SystemExit unless all that scored found the same scores, but for rounding."""
+    """Raise SystemExit unless all providers found the same scores, up to rounding."""
     found = {str(row["provider"]): float(str(row["logprob"])) for row in rows if row.get("logprob") is not None}
     first = next(iter(found.values()), 0.0)
     for name, logprob in found.items():

@@ -25,7 +25,7 @@ Figures = dict[str, float]
 
 
 def prompt(length: int, seed: int, vocabulary: int) -> list[int]:
-    """BOS and random tokens: weights that mean nothing ask for no text."""
+    """BOS and random token ids, because the weights are random too."""
     choose = random.Random(seed)
     return [2, *(choose.randrange(3, vocabulary) for _ in range(length - 1))]
 
@@ -40,7 +40,7 @@ class Arcmerge:
         self.vocabulary = self.model.config.vocab_size
 
     def generate(self, tokens: list[int], steps: int) -> tuple[float, float]:
-        """Seconds of the prompt, and of `steps` tokens after it."""
+        """Seconds for the prompt, and for `steps` tokens after it."""
         from arcmerge.gemma2.generation.generate import StoppingCriteria
         from arcmerge.gemma2.generation.sampler import SamplingParams
 
@@ -52,7 +52,7 @@ class Arcmerge:
 
 
 class Transformers:
-    """In eager mode, which is transformers' own choice for Gemma-2 on the CPU."""
+    """transformers in eager mode, its default for Gemma-2 on the CPU."""
 
     def __init__(self, model: Path) -> None:
         from transformers import Gemma2ForCausalLM
@@ -74,7 +74,7 @@ class Transformers:
         return seconds[0], sum(seconds[1:])
 
     def score(self, sequences: list[list[int]]) -> list[float]:
-        """As lm-eval's HFLM: all logits of a batch, then their log-softmax."""
+        """All logits of a batch, then their log-softmax, as HFLM of lm-eval computes them."""
         found = []
         for batch in torch.tensor(sequences).split(4):
             logits = self.model(input_ids=batch).logits.float().log_softmax(dim=-1)
@@ -84,7 +84,7 @@ class Transformers:
 
 
 class Accelerated(Transformers):
-    """With arcmerge's ops in the modules of transformers."""
+    """transformers with arcmerge's ops."""
 
     def __init__(self, model: Path) -> None:
         from arcmerge.integrations.transformers import accelerate
@@ -101,7 +101,7 @@ PROVIDERS: dict[str, Callable[[Path], Arcmerge | Transformers]] = {
 
 
 def speed(provider: Arcmerge | Transformers, sequences: int) -> Figures:
-    """A prompt of CONTEXT tokens, then STEPS of decoding. A step before brings pages and threads into being."""
+    """A prompt of CONTEXT tokens, then STEPS of decoding, after a warm-up step."""
     provider.generate(prompt(8, 0, provider.vocabulary), 1)
     prefill, decode = provider.generate(prompt(CONTEXT, 1, provider.vocabulary), STEPS)
     figures = {"prefill_tokens_per_s": CONTEXT / prefill, "decode_tokens_per_s": STEPS / decode}
@@ -111,7 +111,7 @@ def speed(provider: Arcmerge | Transformers, sequences: int) -> Figures:
 
 
 def memory(provider: Arcmerge | Transformers, sequences: int) -> Figures:
-    """A long prompt and a few steps; the parent looks at the memory of this process meanwhile."""
+    """A long prompt and a few steps, while the parent process samples the memory of this one."""
     provider.generate(prompt(LONG_CONTEXT, 1, provider.vocabulary), 4)
     return {}
 
@@ -128,7 +128,7 @@ TASKS = {"speed": speed, "memory": memory, "score": scores}
 
 
 def products_of_torch() -> float:
-    """GFLOP/s of torch.mm on square matrices, in whichever of bf16 and f32 is faster here: the roof of prefill."""
+    """GFLOP/s of torch.mm on square matrices in the faster of bf16 and f32: the upper bound of prefill."""
     size, best = 2048, 0.0
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)

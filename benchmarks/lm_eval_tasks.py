@@ -30,7 +30,7 @@ PROVIDERS = ("arcmerge", "hf")
 
 
 def make_task(folder: Path) -> None:
-    """Questions of some sixty words, and answers of one to twelve that follow another text."""
+    """Questions of about sixty words, with answers of one to twelve words."""
     words = " ".join(topics[name] for name in sorted(topics)).split()
     lines = []
     for number in range(QUESTIONS):
@@ -55,7 +55,7 @@ def make_task(folder: Path) -> None:
 
 
 def evaluate(provider: str, model: str, tasks: str) -> dict[str, float]:
-    """In a process of its own; prints what `measure` reads."""
+    """Runs in a process of its own and prints the figures for `measure`."""
     import lm_eval
     import torch
     from lm_eval.tasks import TaskManager

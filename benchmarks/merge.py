@@ -1,4 +1,4 @@
-"""The whole journey: two 2.6B checkpoints and a recipe in, a merged checkpoint out, against mergekit, cp and the disk.
+"""Merge two 2.6B checkpoints with arcmerge and mergekit, compared with cp and dd.
 
     python benchmarks/merge.py                    makes the pair in .bench/ (10.5 GB) the first time; needs 16 GB there
     python benchmarks/merge.py --tiny             tries everything out on tiny models and records nothing
@@ -50,7 +50,7 @@ parameters:
 
 @dataclass(frozen=True)
 class Provider:
-    """A command that writes `out`; `merges` if the result is that of the recipe."""
+    """A command that writes `out`. `merges` tells whether it merges or only copies."""
 
     name: str
     command: Sequence[str]
@@ -98,7 +98,7 @@ def check_agreement(samples: Mapping[str, Mapping[str, npt.NDArray[np.float32]]]
 
 
 def measure(provider: Provider, inputs: Sequence[Path]) -> Usage:
-    """One timed run, from an idle disk and warm inputs."""
+    """One timed run, with an idle disk and inputs in the page cache."""
     remove(provider.out)
     os.sync()
     warm(inputs)

@@ -3,8 +3,8 @@
     python benchmarks/sweep.py                    makes the pair in .bench/ (10.5 GB) the first time; needs 16 GB there
     python benchmarks/sweep.py --tiny             tries everything out on tiny models and records nothing
 
-A candidate is a t, scored by 2,000 tokens in windows of 500. `set_t` is set beside the time that memory takes to give
-both parents and take the result, measured right before it. Nothing is recorded unless both score the last t alike.
+A candidate is a t, scored on 2,000 tokens in windows of 500. `set_t` is compared with the time that memory takes to read
+both parents and write the result, measured right before it. Nothing is recorded unless both score the last t alike.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     origin = provenance("arcmerge", "mergekit", "torch", "transformers")
     warm([*sorted(a.glob("*.safetensors")), *sorted(b.glob("*.safetensors"))])
 
-    # The first candidate is the recipe's own t, so that set_t has nothing to merge there: it is left out.
+    # The first candidate is left out, because its t is that of the recipe and set_t has nothing to merge.
     ours, our_memory = worker("arcmerge", str(recipe), *map(str, (TS[-1], *TS)))
     seconds = [merge + score for merge, score in zip(ours["set_t"], ours["scoring"], strict=True)][1:]
     ratios = [merge / floor for merge, floor in zip(ours["set_t"], ours["floor"], strict=True)][1:]

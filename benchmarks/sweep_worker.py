@@ -49,7 +49,7 @@ def of_arcmerge(recipe: str, ts: list[float]) -> dict[str, object]:
 
 
 def floor(read_bytes: int) -> float:
-    """Seconds to read the parents and write half as much, at what memory gives at the moment."""
+    """Seconds to read the parents and write half as much at the current memory bandwidth."""
     from arcmerge import _C
 
     memory = torch.ones(FLOOR_BYTES // 4)

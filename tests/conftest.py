@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported."""
+"""Fixtures, and the choice of Triton's interpreter on machines without a GPU, before triton is imported."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ import tiny
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# One of several processes of tests: threads of more than one would wait for each other. Before torch is imported.
+# Several test processes run at once, so each uses one thread. This must be set before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A job that a shell has put into the background ignores them, and so would every command that is tested.
+# A background job of a shell ignores these signals, and its children inherit that.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
@@ -27,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.install()
 
 
-# Files are handed out in this order: minutes of compiling go first, or one process would be left with them.
+# The files that take longest start first, so that both processes end at about the same time.
 _LONGEST = ("test_proof.py", "test_sweep_search.py", "test_gpu_benchmark.py")
 
 
@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Of torch and of the native code: for tiny models, between whose calls more would wait for each other."""
+    """One thread for torch and the native code, which is fastest for tiny models."""
     import torch
 
     from arcmerge import _C

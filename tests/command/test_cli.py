@@ -1,4 +1,4 @@
-"""The command as people call it: what it prints where, and how it ends. Broken input is in test_bad_input.py."""
+"""The command: its output, its errors and its exit codes. test_bad_input.py tests broken input."""
 
 from __future__ import annotations
 

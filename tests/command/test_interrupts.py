@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at every moment: 130 or 143, one sentence, and nothing left behind."""
+"""Ctrl-C and SIGTERM at every moment give exit code 130 or 143 and one sentence, and leave no temporary files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENTRY = "from arcmerge.__main__ import run; run()"
 
 @pytest.fixture
 def call(tmp_path: Path) -> list[str]:
-    """A merge, as arguments of the command."""
+    """The arguments of a merge."""
     a, b = tiny.make("gemma-a", tmp_path), tiny.make("gemma-b", tmp_path)
     recipe = {"merge_method": "slerp", "base_model": str(a), "models": [{"model": str(a)}, {"model": str(b)}]}
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump({**recipe, "parameters": {"t": 0.4}}))
@@ -34,7 +34,7 @@ def call(tmp_path: Path) -> list[str]:
 
 
 def run(code: str, *arguments: str) -> tuple[int, str]:
-    """The exit code of Python code and what it says on standard error."""
+    """The exit code and the standard error of Python code."""
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     return done.returncode, done.stderr
 

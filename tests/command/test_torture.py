@@ -1,4 +1,4 @@
-"""A few of the kills and disks of `make torture`, models of very many shards, and weights that shrink as they run."""
+"""A short version of `make torture`, models with very many shards, and weights that shrink while they are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merges and sweeps that are killed, that run out of disk, whose disks fail, whose inputs shrink: `make torture`.
+"""`make torture`: kill merges and sweeps, fill their disks, fail reads and writes, shrink their parents.
 
 Each run is a forked process, so that hundreds of them take minutes. After each, the older output is as it was or the
 new one complete, nothing else is left, and what went wrong was said in a sentence. ARCMERGE_KILLS sets the number of
@@ -39,7 +39,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file syste
 
 
 def start(work: Callable[[], int], said: Path) -> int:
-    """Another process that does the work and ends by its code; what it prints goes to `said`."""
+    """A process that runs `work` and ends with its exit code. Its output goes to the file `said`."""
     child = os.fork()
     if child:
         return child
@@ -68,7 +68,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 class Bench:
-    """Two merges of a tiny pair into one folder, what each gives, and the place where all of that lies."""
+    """Two merges of a tiny pair into one folder, with the result of each."""
 
     def __init__(self, folder: Path, place: Path) -> None:
         self.parents, self.place, self.out, self.said = folder, place, place / "out", folder / "said"
@@ -155,7 +155,7 @@ def test_sweeps_that_are_killed(bench: Bench) -> None:
 
 @contextmanager
 def mounted(kind: str, place: Path, nbytes: int, image: Path | None = None) -> Iterator[None]:
-    """A file system of a size at `place`; ext4 lies in the file `image`."""
+    """Mount a file system of a given size at `place`; ext4 uses the file `image`."""
     if kind == "tmpfs":
         call = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "none", str(place)]
     else:
@@ -175,7 +175,7 @@ def mounted(kind: str, place: Path, nbytes: int, image: Path | None = None) -> I
 @needs_root
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_disks_that_are_full_at_every_stage(bench: Bench, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of the room is left out, so that the disk is full at a file, at a block, at a folder."""
+    """Without the check of free space, the disk becomes full at a file, at a block, or at a folder."""
     monkeypatch.setattr(output_folder, "require_space", lambda folder, nbytes: None)
     monkeypatch.setattr(writer, "require_space", lambda folder, nbytes: None)
     failed = 0
@@ -203,7 +203,7 @@ def test_disks_that_are_full_at_every_stage(bench: Bench, kind: str, monkeypatch
 
 @needs_root
 def test_disks_whose_reads_fail(bench: Bench) -> None:
-    """A loop device reports an error for what its file no longer has."""
+    """A loop device reports an error for a range that its file no longer has."""
     image, failed = bench.parents / "image", 0
     with mounted("ext4", bench.place, 4 * MB, image):
         for name in ("gemma-a", "gemma-b"):
@@ -228,7 +228,7 @@ def test_disks_whose_reads_fail(bench: Bench) -> None:
 
 @needs_root
 def test_disks_whose_writes_fail(bench: Bench) -> None:
-    """A loop device reports an error where the file system under it has no room for its file."""
+    """A loop device reports an error when its file cannot grow."""
     under, failed = bench.parents / "under", 0
     under.mkdir()
     with mounted("tmpfs", under, 3 * MB), mounted("ext4", bench.place, 64 * MB, under / "image"):

@@ -1,4 +1,4 @@
-"""Interrupts commands at random moments of their life: python tests/torture_interrupts.py [COUNT [SECONDS]]
+"""Interrupt commands at random moments: python tests/command/torture_interrupts.py [COUNT [SECONDS]]
 
 Every run must end by 130 with one sentence, or by 0, and leave an older output whole and nothing beside it. Moments are
 spread over the length of an undisturbed run, from the start of the process on. What comes before a line of ours runs,
@@ -20,7 +20,7 @@ from pathlib import Path
 import gemma2_models
 
 COMMAND = str(Path(sys.executable).parent / "arcmerge")
-# The fast ones more often.
+# Fast commands run more often.
 ORDER = ("merge", "plan", "merge", "generate", "plan", "merge", "sweep")
 
 
@@ -35,7 +35,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def outcome(arguments: list[str], seconds: float, twice: bool) -> str:
-    """How a run ended that was interrupted after so many seconds: "interrupted", "done", "early", or what was wrong."""
+    """Interrupt a run after some seconds. Returns "interrupted", "done", "early" or a description of a fault."""
     child = start(arguments)
     time.sleep(seconds)
     child.send_signal(signal.SIGINT)
@@ -54,7 +54,7 @@ def outcome(arguments: list[str], seconds: float, twice: bool) -> str:
 
 
 def is_early(code: int, said: str) -> bool:
-    """Whether Python was interrupted before it came to our `run`.
+    """Whether Python was interrupted before it called arcmerge's `run`.
 
     It is then killed, or shows a traceback that does not lead through `run`, in which signals are blocked until they
     have handlers that raise nothing. One in the destructor of a lock of an import is lost, and the run goes on.
@@ -64,7 +64,7 @@ def is_early(code: int, said: str) -> bool:
 
 
 def prepare(work: Path) -> dict[str, list[str]]:
-    """Two models and what is done with them."""
+    """Two models, and the commands that use them."""
     for name in ("a", "b"):
         gemma2_models.build(work / name, "2.6B", vocab_size=4096, intermediate_size=2048)
         gemma2_models.save_byte_tokenizer(work / name)
@@ -83,7 +83,7 @@ def prepare(work: Path) -> dict[str, list[str]]:
 
 
 def length(arguments: list[str]) -> float:
-    """Seconds of an undisturbed run, the second: the first finds nothing in the page cache."""
+    """Seconds of the second undisturbed run, whose files are in the page cache."""
     for _ in range(2):
         child, started = start(arguments), time.monotonic()
         said = child.communicate()[1]

@@ -30,7 +30,7 @@ SAMPLE: tuple[tuple[Kind, str], ...] = (
     ("causal", "gpt2"),  # h.N under a prefix, tied
     ("causal", "gpt_neox"),  # a head called embed_out
     ("causal", "qwen3_next"),  # experts in layers by their number, attention by a list
-    ("causal", "bart"),  # a decoder whose config.json speaks of an encoder
+    ("causal", "bart"),  # a decoder whose config.json has keys of an encoder
     ("causal", "jamba"),  # attention and state-space layers, by their number
     ("causal", "gemma4_text"),  # settings of single layers in an object of layer numbers
     ("reward", "qwen2"),  # a score in place of the head
