@@ -56,11 +56,13 @@ def outcome(arguments: list[str], seconds: float, twice: bool) -> str:
 def is_early(code: int, said: str) -> bool:
     """Whether Python was interrupted before it called arcmerge's `run`.
 
-    It is then killed, or shows a traceback that does not lead through `run`, in which signals are blocked until they
-    have handlers that raise nothing. One in the destructor of a lock of an import is lost, and the run goes on.
+    It is then killed, or shows a traceback that does not lead through `run`, which blocks signals until they have
+    handlers. Python itself loses an interrupt in the destructor of a lock or in the check of argv[0], and the run
+    continues.
     """
     ours = ", in run\n" in said or said.startswith("arcmerge: ")
-    return not ours and (code in (-signal.SIGINT, 1) or (code == 0 and said.startswith("Exception ignored in: ")))
+    lost = said.startswith(("Exception ignored in: ", "Failed checking if argv[0] is an import path entry\n"))
+    return not ours and (code in (-signal.SIGINT, 1) or (code == 0 and lost))
 
 
 def prepare(work: Path) -> dict[str, list[str]]:
