@@ -4,8 +4,8 @@
     python benchmarks/sweep.py --tiny             tries everything out on tiny models and records nothing
 
 A candidate is a t, scored on 2,000 tokens in windows of 500. `set_t` is compared with the time that memory takes to
-read both parents and write the result, measured right before it. Nothing is recorded unless both give the last t the same
-score.
+read both parents and write the result, measured right before it. Nothing is recorded unless both programs give the last
+t the same score.
 """
 
 from __future__ import annotations
