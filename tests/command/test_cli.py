@@ -224,3 +224,20 @@ def test_debug_shows_the_traceback(workplace: Path) -> None:
 )
 def test_places(name: str, expected: tuple[int | None, str, str]) -> None:
     assert place(name) == expected
+
+
+@pytest.mark.parametrize("flags", [[], ["-OO"]], ids=["plain", "without docstrings"])
+def test_help_shows_a_summary_and_an_example(flags: list[str]) -> None:
+    def shown(*arguments: str) -> str:
+        command = [sys.executable, *flags, "-m", "arcmerge", *arguments, "--help"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert "score many candidates of a merge" in shown()
+    assert "arcmerge merge recipe.yml merged/" in shown("merge")
+
+
+def test_completion_knows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in ("merge", "sweep", "--out-shard-size"))
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0

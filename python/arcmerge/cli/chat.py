@@ -1,4 +1,4 @@
-"""arcmerge chat: chat with an instruction-tuned Gemma-2 model."""
+"""The command `arcmerge chat`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from arcmerge.cli.terminal import accept_any_text, print_error, print_note, prin
 from arcmerge.errors import ArcmergeError
 
 NAME = "chat"
+SUMMARY = "chat with an instruction-tuned Gemma-2 model"
 INTERRUPTED = "the conversation is over"
 EPILOG = """\
 example:

@@ -69,12 +69,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"arcmerge {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     for command in COMMANDS:
-        about = command.__doc__ or ""
-        summary = about.splitlines()[0].partition(": ")[2].rstrip(".")
         own = commands.add_parser(
             command.NAME,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}.",
+            help=command.SUMMARY,
+            description=f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}.",
             epilog=command.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

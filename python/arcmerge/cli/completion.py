@@ -1,4 +1,4 @@
-"""arcmerge completion: print the completion script of a shell."""
+"""The command `arcmerge completion`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 from arcmerge.errors import needed
 
 NAME = "completion"
+SUMMARY = "print the completion script of a shell"
 INTERRUPTED = "nothing was written"
 EPILOG = """\
 example:

@@ -1,4 +1,4 @@
-"""arcmerge doctor: show versions, processors, GPUs and the backend of every op."""
+"""The command `arcmerge doctor`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from arcmerge.cli.terminal import print_json
 
 NAME = "doctor"
+SUMMARY = "show versions, processors, GPUs and the backend of every op"
 INTERRUPTED = "nothing was written"
 EPILOG = """\
 example:

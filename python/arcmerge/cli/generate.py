@@ -1,4 +1,4 @@
-"""arcmerge generate: continue a prompt with a Gemma-2 model."""
+"""The command `arcmerge generate`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from arcmerge.cli.flags import add_model_flags
 from arcmerge.cli.terminal import accept_any_text, print_note, print_piece, print_warning, read_text
 
 NAME = "generate"
+SUMMARY = "continue a prompt with a Gemma-2 model"
 INTERRUPTED = "the answer is incomplete"
 EPILOG = """\
 example:

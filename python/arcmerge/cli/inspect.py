@@ -1,4 +1,4 @@
-"""arcmerge inspect: compare two checkpoints: angle and norm ratio of every tensor."""
+"""The command `arcmerge inspect`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from arcmerge.cli.flags import add_merge_flags, merge_options, picture
 from arcmerge.cli.terminal import print_json, print_note, progress_bar
 
 NAME = "inspect"
+SUMMARY = "compare two checkpoints: angle and norm ratio of every tensor"
 INTERRUPTED = "nothing was written"
 EPILOG = """\
 example:

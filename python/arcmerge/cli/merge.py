@@ -1,4 +1,4 @@
-"""arcmerge merge: merge models with a mergekit configuration."""
+"""The command `arcmerge merge`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from arcmerge.cli.terminal import print_warning, progress_bar
 from arcmerge.errors import ArcmergeError
 
 NAME = "merge"
+SUMMARY = "merge models with a mergekit configuration"
 INTERRUPTED = "an older output is as it was"
 EPILOG = """\
 example:

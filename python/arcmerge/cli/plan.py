@@ -1,4 +1,4 @@
-"""arcmerge plan: show the parameters of every tensor of a merge, without merging."""
+"""The command `arcmerge plan`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from arcmerge.cli.flags import add_merge_flags, merge_options, picture
 from arcmerge.cli.terminal import print_json, print_note, print_warning, progress_bar
 
 NAME = "plan"
+SUMMARY = "show the parameters of every tensor of a merge, without merging"
 INTERRUPTED = "nothing was merged"
 EPILOG = """\
 example:

@@ -1,4 +1,4 @@
-"""arcmerge sweep: score many candidates of a merge without writing any."""
+"""The command `arcmerge sweep`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from arcmerge.sweeping.journal import Scored
 
 NAME = "sweep"
+SUMMARY = "score many candidates of a merge without writing any"
 INTERRUPTED = "the scored candidates are kept, and the same command resumes the sweep"
 EPILOG = """\
 example:
