@@ -101,7 +101,7 @@ def test_the_function_does_what_the_command_does(files: Path) -> None:
     assert told == [(name, done, 6) for done, name in enumerate(names, 1)]
     assert [one.name for one in result.scored] == names
     assert result.best == min(result.scored, key=lambda one: one.score)
-    assert str(result).startswith(f"best by {norm.__qualname__}: {result.best.name}, ")
+    assert str(result).startswith(f"best by norm: {result.best.name}, ")
     assert arcmerge.sweep("recipe.yml", "swept", function=norm, minimize=True, t=0.25, device="cpu").best == result.best
     assert len(arcmerge.sweep("recipe.yml", "texts", text=["text.txt"], t="0,1", device="cpu").scored) == 2
 
@@ -126,3 +126,11 @@ def test_wrong_arguments_of_the_function(files: Path, arguments: dict[str, Any],
     with pytest.raises(arcmerge.ArcmergeError, match=sentence):
         arcmerge.sweep("recipe.yml", "swept", device="cpu", **arguments)
     assert not (files / "swept").exists()
+
+
+def test_a_sweep_is_not_resumed_with_other_code(files: Path) -> None:
+    """All lambdas have one name; their scores must not be mixed."""
+    for _ in range(2):
+        arcmerge.sweep("recipe.yml", "swept", function=lambda model: 1.0, t=0.5, device="cpu")
+    with pytest.raises(arcmerge.ArcmergeError, match="must be the journal of this sweep, got one with another score"):
+        arcmerge.sweep("recipe.yml", "swept", function=lambda model: 2.0, t=0.5, device="cpu")

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from arcmerge.checkpoint.header import parse_object
@@ -109,7 +110,8 @@ class Function:
     """A function of the user that takes a Gemma2 and returns a number.
 
     Args:
-        function: the function, or its name as "module:function". Modules in the working directory are found too.
+        function: the function, or its name as "module:function". Modules in the working directory are found too. A
+            sweep is resumed for a function of the same name and, if the function itself is given, the same code.
         minimize: whether a lower score is better.
 
     Raises:
@@ -122,11 +124,15 @@ class Function:
         if not callable(self._function):
             raise ArcmergeError(f"'function' must be a function of a model, got {self._function!r:.80}")
         if isinstance(function, str):
-            self._name, self.title = function, function.rpartition(":")[2]
+            self._name, code = function, ""
         else:
-            self.title = getattr(function, "__qualname__", type(function).__qualname__)
-            self._name = f"{getattr(function, '__module__', '')}:{self.title}"
-        self.minimize, self.identity = minimize, _digest("function", self._name)
+            self._name = (
+                f"{getattr(function, '__module__', '')}:{getattr(function, '__name__', type(function).__name__)}"
+            )
+            code = _code_of(getattr(function, "__code__", None))
+        self.title = self._name.rpartition(":")[2]
+        # Two lambdas have one name, so the code of a function that is no name tells it from another.
+        self.minimize, self.identity = minimize, _digest("function", self._name, *([code] if code else []))
 
     def __call__(self, model: Gemma2) -> float:
         """Raises ArcmergeError, with the line in the user's file, if the function raises or returns no number."""
@@ -162,6 +168,15 @@ def _function_of(name: str) -> Callable[[Any], float]:
         raise ArcmergeError(f"'function' must be in its module, got '{name}' and no '{function}' in {module}")
     chosen: Callable[[Any], float] = getattr(found, function)
     return chosen
+
+
+def _code_of(code: Any) -> str:
+    """The instructions and constants of a function, which are the same in every process."""
+    if isinstance(code, frozenset):
+        return " ".join(sorted(map(repr, code)))
+    if not isinstance(code, CodeType):
+        return "" if code is None else repr(code)
+    return " ".join([code.co_code.hex(), *code.co_names, *map(_code_of, code.co_consts)])
 
 
 def _raised(error: BaseException) -> str:
