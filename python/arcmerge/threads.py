@@ -33,7 +33,7 @@ def set_num_threads(threads: int) -> None:
             raise TypeError
         _C.set_threads(operator.index(threads))
     except TypeError:
-        raise ValueError(f"'threads' must be a whole number from 1 to 1024, got {threads!r:.80}") from None
+        raise ValueError(f"'threads' must be a whole number from 1 to {_C.MAX_THREADS}, got {threads!r:.80}") from None
 
 
 def use_threads(threads: int | None) -> None:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.processor import Processor
 from arcmerge.merging.execution.work_units import Piece, gram_batches
-from arcmerge.merging.execution.workers import Progress, drain
+from arcmerge.merging.execution.workers import drain
 from arcmerge.merging.methods.method import Coefficients
+from arcmerge.merging.options import Progress
 from arcmerge.merging.plan.tensor_job import Job
 
 

@@ -14,9 +14,10 @@ from arcmerge.merging.execution.gram_pass import coefficients_of, needs_gram, su
 from arcmerge.merging.execution.memory import allocate, offsets_of
 from arcmerge.merging.execution.processor import FillTask, Processor
 from arcmerge.merging.execution.work_units import cut
-from arcmerge.merging.execution.workers import Progress, drain
+from arcmerge.merging.execution.workers import drain
 from arcmerge.merging.methods import registry
 from arcmerge.merging.methods.method import Coefficients
+from arcmerge.merging.options import Progress
 from arcmerge.merging.plan.tensor_job import Job
 from arcmerge.merging.prepare import Prepared
 from arcmerge.merging.recipe.recipe import Recipe, with_parameters

@@ -14,7 +14,8 @@ from arcmerge.merging.execution.cpu import CpuProcessor
 from arcmerge.merging.execution.gpu import GpuProcessor, Slot, SlotPool, slot_bytes, slot_count
 from arcmerge.merging.execution.processor import FillTask, Processor
 from arcmerge.merging.execution.work_units import PIECE_ELEMENTS, Piece, cut
-from arcmerge.merging.execution.workers import Progress, drain
+from arcmerge.merging.execution.workers import drain
+from arcmerge.merging.options import Progress
 from arcmerge.merging.prepare import Prepared
 
 if TYPE_CHECKING:

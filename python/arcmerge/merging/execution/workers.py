@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from arcmerge.interrupts import check, held
+from arcmerge.merging.options import Progress
 
 Work = Callable[[], None]
-Progress = Callable[[int, int], None]
-"""Called now and then with the bytes done and the bytes in total."""
 Task = TypeVar("Task")
 
 
