@@ -56,6 +56,7 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
 def test_every_message_has_the_one_form(room: str) -> None:
     files = sorted((PACKAGE / room).rglob("*.py")) if room else sorted(PACKAGE.glob("*.py"))
     found = [(file, line, text) for file in files for line, text in messages(file)]
+    assert found
     assert [f"{file.name}:{line}: {text}" for file, line, text in found if not FORM.fullmatch(text)] == []
 
 
