@@ -57,7 +57,7 @@ MAX_LINES = {
     "python/arcmerge/gemma2": 3_300,
     "python/arcmerge/integrations": 1_600,
     "python/arcmerge/merging": 7_300,
-    "python/arcmerge/ops": 1_900,
+    "python/arcmerge/ops": 2_600,
     "python/arcmerge/sweeping": 1_300,
 }
 # The largest number of files in a folder, `__init__.py` aside. A plain list of one kind may have any number.

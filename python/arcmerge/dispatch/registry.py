@@ -37,6 +37,7 @@ SCHEMA_TYPES: dict[Any, str] = {
     float: "float",
     int: "int",
     int | None: "int?",
+    str: "str",
     torch.dtype: "ScalarType",
 }
 
@@ -150,7 +151,7 @@ def schema(reference: Callable[..., Any], name: str, mutates: Collection[str]) -
         if each.kind == each.KEYWORD_ONLY and "*" not in arguments:
             arguments.append("*")
         kind = f"Tensor(a{index}!)" if each.name in mutates else SCHEMA_TYPES[types[each.name]]
-        arguments.append(f"{kind} {each.name}" + ("" if each.default is each.empty else f"={each.default}"))
+        arguments.append(f"{kind} {each.name}" + ("" if each.default is each.empty else f"={each.default!r}"))
     return f"{name}({', '.join(arguments)}) -> {SCHEMA_TYPES[types['return']]}"
 
 

@@ -5,28 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MASK = 2**32 - 1
-
-
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> Tensor:
-    """The first of the four words of Philox-4x32-10 (Salmon et al. 2011).
-
-    Args:
-        counter: four int64 tensors of values below 2^32, of one shape.
-        key: 64 bits, the low 32 first.
-
-    Returns:
-        int64, below 2^32.
-    """
-    c0, c1, c2, c3 = counter
-    low, high = key & _MASK, key >> 32 & _MASK
-    for _ in range(10):
-        # A product beyond 63 bits wraps and a shift extends the sign; the 32 bits that the mask keeps are right.
-        first, third = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1 = (third >> 32 & _MASK) ^ c1 ^ low, third & _MASK
-        c2, c3 = (first >> 32 & _MASK) ^ c3 ^ high, first & _MASK
-        low, high = (low + 0x9E3779B9) & _MASK, (high + 0xBB67AE85) & _MASK
-    return c0
+from arcmerge.ops.philox import MASK, philox
 
 
 def uniform(seed: int, steps: Tensor, ids: Tensor) -> Tensor:
@@ -42,7 +21,7 @@ def uniform(seed: int, steps: Tensor, ids: Tensor) -> Tensor:
         float32, of the shape that steps and ids broadcast to.
     """
     steps, ids = torch.broadcast_tensors(steps, ids)
-    word = philox((ids, steps & _MASK, steps >> 32 & _MASK, torch.zeros_like(ids)), seed)
+    word, _, _, _ = philox((ids, steps & MASK, steps >> 32 & MASK, torch.zeros_like(ids)), seed)
     return ((word.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
