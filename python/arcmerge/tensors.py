@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from arcmerge import _C
 from arcmerge.errors import ArcmergeError, first_of
+from arcmerge.merging.execution.native import measured, write
 from arcmerge.merging.execution.work_units import PIECE_ELEMENTS
 from arcmerge.merging.methods import registry
-from arcmerge.merging.methods.method import Arguments, Coefficients, Method, copy_of
+from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Histogram, Measure, Statistic
+from arcmerge.merging.methods.method import Arguments, Method, copy_of
+from arcmerge.merging.methods.rule import Coefficients, Rule
 from arcmerge.merging.recipe.parameters import REQUIRED, Scalar, convert, finite
 
 if TYPE_CHECKING:
@@ -159,6 +163,8 @@ def _merge(tensors: Sequence[Tensor], method: Method, arguments: Arguments, name
     """Merge the tensors that are called `name`, with the arithmetic and the bits of a merge of checkpoints."""
     import torch
 
+    from arcmerge.dispatch.checks import require_alike
+    from arcmerge.dispatch.native import native_dtype, operand
     from arcmerge.ops import combine
 
     for tensor in tensors[1:]:
@@ -181,57 +187,75 @@ def _merge(tensors: Sequence[Tensor], method: Method, arguments: Arguments, name
         if values == [1.0]:
             return tensors[0].to(dtype, copy=True)
         return combine(tensors, values, out_dtype=dtype)
-    if method.elementwise:
-        return _nearswap(tensors, arguments, dtype)
     if not tensors[0].numel():
         return torch.empty_like(tensors[0], dtype=dtype)
-    dim = method.dim(arguments) if tensors[0].ndim > 1 else None
-    if dim is not None:
-        rows = tensors[0].shape[: 1 if dim == 0 else -1].numel()
-        tensors, shape = [tensor.reshape(rows, -1) for tensor in tensors], tensors[0].shape
+    require_alike(tensors)
     try:
-        coefficients = _coefficients(tensors, method, arguments, dim)
+        rounded, matrix = dtype == torch.bfloat16, tensors[0].ndim > 1
+        rule = _rule(tensors, method, replace(arguments, tensor=name, rounded=rounded, matrix=matrix))
     except ArcmergeError as error:
         raise ArcmergeError([f"'{name}': {problem}" for problem in error.problems]) from error
-    if coefficients.values.ndim == 1:
-        merged = combine(tensors, coefficients.values.tolist(), out_dtype=dtype)
-    else:
-        merged = combine(tensors, torch.from_numpy(coefficients.values), dim=dim, out_dtype=dtype)
-    return merged if dim is None else merged.reshape(shape)
+    if not isinstance(rule, Coefficients):
+        on_cpu = [tensor.cpu().contiguous() for tensor in tensors]
+        out = torch.empty(tensors[0].shape, dtype=dtype)
+        operands, base = [operand(tensor) for tensor in on_cpu], arguments.base or 0
+        write(rule, out.data_ptr(), native_dtype(dtype), operands, base, _row(out), 0, out.numel())
+        return out.to(tensors[0].device)
+    if rule.values.ndim == 1:
+        return combine(tensors, rule.values.tolist(), out_dtype=dtype)
+    dim = method.dim(arguments)
+    matrices = _matrices(tensors, dim)
+    return combine(matrices, torch.from_numpy(rule.values), dim=dim, out_dtype=dtype).reshape(tensors[0].shape)
 
 
-def _coefficients(tensors: Sequence[Tensor], method: Method, arguments: Arguments, dim: int | None) -> Coefficients:
-    """The coefficients from the Gram matrix, which is summed over the same pieces as in a merge of checkpoints."""
+def _matrices(tensors: Sequence[Tensor], dim: int | None) -> list[Tensor]:
+    """Tensors as matrices, whose vectors of dimension `dim` have a Gram matrix each."""
+    rows = tensors[0].shape[: 1 if dim == 0 else -1].numel()
+    return [tensor.reshape(rows, -1) for tensor in tensors]
+
+
+def _rule(tensors: Sequence[Tensor], method: Method, arguments: Arguments) -> Rule:
+    """The rule of a tensor, from the measures that the method takes."""
+    found: list[Statistic] = []
+    while (measure := method.measure(found, arguments)) is not None:
+        found.append(Statistic(measure, _measured(tensors, measure, arguments)))
+    return method.rule(found, arguments)
+
+
+def _measured(tensors: Sequence[Tensor], measure: Measure, arguments: Arguments) -> Any:
+    """What a measure finds, summed over the same pieces as in a merge of checkpoints."""
+    from arcmerge.dispatch.native import operand
     from arcmerge.ops import gram
 
-    base, vectors = None, list(tensors)
-    if method.centered(arguments) and arguments.base is not None:
-        base = vectors.pop(arguments.base)
-    if dim is not None:
-        return method.coefficients(gram(vectors, base=base, dim=dim).numpy(force=True), arguments)
-    flat, base = [vector.reshape(-1) for vector in vectors], None if base is None else base.reshape(-1)
+    count = tensors[0].numel()
+    if not isinstance(measure, Gram):
+        on_cpu = [tensor.cpu().contiguous() for tensor in tensors]
+        operands, base_index, row = [operand(tensor) for tensor in on_cpu], arguments.base or 0, _row(tensors[0])
+        size = count if isinstance(measure, Histogram) else PIECE_ELEMENTS // row * row or row
+        shares = [
+            measured(measure, operands, base_index, row, first, min(size, count - first))
+            for first in range(0, count, size)
+        ]
+        if isinstance(measure, Histogram):
+            return Counts.of(shares[0])
+        return np.concatenate(shares) if isinstance(measure, Divergences) else functools.reduce(np.add, shares)
+    others = list(tensors)
+    base = others.pop(arguments.base or 0) if measure.centered else None
+    if measure.dim is not None:
+        base = None if base is None else _matrices([base], measure.dim)[0]
+        return gram(_matrices(others, measure.dim), base=base, dim=measure.dim).numpy(force=True)
+    flat, base = [vector.reshape(-1) for vector in others], None if base is None else base.reshape(-1)
     total = np.zeros(())
-    for first in range(0, flat[0].numel(), PIECE_ELEMENTS):
+    for first in range(0, count, PIECE_ELEMENTS):
         piece = slice(first, first + PIECE_ELEMENTS)
         share = gram([vector[piece] for vector in flat], base=None if base is None else base[piece])
         total = total + share.numpy(force=True)
-    return method.coefficients(total, arguments)
+    return total
 
 
-def _nearswap(tensors: Sequence[Tensor], arguments: Arguments, dtype: Any) -> Tensor:
-    """The elementwise method, on the CPU."""
-    import torch
-
-    from arcmerge.dispatch.checks import require_alike
-    from arcmerge.dispatch.native import native_dtype, operand
-
-    require_alike(tensors)
-    on_cpu = [tensor.cpu().contiguous() for tensor in tensors]
-    base = arguments.base or 0
-    out = torch.empty(tensors[0].shape, dtype=dtype)
-    a, b, t = operand(on_cpu[base]), operand(on_cpu[1 - base]), float(arguments.shared["t"])
-    _C.nearswap(out.data_ptr(), native_dtype(dtype), a, b, t, 0, out.numel())
-    return out.to(tensors[0].device)
+def _row(tensor: Tensor) -> int:
+    """The number of elements of a row: of the last dim of a matrix, all of a vector."""
+    return tensor.shape[-1] if tensor.ndim > 1 else max(tensor.numel(), 1)
 
 
 def _slerp(a: Tensor, b: Tensor, t: float, slerp_normalize: bool, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from arcmerge.checkpoint.output_folder import OutputFolder
 from arcmerge.checkpoint.writer import ShardFile
 from arcmerge.interrupts import check, held, say
 from arcmerge.merging.execution.choose import processor_for
-from arcmerge.merging.execution.gram_pass import GramPass
+from arcmerge.merging.execution.statistics_pass import StatisticsPass
 from arcmerge.merging.execution.to_disk import DiskMerge
 from arcmerge.merging.options import Options, Progress, Warn
 from arcmerge.merging.output.files import small_files
@@ -126,14 +126,14 @@ def merge(
         method=plan.method.name,
         nbytes=total,
         seconds=time.monotonic() - started,
-        branches=Counter(branch(job, work.gram_pass, index) for index, job in enumerate(plan.jobs)),
+        branches=Counter(branch(job, work.statistics, index) for index, job in enumerate(plan.jobs)),
         warnings=tuple(warnings),
         notes=plan.notes,
     )
 
 
-def branch(job: Job, grams: GramPass, index: int) -> str:
+def branch(job: Job, statistics: StatisticsPass, index: int) -> str:
     """How the tensor of jobs[index] is computed: "copy", "linear", or the name of the method."""
     if job.copied:
         return "copy"
-    return grams.coefficients[index].branch if index in grams.coefficients else job.method.name
+    return statistics.rules[index].branch if index in statistics.rules else job.method.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from arcmerge.merging.execution.choose import processor_for
-from arcmerge.merging.execution.gram_pass import GramPass, sum_grams
+from arcmerge.merging.execution.statistics_pass import StatisticsPass, measure_all, needs_gram
 from arcmerge.merging.inspect.relations import Pair, pairs_of
 from arcmerge.merging.inspect.tables import pair_recipe
 from arcmerge.merging.options import Options, Progress, Warn
@@ -97,23 +97,18 @@ def inspect(
         unsafe_truncate_embeddings=unsafe_truncate_embeddings,
         transformers_cache=transformers_cache,
     )
-    prepared, grams = preview(pair_recipe(a, b), options, progress=progress, warn=lambda sentence: None)
-    return pairs_of(prepared.plan, grams)
+    prepared, statistics = preview(pair_recipe(a, b), options, progress=progress, warn=lambda sentence: None)
+    return pairs_of(prepared.plan, statistics)
 
 
 def preview(
     config: MergeConfig, options: Options, *, progress: Progress | None = None, warn: Warn = warnings.warn
-) -> tuple[Prepared, GramPass]:
-    """Plan a merge and compute the coefficients of every tensor by the Gram pass, without merging."""
+) -> tuple[Prepared, StatisticsPass]:
+    """Plan a merge and compute the Gram matrices and coefficients of its tensors, without merging."""
     prepared = prepare(config, options, warn)
     jobs = prepared.plan.jobs
     with prepared.unchanged():
-        grams = sum_grams(
-            jobs,
-            processor_for(prepared),
-            range(len(jobs)),
-            threads=options.thread_count,
-            allow_nonfinite=options.allow_nonfinite,
-            progress=progress or (lambda done, total: None),
-        )
-    return prepared, grams
+        order = [index for index, job in enumerate(jobs) if needs_gram(job)]
+        statistics = StatisticsPass(jobs, processor_for(prepared), order, options.allow_nonfinite)
+        measure_all(statistics, jobs, options.thread_count, progress or (lambda done, total: None))
+    return prepared, statistics

@@ -1,8 +1,9 @@
-"""The arithmetic of a merge on the CPU: reads mapped weights, returns Gram matrices, writes results."""
+"""The arithmetic of a merge on the CPU: reads mapped weights, returns statistics, writes results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +11,12 @@ from numpy.typing import NDArray
 from arcmerge import _C
 from arcmerge.dtypes import F32, DType
 from arcmerge.errors import ArcmergeError
+from arcmerge.merging.execution.native import measured, write
 from arcmerge.merging.execution.nonfinite import not_finite
-from arcmerge.merging.execution.processor import FillTask
+from arcmerge.merging.execution.processor import FillTask, Request
 from arcmerge.merging.execution.work_units import Piece
+from arcmerge.merging.methods.measure import Gram, Measure
+from arcmerge.merging.methods.rule import Coefficients
 from arcmerge.merging.plan.tensor_job import Input, Job
 from arcmerge.merging.vocabulary.embedding_rows import RowAddresses
 
@@ -33,9 +37,9 @@ class CpuProcessor:
         self._rows = rows
         self._parts: dict[int, list[list[_C.Operand]]] = {}
 
-    def gram(self, pieces: Sequence[Piece]) -> list[NDArray[np.float64]]:
-        """See Processor.gram."""
-        return [self._gram(piece) for piece in pieces]
+    def measure(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        """See Processor.measure."""
+        return [self._measure(piece, measure) for piece, measure in requests]
 
     def fill(self, tasks: Sequence[FillTask]) -> list[int]:
         """See Processor.fill."""
@@ -67,27 +71,38 @@ class CpuProcessor:
         for index, (first, *rest) in enumerate(self._inputs(piece.job)):
             if rest:
                 dtype = self._jobs[piece.job].inputs[index].dtype
-                values = np.empty(piece.count * dtype.itemsize, np.uint8)
-                self.stage(piece, index, values.ctypes.data)
+                rows = self._whole_rows(piece)
+                values = np.empty(rows.count * dtype.itemsize, np.uint8)
+                self.stage(rows, index, values.ctypes.data)
                 # The kernels count elements from the start of the tensor, but `values` starts with the piece.
-                operands.append(_C.Operand(values.ctypes.data - piece.first * dtype.itemsize, dtype.native))
+                operands.append(_C.Operand(values.ctypes.data - rows.first * dtype.itemsize, dtype.native))
                 memory.append(values)
             else:
                 operands.append(first)
         return operands, memory
 
-    def _gram(self, piece: Piece) -> NDArray[np.float64]:
+    def _whole_rows(self, piece: Piece) -> Piece:
+        """The piece with the rest of its first and of its last row, in which random masks rank its elements."""
+        row = self._jobs[piece.job].row
+        first = piece.first // row * row
+        return Piece(piece.job, first, -(-(piece.first + piece.count) // row) * row - first)
+
+    def _measure(self, piece: Piece, measure: Measure) -> NDArray[Any]:
         job = self._jobs[piece.job]
         operands, _memory = self._operands(piece)
-        base = None
-        if job.method.centered(job.values) and job.base is not None:
-            base = operands.pop(job.base)
+        if isinstance(measure, Gram):
+            return self._gram(piece, measure, operands)
+        return measured(measure, operands, job.base or 0, job.row, piece.first, piece.count)
+
+    def _gram(self, piece: Piece, measure: Gram, operands: list[_C.Operand]) -> NDArray[np.float64]:
+        job = self._jobs[piece.job]
+        base = operands.pop(job.base) if measure.centered and job.base is not None else None
         k = len(operands)
-        if job.along is None:
+        if measure.dim is None:
             return np.array(_C.gram(operands, base, piece.first, piece.count)).reshape(k, k)
         rows, columns = job.matrix
-        grams = np.empty((rows if job.along == 1 else columns, k, k))
-        _C.gram_vectors(operands, base, rows, columns, job.along, grams.ctypes.data)
+        grams = np.empty((rows if measure.dim == 1 else columns, k, k))
+        _C.gram_vectors(operands, base, rows, columns, measure.dim, grams.ctypes.data)
         return grams
 
     def _copy(self, task: FillTask) -> int:
@@ -111,13 +126,12 @@ class CpuProcessor:
         """Write the method's result, rounded once to `dtype`, to `address`; returns the number of non-finite values."""
         job, piece = self._jobs[task.piece.job], task.piece
         operands, _memory = self._operands(piece)
-        if job.constant is None and job.method.elementwise:
-            other = operands[1 - (job.base or 0)]
-            t = float(job.values.shared["t"])
-            return _C.nearswap(address, dtype.native, operands[job.base or 0], other, t, piece.first, piece.count)
-        if task.coefficients is None:
-            raise AssertionError(f"{job.output.name} is filled before its Gram matrix is known")
-        values = task.coefficients.values
+        rule = task.rule
+        if rule is None:
+            raise AssertionError(f"{job.output.name} is filled before its rule is known")
+        if not isinstance(rule, Coefficients):
+            return write(rule, address, dtype.native, operands, job.base or 0, job.row, piece.first, piece.count)
+        values = rule.values
         if values.ndim == 1:
             return _C.combine(address, dtype.native, operands, values.tolist(), piece.first, piece.count)
         vectors = np.ascontiguousarray(values, np.float32)

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,10 @@ from numpy.typing import NDArray
 from arcmerge.dtypes import F32
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.cpu import CpuProcessor
-from arcmerge.merging.execution.processor import FillTask
+from arcmerge.merging.execution.processor import FillTask, Request
 from arcmerge.merging.execution.work_units import PIECE_ELEMENTS, Piece
+from arcmerge.merging.methods.measure import Gram
+from arcmerge.merging.methods.rule import Coefficients
 from arcmerge.merging.plan.tensor_job import Job
 
 if TYPE_CHECKING:
@@ -60,15 +62,18 @@ class GpuProcessor:
         self._launching = threading.Lock()
         self._slots = SlotPool(torch.device(device), slot_bytes(jobs), slot_count(threads))
 
-    def gram(self, pieces: Sequence[Piece]) -> list[NDArray[np.float64]]:
-        """See Processor.gram. Pieces with the same number of inputs share a launch."""
+    def measure(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        """See Processor.measure. Gram matrices of the same number of inputs share a launch."""
         from arcmerge.kernels.gram import gram
 
-        shares: dict[Piece, NDArray[np.float64]] = {}
-        for (k, centered, whole), alike in self._grouped(pieces).items():
-            if not whole:
-                shares.update(zip(alike, self._cpu.gram(alike), strict=True))
-                continue
+        shares: dict[Piece, NDArray[Any]] = {}
+        alike_by: dict[tuple[int, bool], list[Piece]] = {}
+        for piece, measure in requests:
+            if isinstance(measure, Gram) and measure.dim is None:
+                alike_by.setdefault((len(self._jobs[piece.job].inputs), measure.centered), []).append(piece)
+            else:
+                (shares[piece],) = self._cpu.measure([(piece, measure)])
+        for (k, centered), alike in alike_by.items():
             with self._slots.take() as slot:
                 groups = [self._inputs(slot, piece) for piece in alike]
                 bases = None
@@ -81,7 +86,7 @@ class GpuProcessor:
                 with self._launching:
                     gram(groups, out, bases=bases)
                 shares.update(zip(alike, out.cpu().numpy(), strict=True))
-        return [shares[piece] for piece in pieces]
+        return [shares[piece] for piece, _ in requests]
 
     def fill(self, tasks: Sequence[FillTask]) -> list[int]:
         """See Processor.fill. Pieces with the same number of inputs share a launch."""
@@ -102,7 +107,7 @@ class GpuProcessor:
         """The number of inputs that the kernel combines for a task, 0 if the CPU must do it."""
         job = self._jobs[task.piece.job]
         rounded_once = job.result in (job.output.dtype, F32)
-        if job.copied or task.coefficients is None or task.coefficients.values.ndim > 1 or not rounded_once:
+        if job.copied or not isinstance(task.rule, Coefficients) or task.rule.values.ndim > 1 or not rounded_once:
             return 0
         return len(job.inputs)
 
@@ -112,7 +117,7 @@ class GpuProcessor:
         with self._slots.take() as slot:
             groups = [self._inputs(slot, task.piece) for task in tasks]
             outputs = [self._output(slot, task) for task in tasks]
-            values = np.stack([task.coefficients.values for task in tasks if task.coefficients is not None])
+            values = np.stack([task.rule.values for task in tasks if isinstance(task.rule, Coefficients)])
             coefficients = self._torch.tensor(values, dtype=self._torch.float32, device=slot.device)
             not_finite = self._torch.zeros(len(tasks), dtype=self._torch.int64, device=slot.device)
             with self._launching:
@@ -132,15 +137,6 @@ class GpuProcessor:
 
     def _fill_without_kernel(self, tasks: Sequence[FillTask]) -> list[int]:
         return self._cpu.fill(tasks)
-
-    def _grouped(self, pieces: Sequence[Piece]) -> dict[tuple[int, bool, bool], list[Piece]]:
-        """Pieces by (number of inputs, whether the base is subtracted, whether the tensor has a single matrix)."""
-        groups: dict[tuple[int, bool, bool], list[Piece]] = {}
-        for piece in pieces:
-            job = self._jobs[piece.job]
-            key = (len(job.inputs), job.method.centered(job.values), job.along is None)
-            groups.setdefault(key, []).append(piece)
-        return groups
 
     def _inputs(self, slot: Slot, piece: Piece) -> list[torch.Tensor]:
         """The piece of every input on the GPU, cast and with rows matched by token."""

@@ -9,14 +9,14 @@ import numpy as np
 
 from arcmerge.checkpoint.layout import OutputTensor
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.execution.gram_cache import GramCache
-from arcmerge.merging.execution.gram_pass import coefficients_of, needs_gram, sum_grams
 from arcmerge.merging.execution.memory import allocate, offsets_of
 from arcmerge.merging.execution.processor import FillTask, Processor
+from arcmerge.merging.execution.statistics_cache import StatisticsCache
+from arcmerge.merging.execution.statistics_pass import StatisticsPass, measure_all
 from arcmerge.merging.execution.work_units import cut
 from arcmerge.merging.execution.workers import drain
 from arcmerge.merging.methods import registry
-from arcmerge.merging.methods.method import Coefficients
+from arcmerge.merging.methods.rule import Coefficients, Rule
 from arcmerge.merging.options import Progress
 from arcmerge.merging.plan.tensor_job import Job
 from arcmerge.merging.prepare import Prepared
@@ -34,8 +34,8 @@ class InMemoryMerge:
 
     Args:
         prepared: the recipe, its checkpoints and its plan.
-        progress: called with the bytes done and the bytes in total, once for each phase: loading the parents, the Gram
-            pass, and merging.
+        progress: called with the bytes done and the bytes in total, once for each phase: loading the parents, the
+            statistics pass, and merging.
 
     Raises:
         ArcmergeError: memory is too small, or weights have NaN or infinity.
@@ -52,9 +52,9 @@ class InMemoryMerge:
         self._memory = allocate([interior, prepared], nbytes, progress)
         self._merged: dict[str, object] = {}
         checkpoints = prepared.checkpoints
-        self._grams = GramCache(checkpoints.values(), checkpoints[prepared.plan.donor].folder)
+        self._known = StatisticsCache(checkpoints.values(), checkpoints[prepared.plan.donor].folder)
         if has_t:
-            self._coefficients(interior, self._memory.processor(interior), progress)
+            self._rules(interior, self._memory.processor(interior), progress)
         self._merge(prepared, progress)
 
     @property
@@ -82,7 +82,7 @@ class InMemoryMerge:
         Args:
             parameters: values as under `parameters:` in a recipe. Each replaces all values that the original recipe has
                 for that name; values of an earlier call are dropped.
-            progress: called with the bytes done and the bytes in total, for the Gram pass and for merging.
+            progress: called with the bytes done and the bytes in total, for the statistics pass and for merging.
 
         Returns:
             The number of tensors that were merged again.
@@ -95,52 +95,41 @@ class InMemoryMerge:
     def _merge(self, prepared: Prepared, progress: Progress) -> int:
         """Merge the tensors that differ from the current result; returns their number."""
         processor, jobs = self._memory.processor(prepared), prepared.plan.jobs
-        coefficients = self._coefficients(prepared, processor, progress)
-        wanted = {job.output.name: _origin(job, coefficients.get(index)) for index, job in enumerate(jobs)}
+        rules = self._rules(prepared, processor, progress)
+        wanted = {job.output.name: _origin(job, rules.get(index)) for index, job in enumerate(jobs)}
         changed = [
             index for index, job in enumerate(jobs) if self._merged.get(job.output.name) != wanted[job.output.name]
         ]
         for index in changed:  # after a failure their bytes may be old or new
             self._merged.pop(jobs[index].output.name, None)
         with prepared.unchanged():
-            self._fill(prepared, processor, changed, coefficients, progress)
+            self._fill(prepared, processor, changed, rules, progress)
         for index in changed:
             self._merged[jobs[index].output.name] = wanted[jobs[index].output.name]
         self._prepared = prepared
         return len(changed)
 
-    def _coefficients(self, prepared: Prepared, processor: Processor, progress: Progress) -> dict[int, Coefficients]:
-        """The coefficients by job index; reads the inputs only of jobs whose Gram matrix is not cached."""
+    def _rules(self, prepared: Prepared, processor: Processor, progress: Progress) -> dict[int, Rule]:
+        """The rules by job index; reads the inputs only of jobs whose statistics are not known."""
         jobs, options = prepared.plan.jobs, prepared.options
-        needed = [index for index, job in enumerate(jobs) if needs_gram(job)]
-        known = {index: gram for index in needed if (gram := self._grams.get(jobs[index])) is not None}
+        work = StatisticsPass(jobs, processor, range(len(jobs)), options.allow_nonfinite, known=self._known)
         with prepared.unchanged():
-            summed = sum_grams(
-                jobs,
-                processor,
-                [index for index in needed if index not in known],
-                threads=options.thread_count,
-                allow_nonfinite=options.allow_nonfinite,
-                progress=progress,
-            )
-        for index, gram in summed.grams.items():
-            self._grams.add(jobs[index], gram)
-        if summed.grams:
-            self._grams.save()
-        return {**summed.coefficients, **{index: coefficients_of(jobs[index], gram) for index, gram in known.items()}}
+            measure_all(work, jobs, options.thread_count, progress)
+        self._known.save()
+        return work.rules
 
     def _fill(
         self,
         prepared: Prepared,
         processor: Processor,
         changed: list[int],
-        coefficients: Mapping[int, Coefficients],
+        rules: Mapping[int, Rule],
         progress: Progress,
     ) -> None:
         jobs, options, batch_size = prepared.plan.jobs, prepared.options, self._memory.batch_size
         self._memory.wait()
         tasks = [
-            FillTask(piece, coefficients.get(index), self._address(jobs[index].output, piece.first))
+            FillTask(piece, rules.get(index), self._address(jobs[index].output, piece.first))
             for index in changed
             for piece in cut(index, jobs[index].count)
         ]
@@ -181,9 +170,9 @@ def changed_recipe(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
     return changed
 
 
-def _origin(job: Job, coefficients: Coefficients | None) -> object:
+def _origin(job: Job, rule: Rule | None) -> object:
     """The origin of a job's result: results of equal origin have equal bytes."""
     inputs = [(str(item.checkpoint.folder), item.info.name, item.dtype) for item in job.inputs]
-    if coefficients is None:
-        return inputs, dict(job.values.shared)
-    return inputs, coefficients.values.astype(np.float32).tobytes()  # the arithmetic rounds them to float32
+    if isinstance(rule, Coefficients):
+        return inputs, rule.values.astype(np.float32).tobytes()  # the arithmetic rounds them to float32
+    return inputs, rule

@@ -248,7 +248,7 @@ class _GpuMemoryProcessor(GpuProcessor):
                 return int((~out.isfinite()).sum())
             on_gpu = self._bytes(task)
             staged = slot.allocate(on_gpu.numel(), on_gpu.dtype)
-            (count,) = self._cpu.fill([FillTask(piece, task.coefficients, staged.pinned.data_ptr())])
+            (count,) = self._cpu.fill([FillTask(piece, task.rule, staged.pinned.data_ptr())])
             on_gpu.copy_(staged.pinned, non_blocking=True)
             return count
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.work_units import Piece
-from arcmerge.merging.methods.method import Coefficients
+from arcmerge.merging.methods.measure import Measure
+from arcmerge.merging.methods.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -20,24 +20,29 @@ class FillTask:
 
     Attributes:
         piece: the elements to compute.
-        coefficients: those of the piece's job; None for copies and elementwise methods, which need none.
+        rule: that of the piece's job; None for copies of tensors that are not merged.
         address: where the result is written, in the dtype of the job's output.
     """
 
     piece: Piece
-    coefficients: Coefficients | None
+    rule: Rule | None
     address: int
+
+
+Request = tuple[Piece, Measure]
+"""A piece and what is to be measured in it."""
 
 
 class Processor(Protocol):
     """Computes pieces of the jobs of one plan. Every method may be called from several threads at once."""
 
-    def gram(self, pieces: Sequence[Piece]) -> list[NDArray[np.float64]]:
-        """Sum products of the inputs of each piece.
+    def measure(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+        """Measure the inputs of each piece.
 
         Returns:
-            For each piece its share of the job's Gram matrix, (k, k), where k is the number of inputs (less the base,
-            for methods that subtract it). For a job with one matrix per row or column: all of them, (vectors, k, k).
+            For each piece its share of what the measure finds: for a Gram matrix float64 (k, k), where k is the number
+            of inputs (less the base, for methods that subtract it), or with one matrix per row or column all of them,
+            (vectors, k, k); for other measures as they say, of the elements of the piece.
         """
         ...
 

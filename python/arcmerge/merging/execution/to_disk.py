@@ -1,12 +1,12 @@
 """Runs the jobs of a plan into files: threads sum, merge and write at the same time.
 
-    pieces of inputs -> Gram matrix of a job -> coefficients       compute threads, while no buffer is free
+    pieces of inputs -> statistics of a job -> rule                compute threads, while no buffer is free
     chunks of files  -> buffer of 4 MB, filled piece by piece      compute threads, as soon as a buffer is free
     filled buffers   -> file                                       writer threads
 
-The disk is the slowest part, so compute threads fill buffers first and sum in the time that is left: the Gram pass of
-the next tensors hides behind the writing of the last. Files are filled from their end, because the embedding, usually
-the largest tensor, comes first in them and its long Gram pass would leave the disk idle at the start.
+The disk is the slowest part, so compute threads fill buffers first and measure in the time that is left: the statistics
+pass of the next tensors hides behind the writing of the last. Files are filled from their end, because the embedding,
+usually the largest tensor, comes first in them and its long pass would leave the disk idle at the start.
 Memory is bounded by the buffers. Mapped pages are released once the chunk that needed them is filled.
 """
 
@@ -19,8 +19,8 @@ from functools import partial
 
 from arcmerge.checkpoint.layout import Shard
 from arcmerge.checkpoint.writer import ShardFile, address_of, aligned_buffer
-from arcmerge.merging.execution.gram_pass import GramPass, input_bytes, needs_gram
 from arcmerge.merging.execution.processor import FillTask, Processor
+from arcmerge.merging.execution.statistics_pass import StatisticsPass, input_bytes, is_measured
 from arcmerge.merging.execution.work_units import CHUNK_BYTES, Chunk, Piece, file_chunks
 from arcmerge.merging.execution.workers import Workers
 from arcmerge.merging.plan.tensor_job import Job
@@ -38,12 +38,12 @@ class DiskMerge:
         jobs: the jobs of the plan.
         shards: the layout of the files.
         files: the open file of each shard.
-        processor: computes the Gram matrices and the results.
+        processor: computes the statistics and the results.
         threads: the number of compute threads.
         allow_nonfinite: accept NaN and infinity.
 
     Attributes:
-        gram_pass: the Gram matrices and coefficients of all jobs.
+        statistics: the statistics and rules of all jobs.
         written: bytes written so far.
     """
 
@@ -65,11 +65,15 @@ class DiskMerge:
         self._chunks = deque(reversed(list(file_chunks(shards, {job.output.name: i for i, job in enumerate(jobs)}))))
         order = dict.fromkeys(piece.job for chunk in self._chunks for piece, _ in reversed(chunk.pieces))
         order.update(dict.fromkeys(range(len(jobs))))
-        self.gram_pass = GramPass(jobs, processor, list(order), allow_nonfinite)
+        pieces: dict[int, list[Piece]] = {}
+        for chunk in self._chunks:
+            for piece, _ in chunk.pieces:
+                pieces.setdefault(piece.job, []).append(piece)
+        self.statistics = StatisticsPass(jobs, processor, order, allow_nonfinite, pieces=pieces)
         self._free = [aligned_buffer(CHUNK_BYTES) for _ in range(BUFFERS)]
         self._filled: deque[tuple[Chunk, memoryview]] = deque()
         self._unwritten = len(self._chunks)
-        self._ahead = 0  # bytes that were summed and not merged yet
+        self._ahead = 0  # bytes that were measured and not merged yet
         self._max_ahead = _memory_bytes() // 4
         self.written = 0
         self._workers = Workers()
@@ -90,39 +94,39 @@ class DiskMerge:
             task()
 
     def _next_task(self) -> Callable[[], None] | None:
-        """Fill a chunk if a buffer is free, else sum a batch; waits for either. None at the end."""
+        """Fill a chunk if a buffer is free, else measure a batch; waits for either. None at the end."""
         with self._workers.changed:
-            while self._workers.failure is None and (self._chunks or self.gram_pass.batches):
+            while self._workers.failure is None and (self._chunks or self.statistics.batches):
                 if self._free and self._next_is_ready():
                     chunk = self._chunks.popleft()
-                    self._ahead -= self._summed_bytes(piece for piece, _ in chunk.pieces)
+                    self._ahead -= self._measured_bytes(piece for piece, _ in chunk.pieces)
                     return partial(self._fill, chunk, self._free.pop())
-                if self.gram_pass.batches and self._may_run_ahead():
-                    batch = self.gram_pass.batches.popleft()
-                    self._ahead += self._summed_bytes(batch)
-                    return partial(self._sum, batch)
+                if self.statistics.batches and self._may_run_ahead():
+                    batch = self.statistics.batches.popleft()
+                    self._ahead += self._measured_bytes(batch)
+                    return partial(self._measure, batch)
                 self._workers.changed.wait()
         return None
 
-    def _sum(self, batch: Sequence[Piece]) -> None:
-        self.gram_pass.add(batch)
+    def _measure(self, batch: Sequence[Piece]) -> None:
+        self.statistics.add(batch)
         with self._workers.changed:
             self._workers.changed.notify_all()
 
     def _next_is_ready(self) -> bool:
-        return bool(self._chunks) and all(self.gram_pass.ready(piece.job) for piece, _ in self._chunks[0].pieces)
+        return bool(self._chunks) and all(self.statistics.ready(piece.job) for piece, _ in self._chunks[0].pieces)
 
     def _may_run_ahead(self) -> bool:
-        """If the Gram pass ran too far ahead, its pages would have left memory before they are read again to merge."""
+        """If the statistics pass ran too far ahead, its pages would leave memory before they are merged."""
         return self._ahead < self._max_ahead or not self._next_is_ready()
 
-    def _summed_bytes(self, pieces: Iterable[Piece]) -> int:
-        return input_bytes(self._jobs, (piece for piece in pieces if needs_gram(self._jobs[piece.job])))
+    def _measured_bytes(self, pieces: Iterable[Piece]) -> int:
+        return input_bytes(self._jobs, (piece for piece in pieces if is_measured(self._jobs[piece.job])))
 
     def _fill(self, chunk: Chunk, buffer: memoryview) -> None:
         buffer[: len(chunk.literal)] = chunk.literal
-        start, coefficients = address_of(buffer), self.gram_pass.coefficients
-        tasks = [FillTask(piece, coefficients.get(piece.job), start + offset) for piece, offset in chunk.pieces]
+        start, rules = address_of(buffer), self.statistics.rules
+        tasks = [FillTask(piece, rules.get(piece.job), start + offset) for piece, offset in chunk.pieces]
         for task, not_finite in zip(tasks, self._processor.fill(tasks), strict=True):
             if not_finite and not self._allow_nonfinite and not self._jobs[task.piece.job].setting:
                 raise self._processor.not_finite(task.piece.job)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from arcmerge.checkpoint.layout import Shard
-from arcmerge.merging.plan.tensor_job import Job
 
 # 16 MB of two bf16 inputs take about a millisecond: long compared with taking a task, short compared with a tensor.
 PIECE_ELEMENTS = 1 << 22
@@ -43,31 +42,22 @@ class Chunk:
     pieces: tuple[tuple[Piece, int], ...]
 
 
-def cut(job: int, count: int) -> list[Piece]:
-    """The `count` elements of a job's tensor as pieces of at most PIECE_ELEMENTS."""
-    return [Piece(job, first, min(PIECE_ELEMENTS, count - first)) for first in range(0, count, PIECE_ELEMENTS)]
+def cut(job: int, count: int, row: int = 1) -> list[Piece]:
+    """The `count` elements of a job's tensor as pieces of whole rows, as near to PIECE_ELEMENTS as rows allow."""
+    step = max(PIECE_ELEMENTS // row, 1) * row
+    return [Piece(job, first, min(step, count - first)) for first in range(0, count, step)]
 
 
-def gram_batches(jobs: Sequence[Job], order: Iterable[int]) -> Iterator[tuple[Piece, ...]]:
-    """The Gram pass of some jobs as batches: many small tensors, or one piece of a large tensor.
-
-    A batch has up to PIECE_ELEMENTS elements. A job with one Gram matrix per row or column is a single piece, however
-    large it is.
-
-    Args:
-        jobs: all jobs of the plan.
-        order: indices of the jobs to sum, in this order.
-    """
+def batches_of(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:
+    """Pieces as batches of up to PIECE_ELEMENTS elements: many small tensors, or one piece of a large tensor."""
     batch: list[Piece] = []
     room = PIECE_ELEMENTS
-    for index in order:
-        job = jobs[index]
-        for piece in cut(index, job.count) if job.along is None else [Piece(index, 0, job.count)]:
-            if batch and piece.count > room:
-                yield tuple(batch)
-                batch, room = [], PIECE_ELEMENTS
-            batch.append(piece)
-            room -= piece.count
+    for piece in pieces:
+        if batch and piece.count > room:
+            yield tuple(batch)
+            batch, room = [], PIECE_ELEMENTS
+        batch.append(piece)
+        room -= piece.count
     if batch:
         yield tuple(batch)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arcmerge.merging.execution.gram_pass import GramPass
+from arcmerge.merging.execution.statistics_pass import StatisticsPass
 from arcmerge.merging.methods.spherical import Slerp
 from arcmerge.merging.plan.plan import Plan
 from arcmerge.merging.plan.tensor_names import place
@@ -64,12 +64,12 @@ class Pair:
         return float(self.gram[0, 1]) / norms if norms else math.nan
 
 
-def pairs_of(plan: Plan, grams: GramPass) -> list[Pair]:
+def pairs_of(plan: Plan, statistics: StatisticsPass) -> list[Pair]:
     """The pairs of tensors of a plan with two models, as far as their Gram matrices were summed."""
     return [
-        Pair(job.output.name, *place(job.output.name), grams.grams[index], job.count)
+        Pair(job.output.name, *place(job.output.name), statistics.grams[index], job.count)
         for index, job in enumerate(plan.jobs)
-        if index in grams.grams
+        if index in statistics.grams
     ]
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.execution.gram_pass import GramPass
+from arcmerge.merging.execution.statistics_pass import StatisticsPass
 from arcmerge.merging.inspect.relations import Pair, Relation, relation, relations_by
 from arcmerge.merging.merge import branch
+from arcmerge.merging.methods.rule import Coefficients
 from arcmerge.merging.plan.plan import Plan
 from arcmerge.merging.plan.tensor_names import place
 from arcmerge.merging.recipe.model_reference import ModelReference
@@ -35,13 +36,13 @@ def pair_recipe(a: str, b: str) -> Mapping[str, Any]:
     }
 
 
-def plan_rows(plan: Plan, grams: GramPass) -> list[Row]:
+def plan_rows(plan: Plan, statistics: StatisticsPass) -> list[Row]:
     """One row of JSON values per output tensor: its name and layer, its parameters, and its coefficients."""
     rows: list[Row] = []
     for index, job in enumerate(plan.jobs):
         layer, kind, module = place(job.output.name)
-        coefficients = grams.coefficients.get(index)
-        values = coefficients.values.tolist() if coefficients is not None and coefficients.values.ndim == 1 else []
+        rule = statistics.rules.get(index)
+        values = rule.values.tolist() if isinstance(rule, Coefficients) and rule.values.ndim == 1 else []
         rows.append(
             {
                 "name": job.output.name,
@@ -52,17 +53,17 @@ def plan_rows(plan: Plan, grams: GramPass) -> list[Row]:
                 "dtype": job.output.dtype.name,
                 "inputs": [f"{item.model}:{item.info.name}" for item in job.inputs],
                 "parameters": {**job.values.shared, **{name: list(v) for name, v in job.values.per_input.items()}},
-                "branch": branch(job, grams, index),
-                # None for coefficients per row or column, and for NaN and infinity, which JSON cannot hold.
+                "branch": branch(job, statistics, index),
+                # None for other rules and for coefficients per row or column, and as JSON has neither NaN nor infinity.
                 "coefficients": values if values and all(map(math.isfinite, values)) else None,
-                "cosine": _cosine(grams, index),
+                "cosine": _cosine(statistics, index),
             }
         )
     return rows
 
 
-def _cosine(grams: GramPass, job: int) -> float | None:
-    gram = grams.grams.get(job)
+def _cosine(statistics: StatisticsPass, job: int) -> float | None:
+    gram = statistics.grams.get(job)
     if gram is None or gram.shape != (2, 2) or not gram[0, 0] > 0 or not gram[1, 1] > 0:
         return None
     return float(gram[0, 1] / math.sqrt(gram[0, 0]) / math.sqrt(gram[1, 1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from arcmerge.merging.methods.method import Array
+from arcmerge.merging.methods.rule import Array
 
 
 def squared_lengths(gram: Array) -> Array:

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from arcmerge.merging.methods.geometry import squared_lengths
-from arcmerge.merging.methods.method import Arguments, Array, Coefficients, Method, combination, zero_sum
+from arcmerge.merging.methods.method import Arguments, Method, combination, zero_sum
+from arcmerge.merging.methods.rule import Array, Coefficients
 from arcmerge.merging.recipe.parameters import Parameter
 
 

@@ -1,8 +1,9 @@
 """The contract of a merge method: what it declares to the planner, and its arithmetic from Gram matrix to coefficients.
 
-Nearly every method is a linear combination of its inputs, out = sum_i c_i x_i, whose coefficients depend on lengths and
-angles only, that is on the Gram matrix G_ij = <x_i, x_j>. A method is therefore a small class: its contract, its
-parameters and `formula`, the arithmetic from G to c in float64. It never sees a tensor.
+Most methods are a linear combination of their inputs, out = sum_i c_i x_i, whose coefficients depend on lengths and
+angles only, that is on the Gram matrix G_ij = <x_i, x_j>. Such a method is a small class: its contract, its parameters
+and `formula`, the arithmetic from G to c in float64. Other methods override `measure` and `rule`. No method ever sees a
+tensor: it names what is to be measured, and gives the rule by which the tensor is computed.
 
 In the formulas of this room x_i are the inputs, c the base, d_i = x_i - c, w_i the weights, and |x| is the length of a
 tensor flattened to one vector. The semantics are those of mergekit 0.1.5; steps that mergekit computes in the dtype of
@@ -11,17 +12,16 @@ the weights are exact here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from arcmerge.errors import counted
+from arcmerge.merging.methods.measure import Gram, Measure, Statistic
+from arcmerge.merging.methods.rule import Array, Coefficients, Rule
 from arcmerge.merging.recipe.parameters import Parameter
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Arguments:
         per_input: values of each other parameter by name, one for each input; None at the base if the scope is
             non_base.
         models: names of the inputs for error messages.
+        tensor: the name of the output tensor, on which random numbers depend.
+        seed: the seed of random numbers.
+        rounded: whether the arithmetic is that of bfloat16 inputs, whose magnitudes are compared in bfloat16.
+        matrix: whether the tensor has rows, and not a single one.
     """
 
     count: int
@@ -42,20 +46,10 @@ class Arguments:
     shared: Mapping[str, Any] = field(default_factory=dict)
     per_input: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     models: tuple[str, ...] = field(default=(), compare=False)
-
-
-@dataclass(frozen=True, eq=False)
-class Coefficients:
-    """One coefficient for each input, in the order of the inputs.
-
-    Args:
-        values: float64 (k,), or (vectors, k) if every vector has its own.
-        branch: "copy" if the result is one of the inputs, "linear" if all vectors are mixed along straight lines, else
-            the name of the method.
-    """
-
-    values: Array
-    branch: str
+    tensor: str = ""
+    seed: int = 0
+    rounded: bool = False
+    matrix: bool = True
 
 
 def copy_of(index: int, arguments: Arguments) -> Coefficients:
@@ -92,7 +86,6 @@ class Method:
         maximum: maximum number of inputs other than the base, None for any number.
         centers: whether its Gram matrix is that of the differences to the base, if there is a base.
         idempotent: whether equal inputs give that input, whatever the parameters.
-        elementwise: whether it follows from no Gram matrix: if `constant` is None, an op of its own computes it.
     """
 
     name: ClassVar[str]
@@ -104,7 +97,6 @@ class Method:
     maximum: ClassVar[int | None] = None
     centers: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = False
 
     def check(self, arguments: Arguments) -> list[str]:
         """Return the error messages for these arguments. The other methods of the class need arguments without any."""
@@ -150,6 +142,23 @@ class Method:
     def dim(self, arguments: Arguments) -> Literal[0, 1] | None:
         """None: one Gram matrix for the tensor. 1: one for each row of a matrix. 0: one for each column."""
         return None
+
+    def measure(self, found: Sequence[Statistic], arguments: Arguments) -> Measure | None:
+        """The measure to take after those that found `found`; None if the rule follows from them.
+
+        Args:
+            found: what the measures before it found, in order.
+            arguments: arguments without error messages, for which `constant` is None.
+        """
+        return None if found else Gram(self.centered(arguments), self.dim(arguments) if arguments.matrix else None)
+
+    def rule(self, found: Sequence[Statistic], arguments: Arguments) -> Rule:
+        """The rule that follows from what all measures found.
+
+        Raises:
+            ArcmergeError: if the method has no result for these inputs.
+        """
+        return self.coefficients(found[0].total, arguments)
 
     def constant(self, arguments: Arguments) -> Coefficients | None:
         """The coefficients (k,) if they do not depend on the weights, else None. A single input is copied."""

@@ -1,8 +1,12 @@
-"""nearswap, the one elementwise method."""
+"""nearswap, which follows from no measure."""
 
 from __future__ import annotations
 
-from arcmerge.merging.methods.method import Arguments, Coefficients, Method, copy_of
+from collections.abc import Sequence
+
+from arcmerge.merging.methods.measure import Measure, Statistic
+from arcmerge.merging.methods.method import Arguments, Method, copy_of
+from arcmerge.merging.methods.rule import Coefficients, Elementwise
 from arcmerge.merging.recipe.parameters import Parameter
 
 
@@ -20,12 +24,17 @@ class NearSwap(Method):
     parameters = (Parameter("t"),)
     base = "required"
     maximum = 1
-    elementwise = True
 
     def constant(self, arguments: Arguments) -> Coefficients | None:
         if (single := super().constant(arguments)) is not None:
             return single
         return copy_of(arguments.base or 0, arguments) if arguments.shared["t"] <= 0 else None
+
+    def measure(self, found: Sequence[Statistic], arguments: Arguments) -> Measure | None:
+        return None
+
+    def rule(self, found: Sequence[Statistic], arguments: Arguments) -> Elementwise:
+        return Elementwise("nearswap", arguments.shared["t"], self.name)
 
 
 METHODS: tuple[Method, ...] = (NearSwap(),)

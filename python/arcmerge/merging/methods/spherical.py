@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.methods.geometry import cosines_of, length_of_sum, slerp_weights, squared_lengths
-from arcmerge.merging.methods.method import Arguments, Array, Coefficients, Method, copy_of, zero_sum
+from arcmerge.merging.methods.method import Arguments, Method, copy_of, zero_sum
+from arcmerge.merging.methods.rule import Array, Coefficients
 from arcmerge.merging.recipe.parameters import Parameter
 
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from arcmerge.checkpoint.layout import OutputTensor
 from arcmerge.checkpoint.reader import Checkpoint
-from arcmerge.dtypes import promote
+from arcmerge.dtypes import BF16, promote
 from arcmerge.errors import ArcmergeError, Problems
-from arcmerge.merging.methods.method import Arguments, Coefficients, Method
+from arcmerge.merging.methods.method import Arguments, Method
+from arcmerge.merging.methods.rule import Coefficients
 from arcmerge.merging.plan.tensor_job import Input, Job
 from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.recipe import Recipe, Slice
@@ -68,9 +69,10 @@ class JobMaker:
             return None
         if not all(item.info.dtype.mergeable for item in inputs):
             return self._of_donor(output_name, inputs)
-        base = self._base_index(slice_)
+        base, result = self._base_index(slice_), promote(item.dtype for item in inputs)
         try:
             values = self._values(slice_, output_name, filter_names or names, u, base)
+            values = replace(values, rounded=result == BF16, matrix=len(shape) > 1)
         except ArcmergeError as error:
             for sentence in error.problems:
                 self.problems.add(sentence, kind=sentence.replace(output_name, ""))
@@ -81,7 +83,6 @@ class JobMaker:
                 self.problems.add(message, kind=sentence)
             return None
         vocabulary = vocabulary and self.vocabulary_rows is not None
-        result = promote(item.dtype for item in inputs)
         constant = self.method.constant(values)
         if len({(item.model, item.info.name) for item in inputs}) == 1 and self.method.idempotent:
             constant = Coefficients(np.eye(len(inputs))[0], "copy")
@@ -207,7 +208,7 @@ class JobMaker:
                     for index, (source, name) in enumerate(zip(slice_.sources, names, strict=True))
                 )
         models = tuple(str(source.model) for source in slice_.sources)
-        return Arguments(len(names), base, shared, per_input, models)
+        return Arguments(len(names), base, shared, per_input, models, output_name)
 
 
 def _used(inputs: tuple[Input, ...], constant: Coefficients) -> tuple[tuple[Input, ...], Coefficients]:

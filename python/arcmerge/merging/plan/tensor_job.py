@@ -9,7 +9,8 @@ from arcmerge.checkpoint.header import TensorInfo
 from arcmerge.checkpoint.layout import OutputTensor
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.dtypes import DType
-from arcmerge.merging.methods.method import Arguments, Coefficients, Method
+from arcmerge.merging.methods.method import Arguments, Method
+from arcmerge.merging.methods.rule import Coefficients
 from arcmerge.merging.recipe.model_reference import ModelReference
 
 
@@ -70,7 +71,7 @@ class Job:
     @property
     def along(self) -> int | None:
         """The dim of the vectors that have coefficients each; None if the whole tensor has one set."""
-        return self.method.dim(self.values) if len(self.output.shape) > 1 else None
+        return self.method.dim(self.values) if self.values.matrix else None
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -78,6 +79,11 @@ class Job:
         shape = self.output.shape or (1,)
         split = 1 if self.along == 0 else len(shape) - 1
         return prod(shape[:split]), prod(shape[split:])
+
+    @property
+    def row(self) -> int:
+        """The number of elements of a row: of the last dim of a matrix, all of a vector."""
+        return self.output.shape[-1] if len(self.output.shape) > 1 else max(self.count, 1)
 
     @property
     def copied(self) -> bool:

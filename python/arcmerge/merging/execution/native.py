@@ -1,0 +1,100 @@
+"""Measures and rules of differences to a base, on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arcmerge import _C
+from arcmerge.merging.methods.measure import Divergences, Histogram, Selection, Sums
+from arcmerge.merging.methods.rule import Consensus, Elementwise
+
+_ELECTIONS = ("none", "sum", "count")
+
+
+def measured(
+    measure: Histogram | Sums | Divergences,
+    operands: list[_C.Operand],
+    base: int,
+    row: int,
+    first: int,
+    count: int,
+) -> NDArray[Any]:
+    """The share of `count` elements from `first` on in what a measure finds.
+
+    Args:
+        measure: the measure.
+        operands: the inputs, which hold all elements of the tensor.
+        base: the index of the base among them.
+        row: the number of elements of a row.
+        first: the first element.
+        count: the number of elements.
+    """
+    others = [operand for index, operand in enumerate(operands) if index != base]
+    if isinstance(measure, Divergences):
+        divergences = np.empty(count // row, np.float32)
+        _C.row_divergences(divergences.ctypes.data, others[0], operands[base], row, first // row, len(divergences))
+        return divergences
+    if isinstance(measure, Sums):
+        rule = measure.rule
+        selection, before = _selection(rule.selection, row), rule.before_piece(first)
+        squares, alone, shared, votes = _C.consensus_sums(
+            others, operands[base], selection, _consensus(rule), before, first, count
+        )
+        return np.array([*squares, *alone, *shared, votes], np.float64)
+    selection = _selection(measure.selection, row)
+    if measure.prefixes is None:
+        counts = np.zeros((len(others), 2 if measure.selection.rounded else 4, 32768), np.int64)
+        _C.magnitude_histogram(counts.ctypes.data, others, operands[base], selection, first, count)
+    else:
+        counts = np.zeros((len(others), len(measure.prefixes[0]), 65536), np.int64)
+        address = counts.ctypes.data
+        _C.magnitude_histogram_within(address, others, operands[base], selection, measure.prefixes, first, count)
+    return counts
+
+
+def write(
+    rule: Consensus | Elementwise,
+    address: int,
+    dtype: int,
+    operands: list[_C.Operand],
+    base: int,
+    row: int,
+    first: int,
+    count: int,
+) -> int:
+    """Write the results of a rule for `count` elements from `first` on; arguments as for `measured`.
+
+    Args:
+        address: where they are written, rounded to `dtype`.
+        dtype: DType.native.
+
+    Returns:
+        The number of results that are NaN or infinite.
+    """
+    others = [operand for index, operand in enumerate(operands) if index != base]
+    if isinstance(rule, Elementwise):
+        return _C.nearswap(address, dtype, operands[base], others[0], rule.number, first, count)
+    selection, before = _selection(rule.selection, row), rule.before_piece(first)
+    return _C.consensus_combine(
+        address, dtype, others, operands[base], selection, _consensus(rule), before, first, count
+    )
+
+
+def _selection(selection: Selection, row: int) -> _C.Selection:
+    scales = selection.row_scales
+    return _C.Selection(
+        selection.cuts,
+        selection.keys,
+        selection.probabilities,
+        row,
+        selection.joint,
+        selection.rounded,
+        0 if scales is None else scales.ctypes.data,
+    )
+
+
+def _consensus(rule: Consensus) -> _C.Consensus:
+    return _C.Consensus(rule.factors, _ELECTIONS.index(rule.election), rule.zero_is_negative, rule.floor, rule.inverse)

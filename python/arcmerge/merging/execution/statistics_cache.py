@@ -1,0 +1,124 @@
+"""Statistics that are kept: Gram matrices from one run to the next, in a small file next to a parent, and histograms.
+
+A Gram matrix depends on tensors alone, so every `t` of a recipe has the same one, and so does a histogram of all
+elements for every `density`. The file names the shards that its matrices were computed from, by size, modification time
+and header; if a shard has changed, the file is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Collection, Hashable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arcmerge.checkpoint.reader import Checkpoint
+from arcmerge.merging.methods.measure import Gram, Histogram, Measure, Statistic
+from arcmerge.merging.plan.tensor_job import Job
+
+_FORMAT = 1
+
+
+class StatisticsCache:
+    """Statistics of whole tensors of some checkpoints.
+
+    A file that is missing, damaged or out of date counts as empty. If no file can be written, nothing is kept.
+
+    Args:
+        checkpoints: all checkpoints of a recipe.
+        folder: the parent's folder that the file lies in.
+    """
+
+    def __init__(self, checkpoints: Collection[Checkpoint], folder: Path) -> None:
+        self._folders = {one.folder: str(one.folder.resolve()) for one in checkpoints}
+        self._shards = {self._folders[one.folder]: one.fingerprint() for one in checkpoints}
+        name = hashlib.sha256("\n".join(sorted(self._shards)).encode()).hexdigest()[:16]
+        self._path = folder / f".arcmerge-grams-{name}.json"
+        self._grams = self._read()
+        self._counts: dict[Hashable, Statistic] = {}
+        self._not_saved: set[str] = set()
+        self._unsaved = False
+
+    def get(self, job: Job, measure: Measure) -> Statistic | None:
+        """What a measure finds for a job, if that is known."""
+        if isinstance(measure, Gram):
+            gram = self._grams.get(self._key(job, measure)) if measure.dim is None else None
+            return None if gram is None else Statistic(measure, gram)
+        if not isinstance(measure, Histogram):
+            return None
+        statistic = self._counts.get(_counts_key(job, measure))
+        return statistic if statistic is not None and _same(statistic.measure, measure) else None
+
+    def add(self, job: Job, statistic: Statistic) -> None:
+        """Keep a statistic, unless it is large, cheap, or has NaN or infinity, which JSON cannot hold."""
+        measure = statistic.measure
+        if isinstance(measure, Histogram):
+            self._counts[_counts_key(job, measure)] = statistic
+        elif isinstance(measure, Gram) and measure.dim is None and statistic.finite:
+            key = self._key(job, measure)
+            self._grams[key] = statistic.total
+            self._unsaved = True
+            if job.vocabulary:  # it depends on tokenizers too, which the fingerprints do not cover
+                self._not_saved.add(key)
+
+    def save(self) -> None:
+        """Write the Gram matrices atomically, if there are new ones."""
+        if not self._unsaved:
+            return
+        self._unsaved = False
+        content = {
+            "format": _FORMAT,
+            "shards": self._shards,
+            "grams": {key: gram.tolist() for key, gram in self._grams.items() if key not in self._not_saved},
+        }
+        with suppress(OSError):  # the folder may not be writable
+            handle, name = tempfile.mkstemp(prefix=".arcmerge-", dir=self._path.parent)
+            try:
+                with os.fdopen(handle, "w") as file:
+                    json.dump(content, file)
+                Path(name).replace(self._path)
+            except BaseException:
+                Path(name).unlink()
+                raise
+
+    def _read(self) -> dict[str, NDArray[np.float64]]:
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            content: dict[str, Any] = json.loads(self._path.read_bytes())
+            if content["format"] == _FORMAT and content["shards"] == self._shards:
+                grams = {key: np.array(rows, np.float64) for key, rows in content["grams"].items()}
+                return {key: gram for key, gram in grams.items() if _is_gram(gram)}
+        return {}
+
+    def _key(self, job: Job, measure: Gram) -> str:
+        """A Gram matrix depends on the tensors, the dtype of their values, the base, and whether rows are matched."""
+        inputs = [[self._folders[item.checkpoint.folder], item.info.name, item.dtype.name] for item in job.inputs]
+        return json.dumps([inputs, job.base if measure.centered else None, job.vocabulary])
+
+
+def _counts_key(job: Job, measure: Histogram) -> Hashable:
+    """A key of a job's histograms. Of those that depend on random numbers only the latest is kept."""
+    inputs = tuple((item.checkpoint.folder, item.info.name, item.dtype) for item in job.inputs)
+    selection, kept_apart = measure.selection, (measure.prefixes is not None, measure.together)
+    return job.output.name, inputs, job.base, selection.joint, selection.rounded, selection.random, kept_apart
+
+
+def _same(a: Measure, b: Histogram) -> bool:
+    """Whether two histograms of one job count the same: cuts play no part."""
+    if not isinstance(a, Histogram) or a.prefixes != b.prefixes:
+        return False
+    scales = a.selection.row_scales, b.selection.row_scales
+    if any(one is not None for one in scales) and scales[0] is not scales[1]:
+        return False
+    drawn = [(each.keys, each.probabilities) if each.random else None for each in (a.selection, b.selection)]
+    return drawn[0] == drawn[1]
+
+
+def _is_gram(gram: NDArray[np.float64]) -> bool:
+    return gram.ndim == 2 and gram.shape[0] == gram.shape[1] and bool(np.isfinite(gram).all())
