@@ -24,8 +24,9 @@ from typing import Any
 
 import yaml
 
-from arcmerge.dtypes import BY_NAME, MERGEABLE, DType
+from arcmerge.dtypes import DType
 from arcmerge.errors import ArcmergeError
+from arcmerge.merging.recipe.dtype_name import read_dtype
 from arcmerge.merging.recipe.model_reference import ModelReference, read_reference
 from arcmerge.merging.recipe.parameters import NO_SETTINGS, Parameter, Settings, convert, read_settings, resolve
 from arcmerge.merging.recipe.tokenizer_block import TokenizerRecipe, read_tokenizer
@@ -257,8 +258,8 @@ def _read_recipe(document: Mapping[Any, Any], text: str) -> Recipe:
         else NO_SETTINGS,
         parameters=read_settings(entries.get("parameters"), "parameters", reader),
         base_model=base_model,
-        dtype=_read_dtype(entries.get("dtype"), "dtype", reader),
-        out_dtype=_read_dtype(entries.get("out_dtype"), "out_dtype", reader),
+        dtype=read_dtype(entries.get("dtype"), "dtype", reader),
+        out_dtype=read_dtype(entries.get("out_dtype"), "out_dtype", reader),
         tokenizer=read_tokenizer(entries.get("tokenizer_source"), entries.get("tokenizer"), reader),
         chat_template=_read_chat_template(entries.get("chat_template"), reader),
         document=document,
@@ -371,27 +372,6 @@ def _read_layer_range(value: Any, location: str, reader: Reader) -> tuple[int, i
         )
         return (0, 0)
     return start, end
-
-
-def _read_dtype(value: Any, location: str, reader: Reader) -> DType | None:
-    if value is None:
-        return None
-    name = str(value).removeprefix("torch.")
-    dtype = BY_NAME.get(name)
-    if dtype in MERGEABLE:
-        return dtype
-    names = ", ".join(dtype.name for dtype in MERGEABLE)
-    meant = _DTYPE_NICKNAMES.get(name.lower())
-    hint = f"; write `{meant}`" if meant else did_you_mean(name, [dtype.name for dtype in MERGEABLE])
-    reader.problem(location, f"must be one of {names}, got {shown(value)}{hint}")
-    return None
-
-
-_DTYPE_NICKNAMES = {
-    "bf16": "bfloat16",
-    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
-    **dict.fromkeys(("fp32", "f32", "float", "float64", "fp64", "f64", "double"), "float32"),
-}
 
 
 def _read_chat_template(value: Any, reader: Reader) -> str | None:
