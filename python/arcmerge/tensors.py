@@ -18,6 +18,7 @@ from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Histogra
 from arcmerge.merging.methods.method import Arguments, Method, copy_of
 from arcmerge.merging.methods.rule import Coefficients, Rule
 from arcmerge.merging.recipe.parameters import REQUIRED, Scalar, convert, finite
+from arcmerge.merging.recipe.seed import read_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +70,7 @@ def merge_state_dicts(
     *,
     base: Mapping[str, Tensor] | None = None,
     parameters: Mapping[str, Value | Callable[[str], Value]] | None = None,
+    random_seed: int | None = None,
 ) -> dict[str, Tensor]:
     """Merge state dicts by any merge method, one tensor at a time.
 
@@ -84,6 +86,7 @@ def merge_state_dicts(
         parameters: parameters of the method by name. A value is a number or a switch, a sequence with one value for
             each of `models` if the parameter has one for each input (such as `weight`), or a function from the name of
             a tensor to such a value.
+        random_seed: seed of methods that draw random numbers. Default: 0.
 
     Returns:
         A state dict of new tensors of the promoted dtypes, rounded once.
@@ -101,7 +104,7 @@ def merge_state_dicts(
         >>> model.load_state_dict(merged)
         <All keys matched successfully>
     """
-    chosen, given = registry.get(method), parameters or {}
+    chosen, given, seed = registry.get(method), parameters or {}, read_seed(random_seed, "random_seed")
     base_index = next((index for index, model in enumerate(models) if model is base), None)
     inputs = list(models)
     if base is not None and base_index is None:
@@ -118,7 +121,7 @@ def merge_state_dicts(
     merged = {}
     for name in inputs[0]:
         tensors = [model[name] for model in inputs]
-        arguments = _arguments(chosen, name, len(models), len(inputs), base_index, given)
+        arguments = replace(_arguments(chosen, name, len(models), len(inputs), base_index, given), seed=seed)
         if problems := chosen.check(arguments):
             raise ArcmergeError([f"'{name}': {problem}" for problem in problems])
         merged[name] = _merge(tensors, chosen, arguments, name)

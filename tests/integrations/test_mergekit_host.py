@@ -50,6 +50,7 @@ def test_arcmerge_runs_supported_merges(
     [
         ({"merge_method": "ties", "parameters": {"density": 0.5, "weight": 0.5}}, {}, "ties"),
         ({}, {"safe_serialization": False}, "pickled output"),
+        ({}, {"random_seed": -1}, "random_seed"),
         ({"models": [{"model": "gemma-nowhere"}, {"model": "gemma-b"}]}, {}, "gemma-nowhere"),
     ],
 )
@@ -68,6 +69,18 @@ def test_mergekit_runs_all_others(
     assert "mergekit runs this merge: " in caplog.text
     assert reason in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+def test_arcmerge_gets_the_seed_of_mergekit(
+    models: Path, tmp_path: Path, theirs: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int | None] = []
+    monkeypatch.setattr(host, "merge", lambda text, out, *, random_seed, **options: seeds.append(random_seed))
+    for seed in (None, 7):
+        parsed = MergeConfiguration.model_validate(recipe(models))
+        host.run(parsed, str(tmp_path / "out"), MergeOptions(random_seed=seed))
+    assert seeds == [None, 7]
+    assert not theirs
 
 
 def test_undo() -> None:

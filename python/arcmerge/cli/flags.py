@@ -23,7 +23,6 @@ _SWITCHES_WITHOUT_EFFECT = {
 _VALUES_WITHOUT_EFFECT = {
     "--lora-merge-cache": "LoRA adapters are not supported",
     "--lora-merge-dtype": "LoRA adapters are not supported",
-    "--random-seed": "no method is random",
     "--write-threads": "the number of writers is chosen for the disk",
 }
 _SWITCH = argparse.BooleanOptionalAction
@@ -45,6 +44,7 @@ def add_merge_flags(parser: argparse.ArgumentParser) -> None:
         help="truncate embeddings to the smallest vocabulary",
     )
     parser.add_argument("--transformers-cache", metavar="DIR", help="folder of files from the hub")
+    parser.add_argument("--random-seed", metavar="N", type=seed, help="seed of random methods (default: the recipe's)")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="accepted; warnings are always shown")
     parser.add_argument("--quiet", "-q", action=_SWITCH, default=False, help="no progress bar and no summary")
     for flag, why in _SWITCHES_WITHOUT_EFFECT.items():
@@ -84,6 +84,15 @@ def count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_THREADS:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MAX_THREADS}, got '{text}'")
     return int(text)
+
+
+def seed(text: str) -> int:
+    from arcmerge.merging.recipe.seed import read_seed
+
+    try:
+        return read_seed(int(text) if re.fullmatch("[0-9]{1,19}", text) else text, "random_seed")
+    except ArcmergeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def device(text: str) -> str:

@@ -136,6 +136,7 @@ class MergedGemma2(Gemma2):
         allow_crimes: bool = False,
         unsafe_truncate_embeddings: bool = False,
         transformers_cache: str | None = None,
+        random_seed: int | None = None,
         progress: Progress | None = None,
         warn: Warn = warnings.warn,
     ) -> MergeReport:
@@ -163,6 +164,7 @@ class MergedGemma2(Gemma2):
             allow_crimes=allow_crimes,
             unsafe_truncate_embeddings=unsafe_truncate_embeddings,
             transformers_cache=transformers_cache,
+            random_seed=random_seed,
             progress=progress,
             warn=warn,
         )

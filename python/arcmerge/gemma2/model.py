@@ -128,6 +128,7 @@ class Gemma2:
         allow_crimes: bool = False,
         unsafe_truncate_embeddings: bool = False,
         transformers_cache: str | None = None,
+        random_seed: int | None = None,
         progress: Progress | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ) -> MergedGemma2:
@@ -135,16 +136,15 @@ class Gemma2:
 
         Args:
             config: a mergekit configuration: the path of a YAML file, YAML text, or a mapping.
-            device: as in `from_pretrained`.
-            numerics: as in `from_pretrained`.
+            device, numerics: as in `from_pretrained`.
             threads: compute threads of the merge; None: `arcmerge.get_num_threads()`.
-            out_shard_size: as in `arcmerge.merge`; nothing is written here.
+            out_shard_size, write_model_card: as in `arcmerge.merge`; nothing is written here.
             copy_tokenizer: use the tokenizer of the base model.
-            write_model_card: as in `arcmerge.merge`.
             allow_nonfinite: allow NaN and infinity in weights.
             allow_crimes: allow to mix architectures.
             unsafe_truncate_embeddings: truncate embeddings to the smallest vocabulary.
             transformers_cache: the folder of files from the hub.
+            random_seed: as in `arcmerge.merge`.
             progress: called with the bytes merged so far and in total.
             warn: called with each warning about the configuration.
 
@@ -169,6 +169,7 @@ class Gemma2:
             "allow_crimes": allow_crimes,
             "unsafe_truncate_embeddings": unsafe_truncate_embeddings,
             "transformers_cache": transformers_cache,
+            "random_seed": random_seed,
         }
         return MergedGemma2.open(config, Options.of(fields), numerics or "default", progress, warn)
 

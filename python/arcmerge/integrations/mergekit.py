@@ -100,6 +100,7 @@ def _options(options: MergeOptions) -> dict[str, Any]:
         "allow_crimes": options.allow_crimes,
         "unsafe_truncate_embeddings": options.unsafe_truncate_embeddings,
         "transformers_cache": options.transformers_cache,
+        "random_seed": options.random_seed,
     }
 
 

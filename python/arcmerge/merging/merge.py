@@ -36,6 +36,7 @@ def merge(
     allow_crimes: bool = False,
     unsafe_truncate_embeddings: bool = False,
     transformers_cache: str | None = None,
+    random_seed: int | None = None,
     progress: Progress | None = None,
     warn: Warn = python_warnings.warn,
 ) -> MergeReport:
@@ -56,6 +57,7 @@ def merge(
         allow_crimes: accept models of different architectures.
         unsafe_truncate_embeddings: truncate vocabularies of different sizes to the smallest one.
         transformers_cache: cache folder for models from the hub. Default: the cache of huggingface_hub.
+        random_seed: seed of methods that draw random numbers. Default: `seed` of the configuration, or else 0.
         progress: called with the bytes that are done and the bytes in total.
         warn: called with a sentence for each part of the configuration that has no effect and for each difference
             between the models. Default: `warnings.warn`.
@@ -89,6 +91,7 @@ def merge(
         allow_crimes=allow_crimes,
         unsafe_truncate_embeddings=unsafe_truncate_embeddings,
         transformers_cache=transformers_cache,
+        random_seed=random_seed,
     )
     shard_bytes = parse_size(options.out_shard_size)
     warnings: list[str] = []
@@ -129,6 +132,7 @@ def merge(
         branches=Counter(branch(job, work.statistics, index) for index, job in enumerate(plan.jobs)),
         warnings=tuple(warnings),
         notes=plan.notes,
+        seed=plan.seed,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from arcmerge._C import MAX_THREADS
 from arcmerge.errors import ArcmergeError
+from arcmerge.merging.recipe.seed import read_seed
 from arcmerge.merging.recipe.yaml_document import shown
 from arcmerge.threads import get_num_threads
 
@@ -39,6 +40,7 @@ class Options:
         allow_crimes: accept models of different architectures.
         unsafe_truncate_embeddings: truncate vocabularies of different sizes to the smallest one.
         transformers_cache: cache folder for models from the hub; None for the one of huggingface_hub.
+        random_seed: seed of methods that draw random numbers; None for that of the recipe.
 
     Raises:
         ArcmergeError: for a value of the wrong type or out of range.
@@ -53,6 +55,7 @@ class Options:
     allow_crimes: bool = False
     unsafe_truncate_embeddings: bool = False
     transformers_cache: str | None = None
+    random_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -62,6 +65,7 @@ class Options:
             raise ArcmergeError(
                 f"'threads' must be a whole number from 1 to {MAX_THREADS} or None, got {shown(self.threads)}"
             )
+        read_seed(self.random_seed, "random_seed")
         if not isinstance(self.device, str):
             raise ArcmergeError(f"'device' must be auto, cpu, cuda or cuda:N, got {shown(self.device)}")
 

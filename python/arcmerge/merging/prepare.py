@@ -17,7 +17,7 @@ from arcmerge.merging.output.donor_files import code_files
 from arcmerge.merging.plan.agreement import disagreements
 from arcmerge.merging.plan.plan import Plan, Planner
 from arcmerge.merging.recipe.model_reference import ModelReference
-from arcmerge.merging.recipe.recipe import MergeConfig, Recipe, load_recipe
+from arcmerge.merging.recipe.recipe import MergeConfig, Recipe, load_recipe, with_seed
 from arcmerge.merging.vocabulary.vocabulary import Vocabulary, build_vocabulary
 
 
@@ -78,6 +78,8 @@ def prepare(config: MergeConfig, options: Options, warn: Warn) -> Prepared:
     """
     recipe = load_recipe(config)
     method = registry.get(recipe.method)
+    if method.random and options.random_seed is not None:
+        recipe = with_seed(recipe, options.random_seed)
     for sentence in (*recipe.warnings, *recipe.check_parameters(method.parameters)):
         warn(sentence)
     checkpoints = _open(recipe, options)

@@ -20,6 +20,7 @@ def plan(
     allow_crimes: bool = False,
     unsafe_truncate_embeddings: bool = False,
     transformers_cache: str | None = None,
+    random_seed: int | None = None,
     warn: Warn = warnings.warn,
 ) -> Plan:
     """Plan a merge: check its configuration and its models, and decide every tensor. No weight is read.
@@ -29,6 +30,7 @@ def plan(
         allow_crimes: accept models of different architectures.
         unsafe_truncate_embeddings: truncate vocabularies of different sizes to the smallest one.
         transformers_cache: cache folder for models from the hub. Default: the cache of huggingface_hub.
+        random_seed: seed of methods that draw random numbers. Default: `seed` of the configuration, or else 0.
         warn: called with a sentence for each warning, as in `merge`. Default: `warnings.warn`.
 
     Returns:
@@ -48,6 +50,7 @@ def plan(
         allow_crimes=allow_crimes,
         unsafe_truncate_embeddings=unsafe_truncate_embeddings,
         transformers_cache=transformers_cache,
+        random_seed=random_seed,
     )
     return prepare(config, options, warn).plan
 

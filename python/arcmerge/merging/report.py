@@ -19,6 +19,7 @@ class MergeReport:
         branches: number of tensors by how they were computed: "copy", "linear", or the name of the method.
         warnings: all sentences that `warn` was called with.
         notes: tensors that were not merged, and where the result takes them from.
+        seed: seed of the random numbers; None if the method draws none.
     """
 
     out: Path
@@ -28,6 +29,7 @@ class MergeReport:
     branches: Mapping[str, int]
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    seed: int | None = None
 
     @property
     def copied(self) -> int:
@@ -49,6 +51,7 @@ class MergeReport:
         return (
             f"{self.out}: {_size(self.nbytes)} in {self.seconds:.1f} s ({rate:.2f} GB/s), {self.method}: "
             f"{self.merged} tensors merged ({self.linear} of them on the linear branch), {self.copied} copied"
+            + ("" if self.seed is None else f", seed {self.seed}")
             + "".join(f"; {note}" for note in self.notes)
         )
 

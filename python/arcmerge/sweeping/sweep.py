@@ -168,6 +168,7 @@ def score_candidates(
     for parameters in [*(one.parameters for one in candidates), *([{"t": optimize.low}] if optimize else [])]:
         changed_recipe(recipe, parameters)
     prepared = prepare(recipe.text, Options.of({**options, "device": device}), warn)
+    recipe = prepared.recipe  # it has the seed that `options` may hold
     shards = {str(one.folder.resolve()): one.fingerprint() for one in prepared.checkpoints.values()}
     identity = {"recipe": recipe.text, "score": score.identity, "parents": shards, "numerics": numerics}
     if not (folder / JOURNAL).exists():

@@ -57,6 +57,7 @@ def plan_rows(plan: Plan, statistics: StatisticsPass) -> list[Row]:
                 # None for other rules and for coefficients per row or column, and as JSON has neither NaN nor infinity.
                 "coefficients": values if values and all(map(math.isfinite, values)) else None,
                 "cosine": _cosine(statistics, index),
+                "seed": plan.seed,
             }
         )
     return rows
@@ -74,7 +75,8 @@ def plan_table(plan: Plan, rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{plan.method.name}: {len(rows)} tensors, base {plan.donor}", title_justify="left")
+    seed = "" if plan.seed is None else f", seed {plan.seed}"
+    table = Table(title=f"{plan.method.name}: {len(rows)} tensors, base {plan.donor}{seed}", title_justify="left")
     modules = list(dict.fromkeys(row["module"] for row in rows if row["layer"] is not None))
     for heading in ("layer", *modules):
         table.add_column(heading)

@@ -22,6 +22,7 @@ from arcmerge.errors import counted
 from arcmerge.merging.methods.measure import Gram, Measure, Statistic
 from arcmerge.merging.methods.rule import Array, Coefficients, Rule
 from arcmerge.merging.recipe.parameters import Parameter
+from arcmerge.merging.recipe.seed import DEFAULT_SEED
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Arguments:
     per_input: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     models: tuple[str, ...] = field(default=(), compare=False)
     tensor: str = ""
-    seed: int = 0
+    seed: int = DEFAULT_SEED
     rounded: bool = False
     matrix: bool = True
 
@@ -86,6 +87,7 @@ class Method:
         maximum: maximum number of inputs other than the base, None for any number.
         centers: whether its Gram matrix is that of the differences to the base, if there is a base.
         idempotent: whether equal inputs give that input, whatever the parameters.
+        random: whether its result depends on the seed.
     """
 
     name: ClassVar[str]
@@ -97,6 +99,7 @@ class Method:
     maximum: ClassVar[int | None] = None
     centers: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
+    random: ClassVar[bool] = False
 
     def check(self, arguments: Arguments) -> list[str]:
         """Return the error messages for these arguments. The other methods of the class need arguments without any."""

@@ -54,7 +54,7 @@ def small_files(prepared: Prepared, name: str) -> dict[str, bytes]:
     )
     files.update(prepared.code)
     if options.write_model_card:
-        card = model_card(name, plan.method.title, recipe.models, recipe.base_model, recipe.text)
+        card = model_card(name, plan.method.title, recipe.models, recipe.base_model, recipe.text, plan.seed)
         files["README.md"] = card.encode()
         files["mergekit_config.yml"] = recipe.text.encode()
     return files

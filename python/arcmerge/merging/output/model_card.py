@@ -26,7 +26,7 @@ This is a merge of language models, made with {project}.
 
 ### Merge method
 
-This model was merged using the {method} method{base}.
+This model was merged using the {method} method{base}.{seed}
 
 ### Models merged
 
@@ -43,7 +43,12 @@ The following YAML configuration was used to produce this model:
 
 
 def model_card(
-    name: str, method: str, models: Sequence[ModelReference], base: ModelReference | None, recipe: str
+    name: str,
+    method: str,
+    models: Sequence[ModelReference],
+    base: ModelReference | None,
+    recipe: str,
+    seed: int | None = None,
 ) -> str:
     """Make the model card in Markdown.
 
@@ -53,6 +58,7 @@ def model_card(
         models: all models in order.
         base: the base model, if there is one.
         recipe: the YAML text of the recipe.
+        seed: seed of the random numbers; None if the method draws none.
     """
     hub_names = list(dict.fromkeys(model.path for model in models if is_hub_name(model)))
     front_matter = {"base_model": hub_names, "library_name": "transformers", "tags": _TAGS}
@@ -62,6 +68,7 @@ def model_card(
         project=_PROJECT,
         method=method,
         base=f" with {_linked(base)} as the base" if base else "",
+        seed="" if seed is None else f" Its random numbers have the seed {seed}.",
         models="\n".join(f"* {_linked(model)}" for model in models),
         recipe=_fenced(recipe, "yaml"),
     )

@@ -208,7 +208,7 @@ class JobMaker:
                     for index, (source, name) in enumerate(zip(slice_.sources, names, strict=True))
                 )
         models = tuple(str(source.model) for source in slice_.sources)
-        return Arguments(len(names), base, shared, per_input, models, output_name)
+        return Arguments(len(names), base, shared, per_input, models, output_name, self.recipe.seed)
 
 
 def _used(inputs: tuple[Input, ...], constant: Coefficients) -> tuple[tuple[Input, ...], Coefficients]:

@@ -55,6 +55,11 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    @property
+    def seed(self) -> int | None:
+        """The seed of the random numbers; None if the method draws none."""
+        return self.recipe.seed if self.method.random else None
+
 
 @dataclass
 class Planner:

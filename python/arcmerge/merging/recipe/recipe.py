@@ -29,6 +29,7 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.merging.recipe.dtype_name import read_dtype
 from arcmerge.merging.recipe.model_reference import ModelReference, read_reference
 from arcmerge.merging.recipe.parameters import NO_SETTINGS, Parameter, Settings, convert, read_settings, resolve
+from arcmerge.merging.recipe.seed import DEFAULT_SEED, read_seed
 from arcmerge.merging.recipe.tokenizer_block import TokenizerRecipe, read_tokenizer
 from arcmerge.merging.recipe.yaml_document import Reader, did_you_mean, parse, shown
 
@@ -68,6 +69,7 @@ class Recipe:
         out_dtype: dtype of the stored result; None for that of the arithmetic.
         tokenizer: the tokenizer block, if there is one.
         chat_template: "auto", the name of a template, or the text of one.
+        seed: seed of the random numbers; methods that draw none do not read it.
         document: the mapping that the YAML gives.
         text: the recipe as it was written.
         warnings: sentences about parts that have no effect.
@@ -82,6 +84,7 @@ class Recipe:
     out_dtype: DType | None
     tokenizer: TokenizerRecipe | None
     chat_template: str | None
+    seed: int
     document: Mapping[Any, Any] = field(repr=False)
     text: str
     warnings: tuple[str, ...]
@@ -205,6 +208,12 @@ def with_parameters(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
     return _read_recipe(document, _dump(document))
 
 
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe with this seed, written into its document and its text."""
+    document = {**recipe.document, "seed": seed}
+    return _read_recipe(document, _dump(document))
+
+
 def _dump(document: Mapping[Any, Any]) -> str:
     try:
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
@@ -262,6 +271,7 @@ def _read_recipe(document: Mapping[Any, Any], text: str) -> Recipe:
         out_dtype=read_dtype(entries.get("out_dtype"), "out_dtype", reader),
         tokenizer=read_tokenizer(entries.get("tokenizer_source"), entries.get("tokenizer"), reader),
         chat_template=_read_chat_template(entries.get("chat_template"), reader),
+        seed=_read_seed(entries.get("seed"), reader),
         document=document,
         text=text,
         warnings=tuple(reader.warnings),
@@ -272,7 +282,7 @@ def _read_recipe(document: Mapping[Any, Any], text: str) -> Recipe:
 
 _RECIPE_KEYS = (
     *("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype"),
-    *("tokenizer_source", "tokenizer", "chat_template"),
+    *("tokenizer_source", "tokenizer", "chat_template", "seed"),
 )
 # A key of a recipe at the start of a line or within the braces of a mapping.
 _KEY = re.compile(rf"(?:^(?:---)?|[{{,])\s*[\"']?(?:{'|'.join(_RECIPE_KEYS)})[\"']?\s*:(?=\s|$|[\"'\[{{])")
@@ -378,3 +388,11 @@ def _read_chat_template(value: Any, reader: Reader) -> str | None:
     if value is None:
         return None
     return reader.text(value, "chat_template", "`auto`, the name of a chat template, or the text of one")
+
+
+def _read_seed(value: Any, reader: Reader) -> int:
+    try:
+        return read_seed(value, "seed")
+    except ArcmergeError as error:
+        reader.extend(error)
+        return DEFAULT_SEED
