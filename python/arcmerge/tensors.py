@@ -14,10 +14,7 @@ from arcmerge.errors import ArcmergeError, first_of
 from arcmerge.merging.execution.native import measured, write
 from arcmerge.merging.execution.work_units import PIECE_ELEMENTS
 from arcmerge.merging.methods import registry
-from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Histogram, Measure, Statistic
-from arcmerge.merging.methods.method import Arguments, Method, copy_of
-from arcmerge.merging.methods.rule import Coefficients, Rule
-from arcmerge.merging.recipe.parameters import REQUIRED, Scalar, convert, finite
+from arcmerge.merging.recipe.parameters import REQUIRED, Scalar, finite
 from arcmerge.merging.recipe.seed import read_seed
 
 if TYPE_CHECKING:
@@ -152,7 +149,7 @@ def _arguments(
                 raise ArcmergeError(f"'{parameter.name}' must have {rule}, got {len(value)} values")
             values = [*value, *[None] * (count - model_count)]
         converted = [
-            None if parameter.scope == "non_base" and index == base else convert(one, parameter.kind, parameter.name)
+            None if parameter.scope == "non_base" and index == base else parameter.read(one, parameter.name)
             for index, one in enumerate(values)
         ]
         if parameter.scope == "shared":

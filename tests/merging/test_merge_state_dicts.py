@@ -12,7 +12,9 @@ from torch import Tensor
 
 import arcmerge
 import tiny
+from arcmerge.merging.methods import registry
 from arcmerge.merging.methods.registry import METHODS
+from arcmerge.merging.recipe.parameters import Parameter
 
 MODELS = ("gemma-a", "gemma-b", "gemma-b-f16")
 # Method, number of models, index of the base, parameters; a tuple has a value for each model.
@@ -125,6 +127,18 @@ def test_integers_and_empty_tensors_are_kept() -> None:
     merged = arcmerge.merge_state_dicts([a, b], "slerp", base=b, parameters={"t": 0.5})
     assert_equal_bits(merged, b)
     assert merged["positions"] is not b["positions"]
+
+
+def test_values_out_of_range_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bounded(type(METHODS["linear"])):  # type: ignore[misc]
+        name = "bounded"
+        parameters = (Parameter("weight", scope="input", low=0, high=1), METHODS["linear"].parameters[1])
+
+    monkeypatch.setattr(registry, "METHODS", {"bounded": Bounded()})
+    for weight in (2, [0.5, 2], lambda name: 2):
+        with pytest.raises(arcmerge.ArcmergeError, match=r"^'weight' must be between 0 and 1, got 2$"):
+            arcmerge.merge_state_dicts([X, X], "bounded", parameters={"weight": weight})
+    assert torch.equal(arcmerge.merge_state_dicts([X, X], "bounded", parameters={"weight": [0, 1]})["x"], X["x"])
 
 
 X = {"x": torch.ones(3)}

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.recipe.parameters import Parameter, Rule, Settings, convert, evaluate, resolve
+from arcmerge.merging.methods.registry import METHODS
+from arcmerge.merging.recipe.parameters import REQUIRED, Parameter, Rule, Settings, convert, evaluate, resolve
 
 T = Parameter("t")
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
@@ -106,6 +107,50 @@ class TestConvert:
         with pytest.raises(ArcmergeError) as caught:
             convert(value, kind, "t")
         assert str(caught.value).startswith(sentence)
+
+
+class TestRange:
+    SHARE = Parameter("density", low=0, high=1)
+
+    @pytest.mark.parametrize("value", [0, 1, 0.5, "1", -0.0, 1e-300])
+    def test_bounds_are_within(self, value):
+        assert self.SHARE.read(value, "density") == float(value)
+
+    @pytest.mark.parametrize(
+        ("parameter", "value", "sentence"),
+        [
+            (SHARE, 2, "'p' must be between 0 and 1, got 2"),
+            (SHARE, "-1e-3", "'p' must be between 0 and 1, got '-1e-3'"),
+            (SHARE, np.nextafter(1, 2).item(), "'p' must be between 0 and 1, got 1.0000000000000002"),
+            (SHARE, 53, "'p' must be between 0 and 1, got 53; write 0.53 for 53 %"),
+            (SHARE, "12.5", "'p' must be between 0 and 1, got '12.5'; write 0.125 for 12.5 %"),
+            (SHARE, 101, "'p' must be between 0 and 1, got 101"),
+            (SHARE, math.nan, "'p' must be a finite number, got nan"),
+            (Parameter("p", low=0), -53, "'p' must be 0 or more, got -53"),
+            (Parameter("p", high=0.5), 53, "'p' must be 0.5 or less, got 53"),
+            (Parameter("p", int, low=1, high=9), 53, "'p' must be between 1 and 9, got 53"),
+            (Parameter("p", int, low=1), 1.5, "'p' must be a whole number, got 1.5"),
+        ],
+    )
+    def test_other_values_are_refused(self, parameter, value, sentence):
+        with pytest.raises(ArcmergeError) as caught:
+            parameter.read(value, "p")
+        assert str(caught.value) == sentence
+
+    @given(numbers)
+    def test_without_bounds_every_number_is_within(self, value):
+        assert T.read(value, "t") == value
+
+    @given(st.lists(st.floats(0, 1), min_size=1, max_size=9), depths)
+    def test_a_gradient_within_0_and_1_stays_there(self, values, u):
+        """Exactly, although 1 - f is rounded: the sum is at most 1 + 2^-54, which is rounded to 1."""
+        assert 0 <= gradient(values, u) <= 1
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_defaults_are_within(self, method):
+        for parameter in METHODS[method].parameters:
+            if parameter.default is not REQUIRED:
+                assert parameter.read(parameter.default, parameter.name) == parameter.default
 
 
 class TestFilters:

@@ -13,6 +13,7 @@ from arcmerge.merging.recipe.recipe import load_recipe
 
 T = Parameter("t")
 WEIGHT = Parameter("weight", scope="input")
+DENSITY = Parameter("density", scope="non_base", low=0, high=1)
 SWITCH = Parameter("nuslerp_flatten", kind=bool, default=True)
 PAIR = {"merge_method": "slerp", "base_model": "A", "models": [{"model": "A"}, {"model": "B"}]}
 
@@ -266,6 +267,22 @@ class TestProblems:
         (problem,) = refusal(config, T, SWITCH)
         assert problem.startswith(sentence)
         assert "\n" not in problem
+
+    def test_values_out_of_range_at_every_level(self):
+        source = layers("B", 0, 1, parameters={"density": 53})
+        rules = [{"filter": "mlp", "value": [0, 1, 1.5]}, {"value": "-1"}]
+        config = {
+            **sliced(parameters={"density": rules}),
+            "slices": [{"sources": [source], "parameters": {"density": [2, 3]}}],
+        }
+        assert refusal(config, DENSITY) == (
+            "'slices[0].sources[0].parameters.density' must be between 0 and 1, got 53; write 0.53 for 53 %",
+            "'slices[0].parameters.density' must be between 0 and 1, got 2",
+            "'slices[0].parameters.density' must be between 0 and 1, got 3",
+            "'parameters.density' must be between 0 and 1, got 1.5",
+            "'parameters.density' must be between 0 and 1, got '-1'",
+        )
+        assert load_recipe(pair(parameters={"density": [0, "0.5", 1]})).check_parameters([DENSITY]) == ()
 
     def test_all_at_once(self):
         config = {"models": [{"model": "A+B"}], "dtype": "half", "parameters": {"t": None}, "tokenizer": 3}

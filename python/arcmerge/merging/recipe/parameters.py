@@ -47,6 +47,7 @@ class Parameter:
             name of the input tensor.
         default: value if no level sets it.
         extension: whether mergekit does not have the parameter. Its name must then not occur in recipes for mergekit.
+        low, high: the smallest and the largest value that recipes can set; None for no bound.
     """
 
     name: str
@@ -54,6 +55,22 @@ class Parameter:
     scope: Literal["shared", "input", "non_base"] = "shared"
     default: float | Required = REQUIRED
     extension: bool = False
+    low: float | None = None
+    high: float | None = None
+
+    def read(self, value: Scalar, location: str) -> float:
+        """`value` as a value of this parameter; ArcmergeError if it is of another kind, or out of range."""
+        number = convert(value, self.kind, location)
+        if (self.low is None or number >= self.low) and (self.high is None or number <= self.high):
+            return number
+        if self.low is None or self.high is None:
+            bounds = f"{self.high:g} or less" if self.low is None else f"{self.low:g} or more"
+        else:
+            bounds = f"between {self.low:g} and {self.high:g}"
+        # From 10 up a share is meant in percent; 2 may be any mistake.
+        percent = (self.low, self.high) == (0, 1) and 10 <= number <= 100
+        advice = f"; write {number / 100:g} for {number:g} %" if percent else ""
+        raise ArcmergeError(f"'{location}' must be {bounds}, got {shown(value)}{advice}")
 
 
 @dataclass(frozen=True)
@@ -171,7 +188,7 @@ _SWITCHES = {
 
 
 def read_settings(value: Any, location: str, reader: Reader) -> Settings:
-    """Read a `parameters:` block; None gives an empty one. `Recipe.check_parameters` checks the kinds of the values."""
+    """Read a `parameters:` block; None gives an empty one. `Recipe.check_parameters` checks the values."""
     if value is None:
         return Settings(location)
     entries = reader.mapping(value, location)

@@ -124,7 +124,7 @@ class Recipe:
             Warnings about values that have no effect.
 
         Raises:
-            ArcmergeError: for values of the wrong kind.
+            ArcmergeError: for values of the wrong kind or out of range.
         """
         known = {parameter.name: parameter for parameter in parameters}
         reader = Reader()
@@ -141,7 +141,7 @@ class Recipe:
                     reader.warning(location, f"ignored, `{self.method}` does not read `{name}` of the base model")
                 for value in (value for rule in rules for value in rule.values):
                     try:
-                        convert(value, parameter.kind, location)
+                        parameter.read(value, location)
                     except ArcmergeError as error:
                         reader.extend(error)
         reader.problems.raise_if_any()
