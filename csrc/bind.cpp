@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <tuple>
 #include <utility>
 
 #include "gemma2.h"
@@ -106,6 +108,66 @@ std::unique_ptr<arcmerge::MappedFile> map_file(int file, std::size_t size) {
 
 void column_sums(const Operand& operand, Count rows, Count columns, Address out) {
   arcmerge::column_sums(operand, rows, columns, at<double>(out));
+}
+
+// ---- selections of merge.h
+
+arcmerge::Selection make_selection(const std::vector<std::array<Count, 4>>& cuts, const std::vector<py::int_>& keys,
+                                   std::vector<std::pair<double, double>> probabilities, Count columns, bool joint,
+                                   bool rounded, Address row_scales) {
+  arcmerge::Selection selection;
+  for (const auto& [upper, upper_rank, lower, lower_rank] : cuts)
+    selection.cuts.push_back({upper, upper_rank, lower, lower_rank});
+  for (const py::int_& key : keys) selection.keys.push_back(PyLong_AsUnsignedLongLongMask(key.ptr()));  // of any sign
+  selection.probabilities = std::move(probabilities);
+  selection.columns = columns;
+  selection.joint = joint;
+  selection.rounded = rounded;
+  selection.row_scales = at<const float>(row_scales);
+  return selection;
+}
+
+arcmerge::Consensus make_consensus(const std::vector<std::array<double, 4>>& factors, int election,
+                                   bool zero_is_negative, double floor, bool inverse) {
+  if (election < 0 || election > 2)
+    throw std::invalid_argument("'election' must be 0 (none), 1 (sum) or 2 (count), got " + std::to_string(election));
+  arcmerge::Consensus consensus;
+  for (const auto& [vote, value, share, alone] : factors)
+    consensus.factors.push_back({float(vote), float(value), float(share), float(alone)});
+  consensus.election = arcmerge::Election(election);
+  consensus.zero_is_negative = zero_is_negative;
+  consensus.floor = float(floor);
+  consensus.inverse = inverse;
+  return consensus;
+}
+
+void magnitude_histogram(Address out, const std::vector<Operand>& operands, const Operand& base,
+                         const arcmerge::Selection& selection, Count first, Count count) {
+  arcmerge::magnitude_histogram(at<Count>(out), operands, base, selection, first, count);
+}
+
+void magnitude_histogram_within(Address out, const std::vector<Operand>& operands, const Operand& base,
+                                const arcmerge::Selection& selection, const std::vector<std::vector<Count>>& prefixes,
+                                Count first, Count count) {
+  arcmerge::magnitude_histogram_within(at<Count>(out), operands, base, selection, prefixes, first, count);
+}
+
+Count consensus_combine(Address out, int out_dtype, const std::vector<Operand>& operands, const Operand& base,
+                        const arcmerge::Selection& selection, const arcmerge::Consensus& consensus,
+                        const std::vector<arcmerge::EqualsBefore>& before, Count first, Count count) {
+  return arcmerge::consensus_combine(at<void>(out), dtype_of(out_dtype, "out_dtype"), operands, base, selection,
+                                     consensus, before, first, count);
+}
+
+std::tuple<std::vector<double>, std::vector<Count>, std::vector<Count>, Count> consensus_sums(
+    const std::vector<Operand>& operands, const Operand& base, const arcmerge::Selection& selection,
+    const arcmerge::Consensus& consensus, const std::vector<arcmerge::EqualsBefore>& before, Count first, Count count) {
+  auto sums = arcmerge::consensus_sums(operands, base, selection, consensus, before, first, count);
+  return {std::move(sums.squares), std::move(sums.alone), std::move(sums.shared), sums.balance};
+}
+
+void row_divergences(Address out, const Operand& x, const Operand& base, Count columns, Count first_row, Count rows) {
+  arcmerge::row_divergences(at<float>(out), x, base, columns, first_row, rows);
 }
 
 // ---- gemma2.h
@@ -268,6 +330,22 @@ PYBIND11_MODULE(_C, module) {
   module.def("copy", &copy, "out"_a, "source"_a, "bytes"_a, no_gil);
   module.def("count_nonfinite", &arcmerge::count_nonfinite, "operand"_a, "first"_a, "count"_a, no_gil);
   module.def("column_sums", &column_sums, "operand"_a, "rows"_a, "columns"_a, "out"_a, no_gil);
+  py::class_<arcmerge::Selection>(module, "Selection")
+      .def(py::init(&make_selection), "cuts"_a, "keys"_a, "probabilities"_a, "columns"_a, "joint"_a = false,
+           "rounded"_a = false, "row_scales"_a = 0);
+  py::class_<arcmerge::Consensus>(module, "Consensus")
+      .def(py::init(&make_consensus), "factors"_a, "election"_a = 0, "zero_is_negative"_a = false, "floor"_a = 0.0,
+           "inverse"_a = false);
+  module.def("magnitude_histogram", &magnitude_histogram, "out"_a, "operands"_a, "base"_a, "selection"_a, "first"_a,
+             "count"_a, no_gil);
+  module.def("magnitude_histogram_within", &magnitude_histogram_within, "out"_a, "operands"_a, "base"_a, "selection"_a,
+             "prefixes"_a, "first"_a, "count"_a, no_gil);
+  module.def("consensus_combine", &consensus_combine, "out"_a, "out_dtype"_a, "operands"_a, "base"_a, "selection"_a,
+             "consensus"_a, "before"_a, "first"_a, "count"_a, no_gil);
+  module.def("consensus_sums", &consensus_sums, "operands"_a, "base"_a, "selection"_a, "consensus"_a, "before"_a,
+             "first"_a, "count"_a, no_gil);
+  module.def("row_divergences", &row_divergences, "out"_a, "x"_a, "base"_a, "columns"_a, "first_row"_a, "rows"_a,
+             no_gil);
   module.def("variants", &arcmerge::variants);
   module.def("variant", &arcmerge::variant);
   module.def("use_variant", &arcmerge::use_variant, "name"_a);

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace arcmerge {
@@ -65,6 +66,69 @@ std::int64_t count_nonfinite(const Operand& operand, std::int64_t first, std::in
 
 // out[c] = the sum of column c in f64. out: [columns].
 void column_sums(const Operand& operand, std::int64_t rows, std::int64_t columns, double* out);
+
+// What selects elements of differences x_i - base by magnitude and at random: python/arcmerge/ops/selection.py.
+struct Selection {
+  struct Cut {
+    std::int64_t upper, upper_rank, lower, lower_rank;
+  };
+  std::vector<Cut> cuts;
+  std::vector<std::uint64_t> keys;
+  std::vector<std::pair<double, double>> probabilities;  // of the smallest and the largest element of a row
+  std::int64_t columns = 0;                              // the length of a row
+  bool joint = false, rounded = false;
+  const float* row_scales = nullptr;  // one for each row of the whole tensors, if any
+};
+
+// How selected elements make a result: python/arcmerge/ops/consensus_combine.py.
+enum class Election : int { none = 0, sum = 1, count = 2 };
+struct Consensus {
+  struct Factors {
+    float vote, value, share, alone;
+  };
+  std::vector<Factors> factors;
+  Election election = Election::none;
+  bool zero_is_negative = false;
+  float floor = 0;
+  bool inverse = false;
+};
+
+// How many elements before a range have the upper and the lower code of an input's cut.
+using EqualsBefore = std::pair<std::int64_t, std::int64_t>;
+
+// Adds to out, [k][planes][32768], the number of elements whose codes have each prefix, the upper 15 bits. Planes:
+// dropped and kept by random numbers, and unless codes are rounded, the sums of the lower 16 bits of both. Cuts are
+// ignored.
+void magnitude_histogram(std::int64_t* out, const std::vector<Operand>& operands, const Operand& base,
+                         const Selection& selection, std::int64_t first, std::int64_t count);
+
+// Adds to out, [k][P][65536], the number of elements with each code that starts with prefixes[i][p], in [k][P].
+void magnitude_histogram_within(std::int64_t* out, const std::vector<Operand>& operands, const Operand& base,
+                                const Selection& selection, const std::vector<std::vector<std::int64_t>>& prefixes,
+                                std::int64_t first, std::int64_t count);
+
+// out[e] = base + the sum of values / the sum of shares, over the inputs whose element is selected and agrees. Returns
+// the number of outputs that are not finite.
+std::int64_t consensus_combine(void* out, DType out_dtype, const std::vector<Operand>& operands, const Operand& base,
+                               const Selection& selection, const Consensus& consensus,
+                               const std::vector<EqualsBefore>& before, std::int64_t first, std::int64_t count);
+
+// What consensus_combine adds up: for each input, the sum of squares of its selected elements, in f64 in the order of
+// `gram`; how many elements it changes alone and how many with others; and how many more elements have a positive sum
+// of votes than a negative one, 0 without an election. Where a difference is not finite, results are not defined.
+struct ConsensusSums {
+  std::vector<double> squares;
+  std::vector<std::int64_t> alone, shared;
+  std::int64_t balance = 0;
+};
+ConsensusSums consensus_sums(const std::vector<Operand>& operands, const Operand& base, const Selection& selection,
+                             const Consensus& consensus, const std::vector<EqualsBefore>& before, std::int64_t first,
+                             std::int64_t count);
+
+// out[r] = the Kullback-Leibler divergence of softmax(x) from softmax(base) in row first_row + r of `columns` elements,
+// computed in f64 and rounded once; NaN for rows that are not finite. out: [rows].
+void row_divergences(float* out, const Operand& x, const Operand& base, std::int64_t columns, std::int64_t first_row,
+                     std::int64_t rows);
 
 // The variants that this processor can run, best first; the variant in use; the choice of another one.
 std::vector<std::string> variants();

@@ -79,6 +79,103 @@ def count_nonfinite(operand: Operand, first: int, count: int) -> int:
 def column_sums(operand: Operand, rows: int, columns: int, out: int) -> None:
     """The sum of every column of a matrix (rows, columns). out: float64 [columns]."""
 
+class Selection:
+    """What selects elements by magnitude and at random: see arcmerge.ops.selection.
+
+    Args:
+        cuts: for each operand (upper code, upper rank, lower code, lower rank).
+        keys: for each operand the key of its random numbers, an int64 or a uint64.
+        probabilities: for each operand that of the smallest and of the largest element of each row.
+        columns: the length of a row; of a vector or a scalar, the number of its elements.
+        joint: whether magnitudes are the variance over the operands.
+        rounded: whether magnitudes are rounded to bfloat16.
+        row_scales: 0, or the address of float32, one for each row of the whole tensors.
+    """
+
+    def __init__(
+        self,
+        cuts: Sequence[tuple[int, int, int, int]],
+        keys: Sequence[int],
+        probabilities: Sequence[tuple[float, float]],
+        columns: int,
+        joint: bool = False,
+        rounded: bool = False,
+        row_scales: int = 0,
+    ) -> None: ...
+
+class Consensus:
+    """How selected elements make a result: see arcmerge.ops.consensus_combine.
+
+    Args:
+        factors: for each operand (vote, value, share, alone), rounded to float32.
+        election: 0 for none, 1 for the sum of votes, 2 for their count.
+        zero_is_negative: whether a sum of votes that is 0 elects the negative sign.
+        floor: the smallest sum of shares, rounded to float32; 0 for any.
+        inverse: whether differences are divided by their probabilities.
+    """
+
+    def __init__(
+        self,
+        factors: Sequence[tuple[float, float, float, float]],
+        election: int = 0,
+        zero_is_negative: bool = False,
+        floor: float = 0.0,
+        inverse: bool = False,
+    ) -> None: ...
+
+def magnitude_histogram(
+    out: int, operands: Sequence[Operand], base: Operand, selection: Selection, first: int, count: int
+) -> None:
+    """Add the counts of elements [first, first + count) to out: int64 [k][2 if rounded else 4][32768].
+
+    The planes are those of arcmerge.ops.magnitude_histogram. Cuts are ignored.
+    """
+
+def magnitude_histogram_within(
+    out: int,
+    operands: Sequence[Operand],
+    base: Operand,
+    selection: Selection,
+    prefixes: Sequence[Sequence[int]],
+    first: int,
+    count: int,
+) -> None:
+    """Add the counts by the lower 16 bits of codes to out: int64 [k][P][65536]. prefixes: [k][P]."""
+
+def consensus_combine(
+    out: int,
+    out_dtype: int,
+    operands: Sequence[Operand],
+    base: Operand,
+    selection: Selection,
+    consensus: Consensus,
+    before: Sequence[tuple[int, int]],
+    first: int,
+    count: int,
+) -> int:
+    """out[e] = base + what its selected and agreeing differences add. Returns as `combine`.
+
+    before: for each operand how many elements before `first` have the upper and the lower code of its cut.
+    """
+
+def consensus_sums(
+    operands: Sequence[Operand],
+    base: Operand,
+    selection: Selection,
+    consensus: Consensus,
+    before: Sequence[tuple[int, int]],
+    first: int,
+    count: int,
+) -> tuple[list[float], list[int], list[int], int]:
+    """What consensus_combine adds up in elements [first, first + count).
+
+    For each operand the sum of squares of its selected differences, how many elements it changes alone, and how many
+    with others; and how many more elements have a positive sum of votes than a negative one.
+    """
+
+def row_divergences(out: int, x: Operand, base: Operand, columns: int, first_row: int, rows: int) -> None:
+    """out: float32 [rows], the divergence KL(softmax(x) || softmax(base)) of each row; NaN for rows with NaN or inf."""
+
 def variants() -> list[str]:
     """Those of "avx512bf16", "avx512", "avx2" and "baseline" that this processor can run, best first.
 

@@ -21,6 +21,28 @@ def operand(tensor: Tensor) -> _C.Operand:
     return _C.Operand(tensor.data_ptr(), native_dtype(tensor.dtype))
 
 
+def native_selection(
+    tensor: Tensor,
+    cuts: Tensor | None,
+    keys: Tensor,
+    probabilities: Tensor,
+    row_scales: Tensor | None,
+    *,
+    joint: bool,
+    rounded: bool,
+) -> _C.Selection:
+    """What selects elements of tensors such as `tensor`; `row_scales`, if any, are contiguous and read in place."""
+    return _C.Selection(
+        [] if cuts is None else cuts.tolist(),
+        keys.tolist(),
+        probabilities.tolist(),
+        tensor.shape[-1] if tensor.ndim else 1,
+        joint,
+        rounded,
+        0 if row_scales is None else row_scales.data_ptr(),
+    )
+
+
 def native_cache(key_cache: Tensor, value_cache: Tensor) -> _C.KvCache:
     """Contiguous CPU caches [B, Hkv, S, Dh], which the native backend reads and writes in place."""
     sequences, heads, slots, head_dim = key_cache.shape

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from arcmerge import _C
 from arcmerge.dispatch.checks import WEIGHTS, require, require_alike, require_dtype, shapes
+from arcmerge.dispatch.native import native_dtype, native_selection, operand
 from arcmerge.dispatch.registry import op
 from arcmerge.ops.magnitude_histogram import check_draws, check_row_scales
 from arcmerge.ops.selection import between, codes, differences, drawn, row_probabilities
@@ -126,3 +128,39 @@ def _check(
 @consensus_combine.fake
 def _fake(tensors: Sequence[Tensor], *_: object, out_dtype: torch.dtype, **__: object) -> Tensor:
     return tensors[0].new_empty(tensors[0].shape, dtype=out_dtype)
+
+
+@consensus_combine.native
+def _native(
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    factors: Tensor,
+    cuts: Tensor,
+    keys: Tensor,
+    probabilities: Tensor,
+    row_scales: Tensor | None,
+    *,
+    out_dtype: torch.dtype,
+    election: str,
+    zero_is_negative: bool,
+    floor: float,
+    inverse: bool,
+    joint: bool,
+    rounded: bool,
+) -> Tensor:
+    inputs = [tensor.contiguous() for tensor in [*tensors, base]]
+    scales = None if row_scales is None else row_scales.contiguous()
+    *operands, base_operand = map(operand, inputs)
+    out = _fake(tensors, out_dtype=out_dtype)
+    _C.consensus_combine(
+        out.data_ptr(),
+        native_dtype(out_dtype),
+        operands,
+        base_operand,
+        native_selection(base, cuts, keys, probabilities, scales, joint=joint, rounded=rounded),
+        _C.Consensus(factors.tolist(), ELECTIONS.index(election), zero_is_negative, floor, inverse),
+        [(0, 0)] * len(operands),
+        0,
+        out.numel(),
+    )
+    return out

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from arcmerge import _C
 from arcmerge.dispatch.checks import require_alike, require_dtype, shapes
+from arcmerge.dispatch.native import native_selection, operand
 from arcmerge.dispatch.registry import op
 from arcmerge.ops.selection import codes, differences, drawn, row_probabilities
 
@@ -119,3 +121,28 @@ def _fake(
     if prefixes is not None:
         return tensors[0].new_empty([*prefixes.shape, 65536], dtype=torch.int64)
     return tensors[0].new_empty([len(tensors), 2 if rounded else 4, 32768], dtype=torch.int64)
+
+
+@magnitude_histogram.native
+def _native(
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    keys: Tensor,
+    probabilities: Tensor,
+    prefixes: Tensor | None,
+    row_scales: Tensor | None,
+    *,
+    joint: bool,
+    rounded: bool,
+) -> Tensor:
+    inputs = [tensor.contiguous() for tensor in [*tensors, base]]
+    scales = None if row_scales is None else row_scales.contiguous()
+    *operands, base_operand = map(operand, inputs)
+    selection = native_selection(base, None, keys, probabilities, scales, joint=joint, rounded=rounded)
+    out = _fake(tensors, base, keys, probabilities, prefixes, row_scales, joint=joint, rounded=rounded).zero_()
+    if prefixes is None:
+        _C.magnitude_histogram(out.data_ptr(), operands, base_operand, selection, 0, base.numel())
+    else:
+        wanted = prefixes.tolist()
+        _C.magnitude_histogram_within(out.data_ptr(), operands, base_operand, selection, wanted, 0, base.numel())
+    return out

@@ -43,7 +43,7 @@ def codes(differences: Tensor, row_scales: Tensor | None, *, joint: bool, rounde
     else:
         magnitudes = differences.abs()
     if row_scales is not None:
-        magnitudes = magnitudes * row_scales.unsqueeze(-1).reshape(row_scales.shape + (1,) * (row_scales.ndim == 1))
+        magnitudes = magnitudes * row_scales.unsqueeze(-1)
     if rounded:
         magnitudes = magnitudes.bfloat16().float()
     bits = magnitudes.contiguous().view(torch.int32) & 0x7FFFFFFF

@@ -1,0 +1,299 @@
+#include "cpu/merge/selection.h"
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/simd/convert.h"
+#include "cpu/simd/philox.h"
+#include "cpu/simd/variant.h"
+
+namespace arcmerge {
+namespace {
+
+constexpr std::uint32_t kSignless = 0x7fffffff, kNan = 0x7fc00000;
+
+template <class>
+ARCMERGE_INLINE void subtract_body(float* x, const float* base, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) x[e] -= base[e];
+}
+
+template <class>
+ARCMERGE_INLINE void codes_of_body(const float* magnitudes, bool rounded, std::int64_t count, std::uint32_t* codes) {
+  if (rounded)
+    for (std::int64_t e = 0; e < count; ++e) codes[e] = std::uint32_t(to_bf16(magnitudes[e]) & 0x7fff) << 16;
+  else
+    for (std::int64_t e = 0; e < count; ++e) codes[e] = bits_of(canonical(magnitudes[e])) & kSignless;
+}
+
+template <class>
+ARCMERGE_INLINE void scale_body(float* out, const float* x, float scale, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) out[e] = float_of(bits_of(x[e]) & kSignless) * scale;
+}
+
+// The sums of differences, their mean, the sums of squares around it, and their mean.
+template <class>
+ARCMERGE_INLINE void add_body(float* sum, const float* x, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) sum[e] += x[e];
+}
+template <class>
+ARCMERGE_INLINE void divide_body(float* sum, float k, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) sum[e] /= k;
+}
+template <class>
+ARCMERGE_INLINE void square_body(float* sum, const float* x, const float* mean, bool adds, std::int64_t count) {
+  for (std::int64_t e = 0; e < count; ++e) {
+    const float square = (x[e] - mean[e]) * (x[e] - mean[e]);
+    sum[e] = adds ? sum[e] + square : square;
+  }
+}
+
+// numbers: 8 * kPhiloxBlocks of them for each of the `times` calls of philox.
+template <class Isa>
+ARCMERGE_INLINE void uniform16_body(std::uint64_t key, std::uint64_t block, std::int64_t times,
+                                    std::uint16_t* numbers) {
+  for (std::int64_t time = 0; time < times; ++time)
+    philox<Isa>(key, block + time * kPhiloxBlocks,
+                reinterpret_cast<std::uint32_t (*)[4]>(numbers + time * 8 * kPhiloxBlocks));
+}
+
+template <class>
+ARCMERGE_INLINE void keep_below_body(const std::uint16_t* numbers, std::uint32_t limit, std::int64_t count,
+                                     std::uint16_t* kept) {
+  for (std::int64_t e = 0; e < count; ++e) kept[e] = numbers[e] < limit ? kKept : 0;
+}
+template <class>
+ARCMERGE_INLINE void keep_by_chance_body(const std::uint16_t* numbers, const double* chances, std::int64_t count,
+                                         std::uint16_t* kept) {
+  for (std::int64_t e = 0; e < count; ++e) kept[e] = double(numbers[e]) + 0.5 < 65536 * chances[e] ? kKept : 0;
+}
+template <class>
+ARCMERGE_INLINE void chances_of_body(const std::uint32_t* ranks, double first, double step, std::int64_t count,
+                                     double* chances) {
+  for (std::int64_t e = 0; e < count; ++e) chances[e] = first + step * double(ranks[e]);
+}
+
+template <class>
+ARCMERGE_INLINE std::int64_t count_equal_body(const std::uint32_t* codes, std::uint32_t code, std::int64_t count) {
+  std::int32_t equal = 0;
+  for (std::int64_t e = 0; e < count; ++e) equal += codes[e] == code;
+  return equal;
+}
+
+ARCMERGE_VARIANTS(void, subtract, (float* x, const float* base, std::int64_t count), (x, base, count))
+ARCMERGE_VARIANTS(void, codes_of, (const float* magnitudes, bool rounded, std::int64_t count, std::uint32_t* codes),
+                  (magnitudes, rounded, count, codes))
+ARCMERGE_VARIANTS(void, scale, (float* out, const float* x, float scale, std::int64_t count), (out, x, scale, count))
+ARCMERGE_VARIANTS(void, add, (float* sum, const float* x, std::int64_t count), (sum, x, count))
+ARCMERGE_VARIANTS(void, divide, (float* sum, float k, std::int64_t count), (sum, k, count))
+ARCMERGE_VARIANTS(void, square, (float* sum, const float* x, const float* mean, bool adds, std::int64_t count),
+                  (sum, x, mean, adds, count))
+ARCMERGE_VARIANTS(void, uniform16, (std::uint64_t key, std::uint64_t block, std::int64_t times, std::uint16_t* numbers),
+                  (key, block, times, numbers))
+ARCMERGE_VARIANTS(void, keep_below,
+                  (const std::uint16_t* numbers, std::uint32_t limit, std::int64_t count, std::uint16_t* kept),
+                  (numbers, limit, count, kept))
+ARCMERGE_VARIANTS(void, keep_by_chance,
+                  (const std::uint16_t* numbers, const double* chances, std::int64_t count, std::uint16_t* kept),
+                  (numbers, chances, count, kept))
+ARCMERGE_VARIANTS(void, chances_of,
+                  (const std::uint32_t* ranks, double first, double step, std::int64_t count, double* chances),
+                  (ranks, first, step, count, chances))
+ARCMERGE_VARIANTS(std::int64_t, count_equal, (const std::uint32_t* codes, std::uint32_t code, std::int64_t count),
+                  (codes, code, count))
+
+// ranks[e] = the number of elements with smaller codes, or with equal codes and a lower index: a radix sort, the last
+// pass of which writes ranks in place of an order. Digits that all codes share take no pass.
+void rank(const std::vector<std::uint32_t>& codes, std::vector<std::uint32_t>& ranks, std::vector<std::uint32_t>& order,
+          std::vector<std::uint32_t>& next_order) {
+  constexpr int kBits = 8;
+  const std::size_t count = codes.size();
+  std::array<std::uint32_t, 1 << kBits> starts[4] = {};
+  for (const std::uint32_t code : codes)
+    for (int digit = 0; digit < 4; ++digit) ++starts[digit][code >> digit * kBits & 0xff];
+  int digits[4], passes = 0;
+  for (int digit = 0; digit < 4; ++digit) {
+    if (starts[digit][codes[0] >> digit * kBits & 0xff] != count) digits[passes++] = digit;
+    std::uint32_t total = 0;
+    for (std::uint32_t& start : starts[digit]) start = (total += start) - start;
+  }
+  if (passes == 0) digits[passes++] = 0;
+  order.resize(count);
+  next_order.resize(count);
+  for (int pass = 0; pass < passes; ++pass) {
+    const int shift = digits[pass] * kBits;
+    for (std::size_t j = 0; j < count; ++j) {
+      const std::uint32_t e = pass == 0 ? std::uint32_t(j) : order[j];
+      const std::uint32_t place = starts[digits[pass]][codes[e] >> shift & 0xff]++;
+      if (pass + 1 == passes)
+        ranks[e] = place;
+      else
+        next_order[place] = e;
+    }
+    order.swap(next_order);
+  }
+}
+
+}  // namespace
+
+// ---- differences and codes
+
+Differences::Differences(const std::vector<Operand>& operands, const Operand& base, const Selection& selection)
+    : operands_(operands),
+      base_operand_(base),
+      selection_(selection),
+      differences_(operands.size()),
+      codes_(selection.joint ? 1 : operands.size()) {}
+
+void Differences::read(std::int64_t first, std::int64_t count) {
+  widen(base_operand_, first, count, base_.of);
+  for (std::size_t i = 0; i < size(); ++i) {
+    widen(operands_[i], first, count, differences_[i].of);
+    subtract(differences_[i].of, base_.of, count);
+    if (!selection_.joint) encode(differences_[i].of, first, count, codes_[i].of);
+  }
+  if (!selection_.joint) return;
+  mean_ = differences_[0];
+  for (std::size_t i = 1; i < size(); ++i) add(mean_.of, differences_[i].of, count);
+  divide(mean_.of, float(size()), count);
+  Tile<float> variance;
+  for (std::size_t i = 0; i < size(); ++i) square(variance.of, differences_[i].of, mean_.of, i > 0, count);
+  divide(variance.of, float(size()), count);
+  encode(variance.of, first, count, codes_[0].of);
+}
+
+void Differences::encode(const float* magnitudes, std::int64_t first, std::int64_t count, std::uint32_t* codes) {
+  if (selection_.row_scales) {
+    const std::int64_t columns = selection_.columns;
+    for (std::int64_t done = 0; done < count;) {
+      const std::int64_t row = (first + done) / columns;
+      const std::int64_t span = std::min(count - done, (row + 1) * columns - (first + done));
+      scale(magnitudes_.of + done, magnitudes + done, selection_.row_scales[row], span);
+      done += span;
+    }
+    magnitudes = magnitudes_.of;
+  }
+  codes_of(magnitudes, selection_.rounded, count, codes);
+}
+
+// ---- random numbers
+
+Draws::Draws(const std::vector<Operand>& operands, const Operand& base, const Selection& selection)
+    : selection_(selection),
+      differences_(operands, base, selection),
+      codes_(operands.size()),
+      ranks_(operands.size()),
+      numbers_(kTile + 16 * kPhiloxBlocks) {}
+
+double Draws::probability(std::size_t i) const {
+  const auto [first, last] = selection_.probabilities[i];
+  return first == last ? first : (first + last) / 2;
+}
+
+void Draws::draw(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept) {
+  if (keeps_all(i)) {
+    std::fill(kept, kept + count, kKept);
+    return;
+  }
+  constexpr std::int64_t kTimed = 8 * kPhiloxBlocks;
+  uniform16(selection_.keys[i], std::uint64_t(first / 8), (first % 8 + count + kTimed - 1) / kTimed, numbers_.data());
+  const std::uint16_t* numbers = numbers_.data() + first % 8;
+  if (by_rank(i)) {
+    read_chances(i, first, count);
+    keep_by_chance(numbers, chances_.of, count, kept);
+  } else {
+    // The number of the numbers u with u + 0.5 < 65536 p.
+    const double limit = std::ceil(65536 * probability(i) - 0.5);
+    keep_below(numbers, limit > 0 ? std::uint32_t(std::min(limit, 65536.0)) : 0, count, kept);
+  }
+}
+
+void Draws::inverses(std::size_t i, std::int64_t first, std::int64_t count, float* out) {
+  if (by_rank(i))
+    read_chances(i, first, count);
+  else
+    std::fill(chances_.of, chances_.of + count, probability(i));
+  for (std::int64_t e = 0; e < count; ++e) out[e] = float(1 / chances_.of[e]);
+}
+
+void Draws::read_chances(std::size_t i, std::int64_t first, std::int64_t count) {
+  const std::int64_t columns = selection_.columns;
+  const auto [smallest, largest] = selection_.probabilities[i];
+  const double step = (largest - smallest) / double(columns - 1);
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t row = (first + done) / columns, column = (first + done) % columns;
+    const std::int64_t span = std::min(count - done, columns - column);
+    if (row != row_) rank_row(row);
+    chances_of(ranks_[selection_.joint ? 0 : i].data() + column, smallest, step, span, chances_.of + done);
+    done += span;
+  }
+}
+
+void Draws::rank_row(std::int64_t row) {
+  const std::int64_t columns = selection_.columns;
+  const std::size_t ranked = selection_.joint ? 1 : differences_.size();
+  for (std::size_t i = 0; i < ranked; ++i) {
+    codes_[i].resize(columns);
+    ranks_[i].resize(columns);
+  }
+  for (std::int64_t done = 0; done < columns; done += kTile) {
+    const std::int64_t size = std::min(kTile, columns - done);
+    differences_.read(row * columns + done, size);
+    for (std::size_t i = 0; i < ranked; ++i)
+      std::copy(differences_.codes(i), differences_.codes(i) + size, codes_[i].begin() + done);
+  }
+  for (std::size_t i = 0; i < ranked; ++i) rank(codes_[i], ranks_[i], order_, next_order_);
+  row_ = row;
+}
+
+// ---- cuts
+
+Cuts::Bounds Cuts::next(const std::uint32_t* codes, std::int64_t count, std::uint16_t* kept) {
+  const auto equals = [&](std::int64_t code) {
+    return code < 0 || code > std::int64_t(kSignless) ? 0 : count_equal(codes, std::uint32_t(code), count);
+  };
+  std::int64_t upper = upper_before_, lower = lower_before_;
+  upper_before_ += equals(cut_.upper);
+  lower_before_ += equals(cut_.lower);
+  // Whether the equal elements of the tile are in, unless only some of them are.
+  const bool upper_in = upper >= cut_.upper_rank, lower_in = lower_before_ <= cut_.lower_rank;
+  const bool upper_splits = !upper_in && upper_before_ > cut_.upper_rank;
+  const bool lower_splits = !lower_in && lower < cut_.lower_rank;
+  if (upper_splits || lower_splits)
+    for (std::int64_t e = 0; e < count; ++e) {
+      if (upper_splits && codes[e] == cut_.upper && upper++ < cut_.upper_rank) kept[e] = 0;
+      if (lower_splits && codes[e] == cut_.lower && lower++ >= cut_.lower_rank) kept[e] = 0;
+    }
+  constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
+  const std::int64_t high = cut_.upper - (upper_in || upper_splits ? 0 : 1);
+  const std::int64_t low = cut_.lower + (lower_in || lower_splits ? 0 : 1);
+  if (low > kMax) return {0, -1};
+  return {std::int32_t(std::max<std::int64_t>(low, 0)), std::int32_t(std::clamp<std::int64_t>(high, -1, kMax))};
+}
+
+// ---- arguments
+
+void require_each(const char* name, std::size_t entries, std::size_t k) {
+  if (entries != k)
+    throw std::invalid_argument(std::string("'") + name + "' must be as many as the operands (" + std::to_string(k) +
+                                "), got " + std::to_string(entries));
+}
+
+void require_selection(const std::vector<Operand>& operands, const Selection& selection, std::int64_t first,
+                       std::int64_t count) {
+  if (operands.empty()) throw std::invalid_argument("'operands' must have 1 or more entries, got 0");
+  require_range(first, count);
+  require_each("keys", selection.keys.size(), operands.size());
+  require_each("probabilities", selection.probabilities.size(), operands.size());
+  if (count > 0) require_matrix(0, selection.columns);
+  // Ranks have 32 bits.
+  if (selection.columns >> 32)
+    for (const auto& [first_chance, last_chance] : selection.probabilities)
+      if (first_chance != last_chance)
+        throw std::invalid_argument("'columns' must be below 2^32 for probabilities by rank, got " +
+                                    std::to_string(selection.columns));
+}
+
+}  // namespace arcmerge

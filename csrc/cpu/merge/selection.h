@@ -1,0 +1,99 @@
+// The selection of elements of differences by magnitude and at random, tile by tile (python/arcmerge/ops/selection.py).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/simd/tile.h"
+#include "merge.h"
+
+namespace arcmerge {
+
+template <class T>
+struct alignas(64) Tile {
+  T of[kTile];
+};
+
+// The bit of a kept element, above the 15 bits of the prefix of a code.
+constexpr std::uint16_t kKept = 0x8000;
+
+// Differences of tiles of all inputs from the base, and their codes.
+class Differences {
+ public:
+  Differences(const std::vector<Operand>& operands, const Operand& base, const Selection& selection);
+
+  // Reads elements [first, first + count), at most a tile.
+  void read(std::int64_t first, std::int64_t count);
+
+  std::size_t size() const { return operands_.size(); }
+  float* base() { return base_.of; }
+  float* operator[](std::size_t i) { return differences_[i].of; }
+  const std::uint32_t* codes(std::size_t i) const { return codes_[selection_.joint ? 0 : i].of; }
+
+ private:
+  void encode(const float* magnitudes, std::int64_t first, std::int64_t count, std::uint32_t* codes);
+
+  const std::vector<Operand>& operands_;
+  const Operand& base_operand_;
+  const Selection& selection_;
+  Tile<float> base_, magnitudes_, mean_;
+  std::vector<Tile<float>> differences_;
+  std::vector<Tile<std::uint32_t>> codes_;
+};
+
+// The random numbers that keep elements.
+class Draws {
+ public:
+  Draws(const std::vector<Operand>& operands, const Operand& base, const Selection& selection);
+
+  // Whether all elements of an input are kept.
+  bool keeps_all(std::size_t i) const { return !by_rank(i) && probability(i) >= 1; }
+
+  // kept[e] = kKept if element first + e is kept, else 0.
+  void draw(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept);
+
+  // out[e] = 1 / the probability of element first + e.
+  void inverses(std::size_t i, std::int64_t first, std::int64_t count, float* out);
+
+ private:
+  bool by_rank(std::size_t i) const {
+    return selection_.columns != 1 && selection_.probabilities[i].first != selection_.probabilities[i].second;
+  }
+  double probability(std::size_t i) const;
+  void read_chances(std::size_t i, std::int64_t first, std::int64_t count);
+  void rank_row(std::int64_t row);
+
+  const Selection& selection_;
+  Differences differences_;  // of the row that is ranked
+  std::int64_t row_ = -1;
+  std::vector<std::vector<std::uint32_t>> codes_, ranks_;
+  std::vector<std::uint32_t> order_, next_order_;
+  std::vector<std::uint16_t> numbers_;
+  Tile<double> chances_;  // the probability of each element of a tile
+};
+
+// The cuts of an input, and how many elements of its upper and lower code came before.
+class Cuts {
+ public:
+  Cuts(const Selection::Cut& cut, const EqualsBefore& before)
+      : cut_(cut), upper_before_(before.first), lower_before_(before.second) {}
+
+  // Elements with codes in [low, high] are between the cuts, except those for which kept[e] becomes 0.
+  struct Bounds {
+    std::int32_t low, high;
+  };
+  Bounds next(const std::uint32_t* codes, std::int64_t count, std::uint16_t* kept);
+
+ private:
+  Selection::Cut cut_;
+  std::int64_t upper_before_, lower_before_;
+};
+
+// Throws std::invalid_argument unless there is one entry for each of k inputs.
+void require_each(const char* name, std::size_t entries, std::size_t k);
+// The same for the arguments of all operations.
+void require_selection(const std::vector<Operand>& operands, const Selection& selection, std::int64_t first,
+                       std::int64_t count);
+
+}  // namespace arcmerge
