@@ -143,7 +143,8 @@ torture-interrupts: $(DEV)
 	PYTHONPATH=tests:tests/helpers $(BIN)/python tests/command/torture_interrupts.py 500
 
 # Run the native tests under AddressSanitizer with UndefinedBehaviorSanitizer, and a program under ThreadSanitizer (gcc).
-NATIVE_TESTS := tests/native/test_native*.py tests/ops/test_gram.py tests/ops/test_combine.py
+NATIVE_TESTS := tests/native/test_native*.py $(addprefix tests/ops/test_, gram.py combine.py \
+	magnitude_histogram.py consensus_combine.py)
 SANITIZED = $(BIN)/python setup.py -q build --build-base build/$(1)
 sanitize: export ASAN_OPTIONS := detect_leaks=0
 sanitize: export UBSAN_OPTIONS := print_stacktrace=1:halt_on_error=1

@@ -287,7 +287,8 @@ void require_selection(const std::vector<Operand>& operands, const Selection& se
   require_range(first, count);
   require_each("keys", selection.keys.size(), operands.size());
   require_each("probabilities", selection.probabilities.size(), operands.size());
-  if (count > 0) require_matrix(0, selection.columns);
+  if (count > 0 && selection.columns < 1)
+    throw std::invalid_argument("'columns' must be 1 or more, got " + std::to_string(selection.columns));
   // Ranks have 32 bits.
   if (selection.columns >> 32)
     for (const auto& [first_chance, last_chance] : selection.probabilities)
