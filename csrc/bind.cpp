@@ -311,7 +311,6 @@ PYBIND11_MODULE(_C, module) {
   using namespace py::literals;
   const py::call_guard<py::gil_scoped_release> no_gil;
 
-  module.attr("MAX_OPERANDS") = arcmerge::kMaxOperands;
   py::class_<Operand>(module, "Operand")
       .def(py::init(&make_operand), "address"_a, "dtype"_a, "cast"_a = -1, "rows"_a = 0, "columns"_a = 0);
   py::class_<arcmerge::MappedFile>(module, "MappedFile", py::buffer_protocol())

@@ -15,8 +15,6 @@
 
 namespace arcmerge {
 
-constexpr int kMaxOperands = 8;
-
 enum class DType : int { bf16 = 0, f16 = 1, f32 = 2 };
 
 inline std::int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }

@@ -4,6 +4,10 @@ Every product and every sum is rounded to float32, from left to right, and the t
 (nearest even): the same bits as the reference. Reads each input and writes the output once: 6 bytes an element of a
 bf16 pair. One program a segment.
 
+More than eight inputs take several launches, for lack of registers. Each but the last adds seven or eight of them to
+the sum so far, which is kept in float32; to multiply it by 1 is exact, so the bits are those of one sum. A launch more
+moves 8 bytes an element more.
+
 FMA is off, because the compiler would fuse depending on the position of an element. The ptxas of Triton 3.6 fuses
 nevertheless for sm_100 (compiled and inspected, not run); that of 3.9 does not.
 """
@@ -14,9 +18,11 @@ from collections.abc import Sequence
 
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, cat, empty_like, float32, ones_like, zeros_like
 
 from .segments import launches, load, read_row, store
+
+MOST = 8  # inputs of a launch
 
 
 @triton.jit
@@ -69,7 +75,7 @@ def combine(
     *,
     rows: int = 1,
 ) -> None:
-    """Fill outs[g] with the sum of the k tensors of groups[g] times coefficients[g], k = 1 to 8.
+    """Fill outs[g] with the sum of the k tensors of groups[g] times coefficients[g].
 
     Args:
         outs: one tensor a group.
@@ -80,6 +86,11 @@ def combine(
         rows: how many vectors of equal length follow one another in every tensor, each with its own coefficients and
             count: coefficients[g * rows + row].
     """
+    if coefficients.shape[1] > MOST:
+        for index, (out, group) in enumerate(zip(outs, groups, strict=True)):
+            vectors = slice(index * rows, (index + 1) * rows)
+            _combine_many(out, group, coefficients[vectors], nonfinite[vectors], rows)
+        return
     for dtypes, table, _ in launches([(*group, out) for group, out in zip(groups, outs, strict=True)], rows):
         _combine_kernel[(len(table),)](
             table,
@@ -91,3 +102,13 @@ def combine(
             num_warps=4,
             enable_fp_fusion=False,
         )
+
+
+def _combine_many(out: Tensor, group: Sequence[Tensor], coefficients: Tensor, nonfinite: Tensor, rows: int) -> None:
+    """The same for one group of more than MOST tensors. One group at a time, because of the memory for its sum."""
+    one, ignored = ones_like(coefficients[:, :1]), zeros_like(nonfinite)
+    while len(group) > MOST:
+        total = empty_like(out, dtype=float32)
+        combine([total], [group[:MOST]], coefficients[:, :MOST].contiguous(), ignored, rows=rows)
+        group, coefficients = [total, *group[MOST:]], cat([one, coefficients[:, MOST:]], dim=1)
+    combine([out], [group], coefficients, nonfinite, rows=rows)

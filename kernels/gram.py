@@ -10,11 +10,15 @@ That takes few float64 instructions, for GPUs with one float64 unit for 64 of fl
 an odd significand is 1 modulo 8, so rounding seldom drops more than half a unit, and without the errors every squared
 norm would be 6e-9 too small, for any count of elements. With a float32 input, or a base, products are not exact
 in float32: they are computed and summed in float64, as are those of more than four operands, which lack registers.
+
+The matrix of more than eight inputs is filled by launches for all pairs of groups of four, each of which reads eight
+inputs. An entry has the same bits in each launch that computes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations, product
 
 import triton
 import triton.language as tl
@@ -23,6 +27,7 @@ from torch import Tensor, empty, float64
 from .segments import launches, load, read_row
 
 WARPS = 4
+MOST = 8  # inputs of a launch
 
 
 @triton.jit
@@ -130,7 +135,7 @@ def _vectors_kernel(runs_ptr, partial_ptr, out_ptr, ENTRIES: tl.constexpr, ROWS:
 def gram(
     groups: Sequence[Sequence[Tensor]], out: Tensor, *, bases: Sequence[Tensor] | None = None, rows: int = 1
 ) -> None:
-    """Fill out with the Gram matrices of groups of k tensors, k = 1 to 8.
+    """Fill out with the Gram matrices of groups of k tensors.
 
     Args:
         groups: G groups. The tensors of a group are contiguous, of one length and each bf16, f16 or f32; groups may
@@ -141,6 +146,16 @@ def gram(
             out[g * rows + row].
     """
     k = len(groups[0])
+    if k > MOST:
+        parts = [slice(first, min(first + MOST // 2, k)) for first in range(0, k, MOST // 2)]
+        for a, b in combinations(parts, 2):
+            of_both = [[*group[a], *group[b]] for group in groups]
+            both = empty((len(out), len(of_both[0]), len(of_both[0])), dtype=float64, device=out.device)
+            gram(of_both, both, bases=bases, rows=rows)
+            places = [(a, slice(0, MOST // 2)), (b, slice(MOST // 2, None))]
+            for (i, from_i), (j, from_j) in product(places, places):
+                out[:, i, j] = both[:, from_i, from_j]
+        return
     operands = groups if bases is None else [(*group, base) for group, base in zip(groups, bases, strict=True)]
     for dtypes, table, runs in launches(operands, rows):
         crowded = len(dtypes) > 4

@@ -8,7 +8,6 @@ In shapes, k is the number of operands and `vectors` the number of rows or colum
 
 from collections.abc import Sequence
 
-MAX_OPERANDS: int
 MAX_THREADS: int
 
 class Operand:

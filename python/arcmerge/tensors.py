@@ -14,6 +14,9 @@ from arcmerge.errors import ArcmergeError, first_of
 from arcmerge.merging.execution.native import measured, write
 from arcmerge.merging.execution.work_units import PIECE_ELEMENTS
 from arcmerge.merging.methods import registry
+from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Histogram, Measure, Statistic
+from arcmerge.merging.methods.method import Arguments, Method, copy_of
+from arcmerge.merging.methods.rule import Coefficients, Rule
 from arcmerge.merging.recipe.parameters import REQUIRED, Scalar, finite
 from arcmerge.merging.recipe.seed import read_seed
 
@@ -110,8 +113,8 @@ def merge_state_dicts(
     known = [parameter.name for parameter in chosen.parameters]
     if unknown := [name for name in given if name not in known]:
         raise ArcmergeError(f"'parameters' must be among {', '.join(known) or 'none'}, got {first_of(unknown)}")
-    if not models or len(inputs) > _C.MAX_OPERANDS:
-        raise ArcmergeError(f"'models' must have 1 to {_C.MAX_OPERANDS} state dicts with the base, got {len(inputs)}")
+    if not models:
+        raise ArcmergeError("'models' must have 1 or more state dicts, got 0")
     for model in inputs[1:]:
         if unmatched := sorted(model.keys() ^ inputs[0].keys()):
             raise ArcmergeError(f"'models' must have the same names, got {first_of(unmatched)} in some of them only")

@@ -49,6 +49,8 @@ SMALL = [
     _case("2 bf16, whole segments", (32768, 16384), (BF16, BF16), BF16, traffic=1 + (3 * 40 + 2 * 8) / (6 * 49152)),
     _case("bf16 and f32 to f16", (2057,), (BF16, F32), F16),
     _case("8 f32 to bf16", (2057,), (F32,) * 8, BF16),
+    # As each but the last launch of a sum of more than eight.
+    _case("f32 and 7 bf16 to f32", (2057,), (F32, *[BF16] * 7), F32),
     _case("1 f16 to f32", (2057,), (F16,), F32),
 ]
 

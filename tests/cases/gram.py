@@ -61,6 +61,7 @@ SMALL = [
     _case("3 of bf16 and f16 less a base", (1033,), (BF16, F16, BF16), BF16),
     _case("2 f32", (1033,), (F32, F32)),
     _case("8 bf16", (1033,), (BF16,) * 8),
+    _case("9 bf16, in three launches", (1033, 5), (BF16,) * 9),
 ]
 
 MODELS = [

@@ -65,7 +65,7 @@ struct Case {
     first = rows * columns ? in.count(rows * columns) : 0;
     count = rows * columns - first;
     if (in.flag()) count = in.count(count);
-    const Count k = in.flag() ? 2 : 1 + in.below(arcmerge::kMaxOperands);
+    const Count k = in.flag() ? 2 : 1 + in.below(12);
     for (Count i = 0; i < k; ++i) sources.emplace_back(in, rows, columns, wild);
     if (in.byte() % 4 == 0) base.emplace(in, rows, columns, wild);
     for (const Source& source : sources) {
@@ -221,15 +221,15 @@ void transpose(Input& in) {
 
 // Wrong arguments are refused before memory is touched.
 void refusals(Input& in) {
-  const Count negative = -1 - in.below(200), kind = in.below(6);
-  const std::vector<Operand> operands(kind == 0 ? 0 : kind == 1 ? arcmerge::kMaxOperands + 1 : 2);
-  const std::vector<float> coefficients(operands.size() + (kind == 2));
-  const Count first = kind == 3 ? negative : 0, count = kind == 4 ? negative : 1, columns = kind == 5 ? -negative : 0;
+  const Count negative = -1 - in.below(200), kind = in.below(5);
+  const std::vector<Operand> operands(kind == 0 ? 0 : 2);
+  const std::vector<float> coefficients(operands.size() + (kind == 1));
+  const Count first = kind == 2 ? negative : 0, count = kind == 3 ? negative : 1, columns = kind == 4 ? -negative : 0;
   bool refused = false;
   try {
-    if (kind < 5 && in.flag())
+    if (kind < 4 && in.flag())
       arcmerge::combine(nullptr, in.dtype(), operands, coefficients, first, count);
-    else if (kind == 5)
+    else if (kind == 4)
       arcmerge::gram_of_columns(operands, nullptr, negative, columns, nullptr);
     else
       arcmerge::combine_rows(nullptr, in.dtype(), operands, nullptr, first, count, columns);

@@ -64,7 +64,6 @@ RECIPES = {
     "no-method": Bad(("merge_method",), recipe(merge_method=None)),
     "method-misspelt": Bad(("'slrep'", "mean `slerp`"), recipe(merge_method="slrep")),
     "method-not-supported": Bad(("ties", "slerp", "linear"), recipe(merge_method="ties")),
-    "nine-models": Bad(("at most 8", "9"), recipe(merge_method="karcher", models=models(*["llama-a"] * 8, "llama-b"))),
     "nothing-to-merge": Bad(("models", "slices", "modules"), recipe(models=None)),
     "models-and-slices": Bad(("models", "slices"), {**sliced([0, 3], [0, 3]), "models": models("llama-a", "llama-b")}),
     "no-models-listed": Bad(("models",), recipe(models=[])),

@@ -27,6 +27,18 @@ CASES: dict[str, dict[str, Any]] = {
         "models": ["gemma-a", "gemma-b", "gemma-c"],
         "parameters": {},
     },
+    "nine inputs and rows gathered": {
+        "merge_method": "karcher",
+        "models": ["gemma-a", "gemma-b-vocabulary", "gemma-c"] * 3,
+        "tokenizer_source": "union",
+        "parameters": {},
+    },
+    "ten inputs and a base, stored in float32": {
+        "merge_method": "model_stock",
+        "models": ["gemma-a", *["gemma-b-f32", "gemma-c"] * 5],
+        "dtype": "float32",
+        "parameters": {},
+    },
     "stored in float32": {"dtype": "float32", "models": ["gemma-a", "gemma-b-f32"]},
     "rounded twice, on the CPU": {"out_dtype": "float32"},
     "vectors, on the CPU": {"merge_method": "nuslerp", "parameters": {"weight": 0.5, "nuslerp_flatten": False}},
@@ -92,6 +104,8 @@ GB = 1e9
 # Other parameters for cases without t.
 OTHERWISE: dict[str, dict[str, Any]] = {
     "three inputs and a base": {"filter_wise": True},
+    "nine inputs and rows gathered": {"max_iter": 1},
+    "ten inputs and a base, stored in float32": {"filter_wise": True},
     "vectors, on the CPU": {"weight": 0.25, "nuslerp_flatten": True},
     "nearswap, on the CPU": {"t": 0.01},
 }

@@ -110,8 +110,7 @@ def test_an_unknown_variant_is_refused():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        pytest.param(lambda x: _C.gram([], None, 0, 1), "'operands' must have 1 to 8 entries, got 0", id="none"),
-        pytest.param(lambda x: _C.gram([x] * 9, None, 0, 1), "'operands' must have 1 to 8 entries, got 9", id="nine"),
+        pytest.param(lambda x: _C.gram([], None, 0, 1), "'operands' must have 1 or more entries, got 0", id="none"),
         pytest.param(
             lambda x: _C.gram([x], None, -1, 1),
             "'first' and 'count' must not be negative, got -1 and 1",

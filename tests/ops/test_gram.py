@@ -55,7 +55,7 @@ def test_bf16_pair_at_every_length_and_alignment(variant):
 @every_variant
 @settings(max_examples=40, deadline=None)
 @given(
-    inputs=st.lists(st.tuples(dtypes, st.none() | dtypes), min_size=1, max_size=8),
+    inputs=st.lists(st.tuples(dtypes, st.none() | dtypes), min_size=1, max_size=10),
     count=st.integers(0, 2100),
     first=st.integers(0, 70),
     seed=st.integers(0, 2**20),
@@ -67,6 +67,21 @@ def test_any_mix_of_dtypes_and_casts(variant, inputs, count, first, seed):
     with using(variant):
         out = native(operands, count, first=first)
     assert same_bits(out, expected_gram([value[first:] for value in cast]))
+
+
+@every_variant
+@pytest.mark.parametrize("k", [9, 17, 33])
+def test_any_number_of_inputs(variant, k):
+    values = [normal(1500, dtype=(BF16, F16, F32)[seed % 3], seed=seed) for seed in range(k)]
+    with using(variant):
+        out = native([operand(value) for value in values], 1500)
+    wide = torch.stack([value.double() for value in values])
+    lengths = wide.norm(dim=1)
+    assert ((out - wide @ wide.T).abs() <= 1e-9 * lengths[:, None] * lengths).all()
+    # Each entry has the bits that it has alone.
+    for i, j in ((0, k - 1), (k - 2, k - 1), (8, 3)):
+        with using(variant):
+            assert same_bits(out[i, j], native([operand(values[i]), operand(values[j])], 1500)[0, 1])
 
 
 @every_variant
@@ -125,7 +140,7 @@ def test_error_against_exact_sums_at_21_million_elements():
 
 @every_variant
 @pytest.mark.parametrize("with_base", [False, True])
-@pytest.mark.parametrize("k", [1, 2, 3, 8])
+@pytest.mark.parametrize("k", [1, 2, 3, 8, 12])
 def test_matrices_of_rows_are_those_of_ranges(variant, with_base, k):
     rows, columns = 4, 1100
     values = [normal(rows, columns, seed=seed) for seed in range(k)]

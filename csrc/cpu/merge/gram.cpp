@@ -7,6 +7,7 @@
 // Sums run in kLanes lanes (constants.h).
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "cpu/simd/constants.h"
 #include "cpu/simd/tile.h"
@@ -163,19 +164,29 @@ ARCMERGE_VARIANTS(void, add_products, (double* sums, const float* x, const float
                   (sums, x, y, count))
 
 // One range of all operands as tiles, with the base subtracted.
-struct Tiles {
-  alignas(64) float of[kMaxOperands][kTile];
-  alignas(64) float base[kTile];
+class Tiles {
+ public:
+  explicit Tiles(std::size_t operands) : tiles_(new Tile[operands]) {}  // of any values
 
-  void fill(const std::vector<Operand>& operands, const Operand* base_operand, std::int64_t first, std::int64_t count) {
+  const float* operator[](int i) const { return tiles_[i].values; }
+
+  void fill(const std::vector<Operand>& operands, const Operand* base, std::int64_t first, std::int64_t count) {
     const std::int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-    if (base_operand) widen(*base_operand, first, count, base);
+    if (base) widen(*base, first, count, base_.values);
     for (std::size_t i = 0; i < operands.size(); ++i) {
-      widen(operands[i], first, count, of[i]);
-      if (base_operand) subtract(of[i], base, count);
-      std::fill(of[i] + count, of[i] + padded, 0.0f);
+      float* tile = tiles_[i].values;
+      widen(operands[i], first, count, tile);
+      if (base) subtract(tile, base_.values, count);
+      std::fill(tile + count, tile + padded, 0.0f);
     }
   }
+
+ private:
+  struct alignas(64) Tile {
+    float values[kTile];
+  };
+  std::unique_ptr<Tile[]> tiles_;
+  Tile base_;
 };
 
 double sum(const double* lanes) {
@@ -187,16 +198,16 @@ double sum(const double* lanes) {
 void gram_of_range(const std::vector<Operand>& operands, const Operand* base, std::int64_t first, std::int64_t count,
                    double* out) {
   const int k = int(operands.size());
-  double lanes[kMaxOperands * (kMaxOperands + 1) / 2][kLanes] = {};
+  const auto lanes = std::make_unique<double[][kLanes]>(std::size_t(k * (k + 1) / 2));
   if (k == 2 && !base && is_plain_bf16(operands[0]) && is_plain_bf16(operands[1])) {
-    bf16_pair(operands[0].address + 2 * first, operands[1].address + 2 * first, count, lanes);
+    bf16_pair(operands[0].address + 2 * first, operands[1].address + 2 * first, count, lanes.get());
   } else {
-    Tiles tiles;
+    Tiles tiles(operands.size());
     for (std::int64_t done = 0; done < count; done += kTile) {
       const std::int64_t size = std::min(kTile, count - done);
       tiles.fill(operands, base, first + done, size);
       for (int i = 0, pair = 0; i < k; ++i)
-        for (int j = i; j < k; ++j, ++pair) tile_pair(tiles.of[i], tiles.of[j], size, lanes[pair]);
+        for (int j = i; j < k; ++j, ++pair) tile_pair(tiles[i], tiles[j], size, lanes[pair]);
     }
   }
   for (int i = 0, pair = 0; i < k; ++i)
@@ -226,7 +237,7 @@ void gram_of_columns(const std::vector<Operand>& operands, const Operand* base, 
   require_operands(operands);
   require_matrix(rows, columns);
   const int k = int(operands.size());
-  Tiles tiles;
+  Tiles tiles(operands.size());
   std::vector<double> sums(std::size_t(k * (k + 1) / 2) * kTile);
   for (std::int64_t left = 0; left < columns; left += kTile) {
     const std::int64_t width = std::min(kTile, columns - left);
@@ -234,7 +245,7 @@ void gram_of_columns(const std::vector<Operand>& operands, const Operand* base, 
     for (std::int64_t row = 0; row < rows; ++row) {
       tiles.fill(operands, base, row * columns + left, width);
       for (int i = 0, pair = 0; i < k; ++i)
-        for (int j = i; j < k; ++j, ++pair) add_products(&sums[pair * kTile], tiles.of[i], tiles.of[j], width);
+        for (int j = i; j < k; ++j, ++pair) add_products(&sums[pair * kTile], tiles[i], tiles[j], width);
     }
     for (std::int64_t column = 0; column < width; ++column) {
       double* cell = out + (left + column) * k * k;

@@ -99,9 +99,7 @@ void widen(const Operand& operand, std::int64_t first, std::int64_t count, float
 }
 
 void require_operands(const std::vector<Operand>& operands) {
-  if (operands.empty() || operands.size() > kMaxOperands)
-    throw std::invalid_argument("'operands' must have 1 to " + std::to_string(kMaxOperands) + " entries, got " +
-                                std::to_string(operands.size()));
+  if (operands.empty()) throw std::invalid_argument("'operands' must have 1 or more entries, got 0");
 }
 
 void require_range(std::int64_t first, std::int64_t count) {

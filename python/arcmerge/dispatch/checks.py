@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arcmerge import _C
 from arcmerge.dtypes import MERGEABLE
 from arcmerge.errors import ArcmergeError
 
@@ -154,9 +153,9 @@ def require_activations(**tensors: Tensor) -> None:
 
 
 def require_alike(tensors: Sequence[Tensor], base: Tensor | None = None) -> None:
-    """Check that 1 to 8 tensors, and a base, have one shape and device, and are bfloat16, float16 or float32."""
-    if not 1 <= len(tensors) <= _C.MAX_OPERANDS:
-        require(False, "tensors", f"be 1 to {_C.MAX_OPERANDS} tensors", len(tensors))
+    """Check that tensors, and a base, have one shape and device, and are bfloat16, float16 or float32."""
+    if not tensors:
+        require(False, "tensors", "be 1 or more tensors", 0)
     first, named = tensors[0], {f"tensors[{index}]": tensor for index, tensor in enumerate(tensors)}
     if base is not None:
         named["base"] = base

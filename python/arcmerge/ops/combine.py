@@ -24,10 +24,11 @@ def combine(
     """out = c_0 * x_0 + c_1 * x_1 + ..., rounded once.
 
     Products and sums are rounded to float32 one by one, from left to right, without FMA; the sum is rounded to
-    out_dtype, to nearest even. NaN stays NaN. Moves the bytes of the inputs and of the output once.
+    out_dtype, to nearest even. NaN stays NaN. Moves the bytes of the inputs and of the output once; on a GPU,
+    8 bytes an element more for every seven inputs beyond the first eight.
 
     Args:
-        tensors: k = 1 to 8 tensors of one shape and device, each bfloat16, float16 or float32.
+        tensors: k tensors, any number, of one shape and device, each bfloat16, float16 or float32.
         coefficients: [k]; or with dim, for tensors [R, C], one row of k for every row, [R, k] (dim 1), or for every
             column, [C, k] (dim 0). They are rounded to float32.
         dim: the dimension that shares coefficients; None if all elements do.

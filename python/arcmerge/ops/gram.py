@@ -19,10 +19,10 @@ def gram(tensors: Sequence[Tensor], *, base: Tensor | None = None, dim: int | No
 
     Products are exact, in float64 or for bfloat16 and float16 in float32; sums are in float64, on a GPU in compensated
     float32 where eight neighbours meet. The error is within 1e-9 of |x_i||x_j| at 21 million elements. Reads each
-    tensor once.
+    tensor once; on a GPU, (k - 1) // 4 times if there are more than eight.
 
     Args:
-        tensors: k = 1 to 8 tensors of one shape and device, each bfloat16, float16 or float32.
+        tensors: k tensors, any number, of one shape and device, each bfloat16, float16 or float32.
         base: a tensor of that shape, device and kind; differences from it are rounded to float32.
         dim: None for the sum over all elements; 1 for a matrix G of each row of tensors [R, C], 0 for one of each
             column.

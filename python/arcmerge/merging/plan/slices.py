@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from arcmerge._C import MAX_OPERANDS
 from arcmerge.errors import Problems
 from arcmerge.merging.methods.method import Method
 from arcmerge.merging.recipe.model_reference import ModelReference
@@ -67,11 +66,6 @@ def _with_layers(
         problems.add(
             f"'{location}' must have the same number of layers in all sources, got {', '.join(found)}; {advice}give "
             "the sources layer ranges of the same length"
-        )
-    if len(sources) > MAX_OPERANDS:
-        problems.add(
-            f"'slices[{index}].sources' must have at most {MAX_OPERANDS} models, got {len(sources)}; "
-            "merge some of them first, then the result with the rest"
         )
     base = slice_.base_model or recipe.base_model
     if method.base != "ignored" and base is not None and len(sources) > 1:
