@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from arcmerge import _C
 from arcmerge.errors import ArcmergeError, first_of
 from arcmerge.merging.execution.native import measured, write
 from arcmerge.merging.execution.work_units import PIECE_ELEMENTS
