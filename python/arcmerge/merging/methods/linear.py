@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class TaskArithmetic(Method):
     name = "task_arithmetic"
     title = "Task Arithmetic"
     reference = "https://arxiv.org/abs/2212.04089"
-    parameters = (
+    parameters: ClassVar[tuple[Parameter, ...]] = (
         Parameter("weight", scope="non_base"),
         Parameter("lambda", default=1.0),
         Parameter("normalize", bool, default=False),
@@ -76,7 +76,7 @@ class TaskArithmetic(Method):
     base = "required"
     centers = True
 
-    def constant(self, arguments: Arguments) -> Coefficients:
+    def constant(self, arguments: Arguments) -> Coefficients | None:
         if (single := super().constant(arguments)) is not None:
             return single
         weights = self.weights(arguments)

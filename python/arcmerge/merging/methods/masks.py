@@ -22,7 +22,7 @@ def mask_key(seed: int, tensor: str, model: int) -> int:
     Args:
         seed: seed of the merge, from 0 to 2^63 - 1.
         tensor: name of the output tensor.
-        model: index of the model among the inputs of the tensor, as the recipe lists them.
+        model: index of the model among the inputs of the tensor other than the base, as the recipe lists them.
 
     Returns:
         64 bits, of which Philox takes the low 32 first.

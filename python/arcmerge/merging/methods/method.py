@@ -146,6 +146,10 @@ class Method:
         """None: one Gram matrix for the tensor. 1: one for each row of a matrix. 0: one for each column."""
         return None
 
+    def advice(self, arguments: Arguments) -> str | None:
+        """A warning that applies if it applies to every tensor: a default that defeats the purpose."""
+        return None
+
     def measure(self, found: Sequence[Statistic], arguments: Arguments) -> Measure | None:
         """The measure to take after those that found `found`; None if the rule follows from them.
 

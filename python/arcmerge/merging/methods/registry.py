@@ -14,6 +14,7 @@ _FILES = (
     "spherical",
     "linear",
     "nearswap",
+    "task_vectors",
 )
 
 METHODS: Mapping[str, Method] = {
@@ -21,10 +22,7 @@ METHODS: Mapping[str, Method] = {
 }
 
 # mergekit's methods that elect signs, sort, sample or compare element by element.
-_NOT_SUPPORTED = (
-    *("ties", "dare_ties", "dare_linear", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties"),
-    *("sce", "ram", "ramplus_tl", "arcee_fusion"),
-)
+_NOT_SUPPORTED = (*("sce", "ram", "ramplus_tl", "arcee_fusion"),)
 
 
 def get(name: str) -> Method:

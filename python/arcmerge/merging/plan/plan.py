@@ -136,7 +136,7 @@ class Planner:
             vocab_size=vocab_size,
             tied=tied,
             notes=tuple(outside.notes),
-            warnings=tuple(self.warnings),
+            warnings=(*self.warnings, *_advice(made)),
         )
 
     def _check_model(self, model: ModelReference) -> None:
@@ -293,6 +293,13 @@ class Planner:
         if checkpoint.tensors[head].shape != checkpoint.tensors[embedding].shape:
             return True
         return not _same_bytes(checkpoint.tensor_bytes(head), checkpoint.tensor_bytes(embedding))
+
+
+def _advice(jobs: Sequence[Job]) -> list[str]:
+    """The warning of the method that applies to every tensor of several inputs, if there is one."""
+    found = {job.method.advice(job.values) for job in jobs if job.values.count > 1}
+    (sentence,) = found if len(found) == 1 else (None,)
+    return [sentence] if sentence else []
 
 
 def _listed(words: Sequence[str] | None) -> str:

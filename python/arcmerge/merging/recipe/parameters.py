@@ -20,10 +20,10 @@ from enum import Enum
 from typing import Any, Final, Literal
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.recipe.yaml_document import Reader, shown
+from arcmerge.merging.recipe.yaml_document import Reader, did_you_mean, shown
 
 Scalar = bool | int | float | str
-Kind = type[float] | type[int] | type[bool]
+Kind = type[float] | type[int] | type[bool] | type[str]
 
 
 class Required(Enum):
@@ -37,30 +37,37 @@ REQUIRED: Final = Required.REQUIRED
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number or switch of a merge method.
+    """A number, a switch or a word of a merge method.
 
     Args:
         name: name in recipes.
-        kind: float, int or bool.
+        kind: float, int, bool, or str for one of `choices`.
         scope: "shared" for one value for an output tensor, "input" for one value for each input, "non_base" for one
             value for each input except the base. The last two can also be set on a source, and their filters match the
             name of the input tensor.
         default: value if no level sets it.
         extension: whether mergekit does not have the parameter. Its name must then not occur in recipes for mergekit.
         low, high: the smallest and the largest value that recipes can set; None for no bound.
+        choices: the words that recipes can set.
     """
 
     name: str
     kind: Kind = float
     scope: Literal["shared", "input", "non_base"] = "shared"
-    default: float | Required = REQUIRED
+    default: float | str | Required = REQUIRED
     extension: bool = False
     low: float | None = None
     high: float | None = None
+    choices: tuple[str, ...] = ()
 
-    def read(self, value: Scalar, location: str) -> float:
+    def read(self, value: Scalar, location: str) -> Any:
         """`value` as a value of this parameter; ArcmergeError if it is of another kind, or out of range."""
         number = convert(value, self.kind, location)
+        if self.kind is str:
+            if number not in self.choices:
+                hint = did_you_mean(number, self.choices)
+                raise ArcmergeError(f"'{location}' must be {' or '.join(self.choices)}, got {shown(value)}{hint}")
+            return number
         if (self.low is None or number >= self.low) and (self.high is None or number <= self.high):
             return number
         if self.low is None or self.high is None:
@@ -109,7 +116,7 @@ NO_SETTINGS: Final = Settings("")
 
 def resolve(
     parameter: Parameter, levels: Sequence[Settings], tensor_name: str, u: float, ignored: Sequence[Settings] = ()
-) -> float:
+) -> Any:
     """Find the value of a parameter for a tensor.
 
     Args:
@@ -136,17 +143,17 @@ def resolve(
     return parameter.default
 
 
-def evaluate(values: Sequence[Scalar], u: float, kind: Kind, location: str) -> float:
+def evaluate(values: Sequence[Scalar], u: float, kind: Kind, location: str) -> Any:
     """The value of a gradient at depth u in [0, 1].
 
-    The entries are evenly spaced from u = 0 to u = 1. Numbers are interpolated linearly; of switches, the one at or
-    before u is taken.
+    The entries are evenly spaced from u = 0 to u = 1. Numbers are interpolated linearly; of switches and words, the one
+    at or before u is taken.
     """
     position = u * (len(values) - 1)
     index = int(position)
     fraction = position - index
     here = convert(values[index], kind, location)
-    if kind is bool:
+    if kind in (bool, str):
         return here
     after = convert(values[min(index + 1, len(values) - 1)], kind, location)
     return convert((1 - fraction) * here + fraction * after, kind, location)
@@ -161,11 +168,13 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def convert(value: Scalar, kind: Kind, location: str) -> float:
+def convert(value: Scalar, kind: Kind, location: str) -> Any:
     """`value` as a `kind`; ArcmergeError if it is of another kind.
 
     Text that spells a value is accepted, because YAML reads `1e-3` as text.
     """
+    if kind is str:
+        return str(value)
     if kind is bool:
         switch = _SWITCHES.get(str(value).strip().lower())
         if switch is None:

@@ -96,7 +96,7 @@ class Recipe:
         bases = [self.base_model, *(slice_.base_model for slice_ in self.slices)]
         return tuple(dict.fromkeys([*sources, *(base for base in bases if base)]))
 
-    def value(self, parameter: Parameter, slice_: Slice, source: Source | None, tensor_name: str, u: float) -> float:
+    def value(self, parameter: Parameter, slice_: Slice, source: Source | None, tensor_name: str, u: float) -> Any:
         """Find the value of a parameter for one tensor of a slice.
 
         Args:

@@ -153,7 +153,7 @@ def _read_integer(value: Any, location: str, minimum: int, reader: Reader) -> in
     return None
 
 
-def _converted(value: Any, kind: Kind, location: str, reader: Reader) -> float | None:
+def _converted(value: Any, kind: Kind, location: str, reader: Reader) -> Any:
     """`value` as a value of this kind, as for parameters of methods."""
     try:
         return convert(value, kind, location)
