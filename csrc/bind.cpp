@@ -94,6 +94,15 @@ Count nearswap(Address out, int out_dtype, const Operand& a, const Operand& b, d
   return arcmerge::nearswap(at<void>(out), dtype_of(out_dtype, "out_dtype"), a, b, float(t), first, count);
 }
 
+Count magmax(Address out, int out_dtype, const std::vector<Operand>& operands, const Operand& base, double factor,
+             Count first, Count count) {
+  return arcmerge::magmax(at<void>(out), dtype_of(out_dtype, "out_dtype"), operands, base, float(factor), first, count);
+}
+
+Count median(Address out, int out_dtype, const std::vector<Operand>& operands, Count first, Count count) {
+  return arcmerge::median(at<void>(out), dtype_of(out_dtype, "out_dtype"), operands, first, count);
+}
+
 void copy(Address out, Address source, std::size_t bytes) { std::memcpy(at<void>(out), at<const void>(source), bytes); }
 
 std::unique_ptr<arcmerge::MappedFile> map_file(int file, std::size_t size) {
@@ -326,6 +335,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("combine_vectors", &combine_vectors, "out"_a, "out_dtype"_a, "operands"_a, "coefficients"_a, "first"_a,
              "count"_a, "columns"_a, "dim"_a, no_gil);
   module.def("nearswap", &nearswap, "out"_a, "out_dtype"_a, "a"_a, "b"_a, "t"_a, "first"_a, "count"_a, no_gil);
+  module.def("magmax", &magmax, "out"_a, "out_dtype"_a, "operands"_a, "base"_a, "factor"_a, "first"_a, "count"_a,
+             no_gil);
+  module.def("median", &median, "out"_a, "out_dtype"_a, "operands"_a, "first"_a, "count"_a, no_gil);
   module.def("copy", &copy, "out"_a, "source"_a, "bytes"_a, no_gil);
   module.def("count_nonfinite", &arcmerge::count_nonfinite, "operand"_a, "first"_a, "count"_a, no_gil);
   module.def("column_sums", &column_sums, "operand"_a, "rows"_a, "columns"_a, "out"_a, no_gil);

@@ -59,6 +59,16 @@ std::int64_t combine_columns(void* out, DType out_dtype, const std::vector<Opera
 std::int64_t nearswap(void* out, DType out_dtype, const Operand& a, const Operand& b, float t, std::int64_t first,
                       std::int64_t count);
 
+// out = base + factor * d, where d is the x_i - base of the largest magnitude, the first of equal ones, in f32. Returns
+// the number of outputs that are not finite, as a difference that is not finite makes them.
+std::int64_t magmax(void* out, DType out_dtype, const std::vector<Operand>& operands, const Operand& base, float factor,
+                    std::int64_t first, std::int64_t count);
+
+// out = the median of all operands; for an even number of them a / 2 + b / 2 of the two in the middle, in f32. Returns
+// the number of outputs that are not finite, as an operand that is not finite makes them.
+std::int64_t median(void* out, DType out_dtype, const std::vector<Operand>& operands, std::int64_t first,
+                    std::int64_t count);
+
 // The number of elements that are infinite or NaN after the operand's cast.
 std::int64_t count_nonfinite(const Operand& operand, std::int64_t first, std::int64_t count);
 

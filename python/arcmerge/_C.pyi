@@ -69,6 +69,14 @@ def combine_vectors(
 def nearswap(out: int, out_dtype: int, a: Operand, b: Operand, t: float, first: int, count: int) -> int:
     """out = w * b + (1 - w) * a with w = clamp(t / max(|b - a|, 1e-6), 0, 1). Returns as `combine`."""
 
+def magmax(
+    out: int, out_dtype: int, operands: Sequence[Operand], base: Operand, factor: float, first: int, count: int
+) -> int:
+    """out = base + factor * d, d the x_i - base of the largest magnitude, the first of equal ones. As `combine`."""
+
+def median(out: int, out_dtype: int, operands: Sequence[Operand], first: int, count: int) -> int:
+    """out = the median of all operands, or a / 2 + b / 2 of the two in the middle. Returns as `combine`."""
+
 def copy(out: int, source: int, bytes: int) -> None:
     """Copy bytes, as memcpy."""
 

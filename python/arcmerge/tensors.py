@@ -193,8 +193,14 @@ def _merge(tensors: Sequence[Tensor], method: Method, arguments: Arguments, name
         return torch.empty_like(tensors[0], dtype=dtype)
     require_alike(tensors)
     try:
-        rounded, matrix = dtype == torch.bfloat16, tensors[0].ndim > 1
-        rule = _rule(tensors, method, replace(arguments, tensor=name, rounded=rounded, matrix=matrix))
+        arguments = replace(
+            arguments,
+            tensor=name,
+            rounded=dtype == torch.bfloat16,
+            matrix=tensors[0].ndim > 1,
+            elements=tensors[0].numel(),
+        )
+        rule = _rule(tensors, method, arguments)
     except ArcmergeError as error:
         raise ArcmergeError([f"'{name}': {problem}" for problem in error.problems]) from error
     if not isinstance(rule, Coefficients):

@@ -76,6 +76,10 @@ def write(
     """
     others = [operand for index, operand in enumerate(operands) if index != base]
     if isinstance(rule, Elementwise):
+        if rule.operation == "median":
+            return _C.median(address, dtype, operands, first, count)
+        if rule.operation == "magmax":
+            return _C.magmax(address, dtype, others, operands[base], rule.number, first, count)
         return _C.nearswap(address, dtype, operands[base], others[0], rule.number, first, count)
     selection, before = _selection(rule.selection, row), rule.before_piece(first)
     return _C.consensus_combine(

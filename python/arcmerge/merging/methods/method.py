@@ -40,6 +40,7 @@ class Arguments:
         seed: the seed of random numbers.
         rounded: whether the arithmetic is that of bfloat16 inputs, whose magnitudes are compared in bfloat16.
         matrix: whether the tensor has rows, and not a single one.
+        elements: the number of elements of the tensor.
     """
 
     count: int
@@ -51,6 +52,7 @@ class Arguments:
     seed: int = DEFAULT_SEED
     rounded: bool = False
     matrix: bool = True
+    elements: int = 1
 
 
 def copy_of(index: int, arguments: Arguments) -> Coefficients:

@@ -63,12 +63,12 @@ class Elementwise:
     """An operation of its own on the inputs, element by element.
 
     Args:
-        operation: its name.
+        operation: its name, that of a native operation.
         number: its parameter.
         branch: the name of the method.
     """
 
-    operation: Literal["nearswap"]
+    operation: Literal["nearswap", "magmax", "median"]
     number: float
     branch: str
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class JobMaker:
         base, result = self._base_index(slice_), promote(item.dtype for item in inputs)
         try:
             values = self._values(slice_, output_name, filter_names or names, u, base)
-            values = replace(values, rounded=result == BF16, matrix=len(shape) > 1)
+            values = replace(values, rounded=result == BF16, matrix=len(shape) > 1, elements=prod(shape))
         except ArcmergeError as error:
             for sentence in error.problems:
                 self.problems.add(sentence, kind=sentence.replace(output_name, ""))
