@@ -107,8 +107,8 @@ lint: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h') $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h tests/sanitize/*.cpp)
 
-# The benchmarks import each other from their own folder, which a safe path excludes.
-bench prove gpu: export PYTHONSAFEPATH :=
+# Benchmarks and drawings import each other from their own folder, which a safe path excludes.
+bench prove gpu figures: export PYTHONSAFEPATH :=
 bench: $(DEV)
 	for op in $(OPS); do $(BIN)/python benchmarks/ops/$$op.py || exit; done
 	$(BIN)/python benchmarks/merge.py
