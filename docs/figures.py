@@ -145,6 +145,52 @@ def draw_karcher() -> Any:
     return figure
 
 
+def draw_delerp() -> Any:
+    figure, axes = plane()
+    a, b, zero = direction(12, 1.7), direction(95, 1.0), np.zeros(2)
+
+    def delerp(t: float) -> Vector:
+        mixed = (1 - t) * a + t * b
+        return np.asarray(np.linalg.norm(a) * mixed / np.linalg.norm(mixed))
+
+    for end, color, name, offset in ((a, FIRST, "a (base, t = 0)", (10, -12)), (b, SECOND, "b", (-10, 2))):
+        arrow(axes, zero, end, color)
+        label(axes, end, name, color, offset)
+    path(axes, [(1 - t) * a + t * b for t in STEPS], FAINT, "--", "linear: (1 - t) a + t b")
+    path(axes, [delerp(t) for t in STEPS], RESULT, "-", "delerp: as long as a")
+    for t in MARKS:
+        dot(axes, delerp(t), RESULT, 5)
+        path(axes, [(1 - t) * a + t * b, delerp(t)], FAINT, ":", width=1)
+    for t in MARKS[1:]:
+        label(axes, delerp(t), f"{t:g}", RESULT, (8, 8))
+    axes.legend(loc="lower left", frameon=False, fontsize=9)
+    axes.set_xlim(-0.55, 2.05)
+    axes.set_ylim(-0.45, 1.85)
+    return figure
+
+
+def draw_geometric_median() -> Any:
+    figure, axes = plane()
+    inputs = np.array([[0.3, 0.4], [0.9, 0.2], [0.5, 1.1], [1.2, 0.9], [4.2, 1.6]])
+    median = inputs.mean(axis=0)
+    for _ in range(1000):  # the iteration of the page
+        pulls = 1 / np.linalg.norm(inputs - median, axis=1)
+        median = pulls @ inputs / pulls.sum()
+    for x in inputs:
+        path(axes, [x, median], FAINT, "--", width=1)
+        dot(axes, x, FIRST)
+        unit = (x - median) / np.linalg.norm(x - median)
+        arrow(axes, median, median + 0.25 * unit, SECOND)
+    label(axes, inputs[-1], "far from all others", FIRST, (-10, 14))
+    dot(axes, inputs.mean(axis=0), THIRD, 9)
+    label(axes, inputs.mean(axis=0), "mean", THIRD, (24, -8))
+    dot(axes, median, RESULT, 9)
+    label(axes, median, "geometric median:\nthe unit vectors sum to 0", RESULT, (110, -34))
+    axes.set_xlim(-0.1, 4.6)
+    axes.set_ylim(-0.3, 2.0)
+    return figure
+
+
 def draw_linear() -> Any:
     figure, axes = plane()
     inputs = [np.array([0.2, 0.2]), np.array([2.2, 0.5]), np.array([0.9, 1.7])]
@@ -290,6 +336,8 @@ DRAWINGS: dict[str, Callable[[], Any]] = {
     "nuslerp": draw_nuslerp,
     "multislerp": draw_multislerp,
     "karcher": draw_karcher,
+    "delerp": draw_delerp,
+    "geometric_median": draw_geometric_median,
     "linear": draw_linear,
     "task_arithmetic": draw_task_arithmetic,
     "model_stock": draw_model_stock,

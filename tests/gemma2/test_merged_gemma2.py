@@ -122,6 +122,8 @@ def test_parameters_replace_those_of_every_level(models: Path, tmp_path: Path) -
         ("linear", {"weight": 0.5}, {"weight": 0.25, "normalize": False}),
         ("task_arithmetic", {"weight": 0.5}, {"weight": 0.25, "lambda": 0.5}),
         ("karcher", {}, {"max_iter": 2}),
+        ("geometric_median", {}, {"max_iter": 1}),
+        ("delerp", {"t": 0.3}, {"t": 0.8}),
         ("model_stock", {}, {"filter_wise": True}),
         ("nearswap", {"t": 0.001}, {"t": 0.01}),
     ],

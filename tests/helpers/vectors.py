@@ -18,6 +18,19 @@ Array = NDArray[np.float64]
 # threshold) by 32 times that, a coefficient by 32 times that again where the angle is near 180 degrees.
 RELATIVE = 1e-12
 
+# The methods that follow from a Gram matrix: parameters, the number of inputs, and the base where they need one.
+GRAM_METHODS: dict[str, dict[str, Any]] = {
+    "slerp": {"t": 0.3},
+    "nuslerp": {"weight": (0.4, 0.9)},
+    "multislerp": {"weight": (0.2, 0.5, 0.7)},
+    "karcher": {},
+    "model_stock": {},
+    "delerp": {"t": 0.3},
+    "geometric_median": {"weight": (1, 0.7, 1.2)},
+}
+COUNT = dict.fromkeys(GRAM_METHODS, 3) | {"slerp": 2, "nuslerp": 2, "delerp": 2}
+BASE = {"slerp": 0, "model_stock": 0, "delerp": 0}
+
 
 def arguments_of(name: str, count: int, base: int | None, parameters: Mapping[str, Any]) -> Arguments:
     """Arguments with the method's defaults filled in. A per-input parameter is a sequence, with None at the base."""
@@ -98,6 +111,30 @@ def exponential_map_mean(tensors: Sequence[Array], weights: Array, eps: float = 
     point = np.cos(distance) * pole + np.sin(distance) / distance * tangent
     length = sum(w * np.linalg.norm(x) for w, x in zip(weights, tensors, strict=True))
     return np.asarray(length * point)
+
+
+def geometric_median(tensors: Sequence[Array], weights: Sequence[float]) -> Array:
+    """The point with the least sum of distances, by Newton steps on explicit vectors, halved until the sum decreases.
+
+    It must not lie at a tensor.
+    """
+    points = np.stack([tensor.ravel() for tensor in tensors])
+    weighted = np.asarray(weights, np.float64)
+
+    def total(point: Array) -> float:
+        return float(weighted @ np.linalg.norm(points - point, axis=1))
+
+    point = np.average(points, axis=0, weights=weighted) + 1e-3 * np.ptp(points, axis=0)
+    for _ in range(100):
+        distances = np.linalg.norm(points - point, axis=1)
+        directions = (points - point) / distances[:, None]
+        pulls = weighted / distances
+        curvature = pulls.sum() * np.eye(len(point)) - (directions.T * pulls) @ directions
+        step = np.linalg.solve(curvature, weighted @ directions)
+        while total(point + step) > total(point) and np.abs(step).max() > 1e-14:
+            step = step / 2
+        point = point + step
+    return np.asarray(point.reshape(tensors[0].shape))
 
 
 def karcher_mean(tensors: Sequence[Array], iterations: int = 300) -> Array:

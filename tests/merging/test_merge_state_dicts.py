@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, int, int | None, dict[str, Any]]] = {
     "karcher": ("karcher", 3, None, {}),
     "model_stock": ("model_stock", 3, 0, {}),
     "model_stock-rows": ("model_stock", 3, 0, {"filter_wise": True}),
+    "delerp": ("delerp", 2, 1, {"t": 0.3}),
+    "geometric_median": ("geometric_median", 3, None, {"weight": (1.0, 0.9, 1.2)}),
     "linear": ("linear", 3, None, {"weight": (0.2, 0.3, 0.0)}),
     "task_arithmetic": ("task_arithmetic", 3, 0, {"weight": (None, 0.9, 0.4), "lambda": 0.8}),
     "passthrough": ("passthrough", 1, None, {"scale": 0.5}),

@@ -14,6 +14,9 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.merging.methods.method import Arguments
 from arcmerge.merging.methods.registry import METHODS, get
 from vectors import (
+    BASE,
+    COUNT,
+    GRAM_METHODS,
     RELATIVE,
     Array,
     arc,
@@ -27,16 +30,6 @@ from vectors import (
     rotated,
     unit,
 )
-
-GRAM_METHODS: dict[str, dict[str, Any]] = {
-    "slerp": {"t": 0.3},
-    "nuslerp": {"weight": (0.4, 0.9)},
-    "multislerp": {"weight": (0.2, 0.5, 0.7)},
-    "karcher": {},
-    "model_stock": {},
-}
-COUNT = {"slerp": 2, "nuslerp": 2, "multislerp": 3, "karcher": 3, "model_stock": 3}
-BASE = {"slerp": 0, "model_stock": 0}
 
 angles = st.floats(0.04, np.pi - 0.04)  # |cos| < 0.9995
 lengths = st.floats(-3, 3).map(lambda exponent: 10.0**exponent)

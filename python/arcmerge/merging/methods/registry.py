@@ -15,6 +15,8 @@ _FILES = (
     "linear",
     "task_vectors",
     "selective",
+    "delerp",
+    "geometric_median",
     "elementwise",
 )
 
