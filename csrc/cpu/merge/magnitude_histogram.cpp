@@ -1,35 +1,293 @@
 // magnitude_histogram: the counts of elements by the codes of their magnitudes, from which methods take their cuts.
+//
+// A count takes an addition in memory, which waits for the one before it in the same place. Elements are therefore
+// counted in turns in kCopies copies of the counters, and codes of 0, the most of what training has changed little, by
+// their bits.
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
 #include <stdexcept>
+#include <utility>
 
 #include "cpu/merge/selection.h"
+#include "cpu/simd/variant.h"
 #include "merge.h"
 
-namespace arcmerge {
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
-constexpr std::int64_t kPrefixes = 1 << 15, kSuffixes = 1 << 16;
+namespace arcmerge {
+namespace {
+
+constexpr std::int64_t kBins = 1 << 16, kSuffixes = 1 << 16;
+
+// A bin is the upper half of a code with the bit kKept, which makes it a place in the planes of dropped and kept ones.
+constexpr std::int64_t kCopies = 4;
+// Copies are not a multiple of 4096 bytes apart, because a load waits for a store to an address with equal last bits.
+constexpr std::int64_t kCopy = kBins + 80;
+// Ranges up to this size are counted in place, because it takes longer to add up the copies.
+constexpr std::int64_t kFew = 1 << 16;
+
+// The number of elements that are counted together.
+constexpr std::int64_t kBlock = 64;
+
+// Bits of a block of bins in order: whether their codes are not 0, and whether they are kept.
+struct Bits {
+  std::uint64_t nonzero = 0, kept = 0;
+};
+
+// For each set of eight 16-bit numbers, the bytes of those in the set.
+struct Gathers {
+  alignas(16) std::uint8_t bytes[256][16];
+
+  constexpr Gathers() : bytes() {
+    for (int set = 0; set < 256; ++set)
+      for (int number = 0, next = 0; number < 8; ++number)
+        if (set >> number & 1) {
+          bytes[set][next++] = std::uint8_t(2 * number);
+          bytes[set][next++] = std::uint8_t(2 * number + 1);
+        }
+  }
+};
+constexpr Gathers kGathers;
+
+template <class Isa>
+struct Bins {
+  static inline void read(Bits& bits, const std::uint16_t* bins) {
+    for (int e = 0; e < kBlock; ++e) {
+      bits.nonzero |= std::uint64_t((bins[e] & ~kKept) != 0) << e;
+      bits.kept |= std::uint64_t(bins[e] >> 15) << e;
+    }
+  }
+
+  // Writes those of eight bins that are in a set, and anything after them.
+  static inline void gather(std::uint16_t* out, const std::uint16_t* bins, std::uint32_t set) {
+    for (; set; set &= set - 1) *out++ = bins[__builtin_ctz(set)];
+  }
+};
+
+#if defined(__x86_64__)
+#define ARCMERGE_GATHER                                                                              \
+  static inline void gather(std::uint16_t* out, const std::uint16_t* bins, std::uint32_t set) {      \
+    const __m128i bytes = _mm_load_si128((const __m128i*)kGathers.bytes[set]);                       \
+    _mm_storeu_si128((__m128i*)out, _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)bins), bytes)); \
+  }
+
+template <>
+struct Bins<Avx512> {
+  ARCMERGE_AVX512 static inline void read(Bits& bits, const std::uint16_t* bins) {
+    for (int at = 0; at < kBlock; at += 32) {
+      const __m512i a = _mm512_loadu_si512(bins + at);
+      bits.nonzero |= std::uint64_t(_mm512_test_epi16_mask(a, _mm512_set1_epi16(0x7fff))) << at;
+      bits.kept |= std::uint64_t(_mm512_movepi16_mask(a)) << at;
+    }
+  }
+  ARCMERGE_AVX512 ARCMERGE_GATHER
+};
+template <>
+struct Bins<Avx512Bf16> : Bins<Avx512> {};
+template <>
+struct Bins<Avx2> {
+  ARCMERGE_AVX2 static inline void read(Bits& bits, const std::uint16_t* bins) {
+    for (int at = 0; at < kBlock; at += 32) {
+      const __m256i a = _mm256_loadu_si256((const __m256i*)(bins + at));
+      const __m256i b = _mm256_loadu_si256((const __m256i*)(bins + at + 16)), none = _mm256_setzero_si256();
+      const __m256i zero = _mm256_packs_epi16(_mm256_cmpeq_epi16(_mm256_slli_epi16(a, 1), none),
+                                              _mm256_cmpeq_epi16(_mm256_slli_epi16(b, 1), none));
+      // Packing works on halves of registers; 0xd8 puts their parts in order.
+      const std::uint32_t zeros = std::uint32_t(_mm256_movemask_epi8(_mm256_permute4x64_epi64(zero, 0xd8)));
+      const __m256i kept = _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8);
+      bits.nonzero |= std::uint64_t(~zeros) << at;
+      bits.kept |= std::uint64_t(std::uint32_t(_mm256_movemask_epi8(kept))) << at;
+    }
+  }
+  ARCMERGE_AVX2 ARCMERGE_GATHER
+};
+#endif
+
+// counters: [kCopies][kCopy]
+ARCMERGE_INLINE void count_block(const std::uint16_t* bins, std::uint32_t* counters) {
+  for (std::int64_t e = 0; e < kBlock; e += kCopies)
+    for (std::int64_t copy = 0; copy < kCopies; ++copy) ++counters[copy * kCopy + bins[e + copy]];
+}
+
+// Counts the bins that read(e, bins) writes for blocks of elements from e on. The first block stands for all: where
+// most of its codes are not 0, it takes longer to gather the others.
+template <class Isa, class Read>
+ARCMERGE_INLINE void count_blocks(std::int64_t count, std::uint32_t* counters, const Read& read) {
+  std::uint16_t bins[kBlock], gathered[2 * kBlock];
+  std::int64_t size = 0, e = 0;
+  bool dense = false;
+  for (; e + kBlock <= count; e += kBlock) {
+    read(e, bins);
+    Bits bits;
+    if (!dense) Bins<Isa>::read(bits, bins);
+    if (e == 0) dense = __builtin_popcountll(bits.nonzero) > 48;
+    if (dense) {
+      count_block(bins, counters);
+      continue;
+    }
+    counters[0] += std::uint32_t(__builtin_popcountll(~bits.nonzero & ~bits.kept));
+    counters[kKept] += std::uint32_t(__builtin_popcountll(~bits.nonzero & bits.kept));
+    for (int at = 0; at < kBlock; at += 8) {
+      const std::uint32_t set = bits.nonzero >> at & 0xff;
+      Bins<Isa>::gather(gathered + size, bins + at, set);
+      size += __builtin_popcount(set);
+    }
+    if (size >= kBlock) {
+      count_block(gathered, counters);
+      std::memcpy(gathered, gathered + kBlock, sizeof bins);
+      size -= kBlock;
+    }
+  }
+  for (std::int64_t i = 0; i < size; ++i) ++counters[gathered[i]];
+  if (e == count) return;
+  read(e, bins);
+  for (std::int64_t i = 0; i < count - e; ++i) ++counters[bins[i]];
+}
+
+template <class Isa>
+ARCMERGE_INLINE void count_body(const std::uint32_t* codes, const std::uint16_t* kept, std::int64_t count,
+                                std::uint32_t* counters) {
+  count_blocks<Isa>(count, counters, [&](std::int64_t e, std::uint16_t* bins) {
+    for (std::int64_t i = 0; i < kBlock; ++i) bins[i] = std::uint16_t(codes[e + i] >> 16 | kept[e + i]);
+  });
+}
+
+// The same for bf16 operands in place. Two elements share a 32-bit word, the even one in the lower half.
+template <class Isa>
+ARCMERGE_INLINE void count_bf16_body(const char* x, const char* base, const std::uint16_t* kept, std::int64_t count,
+                                     std::uint32_t* counters) {
+  using F32 = typename Vector<Isa>::F32;
+  using U32 = typename Vector<Isa>::U32;
+  constexpr std::int64_t kStep = Isa::kBytes / 2, kAhead = 512;
+  const auto read_block = [](const char* x, const char* base, const std::uint16_t* kept, std::uint16_t* bins) {
+    for (std::int64_t e = 0; e < kBlock; e += kStep) {
+      U32 x_words, base_words, kept_words;
+      std::memcpy(&x_words, x + 2 * e, sizeof x_words);
+      std::memcpy(&base_words, base + 2 * e, sizeof base_words);
+      std::memcpy(&kept_words, kept + e, sizeof kept_words);
+      const U32 even = rounded_code<Isa>((F32)(x_words << 16) - (F32)(base_words << 16));
+      const U32 odd = rounded_code<Isa>((F32)(x_words & 0xffff0000u) - (F32)(base_words & 0xffff0000u));
+      const U32 words = even >> 16 | (odd & 0xffff0000u) | kept_words;
+      std::memcpy(bins + e, &words, sizeof words);
+    }
+  };
+  count_blocks<Isa>(count, counters, [&](std::int64_t e, std::uint16_t* bins) {
+    if (e + kBlock <= count) {
+      for (std::int64_t line = 0; line < 2 * kBlock; line += 64) {
+        __builtin_prefetch(x + 2 * e + kAhead + line);
+        __builtin_prefetch(base + 2 * e + kAhead + line);
+      }
+      read_block(x + 2 * e, base + 2 * e, kept + e, bins);
+    } else {
+      char last_x[2 * kBlock] = {}, last_base[2 * kBlock] = {};
+      std::memcpy(last_x, x + 2 * e, 2 * (count - e));
+      std::memcpy(last_base, base + 2 * e, 2 * (count - e));
+      read_block(last_x, last_base, kept + e, bins);
+    }
+  });
+}
+
+ARCMERGE_VARIANTS(void, count,
+                  (const std::uint32_t* codes, const std::uint16_t* kept, std::int64_t count, std::uint32_t* counters),
+                  (codes, kept, count, counters))
+ARCMERGE_VARIANTS(void, count_bf16,
+                  (const char* x, const char* base, const std::uint16_t* kept, std::int64_t count,
+                   std::uint32_t* counters),
+                  (x, base, kept, count, counters))
+
+// The counters of an input. Of codes that are not rounded, a counter holds a number of elements in units of kOne, and
+// the sum of their lower halves.
+class Counts {
+ public:
+  Counts(std::int64_t* out, bool rounded, std::int64_t count) : out_(out), rounded_(rounded), few_(count <= kFew) {
+    if (few_) return;
+    memory_.reset(static_cast<char*>(std::calloc(kCopies * kCopy, rounded ? 4 : 8)));
+    if (!memory_) throw std::bad_alloc();
+  }
+
+  void add(const std::uint32_t* codes, const std::uint16_t* kept, std::int64_t size) {
+    if (few_)
+      for (std::int64_t e = 0; e < size; ++e) {
+        const std::uint32_t bin = codes[e] >> 16 | kept[e];
+        ++out_[bin];
+        if (!rounded_) out_[kBins + bin] += codes[e] & 0xffff;
+      }
+    else if (rounded_)
+      count(codes, kept, size, counters<std::uint32_t>());
+    else
+      for (std::int64_t e = 0; e < size; ++e)
+        counters<std::uint64_t>()[e % kCopies * kCopy + (codes[e] >> 16 | kept[e])] += kOne + (codes[e] & 0xffff);
+    if ((added_ += size) > kMost) flush();
+  }
+
+  void add_bf16(const char* x, const char* base, const std::uint16_t* kept, std::int64_t size) {
+    count_bf16(x, base, kept, size, counters<std::uint32_t>());
+    if ((added_ += size) > kMost) flush();
+  }
+
+  void flush() {
+    if (few_ || added_ == 0) return;
+    for (std::int64_t copy = 0; copy < kCopies; ++copy)
+      for (std::int64_t bin = 0; bin < kBins; ++bin)
+        if (rounded_) {
+          out_[bin] += std::exchange(counters<std::uint32_t>()[copy * kCopy + bin], 0);
+        } else {
+          const std::uint64_t both = std::exchange(counters<std::uint64_t>()[copy * kCopy + bin], 0);
+          out_[bin] += std::int64_t(both / kOne);
+          out_[kBins + bin] += std::int64_t(both % kOne);
+        }
+    added_ = 0;
+  }
+
+ private:
+  static constexpr std::uint64_t kOne = std::uint64_t(1) << 40;
+  static constexpr std::int64_t kMost = 1 << 23;
+
+  template <class T>
+  T* counters() {
+    return reinterpret_cast<T*>(memory_.get());
+  }
+
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::int64_t* out_;
+  bool rounded_, few_;
+  std::int64_t added_ = 0;
+  std::unique_ptr<char, Free> memory_;
+};
+
+}  // namespace
 
 void magnitude_histogram(std::int64_t* out, const std::vector<Operand>& operands, const Operand& base,
                          const Selection& selection, std::int64_t first, std::int64_t count) {
   require_selection(operands, selection, first, count);
-  const std::int64_t planes = selection.rounded ? 2 : 4;
+  const std::size_t k = operands.size();
+  const bool is_fast = count > kFew && selection.rounded && !selection.joint && !selection.row_scales &&
+                       is_plain_bf16(base) && std::all_of(operands.begin(), operands.end(), is_plain_bf16);
   Differences differences(operands, base, selection);
   Draws draws(operands, base, selection);
+  std::vector<Counts> counts;
+  for (std::size_t i = 0; i < k; ++i)
+    counts.emplace_back(out + std::int64_t(i) * (selection.rounded ? kBins : 2 * kBins), selection.rounded, count);
   Tile<std::uint16_t> kept;
   for (std::int64_t done = 0; done < count; done += kTile) {
-    const std::int64_t size = std::min(kTile, count - done);
-    differences.read(first + done, size);
-    for (std::size_t i = 0; i < operands.size(); ++i) {
-      draws.draw(i, first + done, size, kept.of);
-      const std::uint32_t* codes = differences.codes(i);
-      std::int64_t* counts = out + std::int64_t(i) * planes * kPrefixes;
-      for (std::int64_t e = 0; e < size; ++e) {
-        const std::uint32_t bin = codes[e] >> 16 | kept.of[e];
-        ++counts[bin];
-        if (!selection.rounded) counts[2 * kPrefixes + bin] += codes[e] & 0xffff;
-      }
+    const std::int64_t size = std::min(kTile, count - done), start = first + done;
+    if (!is_fast) differences.read(start, size);
+    for (std::size_t i = 0; i < k; ++i) {
+      draws.draw(i, start, size, kept.of);
+      if (is_fast)
+        counts[i].add_bf16(operands[i].address + 2 * start, base.address + 2 * start, kept.of, size);
+      else
+        counts[i].add(differences.codes(i), kept.of, size);
     }
   }
+  for (Counts& each : counts) each.flush();
 }
 
 void magnitude_histogram_within(std::int64_t* out, const std::vector<Operand>& operands, const Operand& base,

@@ -55,14 +55,14 @@ template <class Isa>
 ARCMERGE_INLINE void uniform16_body(std::uint64_t key, std::uint64_t block, std::int64_t times,
                                     std::uint16_t* numbers) {
   for (std::int64_t time = 0; time < times; ++time)
-    philox<Isa>(key, block + time * kPhiloxBlocks,
-                reinterpret_cast<std::uint32_t (*)[4]>(numbers + time * 8 * kPhiloxBlocks));
+    philox<Isa>(key, block + time * kPhiloxBlocks, numbers + time * 8 * kPhiloxBlocks);
 }
 
 template <class>
 ARCMERGE_INLINE void keep_below_body(const std::uint16_t* numbers, std::uint32_t limit, std::int64_t count,
                                      std::uint16_t* kept) {
-  for (std::int64_t e = 0; e < count; ++e) kept[e] = numbers[e] < limit ? kKept : 0;
+  const std::uint16_t last = std::uint16_t(limit - 1);
+  for (std::int64_t e = 0; e < count; ++e) kept[e] = limit > 0 && numbers[e] <= last ? kKept : 0;
 }
 template <class>
 ARCMERGE_INLINE void keep_by_chance_body(const std::uint16_t* numbers, const double* chances, std::int64_t count,
@@ -185,7 +185,7 @@ Draws::Draws(const std::vector<Operand>& operands, const Operand& base, const Se
       differences_(operands, base, selection),
       codes_(operands.size()),
       ranks_(operands.size()),
-      numbers_(kTile + 16 * kPhiloxBlocks) {}
+      numbers_(kTile + 9 * kPhiloxBlocks) {}
 
 double Draws::probability(std::size_t i) const {
   const auto [first, last] = selection_.probabilities[i];

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/simd/tile.h"
+#include "cpu/simd/variant.h"
 #include "merge.h"
 
 namespace arcmerge {
@@ -17,6 +18,17 @@ struct alignas(64) Tile {
 
 // The bit of a kept element, above the 15 bits of the prefix of a code.
 constexpr std::uint16_t kKept = 0x8000;
+
+// The codes of differences that are rounded to bf16, with anything in their lower halves.
+template <class Isa>
+ARCMERGE_INLINE typename Vector<Isa>::U32 rounded_code(const typename Vector<Isa>::F32& difference) {
+  using U32 = typename Vector<Isa>::U32;
+  using I32 = typename Vector<Isa>::I32;
+  const I32 nan = I32{} + 0x7fc00000;  // the smallest that a subtraction gives
+  const I32 magnitude = (I32)difference & 0x7fffffff;
+  const U32 bits = (U32)(magnitude < nan ? magnitude : nan);
+  return bits + 0x7fffu + (bits >> 16 & 1u);
+}
 
 // Differences of tiles of all inputs from the base, and their codes.
 class Differences {

@@ -2,37 +2,91 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/simd/variant.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace arcmerge {
 
-// The number of blocks that are computed together.
-constexpr std::int64_t kPhiloxBlocks = 64;
+// Products of the lower halves of 64-bit lanes, for which compilers would multiply whole lanes.
+template <class Isa>
+struct Halves {
+  typedef std::uint64_t U64 __attribute__((vector_size(Isa::kBytes)));
 
-// words[b]: the four words of the counter (low and high half of first + b, 0, 0), for b < kPhiloxBlocks.
-template <class>
-ARCMERGE_INLINE void philox(std::uint64_t key, std::uint64_t first, std::uint32_t (*words)[4]) {
-  std::uint32_t c0[kPhiloxBlocks], c1[kPhiloxBlocks], c2[kPhiloxBlocks] = {}, c3[kPhiloxBlocks] = {};
-  for (std::int64_t b = 0; b < kPhiloxBlocks; ++b) {
-    c0[b] = std::uint32_t(first + b);
-    c1[b] = std::uint32_t((first + b) >> 32);
+#if defined(__x86_64__)
+  static inline void multiply(U64& out, const U64& a, const U64& b) {
+    out = (U64)_mm_mul_epu32((__m128i)a, (__m128i)b);
   }
-  std::uint32_t low = std::uint32_t(key), high = std::uint32_t(key >> 32);
-  for (int round = 0; round < 10; ++round, low += 0x9e3779b9, high += 0xbb67ae85)
-    for (std::int64_t b = 0; b < kPhiloxBlocks; ++b) {
-      const std::uint64_t product0 = std::uint64_t(0xd2511f53) * c0[b], product2 = std::uint64_t(0xcd9e8d57) * c2[b];
-      c0[b] = std::uint32_t(product2 >> 32) ^ c1[b] ^ low;
-      c1[b] = std::uint32_t(product2);
-      c2[b] = std::uint32_t(product0 >> 32) ^ c3[b] ^ high;
-      c3[b] = std::uint32_t(product0);
+#else
+  static inline void multiply(U64& out, const U64& a, const U64& b) { out = (a & 0xffffffffu) * (b & 0xffffffffu); }
+#endif
+};
+
+#if defined(__x86_64__)
+template <>
+struct Halves<Avx512> {
+  typedef std::uint64_t U64 __attribute__((vector_size(64)));
+
+  ARCMERGE_AVX512 static inline void multiply(U64& out, const U64& a, const U64& b) {
+    out = (U64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+  }
+};
+template <>
+struct Halves<Avx512Bf16> : Halves<Avx512> {};
+template <>
+struct Halves<Avx2> {
+  typedef std::uint64_t U64 __attribute__((vector_size(32)));
+
+  ARCMERGE_AVX2 static inline void multiply(U64& out, const U64& a, const U64& b) {
+    out = (U64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+  }
+};
+#endif
+
+// The number of blocks that are computed together.
+constexpr std::int64_t kPhiloxBlocks = 16;
+
+// numbers: the eight halves of the words of each counter (low and high half of first + b, 0, 0), for b < kPhiloxBlocks.
+template <class Isa>
+ARCMERGE_INLINE void philox(std::uint64_t key, std::uint64_t first, std::uint16_t* numbers) {
+  using U64 = typename Halves<Isa>::U64;
+  // Steps of two registers hide the latency of the products.
+  constexpr std::int64_t kWidth = Isa::kBytes / 8, kRegisters = 2;
+  std::uint64_t pairs[2][kPhiloxBlocks];
+  for (std::int64_t step = 0; step < kPhiloxBlocks; step += kRegisters * kWidth) {
+    std::uint64_t counters[kRegisters * kWidth];
+    for (std::int64_t b = 0; b < kRegisters * kWidth; ++b) counters[b] = first + step + b;
+    U64 c0[kRegisters], c1[kRegisters], c2[kRegisters] = {}, c3[kRegisters] = {};
+    std::memcpy(c0, counters, sizeof c0);
+    for (std::int64_t r = 0; r < kRegisters; ++r) c1[r] = c0[r] >> 32;
+    std::uint32_t low = std::uint32_t(key), high = std::uint32_t(key >> 32);
+    for (int round = 0; round < 10; ++round, low += 0x9e3779b9, high += 0xbb67ae85)
+      for (std::int64_t r = 0; r < kRegisters; ++r) {
+        // A lane has a word of a block in its lower half, and anything in its upper half.
+        U64 product0, product2;
+        Halves<Isa>::multiply(product0, c0[r], U64{} + 0xd2511f53u);
+        Halves<Isa>::multiply(product2, c2[r], U64{} + 0xcd9e8d57u);
+        c0[r] = (product2 >> 32) ^ c1[r] ^ low;
+        c2[r] = (product0 >> 32) ^ c3[r] ^ high;
+        c1[r] = product2;
+        c3[r] = product0;
+      }
+    for (std::int64_t r = 0; r < kRegisters; ++r) {
+      const U64 first_pair = (c0[r] & 0xffffffffu) | c1[r] << 32, second_pair = (c2[r] & 0xffffffffu) | c3[r] << 32;
+      std::memcpy(pairs[0] + step + r * kWidth, &first_pair, sizeof first_pair);
+      std::memcpy(pairs[1] + step + r * kWidth, &second_pair, sizeof second_pair);
     }
-  for (std::int64_t b = 0; b < kPhiloxBlocks; ++b) {
-    words[b][0] = c0[b];
-    words[b][1] = c1[b];
-    words[b][2] = c2[b];
-    words[b][3] = c3[b];
   }
+  std::uint64_t words[kPhiloxBlocks][2];
+  for (std::int64_t b = 0; b < kPhiloxBlocks; ++b) {
+    words[b][0] = pairs[0][b];
+    words[b][1] = pairs[1][b];
+  }
+  std::memcpy(numbers, words, sizeof words);
 }
 
 }  // namespace arcmerge

@@ -32,6 +32,7 @@ struct Vector {
   typedef double F64 __attribute__((vector_size(Isa::kBytes)));
   typedef float F32 __attribute__((vector_size(Isa::kBytes)));
   typedef std::uint32_t U32 __attribute__((vector_size(Isa::kBytes)));
+  typedef std::int32_t I32 __attribute__((vector_size(Isa::kBytes)));
   typedef float HalfF32 __attribute__((vector_size(Isa::kBytes / 2)));
   typedef std::uint32_t HalfU32 __attribute__((vector_size(Isa::kBytes / 2)));
 };
