@@ -1,44 +1,53 @@
 // consensus_combine: adds to a base the differences that are selected and that agree on a sign, and counts them.
 #include <algorithm>
-#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
 
 #include "cpu/merge/selection.h"
 #include "cpu/simd/constants.h"
-#include "cpu/simd/convert.h"
+#include "cpu/simd/fma.h"
 #include "cpu/simd/variant.h"
 #include "merge.h"
 
 namespace arcmerge {
 namespace {
 
-// Which differences of an element agree, for the vote of an input and the sum of all votes.
-struct Rule {
-  bool elects, counts, zero_is_negative;
+template <class Isa>
+constexpr std::int64_t kWidth = Isa::kBytes / 4;
 
-  explicit Rule(const Consensus& consensus)
-      : elects(consensus.election != Election::none),
-        counts(consensus.election == Election::count),
-        zero_is_negative(consensus.zero_is_negative) {}
+template <class Register, class T>
+ARCMERGE_INLINE void load(Register& to, const T* from) {
+  std::memcpy(&to, from, sizeof to);
+}
+template <class Register, class T>
+ARCMERGE_INLINE void store(T* to, const Register& from) {
+  std::memcpy(to, &from, sizeof from);
+}
 
-  ARCMERGE_INLINE float vote(float difference, float factor) const {
-    const float vote = factor * difference;
-    return counts ? float(vote > 0) - float(vote < 0) : vote;
-  }
-  ARCMERGE_INLINE bool agrees(float difference, float factor, float total) const {
-    if (!elects) return difference != 0;
-    const float vote = factor * difference;
-    return (zero_is_negative ? total <= 0 : total < 0) ? vote < 0 : vote > 0;
-  }
-};
+// `value` where the mask is set, else 0.
+template <class Isa>
+ARCMERGE_INLINE typename Vector<Isa>::F32 where(const typename Vector<Isa>::I32& mask,
+                                                const typename Vector<Isa>::F32& value) {
+  return (typename Vector<Isa>::F32)(mask & (typename Vector<Isa>::I32)value);
+}
 
-// Drops differences in place, and notes where one is not finite.
-template <class>
-ARCMERGE_INLINE void select_body(float* x, const std::uint32_t* codes, const std::uint16_t* kept, Cuts::Bounds bounds,
-                                 std::int64_t count, std::uint32_t* nonfinite) {
-  for (std::int64_t e = 0; e < count; ++e) {
-    const std::int32_t code = std::int32_t(codes[e]);
-    nonfinite[e] |= is_nonfinite(bits_of(x[e]));
-    x[e] = float_of(kept[e] && code >= bounds.low && code <= bounds.high ? bits_of(x[e]) : 0);
+// Drops differences in place. invalid |= NaN where one is not finite.
+template <class Isa>
+ARCMERGE_INLINE void select_body(float* differences, const std::uint32_t* codes, const std::uint16_t* kept,
+                                 Cuts::Bounds bounds, std::int64_t count, std::uint32_t* invalid) {
+  using I32 = typename Vector<Isa>::I32;
+  for (std::int64_t e = 0; e < count; e += kWidth<Isa>) {
+    typename Vector<Isa>::F32 x;
+    typename Vector<Isa>::HalfU16 keep;
+    I32 code, wrong;
+    load(x, differences + e);
+    load(code, codes + e);
+    load(keep, kept + e);
+    load(wrong, invalid + e);
+    store(invalid + e, wrong | (I32)(x - x));
+    const I32 kept_here = __builtin_convertvector(keep, I32) != 0;
+    store(differences + e, where<Isa>(kept_here & (code >= bounds.low) & (code <= bounds.high), x));
   }
 }
 
@@ -48,41 +57,122 @@ ARCMERGE_INLINE void multiply_body(float* x, const float* factors, std::int64_t 
   for (std::int64_t e = 0; e < count; ++e) x[e] = x[e] == 0 ? x[e] : x[e] * factors[e];
 }
 
-template <class>
-ARCMERGE_INLINE void add_votes_body(float* total, const float* x, float factor, Rule rule, bool adds,
-                                    std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e)
-    total[e] = adds ? total[e] + rule.vote(x[e], factor) : rule.vote(x[e], factor);
-}
+// The selected differences of all inputs in a tile, and how they are combined.
+struct Chosen {
+  const Tile<float>* differences;
+  const Consensus& consensus;
+  std::int64_t inputs, count;
+};
 
-template <class>
-ARCMERGE_INLINE void count_agreeing_body(std::int32_t* agreeing, const float* x, const float* total, float factor,
-                                         Rule rule, std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e) agreeing[e] += rule.agrees(x[e], factor, total[e]);
-}
+// What inputs have in common in a register of elements.
+template <class Isa, Election election>
+struct Elected {
+  using F32 = typename Vector<Isa>::F32;
+  using I32 = typename Vector<Isa>::I32;
+  using U32 = typename Vector<Isa>::U32;
+  F32 total{};     // the sum of votes
+  U32 sign{};      // the sign bit where it elects the negative sign
+  I32 agreeing{};  // how many inputs agree
 
-template <class>
-ARCMERGE_INLINE void add_values_body(float* numerator, float* denominator, const float* x, const float* total,
-                                     const std::int32_t* agreeing, const Consensus::Factors& factors, Rule rule,
-                                     bool adds, std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e) {
-    const bool agrees = rule.agrees(x[e], factors.vote, total[e]);
-    const float value = (agreeing[e] == 1 ? factors.alone : factors.value) * x[e];
-    const float added = agrees ? value : 0, share = agrees ? factors.share : 0;
-    numerator[e] = adds ? numerator[e] + added : added;
-    denominator[e] = adds ? denominator[e] + share : share;
+  ARCMERGE_INLINE Elected(const Chosen& chosen, std::int64_t e) {
+    if constexpr (election != Election::none) {
+      for (std::int64_t i = 0; i < chosen.inputs; ++i) {
+        F32 vote = chosen.consensus.factors[i].vote * difference(chosen, i, e);
+        if (election == Election::count) vote = __builtin_convertvector((vote < 0) - (vote > 0), F32);
+        total = i == 0 ? vote : total + vote;
+      }
+      sign = (U32)(chosen.consensus.zero_is_negative ? total <= 0 : total < 0) & 0x80000000u;
+    }
+    for (std::int64_t i = 0; i < chosen.inputs; ++i)
+      agreeing -= agrees(difference(chosen, i, e), chosen.consensus.factors[i].vote);
+  }
+
+  static ARCMERGE_INLINE F32 difference(const Chosen& chosen, std::int64_t i, std::int64_t e) {
+    F32 x;
+    load(x, chosen.differences[i].of + e);
+    return x;
+  }
+
+  // A mask of the differences that agree.
+  ARCMERGE_INLINE I32 agrees(const F32& x, float vote) const {
+    if constexpr (election == Election::none) return x != 0;
+    return (F32)((U32)(vote * x) ^ sign) > 0;
+  }
+};
+
+// out = base + the sum of values / the sum of shares, or NaN where a difference is invalid.
+template <class Isa, Election election>
+ARCMERGE_INLINE void add_values(const Chosen& chosen, const float* base, const std::uint32_t* invalid, float* out) {
+  using F32 = typename Vector<Isa>::F32;
+  using I32 = typename Vector<Isa>::I32;
+  const float floor = chosen.consensus.floor;
+  for (std::int64_t e = 0; e < chosen.count; e += kWidth<Isa>) {
+    const Elected<Isa, election> elected(chosen, e);
+    F32 numerator{}, denominator{}, from;
+    for (std::int64_t i = 0; i < chosen.inputs; ++i) {
+      const auto& [vote, value, share, alone] = chosen.consensus.factors[i];
+      const F32 x = elected.difference(chosen, i, e);
+      const I32 mask = elected.agrees(x, vote);
+      const F32 added = where<Isa>(mask, (elected.agreeing == 1 ? broadcast<Isa>(alone) : broadcast<Isa>(value)) * x);
+      numerator = i == 0 ? added : numerator + added;
+      denominator =
+          i == 0 ? where<Isa>(mask, broadcast<Isa>(share)) : denominator + where<Isa>(mask, broadcast<Isa>(share));
+    }
+    if (floor != 0)
+      denominator = denominator < floor ? broadcast<Isa>(floor) : denominator;
+    else
+      denominator = denominator == 0 ? broadcast<Isa>(1) : denominator;
+    I32 wrong;
+    load(from, base + e);
+    load(wrong, invalid + e);
+    const F32 result = from + numerator / denominator;
+    store(out + e, wrong == 0 ? (I32)result : I32{} + 0x7fc00000);
   }
 }
 
-template <class>
-ARCMERGE_INLINE void finish_body(float* out, const float* base, const float* numerator, const float* denominator,
-                                 const std::uint32_t* nonfinite, float floor, std::int64_t count) {
-  for (std::int64_t e = 0; e < count; ++e) {
-    const float share = denominator[e];
-    const float divisor = floor != 0 ? (share < floor ? floor : share) : (share == 0 ? 1 : share);
-    const float result = base[e] + numerator[e] / divisor;
-    out[e] = nonfinite[e] ? float_of(0x7fc00000) : result;
+// Counters in registers of any variant; their sums count.
+struct alignas(64) Lanes {
+  std::int32_t of[16] = {};
+
+  std::int64_t sum() const { return std::accumulate(of, of + 16, std::int64_t(0)); }
+};
+struct Roles {
+  Lanes alone, shared;
+};
+
+template <class Isa, Election election>
+ARCMERGE_INLINE void count_roles(const Chosen& chosen, Roles* roles, Lanes& balance) {
+  typename Vector<Isa>::I32 sum;
+  const auto subtract = [&sum](Lanes& lanes, const auto& mask) {
+    load(sum, lanes.of);
+    store(lanes.of, sum - mask);
+  };
+  for (std::int64_t e = 0; e < chosen.count; e += kWidth<Isa>) {
+    const Elected<Isa, election> elected(chosen, e);
+    subtract(balance, (elected.total > 0) - (elected.total < 0));
+    for (std::int64_t i = 0; i < chosen.inputs; ++i) {
+      const auto mask = elected.agrees(elected.difference(chosen, i, e), chosen.consensus.factors[i].vote);
+      subtract(roles[i].alone, mask & (elected.agreeing == 1));
+      subtract(roles[i].shared, mask & (elected.agreeing > 1));
+    }
   }
+}
+
+template <class Isa>
+ARCMERGE_INLINE void add_values_any_body(const Chosen& chosen, const float* base, const std::uint32_t* invalid,
+                                         float* out) {
+  const Election election = chosen.consensus.election;
+  if (election == Election::none) add_values<Isa, Election::none>(chosen, base, invalid, out);
+  if (election == Election::sum) add_values<Isa, Election::sum>(chosen, base, invalid, out);
+  if (election == Election::count) add_values<Isa, Election::count>(chosen, base, invalid, out);
+}
+
+template <class Isa>
+ARCMERGE_INLINE void count_roles_any_body(const Chosen& chosen, Roles* roles, Lanes& balance) {
+  const Election election = chosen.consensus.election;
+  if (election == Election::none) count_roles<Isa, Election::none>(chosen, roles, balance);
+  if (election == Election::sum) count_roles<Isa, Election::sum>(chosen, roles, balance);
+  if (election == Election::count) count_roles<Isa, Election::count>(chosen, roles, balance);
 }
 
 template <class>
@@ -91,120 +181,74 @@ ARCMERGE_INLINE void add_squares_body(double* lanes, const float* x, std::int64_
     for (std::int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += double(x[e + lane]) * double(x[e + lane]);
 }
 
-template <class>
-ARCMERGE_INLINE void count_roles_body(const std::int32_t* agreeing, const float* x, const float* total, float factor,
-                                      Rule rule, std::int64_t count, std::int64_t& alone, std::int64_t& shared) {
-  std::int32_t alone_here = 0, shared_here = 0;
-  for (std::int64_t e = 0; e < count; ++e) {
-    const bool agrees = rule.agrees(x[e], factor, total[e]);
-    alone_here += agrees && agreeing[e] == 1;
-    shared_here += agrees && agreeing[e] > 1;
-  }
-  alone += alone_here;
-  shared += shared_here;
-}
-
-template <class>
-ARCMERGE_INLINE std::int64_t balance_of_body(const float* total, std::int64_t count) {
-  std::int32_t balance = 0;
-  for (std::int64_t e = 0; e < count; ++e) balance += (total[e] > 0) - (total[e] < 0);
-  return balance;
-}
-
 ARCMERGE_VARIANTS(void, select,
-                  (float* x, const std::uint32_t* codes, const std::uint16_t* kept, Cuts::Bounds bounds,
-                   std::int64_t count, std::uint32_t* nonfinite),
-                  (x, codes, kept, bounds, count, nonfinite))
+                  (float* differences, const std::uint32_t* codes, const std::uint16_t* kept, Cuts::Bounds bounds,
+                   std::int64_t count, std::uint32_t* invalid),
+                  (differences, codes, kept, bounds, count, invalid))
 ARCMERGE_VARIANTS(void, multiply, (float* x, const float* factors, std::int64_t count), (x, factors, count))
-ARCMERGE_VARIANTS(void, add_votes,
-                  (float* total, const float* x, float factor, Rule rule, bool adds, std::int64_t count),
-                  (total, x, factor, rule, adds, count))
-ARCMERGE_VARIANTS(void, count_agreeing,
-                  (std::int32_t* agreeing, const float* x, const float* total, float factor, Rule rule,
-                   std::int64_t count),
-                  (agreeing, x, total, factor, rule, count))
-ARCMERGE_VARIANTS(void, add_values,
-                  (float* numerator, float* denominator, const float* x, const float* total,
-                   const std::int32_t* agreeing, const Consensus::Factors& factors, Rule rule, bool adds,
-                   std::int64_t count),
-                  (numerator, denominator, x, total, agreeing, factors, rule, adds, count))
-ARCMERGE_VARIANTS(void, finish,
-                  (float* out, const float* base, const float* numerator, const float* denominator,
-                   const std::uint32_t* nonfinite, float floor, std::int64_t count),
-                  (out, base, numerator, denominator, nonfinite, floor, count))
+ARCMERGE_VARIANTS(void, add_values_any,
+                  (const Chosen& chosen, const float* base, const std::uint32_t* invalid, float* out),
+                  (chosen, base, invalid, out))
+ARCMERGE_VARIANTS(void, count_roles_any, (const Chosen& chosen, Roles* roles, Lanes& balance), (chosen, roles, balance))
 ARCMERGE_VARIANTS(void, add_squares, (double* lanes, const float* x, std::int64_t padded), (lanes, x, padded))
-ARCMERGE_VARIANTS(void, count_roles,
-                  (const std::int32_t* agreeing, const float* x, const float* total, float factor, Rule rule,
-                   std::int64_t count, std::int64_t& alone, std::int64_t& shared),
-                  (agreeing, x, total, factor, rule, count, alone, shared))
-ARCMERGE_VARIANTS(std::int64_t, balance_of, (const float* total, std::int64_t count), (total, count))
 
-// The tiles of a range: the selected differences of all inputs, the sum of their votes, how many of them agree.
-class Votes {
+// The tiles of a range: the selected differences of all inputs.
+class Selected {
  public:
-  Votes(const std::vector<Operand>& operands, const Operand& base, const Selection& selection,
-        const Consensus& consensus, const std::vector<EqualsBefore>& before)
-      : consensus_(consensus),
-        rule_(consensus),
-        differences_(operands, base, selection),
-        draws_(operands, base, selection) {
+  Selected(const std::vector<Operand>& operands, const Operand& base, const Selection& selection,
+           const Consensus& consensus, const std::vector<EqualsBefore>& before)
+      : consensus_(consensus), differences_(operands, base, selection), draws_(operands, base, selection) {
     for (std::size_t i = 0; i < operands.size(); ++i) cuts_.emplace_back(selection.cuts[i], before[i]);
   }
 
+  // Differences after the last one are 0 up to a multiple of kLanes.
   void read(std::int64_t first, std::int64_t count) {
     count_ = count;
     differences_.read(first, count);
-    std::fill(nonfinite_.of, nonfinite_.of + count, 0);
-    std::fill(agreeing_.of, agreeing_.of + count, 0);
-    std::fill(total_.of, total_.of + count, 0.0f);
-    for (std::size_t i = 0; i < size(); ++i) {
+    std::fill(invalid_.of, invalid_.of + kTile, 0);
+    for (std::size_t i = 0; i < cuts_.size(); ++i) {
       float* x = differences_[i];
       draws_.draw(i, first, count, kept_.of);
       const Cuts::Bounds bounds = cuts_[i].next(differences_.codes(i), count, kept_.of);
-      select(x, differences_.codes(i), kept_.of, bounds, count, nonfinite_.of);
+      select(x, differences_.codes(i), kept_.of, bounds, count, invalid_.of);
       if (consensus_.inverse) {
         draws_.inverses(i, first, count, inverses_.of);
         multiply(x, inverses_.of, count);
       }
-      if (rule_.elects) add_votes(total_.of, x, consensus_.factors[i].vote, rule_, i > 0, count);
+      std::fill(x + count, x + padded(), 0.0f);
     }
-    for (std::size_t i = 0; i < size(); ++i)
-      count_agreeing(agreeing_.of, differences_[i], total_.of, consensus_.factors[i].vote, rule_, count);
   }
 
   std::int64_t combine(char* out, DType dtype) {
-    Tile<float> numerator, denominator;
-    for (std::size_t i = 0; i < size(); ++i)
-      add_values(numerator.of, denominator.of, differences_[i], total_.of, agreeing_.of, consensus_.factors[i], rule_,
-                 i > 0, count_);
-    finish(numerator.of, differences_.base(), numerator.of, denominator.of, nonfinite_.of, consensus_.floor, count_);
-    return narrow(numerator.of, count_, dtype, out);
+    Tile<float> result;
+    add_values_any(chosen(), differences_.base(), invalid_.of, result.of);
+    return narrow(result.of, count_, dtype, out);
   }
 
-  void sum(std::vector<double>& lanes, ConsensusSums& sums) {
-    const std::int64_t padded = (count_ + kLanes - 1) / kLanes * kLanes;
-    for (std::size_t i = 0; i < size(); ++i) {
-      float* x = differences_[i];
-      std::fill(x + count_, x + padded, 0.0f);
-      add_squares(&lanes[i * kLanes], x, padded);
-      count_roles(agreeing_.of, x, total_.of, consensus_.factors[i].vote, rule_, count_, sums.alone[i], sums.shared[i]);
+  void sum(double (*squares)[kLanes], ConsensusSums& sums) {
+    std::vector<Roles> roles(cuts_.size());
+    Lanes balance;
+    count_roles_any(chosen(), roles.data(), balance);
+    for (std::size_t i = 0; i < cuts_.size(); ++i) {
+      add_squares(squares[i], differences_[i], padded());
+      sums.alone[i] += roles[i].alone.sum();
+      sums.shared[i] += roles[i].shared.sum();
     }
-    sums.balance += balance_of(total_.of, count_);
+    sums.balance += balance.sum();
   }
 
  private:
-  std::size_t size() const { return cuts_.size(); }
+  std::int64_t padded() const { return (count_ + kLanes - 1) / kLanes * kLanes; }
+  Chosen chosen() const { return {differences_.tiles(), consensus_, std::int64_t(cuts_.size()), count_}; }
 
   const Consensus& consensus_;
-  const Rule rule_;
   std::int64_t count_ = 0;
   Differences differences_;
   Draws draws_;
   std::vector<Cuts> cuts_;
   Tile<std::uint16_t> kept_;
-  Tile<float> total_, inverses_;
-  Tile<std::int32_t> agreeing_;
-  Tile<std::uint32_t> nonfinite_;
+  Tile<float> inverses_;
+  Tile<std::uint32_t> invalid_;
 };
 
 void require_consensus(const std::vector<Operand>& operands, const Selection& selection, const Consensus& consensus,
@@ -221,11 +265,11 @@ std::int64_t consensus_combine(void* out, DType out_dtype, const std::vector<Ope
                                const Selection& selection, const Consensus& consensus,
                                const std::vector<EqualsBefore>& before, std::int64_t first, std::int64_t count) {
   require_consensus(operands, selection, consensus, before, first, count);
-  Votes votes(operands, base, selection, consensus, before);
+  Selected selected(operands, base, selection, consensus, before);
   std::int64_t nonfinite = 0;
   for (std::int64_t done = 0; done < count; done += kTile) {
-    votes.read(first + done, std::min(kTile, count - done));
-    nonfinite += votes.combine(static_cast<char*>(out) + done * item_size(out_dtype), out_dtype);
+    selected.read(first + done, std::min(kTile, count - done));
+    nonfinite += selected.combine(static_cast<char*>(out) + done * item_size(out_dtype), out_dtype);
   }
   return nonfinite;
 }
@@ -236,14 +280,14 @@ ConsensusSums consensus_sums(const std::vector<Operand>& operands, const Operand
   require_consensus(operands, selection, consensus, before, first, count);
   const std::size_t k = operands.size();
   ConsensusSums sums{std::vector<double>(k), std::vector<std::int64_t>(k), std::vector<std::int64_t>(k)};
-  std::vector<double> lanes(k * kLanes);
-  Votes votes(operands, base, selection, consensus, before);
+  const std::unique_ptr<double[][kLanes]> squares(new double[k][kLanes]());
+  Selected selected(operands, base, selection, consensus, before);
   for (std::int64_t done = 0; done < count; done += kTile) {
-    votes.read(first + done, std::min(kTile, count - done));
-    votes.sum(lanes, sums);
+    selected.read(first + done, std::min(kTile, count - done));
+    selected.sum(squares.get(), sums);
   }
   for (std::size_t i = 0; i < k; ++i)
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) sums.squares[i] += lanes[i * kLanes + lane];
+    for (std::int64_t lane = 0; lane < kLanes; ++lane) sums.squares[i] += squares[i][lane];
   return sums;
 }
 

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -13,19 +14,22 @@
 namespace arcmerge {
 namespace {
 
-constexpr std::uint32_t kSignless = 0x7fffffff, kNan = 0x7fc00000;
+constexpr std::uint32_t kSignless = 0x7fffffff;
 
 template <class>
 ARCMERGE_INLINE void subtract_body(float* x, const float* base, std::int64_t count) {
   for (std::int64_t e = 0; e < count; ++e) x[e] -= base[e];
 }
 
-template <class>
+// Works on whole registers, as all below that use them: tiles have room after their last element.
+template <class Isa>
 ARCMERGE_INLINE void codes_of_body(const float* magnitudes, bool rounded, std::int64_t count, std::uint32_t* codes) {
-  if (rounded)
-    for (std::int64_t e = 0; e < count; ++e) codes[e] = std::uint32_t(to_bf16(magnitudes[e]) & 0x7fff) << 16;
-  else
-    for (std::int64_t e = 0; e < count; ++e) codes[e] = bits_of(canonical(magnitudes[e])) & kSignless;
+  for (std::int64_t e = 0; e < count; e += Isa::kBytes / 4) {
+    typename Vector<Isa>::F32 magnitude;
+    std::memcpy(&magnitude, magnitudes + e, sizeof magnitude);
+    const typename Vector<Isa>::U32 found = rounded ? rounded_code<Isa>(magnitude) & 0xffff0000u : code<Isa>(magnitude);
+    std::memcpy(codes + e, &found, sizeof found);
+  }
 }
 
 template <class>

@@ -19,14 +19,19 @@ struct alignas(64) Tile {
 // The bit of a kept element, above the 15 bits of the prefix of a code.
 constexpr std::uint16_t kKept = 0x8000;
 
-// The codes of differences that are rounded to bf16, with anything in their lower halves.
+// The codes of magnitudes, the results of operations of either sign.
 template <class Isa>
-ARCMERGE_INLINE typename Vector<Isa>::U32 rounded_code(const typename Vector<Isa>::F32& difference) {
-  using U32 = typename Vector<Isa>::U32;
+ARCMERGE_INLINE typename Vector<Isa>::U32 code(const typename Vector<Isa>::F32& magnitude) {
   using I32 = typename Vector<Isa>::I32;
-  const I32 nan = I32{} + 0x7fc00000;  // the smallest that a subtraction gives
-  const I32 magnitude = (I32)difference & 0x7fffffff;
-  const U32 bits = (U32)(magnitude < nan ? magnitude : nan);
+  const I32 nan = I32{} + 0x7fc00000;  // the smallest that an operation gives
+  const I32 bits = (I32)magnitude & 0x7fffffff;
+  return (typename Vector<Isa>::U32)(bits < nan ? bits : nan);
+}
+
+// The same for magnitudes that are rounded to bf16, with anything in their lower halves.
+template <class Isa>
+ARCMERGE_INLINE typename Vector<Isa>::U32 rounded_code(const typename Vector<Isa>::F32& magnitude) {
+  const typename Vector<Isa>::U32 bits = code<Isa>(magnitude);
   return bits + 0x7fffu + (bits >> 16 & 1u);
 }
 
@@ -40,6 +45,7 @@ class Differences {
 
   std::size_t size() const { return operands_.size(); }
   float* base() { return base_.of; }
+  const Tile<float>* tiles() const { return differences_.data(); }
   float* operator[](std::size_t i) { return differences_[i].of; }
   const std::uint32_t* codes(std::size_t i) const { return codes_[selection_.joint ? 0 : i].of; }
 

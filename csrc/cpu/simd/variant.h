@@ -26,13 +26,14 @@ struct Avx512 {
 };
 struct Avx512Bf16 : Avx512 {};
 
-// Registers by element type, and half registers, which fill a register when they are widened to f64.
+// Registers by element type, and half registers, which fill a register when their elements are widened.
 template <class Isa>
 struct Vector {
   typedef double F64 __attribute__((vector_size(Isa::kBytes)));
   typedef float F32 __attribute__((vector_size(Isa::kBytes)));
   typedef std::uint32_t U32 __attribute__((vector_size(Isa::kBytes)));
   typedef std::int32_t I32 __attribute__((vector_size(Isa::kBytes)));
+  typedef std::uint16_t HalfU16 __attribute__((vector_size(Isa::kBytes / 2)));
   typedef float HalfF32 __attribute__((vector_size(Isa::kBytes / 2)));
   typedef std::uint32_t HalfU32 __attribute__((vector_size(Isa::kBytes / 2)));
 };
