@@ -61,7 +61,30 @@ ARCMERGE_INLINE void multiply_body(float* x, const float* factors, std::int64_t 
 struct Chosen {
   const Tile<float>* differences;
   const Consensus& consensus;
-  std::int64_t inputs, count;
+  std::int64_t count;
+};
+
+// The same for a number of inputs that is known, which keeps factors in registers, or is not (0).
+template <int known>
+struct Inputs {
+  const Tile<float>* differences;
+  Consensus::Factors factors[known];
+  static constexpr int count = known;
+
+  explicit ARCMERGE_INLINE Inputs(const Chosen& chosen) : differences(chosen.differences) {
+    std::copy_n(chosen.consensus.factors.begin(), known, factors);
+  }
+};
+template <>
+struct Inputs<0> {
+  const Tile<float>* differences;
+  const Consensus::Factors* factors;
+  int count;
+
+  explicit ARCMERGE_INLINE Inputs(const Chosen& chosen)
+      : differences(chosen.differences),
+        factors(chosen.consensus.factors.data()),
+        count(int(chosen.consensus.factors.size())) {}
 };
 
 // What inputs have in common in a register of elements.
@@ -74,22 +97,23 @@ struct Elected {
   U32 sign{};      // the sign bit where it elects the negative sign
   I32 agreeing{};  // how many inputs agree
 
-  ARCMERGE_INLINE Elected(const Chosen& chosen, std::int64_t e) {
+  template <class Inputs>
+  ARCMERGE_INLINE Elected(const Inputs& inputs, bool zero_is_negative, std::int64_t e) {
     if constexpr (election != Election::none) {
-      for (std::int64_t i = 0; i < chosen.inputs; ++i) {
-        F32 vote = chosen.consensus.factors[i].vote * difference(chosen, i, e);
+      for (int i = 0; i < inputs.count; ++i) {
+        F32 vote = inputs.factors[i].vote * difference(inputs, i, e);
         if (election == Election::count) vote = __builtin_convertvector((vote < 0) - (vote > 0), F32);
         total = i == 0 ? vote : total + vote;
       }
-      sign = (U32)(chosen.consensus.zero_is_negative ? total <= 0 : total < 0) & 0x80000000u;
+      sign = (U32)(zero_is_negative ? total <= 0 : total < 0) & 0x80000000u;
     }
-    for (std::int64_t i = 0; i < chosen.inputs; ++i)
-      agreeing -= agrees(difference(chosen, i, e), chosen.consensus.factors[i].vote);
+    for (int i = 0; i < inputs.count; ++i) agreeing -= agrees(difference(inputs, i, e), inputs.factors[i].vote);
   }
 
-  static ARCMERGE_INLINE F32 difference(const Chosen& chosen, std::int64_t i, std::int64_t e) {
+  template <class Inputs>
+  static ARCMERGE_INLINE F32 difference(const Inputs& inputs, int i, std::int64_t e) {
     F32 x;
-    load(x, chosen.differences[i].of + e);
+    load(x, inputs.differences[i].of + e);
     return x;
   }
 
@@ -101,17 +125,20 @@ struct Elected {
 };
 
 // out = base + the sum of values / the sum of shares, or NaN where a difference is invalid.
-template <class Isa, Election election>
+template <class Isa, Election election, int known>
 ARCMERGE_INLINE void add_values(const Chosen& chosen, const float* base, const std::uint32_t* invalid, float* out) {
   using F32 = typename Vector<Isa>::F32;
   using I32 = typename Vector<Isa>::I32;
+  const Inputs<known> inputs(chosen);
   const float floor = chosen.consensus.floor;
-  for (std::int64_t e = 0; e < chosen.count; e += kWidth<Isa>) {
-    const Elected<Isa, election> elected(chosen, e);
+  const bool zero_is_negative = chosen.consensus.zero_is_negative;
+  const std::int64_t count = chosen.count;
+  for (std::int64_t e = 0; e < count; e += kWidth<Isa>) {
+    const Elected<Isa, election> elected(inputs, zero_is_negative, e);
     F32 numerator{}, denominator{}, from;
-    for (std::int64_t i = 0; i < chosen.inputs; ++i) {
-      const auto& [vote, value, share, alone] = chosen.consensus.factors[i];
-      const F32 x = elected.difference(chosen, i, e);
+    for (int i = 0; i < inputs.count; ++i) {
+      const auto& [vote, value, share, alone] = inputs.factors[i];
+      const F32 x = elected.difference(inputs, i, e);
       const I32 mask = elected.agrees(x, vote);
       const F32 added = where<Isa>(mask, (elected.agreeing == 1 ? broadcast<Isa>(alone) : broadcast<Isa>(value)) * x);
       numerator = i == 0 ? added : numerator + added;
@@ -147,14 +174,29 @@ ARCMERGE_INLINE void count_roles(const Chosen& chosen, Roles* roles, Lanes& bala
     load(sum, lanes.of);
     store(lanes.of, sum - mask);
   };
+  const Inputs<0> inputs(chosen);
   for (std::int64_t e = 0; e < chosen.count; e += kWidth<Isa>) {
-    const Elected<Isa, election> elected(chosen, e);
+    const Elected<Isa, election> elected(inputs, chosen.consensus.zero_is_negative, e);
     subtract(balance, (elected.total > 0) - (elected.total < 0));
-    for (std::int64_t i = 0; i < chosen.inputs; ++i) {
-      const auto mask = elected.agrees(elected.difference(chosen, i, e), chosen.consensus.factors[i].vote);
+    for (int i = 0; i < inputs.count; ++i) {
+      const auto mask = elected.agrees(elected.difference(inputs, i, e), inputs.factors[i].vote);
       subtract(roles[i].alone, mask & (elected.agreeing == 1));
       subtract(roles[i].shared, mask & (elected.agreeing > 1));
     }
+  }
+}
+
+template <class Isa, Election election>
+ARCMERGE_INLINE void add_values_of(const Chosen& chosen, const float* base, const std::uint32_t* invalid, float* out) {
+  switch (chosen.consensus.factors.size()) {
+    case 1:
+      return add_values<Isa, election, 1>(chosen, base, invalid, out);
+    case 2:
+      return add_values<Isa, election, 2>(chosen, base, invalid, out);
+    case 3:
+      return add_values<Isa, election, 3>(chosen, base, invalid, out);
+    default:
+      return add_values<Isa, election, 0>(chosen, base, invalid, out);
   }
 }
 
@@ -162,9 +204,9 @@ template <class Isa>
 ARCMERGE_INLINE void add_values_any_body(const Chosen& chosen, const float* base, const std::uint32_t* invalid,
                                          float* out) {
   const Election election = chosen.consensus.election;
-  if (election == Election::none) add_values<Isa, Election::none>(chosen, base, invalid, out);
-  if (election == Election::sum) add_values<Isa, Election::sum>(chosen, base, invalid, out);
-  if (election == Election::count) add_values<Isa, Election::count>(chosen, base, invalid, out);
+  if (election == Election::none) add_values_of<Isa, Election::none>(chosen, base, invalid, out);
+  if (election == Election::sum) add_values_of<Isa, Election::sum>(chosen, base, invalid, out);
+  if (election == Election::count) add_values_of<Isa, Election::count>(chosen, base, invalid, out);
 }
 
 template <class Isa>
@@ -196,9 +238,9 @@ ARCMERGE_VARIANTS(void, add_squares, (double* lanes, const float* x, std::int64_
 class Selected {
  public:
   Selected(const std::vector<Operand>& operands, const Operand& base, const Selection& selection,
-           const Consensus& consensus, const std::vector<EqualsBefore>& before)
+           const Consensus& consensus, const std::vector<EqualsBefore>& before, std::int64_t count)
       : consensus_(consensus), differences_(operands, base, selection), draws_(operands, base, selection) {
-    for (std::size_t i = 0; i < operands.size(); ++i) cuts_.emplace_back(selection.cuts[i], before[i]);
+    for (std::size_t i = 0; i < operands.size(); ++i) cuts_.emplace_back(selection.cuts[i], before[i], count);
   }
 
   // Differences after the last one are 0 up to a multiple of kLanes.
@@ -208,9 +250,9 @@ class Selected {
     std::fill(invalid_.of, invalid_.of + kTile, 0);
     for (std::size_t i = 0; i < cuts_.size(); ++i) {
       float* x = differences_[i];
-      draws_.draw(i, first, count, kept_.of);
-      const Cuts::Bounds bounds = cuts_[i].next(differences_.codes(i), count, kept_.of);
-      select(x, differences_.codes(i), kept_.of, bounds, count, invalid_.of);
+      const std::uint16_t* kept = draws_.draw(i, first, count, kept_.of);
+      const Cuts::Bounds bounds = cuts_[i].next(differences_.codes(i), count, kept, kept_.of);
+      select(x, differences_.codes(i), kept, bounds, count, invalid_.of);
       if (consensus_.inverse) {
         draws_.inverses(i, first, count, inverses_.of);
         multiply(x, inverses_.of, count);
@@ -239,7 +281,7 @@ class Selected {
 
  private:
   std::int64_t padded() const { return (count_ + kLanes - 1) / kLanes * kLanes; }
-  Chosen chosen() const { return {differences_.tiles(), consensus_, std::int64_t(cuts_.size()), count_}; }
+  Chosen chosen() const { return {differences_.tiles(), consensus_, count_}; }
 
   const Consensus& consensus_;
   std::int64_t count_ = 0;
@@ -265,7 +307,7 @@ std::int64_t consensus_combine(void* out, DType out_dtype, const std::vector<Ope
                                const Selection& selection, const Consensus& consensus,
                                const std::vector<EqualsBefore>& before, std::int64_t first, std::int64_t count) {
   require_consensus(operands, selection, consensus, before, first, count);
-  Selected selected(operands, base, selection, consensus, before);
+  Selected selected(operands, base, selection, consensus, before, count);
   std::int64_t nonfinite = 0;
   for (std::int64_t done = 0; done < count; done += kTile) {
     selected.read(first + done, std::min(kTile, count - done));
@@ -281,7 +323,7 @@ ConsensusSums consensus_sums(const std::vector<Operand>& operands, const Operand
   const std::size_t k = operands.size();
   ConsensusSums sums{std::vector<double>(k), std::vector<std::int64_t>(k), std::vector<std::int64_t>(k)};
   const std::unique_ptr<double[][kLanes]> squares(new double[k][kLanes]());
-  Selected selected(operands, base, selection, consensus, before);
+  Selected selected(operands, base, selection, consensus, before, count);
   for (std::int64_t done = 0; done < count; done += kTile) {
     selected.read(first + done, std::min(kTile, count - done));
     selected.sum(squares.get(), sums);

@@ -275,16 +275,16 @@ void magnitude_histogram(std::int64_t* out, const std::vector<Operand>& operands
   std::vector<Counts> counts;
   for (std::size_t i = 0; i < k; ++i)
     counts.emplace_back(out + std::int64_t(i) * (selection.rounded ? kBins : 2 * kBins), selection.rounded, count);
-  Tile<std::uint16_t> kept;
+  Tile<std::uint16_t> drawn;
   for (std::int64_t done = 0; done < count; done += kTile) {
     const std::int64_t size = std::min(kTile, count - done), start = first + done;
     if (!is_fast) differences.read(start, size);
     for (std::size_t i = 0; i < k; ++i) {
-      draws.draw(i, start, size, kept.of);
+      const std::uint16_t* kept = draws.draw(i, start, size, drawn.of);
       if (is_fast)
-        counts[i].add_bf16(operands[i].address + 2 * start, base.address + 2 * start, kept.of, size);
+        counts[i].add_bf16(operands[i].address + 2 * start, base.address + 2 * start, kept, size);
       else
-        counts[i].add(differences.codes(i), kept.of, size);
+        counts[i].add(differences.codes(i), kept, size);
     }
   }
   for (Counts& each : counts) each.flush();

@@ -32,6 +32,33 @@ ARCMERGE_INLINE void codes_of_body(const float* magnitudes, bool rounded, std::i
   }
 }
 
+// The differences of bf16 operands in place, and their codes.
+template <class Isa>
+ARCMERGE_INLINE void read_bf16_body(const char* x, const char* base, bool rounded, std::int64_t count,
+                                    float* differences, std::uint32_t* codes) {
+  using F32 = typename Vector<Isa>::F32;
+  using U32 = typename Vector<Isa>::U32;
+  constexpr std::int64_t kStep = Isa::kBytes / 4;
+  const auto widened = [](const char* at) {
+    typename Vector<Isa>::HalfU16 halves;
+    std::memcpy(&halves, at, sizeof halves);
+    return (F32)(__builtin_convertvector(halves, U32) << 16);
+  };
+  const auto step = [&](const char* x_at, const char* base_at, std::int64_t e) {
+    const F32 difference = widened(x_at) - widened(base_at);
+    const U32 found = rounded ? rounded_code<Isa>(difference) & 0xffff0000u : code<Isa>(difference);
+    std::memcpy(differences + e, &difference, sizeof difference);
+    std::memcpy(codes + e, &found, sizeof found);
+  };
+  std::int64_t e = 0;
+  for (; e + kStep <= count; e += kStep) step(x + 2 * e, base + 2 * e, e);
+  if (e == count) return;
+  char last_x[2 * kStep] = {}, last_base[2 * kStep] = {};
+  std::memcpy(last_x, x + 2 * e, 2 * (count - e));
+  std::memcpy(last_base, base + 2 * e, 2 * (count - e));
+  step(last_x, last_base, e);
+}
+
 template <class>
 ARCMERGE_INLINE void scale_body(float* out, const float* x, float scale, std::int64_t count) {
   for (std::int64_t e = 0; e < count; ++e) out[e] = float_of(bits_of(x[e]) & kSignless) * scale;
@@ -89,6 +116,10 @@ ARCMERGE_INLINE std::int64_t count_equal_body(const std::uint32_t* codes, std::u
 ARCMERGE_VARIANTS(void, subtract, (float* x, const float* base, std::int64_t count), (x, base, count))
 ARCMERGE_VARIANTS(void, codes_of, (const float* magnitudes, bool rounded, std::int64_t count, std::uint32_t* codes),
                   (magnitudes, rounded, count, codes))
+ARCMERGE_VARIANTS(void, read_bf16,
+                  (const char* x, const char* base, bool rounded, std::int64_t count, float* differences,
+                   std::uint32_t* codes),
+                  (x, base, rounded, count, differences, codes))
 ARCMERGE_VARIANTS(void, scale, (float* out, const float* x, float scale, std::int64_t count), (out, x, scale, count))
 ARCMERGE_VARIANTS(void, add, (float* sum, const float* x, std::int64_t count), (sum, x, count))
 ARCMERGE_VARIANTS(void, divide, (float* sum, float k, std::int64_t count), (sum, k, count))
@@ -153,7 +184,13 @@ Differences::Differences(const std::vector<Operand>& operands, const Operand& ba
 
 void Differences::read(std::int64_t first, std::int64_t count) {
   widen(base_operand_, first, count, base_.of);
+  const bool has_codes = !selection_.joint && !selection_.row_scales && is_plain_bf16(base_operand_);
   for (std::size_t i = 0; i < size(); ++i) {
+    if (has_codes && is_plain_bf16(operands_[i])) {
+      read_bf16(operands_[i].address + 2 * first, base_operand_.address + 2 * first, selection_.rounded, count,
+                differences_[i].of, codes_[i].of);
+      continue;
+    }
     widen(operands_[i], first, count, differences_[i].of);
     subtract(differences_[i].of, base_.of, count);
     if (!selection_.joint) encode(differences_[i].of, first, count, codes_[i].of);
@@ -189,18 +226,17 @@ Draws::Draws(const std::vector<Operand>& operands, const Operand& base, const Se
       differences_(operands, base, selection),
       codes_(operands.size()),
       ranks_(operands.size()),
-      numbers_(kTile + 9 * kPhiloxBlocks) {}
+      numbers_(kTile + 9 * kPhiloxBlocks) {
+  std::fill(all_.of, all_.of + kTile, kKept);
+}
 
 double Draws::probability(std::size_t i) const {
   const auto [first, last] = selection_.probabilities[i];
   return first == last ? first : (first + last) / 2;
 }
 
-void Draws::draw(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept) {
-  if (keeps_all(i)) {
-    std::fill(kept, kept + count, kKept);
-    return;
-  }
+const std::uint16_t* Draws::draw(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept) {
+  if (keeps_all(i)) return all_.of;
   constexpr std::int64_t kTimed = 8 * kPhiloxBlocks;
   uniform16(selection_.keys[i], std::uint64_t(first / 8), (first % 8 + count + kTimed - 1) / kTimed, numbers_.data());
   const std::uint16_t* numbers = numbers_.data() + first % 8;
@@ -212,6 +248,7 @@ void Draws::draw(std::size_t i, std::int64_t first, std::int64_t count, std::uin
     const double limit = std::ceil(65536 * probability(i) - 0.5);
     keep_below(numbers, limit > 0 ? std::uint32_t(std::min(limit, 65536.0)) : 0, count, kept);
   }
+  return kept;
 }
 
 void Draws::inverses(std::size_t i, std::int64_t first, std::int64_t count, float* out) {
@@ -254,25 +291,38 @@ void Draws::rank_row(std::int64_t row) {
 
 // ---- cuts
 
-Cuts::Bounds Cuts::next(const std::uint32_t* codes, std::int64_t count, std::uint16_t* kept) {
-  const auto equals = [&](std::int64_t code) {
-    return code < 0 || code > std::int64_t(kSignless) ? 0 : count_equal(codes, std::uint32_t(code), count);
-  };
-  std::int64_t upper = upper_before_, lower = lower_before_;
-  upper_before_ += equals(cut_.upper);
-  lower_before_ += equals(cut_.lower);
-  // Whether the equal elements of the tile are in, unless only some of them are.
-  const bool upper_in = upper >= cut_.upper_rank, lower_in = lower_before_ <= cut_.lower_rank;
-  const bool upper_splits = !upper_in && upper_before_ > cut_.upper_rank;
-  const bool lower_splits = !lower_in && lower < cut_.lower_rank;
-  if (upper_splits || lower_splits)
+Cuts::Cuts(const Selection::Cut& cut, const EqualsBefore& before, std::int64_t count)
+    : above_{cut.upper, std::max<std::int64_t>(cut.upper_rank - before.first, 0)},
+      inside_{cut.lower, std::max<std::int64_t>(cut.lower_rank - before.second, 0)},
+      left_(count) {}
+
+Cuts::Share Cuts::share(Equals& equals, const std::uint32_t* codes, std::int64_t count) const {
+  if (equals.left == 0) return Share::none;
+  if (equals.left >= left_ || equals.code < 0 || equals.code > std::int64_t(kSignless)) return Share::all;
+  const std::int64_t found = count_equal(codes, std::uint32_t(equals.code), count);
+  if (found > equals.left) return Share::some;
+  equals.left -= found;
+  return Share::all;
+}
+
+Cuts::Bounds Cuts::next(const std::uint32_t* codes, std::int64_t count, const std::uint16_t*& kept,
+                        std::uint16_t* changed) {
+  const Share above = share(above_, codes, count), inside = share(inside_, codes, count);
+  if (above == Share::some || inside == Share::some) {
+    if (kept != changed) std::copy(kept, kept + count, changed);
+    kept = changed;
     for (std::int64_t e = 0; e < count; ++e) {
-      if (upper_splits && codes[e] == cut_.upper && upper++ < cut_.upper_rank) kept[e] = 0;
-      if (lower_splits && codes[e] == cut_.lower && lower++ >= cut_.lower_rank) kept[e] = 0;
+      if (above == Share::some && codes[e] == above_.code && above_.left > 0) {
+        --above_.left;
+        changed[e] = 0;
+      }
+      if (inside == Share::some && codes[e] == inside_.code && --inside_.left < 0) changed[e] = 0;
     }
+    inside_.left = std::max<std::int64_t>(inside_.left, 0);
+  }
+  left_ -= count;
   constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
-  const std::int64_t high = cut_.upper - (upper_in || upper_splits ? 0 : 1);
-  const std::int64_t low = cut_.lower + (lower_in || lower_splits ? 0 : 1);
+  const std::int64_t high = above_.code - (above == Share::all), low = inside_.code + (inside == Share::none);
   if (low > kMax) return {0, -1};
   return {std::int32_t(std::max<std::int64_t>(low, 0)), std::int32_t(std::clamp<std::int64_t>(high, -1, kMax))};
 }

@@ -68,8 +68,8 @@ class Draws {
   // Whether all elements of an input are kept.
   bool keeps_all(std::size_t i) const { return !by_rank(i) && probability(i) >= 1; }
 
-  // kept[e] = kKept if element first + e is kept, else 0.
-  void draw(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept);
+  // kept[e] = kKept if element first + e is kept, else 0. Returns `kept`, or a constant tile if all are kept.
+  const std::uint16_t* draw(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept);
 
   // out[e] = 1 / the probability of element first + e.
   void inverses(std::size_t i, std::int64_t first, std::int64_t count, float* out);
@@ -88,24 +88,33 @@ class Draws {
   std::vector<std::vector<std::uint32_t>> codes_, ranks_;
   std::vector<std::uint32_t> order_, next_order_;
   std::vector<std::uint16_t> numbers_;
+  Tile<std::uint16_t> all_;
   Tile<double> chances_;  // the probability of each element of a tile
 };
 
-// The cuts of an input, and how many elements of its upper and lower code came before.
+// The cuts of an input in a range.
 class Cuts {
  public:
-  Cuts(const Selection::Cut& cut, const EqualsBefore& before)
-      : cut_(cut), upper_before_(before.first), lower_before_(before.second) {}
+  Cuts(const Selection::Cut& cut, const EqualsBefore& before, std::int64_t count);
 
-  // Elements with codes in [low, high] are between the cuts, except those for which kept[e] becomes 0.
+  // The elements of the next tile with codes in [low, high] are between the cuts, but for those that `kept` drops,
+  // which becomes `changed` if only some of the elements with one code are.
   struct Bounds {
     std::int32_t low, high;
   };
-  Bounds next(const std::uint32_t* codes, std::int64_t count, std::uint16_t* kept);
+  Bounds next(const std::uint32_t* codes, std::int64_t count, const std::uint16_t*& kept, std::uint16_t* changed);
 
  private:
-  Selection::Cut cut_;
-  std::int64_t upper_before_, lower_before_;
+  // A number of the next elements with one code.
+  struct Equals {
+    std::int64_t code, left;
+  };
+  // How many of the elements with this code in a tile are among them.
+  enum class Share { none, some, all };
+  Share share(Equals& equals, const std::uint32_t* codes, std::int64_t count) const;
+
+  Equals above_, inside_;  // those above the upper cut, and those not below the lower one
+  std::int64_t left_;      // in the range
 };
 
 // Throws std::invalid_argument unless there is one entry for each of k inputs.
