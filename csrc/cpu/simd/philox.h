@@ -56,13 +56,15 @@ ARCMERGE_INLINE void philox(std::uint64_t key, std::uint64_t first, std::uint16_
   using U64 = typename Halves<Isa>::U64;
   // Steps of two registers hide the latency of the products.
   constexpr std::int64_t kWidth = Isa::kBytes / 8, kRegisters = 2;
+  static constexpr std::uint64_t kCount[] = {0, 1, 2, 3, 4, 5, 6, 7};
   std::uint64_t pairs[2][kPhiloxBlocks];
   for (std::int64_t step = 0; step < kPhiloxBlocks; step += kRegisters * kWidth) {
-    std::uint64_t counters[kRegisters * kWidth];
-    for (std::int64_t b = 0; b < kRegisters * kWidth; ++b) counters[b] = first + step + b;
     U64 c0[kRegisters], c1[kRegisters], c2[kRegisters] = {}, c3[kRegisters] = {};
-    std::memcpy(c0, counters, sizeof c0);
-    for (std::int64_t r = 0; r < kRegisters; ++r) c1[r] = c0[r] >> 32;
+    for (std::int64_t r = 0; r < kRegisters; ++r) {
+      std::memcpy(&c0[r], kCount, sizeof c0[r]);
+      c0[r] += first + std::uint64_t(step + r * kWidth);
+      c1[r] = c0[r] >> 32;
+    }
     std::uint32_t low = std::uint32_t(key), high = std::uint32_t(key >> 32);
     for (int round = 0; round < 10; ++round, low += 0x9e3779b9, high += 0xbb67ae85)
       for (std::int64_t r = 0; r < kRegisters; ++r) {
@@ -81,12 +83,10 @@ ARCMERGE_INLINE void philox(std::uint64_t key, std::uint64_t first, std::uint16_
       std::memcpy(pairs[1] + step + r * kWidth, &second_pair, sizeof second_pair);
     }
   }
-  std::uint64_t words[kPhiloxBlocks][2];
   for (std::int64_t b = 0; b < kPhiloxBlocks; ++b) {
-    words[b][0] = pairs[0][b];
-    words[b][1] = pairs[1][b];
+    std::memcpy(numbers + 8 * b, &pairs[0][b], 8);
+    std::memcpy(numbers + 8 * b + 4, &pairs[1][b], 8);
   }
-  std::memcpy(numbers, words, sizeof words);
 }
 
 }  // namespace arcmerge
