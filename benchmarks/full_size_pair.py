@@ -97,15 +97,24 @@ def to_f32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 def make_pair(folder: Path, geometry: Geometry) -> tuple[Path, Path]:
     """The folders A and B inside `folder`, which are made if they are missing."""
-    first, second = folder / "A", folder / "B"
-    for out, near in ((first, None), (second, first)):
-        if not out.is_dir():
-            write_checkpoint(out, geometry, near)
+    first, second = make_models(folder, geometry, 2)
     return first, second
 
 
-def write_checkpoint(out: Path, geometry: Geometry, near: Path | None) -> None:
-    """Write a checkpoint of noise, or of `near` with a little noise. `out` appears when it is complete."""
+def make_models(folder: Path, geometry: Geometry, count: int) -> list[Path]:
+    """The folders A, B, C and so on inside `folder`, which are made if they are missing. All are near A."""
+    models = [folder / letter for letter in "ABCDEFGH"[:count]]
+    for index, out in enumerate(models):
+        if not out.is_dir():
+            write_checkpoint(out, geometry, models[0] if index else None, index)
+    return models
+
+
+def write_checkpoint(out: Path, geometry: Geometry, near: Path | None, index: int) -> None:
+    """Write a checkpoint of noise, or of `near` with a little noise. `out` appears when it is complete.
+
+    Noise differs by `index`.
+    """
     shards = shard([OutputTensor(name, BF16, shape) for name, shape in geometry.tensors()], SHARD_BYTES)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -117,7 +126,7 @@ def write_checkpoint(out: Path, geometry: Geometry, near: Path | None) -> None:
             file.truncate(one.nbytes)
             for begin in range(len(one.header), one.nbytes, RUN_BYTES):
                 end = min(begin + RUN_BYTES, one.nbytes)
-                pool.submit(write_noise, file.fileno(), origin, [SEED, near is not None, number], begin, end)
+                pool.submit(write_noise, file.fileno(), origin, [SEED, index, number], begin, end)
     if (index := index_json(shards)) is not None:
         (partial / "model.safetensors.index.json").write_bytes(index)
     (partial / "config.json").write_text(json.dumps(geometry.config(), indent=2))
