@@ -78,6 +78,11 @@ def test_codes_order_magnitudes():
     assert joint.tolist() == [[0x3F800000, 0]] * 2
     scaled = codes(torch.tensor([[[1.0, 2.0], [4.0, 8.0]]]), torch.tensor([2.0, 0.25]), joint=False, rounded=False)
     assert scaled.int().view(torch.float32).tolist() == [[[2.0, 4.0], [1.0, 2.0]]]
+    deep = torch.tensor([[[[1.0, 2.0], [4.0, 8.0]], [[1.0, 1.0], [1.0, 1.0]]]])
+    scaled = codes(deep, torch.tensor([[2.0, 0.25], [3.0, 4.0]]), joint=False, rounded=False)
+    assert scaled.int().view(torch.float32).tolist() == [[[[2.0, 4.0], [1.0, 2.0]], [[3.0, 3.0], [4.0, 4.0]]]]
+    flat = codes(torch.tensor([[1.0, 2.0]]), torch.tensor(3.0), joint=False, rounded=False)
+    assert flat.int().view(torch.float32).tolist() == [[3.0, 6.0]]
 
 
 def test_histogram_counts_every_element_once_and_sums_magnitudes():
