@@ -52,7 +52,7 @@ def _combine_kernel(
     K: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    addresses, count, vectored, vector = read_row(table_ptr + tl.program_id(0).to(tl.int64) * (K + 3), K + 1, TILE)
+    addresses, count, vectored, vector = read_row(table_ptr + tl.program_id(0).to(tl.int64) * (K + 4), K + 1, TILE)
     coefficients = ()
     for i in tl.static_range(K):
         coefficients += (tl.load(coefficients_ptr + vector * K + i),)

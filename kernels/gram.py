@@ -100,7 +100,7 @@ def _segments_kernel(
 ):
     OPERANDS: tl.constexpr = K + BASE
     segment = tl.program_id(0).to(tl.int64)
-    addresses, count, vectored, _ = read_row(table_ptr + segment * (OPERANDS + 2), OPERANDS, TILE)
+    addresses, count, vectored, _ = read_row(table_ptr + segment * (OPERANDS + 3), OPERANDS, TILE)
     sums = ()
     for _ in tl.static_range(K * (K + 1) // 2):
         sums += (tl.zeros((TILE >> LEVELS,), tl.float64),)

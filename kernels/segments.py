@@ -3,12 +3,13 @@
 The tensors of a call are cut into segments of at most SEGMENT elements; every program of the launch computes one. A
 table on the GPU has a row of int64 for each segment:
 
-    address of each operand | elements | vector
+    address of each operand | elements | vector | first
 
 The operands of a group are its inputs, in order, then its output or its base. A vector has its own Gram matrix or row
 of coefficients: it is a whole group, or one of the rows of equal length that its tensors consist of. A segment never
-crosses vectors. SEGMENT bounds the work of a program, so that large and small tensors fill the GPU evenly, and keeps
-the table small: 40 bytes for the 65,536 bytes of a segment of a bf16 pair.
+crosses vectors; `first` is the index of its first element in its vector, a multiple of SEGMENT. SEGMENT bounds the
+work of a program, so that large and small tensors fill the GPU evenly, and keeps the table small: 48 bytes for the
+65,536 bytes of a segment of a bf16 pair.
 
 A segment whose operands all start at multiples of 16 bytes is read and written 16 bytes at a time, except for its last
 partial tile; any other segment element by element.
@@ -33,7 +34,7 @@ class Launch(NamedTuple):
 
     Args:
         dtypes: of the operands, in order.
-        table: [segments, operands + 2] int64, rows as above.
+        table: [segments, operands + 3] int64, rows as above.
         runs: [vectors, 3] int64: the first segment of a vector, one past its last, and the index of the vector.
     """
 
@@ -42,19 +43,23 @@ class Launch(NamedTuple):
     runs: Tensor
 
 
-def launches(groups: Sequence[Sequence[Tensor]], rows: int = 1) -> Iterator[Launch]:
+def launches(groups: Sequence[Sequence[Tensor]], rows: int = 1, *, interleaved: bool = False) -> Iterator[Launch]:
     """One launch for each combination of dtypes among the groups; a checkpoint mostly has one.
 
     Args:
         groups: operands of one length, contiguous, on one device.
         rows: how many vectors of equal length follow one another in each tensor. Vector v of group g has the index
             g * rows + v.
+        interleaved: order segments by their first elements, so that groups with a tensor in common read it at about
+            the same time, from memory once. `runs` then means nothing.
     """
     alike: dict[tuple[torch.dtype, ...], list[int]] = {}
     for index, group in enumerate(groups):
         alike.setdefault(tuple(operand.dtype for operand in group), []).append(index)
     for dtypes, indices in alike.items():
         table, runs = _cut([groups[index] for index in indices], torch.tensor(indices), rows)
+        if interleaved:
+            table = table[table[:, -1].argsort(stable=True)]
         device = groups[0][0].device
         yield Launch(tuple(DTYPES[dtype] for dtype in dtypes), _to_device(table, device), _to_device(runs, device))
 
@@ -76,7 +81,8 @@ def _cut(groups: Sequence[Sequence[Tensor]], indices: Tensor, rows: int) -> tupl
     owner = torch.arange(len(pieces)).repeat_interleave(pieces)
     start = (torch.arange(len(owner)) - first[owner]) * SEGMENT
     left = (counts[owner] - start).clamp(max=SEGMENT)
-    table = torch.cat([addresses[owner] + start[:, None] * itemsizes, left[:, None], vectors[owner, None]], dim=1)
+    columns = [addresses[owner] + start[:, None] * itemsizes, left[:, None], vectors[owner, None], start[:, None]]
+    table = torch.cat(columns, dim=1)
     return table, torch.stack([first, last, vectors], dim=1)
 
 
@@ -97,6 +103,12 @@ def read_row(row_ptr, OPERANDS: tl.constexpr, TILE: tl.constexpr):
     count = tl.load(row_ptr + OPERANDS).to(tl.int32)
     vectored = tl.where(misaligned == 0, count // TILE * TILE, 0)
     return addresses, count, vectored, tl.load(row_ptr + OPERANDS + 1)
+
+
+@triton.jit
+def read_first(row_ptr, OPERANDS: tl.constexpr):
+    """The index of the segment's first element in its vector."""
+    return tl.load(row_ptr + OPERANDS + 2)
 
 
 @triton.jit

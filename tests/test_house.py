@@ -50,7 +50,7 @@ MAY_IMPORT = {
 MAX_FILE_LINES = 400
 MAX_LINES = {
     "csrc": 5_400,
-    "kernels": 2_000,
+    "kernels": 2_800,
     "python/arcmerge/checkpoint": 1_400,
     "python/arcmerge/cli": 900,
     "python/arcmerge/dispatch": 650,

@@ -164,3 +164,72 @@ def _native(
         out.numel(),
     )
     return out
+
+
+@consensus_combine.triton
+def _triton(
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    factors: Tensor,
+    cuts: Tensor,
+    keys: Tensor,
+    probabilities: Tensor,
+    row_scales: Tensor | None,
+    *,
+    out_dtype: torch.dtype,
+    election: str,
+    zero_is_negative: bool,
+    floor: float,
+    inverse: bool,
+    joint: bool,
+    rounded: bool,
+) -> Tensor:
+    from arcmerge.kernels.consensus_combine import consensus_combine as launch
+    from arcmerge.kernels.selection import Choice, limits, rows
+
+    chance = probabilities[:, 0]
+    if bool((chance != probabilities[:, 1]).any()):
+        result: Tensor = consensus_combine.implementations["reference"](
+            tensors,
+            base,
+            factors,
+            cuts,
+            keys,
+            probabilities,
+            row_scales,
+            out_dtype=out_dtype,
+            election=election,
+            zero_is_negative=zero_is_negative,
+            floor=floor,
+            inverse=inverse,
+            joint=joint,
+            rounded=rounded,
+        )
+        return result
+    out = _fake(tensors, out_dtype=out_dtype)
+    if base.numel():
+        scales = None if row_scales is None else row_scales.contiguous()
+        choice = Choice(
+            keys=keys[None].contiguous(),
+            limits=limits(chance)[None],
+            starts=torch.zeros(1, dtype=torch.int64, device=base.device),
+            rows=None if scales is None else rows([scales], [base.shape[-1]]),
+            joint=joint,
+            rounded=rounded,
+        )
+        ranks = cuts[:, 1::2]
+        launch(
+            [out],
+            [[tensor.contiguous() for tensor in tensors]],
+            [base.contiguous()],
+            factors[None].contiguous(),
+            cuts[None].contiguous(),
+            (chance.reciprocal() if inverse else torch.ones_like(chance)).float()[None],
+            choice,
+            torch.zeros(1, dtype=torch.int64, device=base.device),
+            election=election,
+            zero_is_negative=zero_is_negative,
+            floor=floor,
+            ranked=bool(((ranks > 0) & (ranks < base.numel())).any()),
+        )
+    return out

@@ -146,3 +146,40 @@ def _native(
         wanted = prefixes.tolist()
         _C.magnitude_histogram_within(out.data_ptr(), operands, base_operand, selection, wanted, 0, base.numel())
     return out
+
+
+@magnitude_histogram.triton
+def _triton(
+    tensors: Sequence[Tensor],
+    base: Tensor,
+    keys: Tensor,
+    probabilities: Tensor,
+    prefixes: Tensor | None,
+    row_scales: Tensor | None,
+    *,
+    joint: bool,
+    rounded: bool,
+) -> Tensor:
+    from arcmerge.kernels.magnitude_histogram import magnitude_histogram as launch
+    from arcmerge.kernels.selection import Choice, limits, rows
+
+    k = len(tensors)
+    if prefixes is None and bool((probabilities[:, 0] != probabilities[:, 1]).any()):
+        arguments = (tensors, base, keys, probabilities, prefixes, row_scales)
+        result: Tensor = magnitude_histogram.implementations["reference"](*arguments, joint=joint, rounded=rounded)
+        return result
+    inputs = [tensor.contiguous() for tensor in tensors]
+    out = _fake(tensors, base, keys, probabilities, prefixes, row_scales, joint=joint, rounded=rounded).zero_()
+    if base.numel():
+        scales = None if row_scales is None else row_scales.contiguous()
+        choice = Choice(
+            keys=keys.contiguous(),
+            limits=limits(probabilities[:, 0]),
+            starts=torch.zeros(k, dtype=torch.int64, device=base.device),
+            rows=None if scales is None else rows([scales] * k, [base.shape[-1]] * k),
+            joint=joint,
+            rounded=rounded,
+        )
+        groups = [inputs] * k if joint else [[tensor] for tensor in inputs]
+        launch(out, groups, [base.contiguous()] * k, choice, prefixes=prefixes)
+    return out
