@@ -4,6 +4,7 @@
 #include <memory>
 #include <numeric>
 
+#include "cpu/merge/draws.h"
 #include "cpu/merge/selection.h"
 #include "cpu/simd/constants.h"
 #include "cpu/simd/fma.h"
@@ -245,6 +246,7 @@ class Selected {
 
   // Differences after the last one are 0 up to a multiple of kLanes.
   void read(std::int64_t first, std::int64_t count) {
+    first_ = first;
     count_ = count;
     differences_.read(first, count);
     std::fill(invalid_.of, invalid_.of + kTile, 0);
@@ -263,6 +265,7 @@ class Selected {
 
   std::int64_t combine(char* out, DType dtype) {
     Tile<float> result;
+    differences_.read_base(first_, count_);
     add_values_any(chosen(), differences_.base(), invalid_.of, result.of);
     return narrow(result.of, count_, dtype, out);
   }
@@ -284,7 +287,7 @@ class Selected {
   Chosen chosen() const { return {differences_.tiles(), consensus_, count_}; }
 
   const Consensus& consensus_;
-  std::int64_t count_ = 0;
+  std::int64_t first_ = 0, count_ = 0;
   Differences differences_;
   Draws draws_;
   std::vector<Cuts> cuts_;

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cpu/merge/draws.h"
 #include "cpu/merge/selection.h"
 #include "cpu/simd/variant.h"
 #include "merge.h"

@@ -40,8 +40,9 @@ class Differences {
  public:
   Differences(const std::vector<Operand>& operands, const Operand& base, const Selection& selection);
 
-  // Reads elements [first, first + count), at most a tile.
+  // Reads elements [first, first + count), at most a tile, of all inputs or of the base.
   void read(std::int64_t first, std::int64_t count);
+  void read_base(std::int64_t first, std::int64_t count) { widen(base_operand_, first, count, base_.of); }
 
   std::size_t size() const { return operands_.size(); }
   float* base() { return base_.of; }
@@ -58,59 +59,6 @@ class Differences {
   Tile<float> base_, magnitudes_, mean_;
   std::vector<Tile<float>> differences_;
   std::vector<Tile<std::uint32_t>> codes_;
-};
-
-// The ranks of the elements of a row by their codes, equal ones by index.
-class RowRanks {
- public:
-  RowRanks(const std::vector<Operand>& operands, const Operand& base, const Selection& selection)
-      : selection_(selection),
-        differences_(operands, base, selection),
-        codes_(operands.size()),
-        ranks_(operands.size()) {}
-
-  // For input i and the elements of a row, which is read if it is not the one of the last call.
-  const std::int32_t* of(std::size_t i, std::int64_t row);
-
- private:
-  void read(std::int64_t row);
-  void rank(const std::vector<std::uint32_t>& codes, std::vector<std::int32_t>& ranks);
-  template <class Digit, class Put>
-  void sort(const Digit& digit, const Put& put, std::int64_t count, int bits);
-
-  const Selection& selection_;
-  Differences differences_;
-  std::int64_t row_ = -1;
-  std::vector<std::vector<std::uint32_t>> codes_;
-  std::vector<std::vector<std::int32_t>> ranks_;
-  std::vector<std::uint32_t> keys_, starts_, order_, next_order_;
-};
-
-// The random numbers that keep elements.
-class Draws {
- public:
-  Draws(const std::vector<Operand>& operands, const Operand& base, const Selection& selection);
-
-  // kept[e] = kKept if element first + e is kept, else 0. Returns `kept`, or a constant tile if all are kept.
-  const std::uint16_t* draw(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept);
-
-  // out[e] = 1 / the probability of element first + e.
-  void inverses(std::size_t i, std::int64_t first, std::int64_t count, float* out);
-
- private:
-  bool by_rank(std::size_t i) const {
-    return selection_.columns != 1 && selection_.probabilities[i].first != selection_.probabilities[i].second;
-  }
-  double probability(std::size_t i) const;
-  // Calls f(done, span, ranks, smallest, step) for each row of a tile: the probability of an element of `span` ones
-  // from `done` on is smallest + step * rank.
-  template <class F>
-  void for_ranks(std::size_t i, std::int64_t first, std::int64_t count, const F& f);
-
-  const Selection& selection_;
-  RowRanks rows_;
-  std::vector<std::uint16_t> numbers_;
-  Tile<std::uint16_t> all_;
 };
 
 // The cuts of an input in a range.
