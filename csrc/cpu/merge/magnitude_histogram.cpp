@@ -1,8 +1,7 @@
 // magnitude_histogram: the counts of elements by the codes of their magnitudes, from which methods take their cuts.
 //
 // A count takes an addition in memory, which waits for the one before it in the same place. Elements are therefore
-// counted in turns in kCopies copies of the counters, and codes of 0, the most of what training has changed little, by
-// their bits.
+// counted in turns in kCopies copies of the counters.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -15,10 +14,6 @@
 #include "cpu/merge/selection.h"
 #include "cpu/simd/variant.h"
 #include "merge.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace arcmerge {
 namespace {
@@ -35,125 +30,30 @@ constexpr std::int64_t kFew = 1 << 16;
 // The number of elements that are counted together.
 constexpr std::int64_t kBlock = 64;
 
-// Bits of a block of bins in order: whether their codes are not 0, and whether they are kept.
-struct Bits {
-  std::uint64_t nonzero = 0, kept = 0;
-};
-
-// For each set of eight 16-bit numbers, the bytes of those in the set.
-struct Gathers {
-  alignas(16) std::uint8_t bytes[256][16];
-
-  constexpr Gathers() : bytes() {
-    for (int set = 0; set < 256; ++set)
-      for (int number = 0, next = 0; number < 8; ++number)
-        if (set >> number & 1) {
-          bytes[set][next++] = std::uint8_t(2 * number);
-          bytes[set][next++] = std::uint8_t(2 * number + 1);
-        }
-  }
-};
-constexpr Gathers kGathers;
-
-template <class Isa>
-struct Bins {
-  static inline void read(Bits& bits, const std::uint16_t* bins) {
-    for (int e = 0; e < kBlock; ++e) {
-      bits.nonzero |= std::uint64_t((bins[e] & ~kKept) != 0) << e;
-      bits.kept |= std::uint64_t(bins[e] >> 15) << e;
-    }
-  }
-
-  // Writes those of eight bins that are in a set, and anything after them.
-  static inline void gather(std::uint16_t* out, const std::uint16_t* bins, std::uint32_t set) {
-    for (; set; set &= set - 1) *out++ = bins[__builtin_ctz(set)];
-  }
-};
-
-#if defined(__x86_64__)
-#define ARCMERGE_GATHER                                                                              \
-  static inline void gather(std::uint16_t* out, const std::uint16_t* bins, std::uint32_t set) {      \
-    const __m128i bytes = _mm_load_si128((const __m128i*)kGathers.bytes[set]);                       \
-    _mm_storeu_si128((__m128i*)out, _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)bins), bytes)); \
-  }
-
-template <>
-struct Bins<Avx512> {
-  ARCMERGE_AVX512 static inline void read(Bits& bits, const std::uint16_t* bins) {
-    for (int at = 0; at < kBlock; at += 32) {
-      const __m512i a = _mm512_loadu_si512(bins + at);
-      bits.nonzero |= std::uint64_t(_mm512_test_epi16_mask(a, _mm512_set1_epi16(0x7fff))) << at;
-      bits.kept |= std::uint64_t(_mm512_movepi16_mask(a)) << at;
-    }
-  }
-  ARCMERGE_AVX512 ARCMERGE_GATHER
-};
-template <>
-struct Bins<Avx512Bf16> : Bins<Avx512> {};
-template <>
-struct Bins<Avx2> {
-  ARCMERGE_AVX2 static inline void read(Bits& bits, const std::uint16_t* bins) {
-    for (int at = 0; at < kBlock; at += 32) {
-      const __m256i a = _mm256_loadu_si256((const __m256i*)(bins + at));
-      const __m256i b = _mm256_loadu_si256((const __m256i*)(bins + at + 16)), none = _mm256_setzero_si256();
-      const __m256i zero = _mm256_packs_epi16(_mm256_cmpeq_epi16(_mm256_slli_epi16(a, 1), none),
-                                              _mm256_cmpeq_epi16(_mm256_slli_epi16(b, 1), none));
-      // Packing works on halves of registers; 0xd8 puts their parts in order.
-      const std::uint32_t zeros = std::uint32_t(_mm256_movemask_epi8(_mm256_permute4x64_epi64(zero, 0xd8)));
-      const __m256i kept = _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8);
-      bits.nonzero |= std::uint64_t(~zeros) << at;
-      bits.kept |= std::uint64_t(std::uint32_t(_mm256_movemask_epi8(kept))) << at;
-    }
-  }
-  ARCMERGE_AVX2 ARCMERGE_GATHER
-};
-#endif
-
 // counters: [kCopies][kCopy]
 ARCMERGE_INLINE void count_block(const std::uint16_t* bins, std::uint32_t* counters) {
   for (std::int64_t e = 0; e < kBlock; e += kCopies)
     for (std::int64_t copy = 0; copy < kCopies; ++copy) ++counters[copy * kCopy + bins[e + copy]];
 }
 
-// Counts the bins that read(e, bins) writes for blocks of elements from e on. The first block stands for all: where
-// most of its codes are not 0, it takes longer to gather the others.
-template <class Isa, class Read>
+// Counts the bins that read(e, bins) writes for blocks of elements from e on.
+template <class Read>
 ARCMERGE_INLINE void count_blocks(std::int64_t count, std::uint32_t* counters, const Read& read) {
-  std::uint16_t bins[kBlock], gathered[2 * kBlock];
-  std::int64_t size = 0, e = 0;
-  bool dense = false;
+  std::uint16_t bins[kBlock];
+  std::int64_t e = 0;
   for (; e + kBlock <= count; e += kBlock) {
     read(e, bins);
-    Bits bits;
-    if (!dense) Bins<Isa>::read(bits, bins);
-    if (e == 0) dense = __builtin_popcountll(bits.nonzero) > 48;
-    if (dense) {
-      count_block(bins, counters);
-      continue;
-    }
-    counters[0] += std::uint32_t(__builtin_popcountll(~bits.nonzero & ~bits.kept));
-    counters[kKept] += std::uint32_t(__builtin_popcountll(~bits.nonzero & bits.kept));
-    for (int at = 0; at < kBlock; at += 8) {
-      const std::uint32_t set = bits.nonzero >> at & 0xff;
-      Bins<Isa>::gather(gathered + size, bins + at, set);
-      size += __builtin_popcount(set);
-    }
-    if (size >= kBlock) {
-      count_block(gathered, counters);
-      std::memcpy(gathered, gathered + kBlock, sizeof bins);
-      size -= kBlock;
-    }
+    count_block(bins, counters);
   }
-  for (std::int64_t i = 0; i < size; ++i) ++counters[gathered[i]];
   if (e == count) return;
   read(e, bins);
   for (std::int64_t i = 0; i < count - e; ++i) ++counters[bins[i]];
 }
 
-template <class Isa>
+template <class>
 ARCMERGE_INLINE void count_body(const std::uint32_t* codes, const std::uint16_t* kept, std::int64_t count,
                                 std::uint32_t* counters) {
-  count_blocks<Isa>(count, counters, [&](std::int64_t e, std::uint16_t* bins) {
+  count_blocks(count, counters, [&](std::int64_t e, std::uint16_t* bins) {
     for (std::int64_t i = 0; i < kBlock; ++i) bins[i] = std::uint16_t(codes[e + i] >> 16 | kept[e + i]);
   });
 }
@@ -177,7 +77,7 @@ ARCMERGE_INLINE void count_bf16_body(const char* x, const char* base, const std:
       std::memcpy(bins + e, &words, sizeof words);
     }
   };
-  count_blocks<Isa>(count, counters, [&](std::int64_t e, std::uint16_t* bins) {
+  count_blocks(count, counters, [&](std::int64_t e, std::uint16_t* bins) {
     if (e + kBlock <= count) {
       for (std::int64_t line = 0; line < 2 * kBlock; line += 64) {
         __builtin_prefetch(x + 2 * e + kAhead + line);
