@@ -10,8 +10,8 @@
 #include <stdexcept>
 #include <utility>
 
-#include "cpu/merge/draws.h"
-#include "cpu/merge/selection.h"
+#include "cpu/selection/draws.h"
+#include "cpu/selection/selection.h"
 #include "cpu/simd/variant.h"
 #include "merge.h"
 

@@ -42,6 +42,7 @@ struct Vector {
 
 #define ARCMERGE_FLATTEN __attribute__((flatten))
 #define ARCMERGE_INLINE inline __attribute__((always_inline))
+#define ARCMERGE_LAMBDA __attribute__((always_inline))
 
 // The widest registers, in bits, for which variants are built. Clang compiles the functions that a variant calls with
 // the instructions of the command line alone (-march), so only variants that all code may use are built with it. GCC

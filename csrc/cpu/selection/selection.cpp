@@ -1,7 +1,6 @@
-#include "cpu/merge/selection.h"
+#include "cpu/selection/selection.h"
 
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -157,35 +156,48 @@ Cuts::Cuts(const Selection::Cut& cut, const EqualsBefore& before, std::int64_t c
       inside_{cut.lower, std::max<std::int64_t>(cut.lower_rank - before.second, 0)},
       left_(count) {}
 
-Cuts::Share Cuts::share(Equals& equals, const std::uint32_t* codes, std::int64_t count) const {
-  if (equals.left == 0) return Share::none;
-  if (equals.left >= left_ || equals.code < 0 || equals.code > std::int64_t(kSignless)) return Share::all;
-  const std::int64_t found = count_equal(codes, std::uint32_t(equals.code), count);
-  if (found > equals.left) return Share::some;
-  equals.left -= found;
-  return Share::all;
+Cuts::Bounds Cuts::between(std::int64_t low, std::int64_t high) {
+  constexpr std::int64_t kMax = kSignless;
+  if (low > kMax) return {0, -1};
+  return {std::int32_t(std::max<std::int64_t>(low, 0)), std::int32_t(std::clamp<std::int64_t>(high, -1, kMax))};
+}
+
+std::int32_t Cuts::counted(const Equals& equals) const {
+  const bool is_code = equals.code >= 0 && equals.code <= std::int64_t(kSignless);
+  return is_code && equals.left > 0 && equals.left < left_ ? std::int32_t(equals.code) : -1;
+}
+
+void Cuts::advance(std::int64_t with_upper, std::int64_t with_lower, std::int64_t count) {
+  above_.left -= with_upper;
+  inside_.left -= with_lower;
+  left_ -= count;
 }
 
 Cuts::Bounds Cuts::next(const std::uint32_t* codes, std::int64_t count, const std::uint16_t*& kept,
                         std::uint16_t* changed) {
-  const Share above = share(above_, codes, count), inside = share(inside_, codes, count);
-  if (above == Share::some || inside == Share::some) {
-    if (kept != changed) std::copy(kept, kept + count, changed);
-    kept = changed;
-    for (std::int64_t e = 0; e < count; ++e) {
-      if (above == Share::some && codes[e] == above_.code && above_.left > 0) {
-        --above_.left;
-        changed[e] = 0;
-      }
-      if (inside == Share::some && codes[e] == inside_.code && --inside_.left < 0) changed[e] = 0;
+  const auto found = [&](std::int32_t code) { return code < 0 ? 0 : count_equal(codes, std::uint32_t(code), count); };
+  const std::int64_t with_upper = found(upper()), with_lower = found(lower());
+  if (!splits(with_upper, with_lower)) {
+    const Bounds together = bounds();
+    advance(with_upper, with_lower, count);
+    return together;
+  }
+  if (kept != changed) std::copy(kept, kept + count, changed);
+  kept = changed;
+  for (std::int64_t e = 0; e < count; ++e) {
+    if (codes[e] == above_.code && above_.left > 0) {
+      --above_.left;
+      changed[e] = 0;
     }
-    inside_.left = std::max<std::int64_t>(inside_.left, 0);
+    if (codes[e] == inside_.code) {
+      if (inside_.left > 0)
+        --inside_.left;
+      else
+        changed[e] = 0;
+    }
   }
   left_ -= count;
-  constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
-  const std::int64_t high = above_.code - (above == Share::all), low = inside_.code + (inside == Share::none);
-  if (low > kMax) return {0, -1};
-  return {std::int32_t(std::max<std::int64_t>(low, 0)), std::int32_t(std::clamp<std::int64_t>(high, -1, kMax))};
+  return between(inside_.code, above_.code);
 }
 
 // ---- arguments

@@ -66,11 +66,26 @@ class Cuts {
  public:
   Cuts(const Selection::Cut& cut, const EqualsBefore& before, std::int64_t count);
 
-  // The elements of the next tile with codes in [low, high] are between the cuts, but for those that `kept` drops,
-  // which becomes `changed` if only some of the elements with one code are.
+  // The codes between the cuts, if all elements of a code are on the same side of a cut up to the next call of
+  // advance().
   struct Bounds {
     std::int32_t low, high;
   };
+  Bounds bounds() const { return between(inside_.code + (inside_.left == 0), above_.code - (above_.left > 0)); }
+
+  // The codes for which this depends on how many elements have them, or -1.
+  std::int32_t upper() const { return counted(above_); }
+  std::int32_t lower() const { return counted(inside_); }
+
+  // Whether elements of a code are on both sides if so many of the next elements have these codes.
+  bool splits(std::int64_t with_upper, std::int64_t with_lower) const {
+    return with_upper > above_.left || with_lower > inside_.left;
+  }
+  // Goes on by `count` elements, where they are not.
+  void advance(std::int64_t with_upper, std::int64_t with_lower, std::int64_t count);
+
+  // Goes on by a tile, the elements of which are between the cuts if their codes are in the bounds and `kept` keeps
+  // them. It becomes `changed` where elements of a code are on both sides.
   Bounds next(const std::uint32_t* codes, std::int64_t count, const std::uint16_t*& kept, std::uint16_t* changed);
 
  private:
@@ -78,9 +93,8 @@ class Cuts {
   struct Equals {
     std::int64_t code, left;
   };
-  // How many of the elements with this code in a tile are among them.
-  enum class Share { none, some, all };
-  Share share(Equals& equals, const std::uint32_t* codes, std::int64_t count) const;
+  static Bounds between(std::int64_t low, std::int64_t high);
+  std::int32_t counted(const Equals& equals) const;
 
   Equals above_, inside_;  // those above the upper cut, and those not below the lower one
   std::int64_t left_;      // in the range

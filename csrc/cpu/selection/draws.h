@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/merge/selection.h"
+#include "cpu/selection/selection.h"
 #include "merge.h"
 
 namespace arcmerge {

@@ -1,4 +1,4 @@
-#include "cpu/merge/draws.h"
+#include "cpu/selection/draws.h"
 
 #include <algorithm>
 #include <cmath>
