@@ -111,11 +111,11 @@ struct Elected {
   }
 };
 
-// The bits of base + the sum of values / the sum of shares, or NaN where `wrong` is not 0.
+// The bits of base + the sum of values / the sum of shares, or a NaN where `invalid` has the bits of one and not 0.
 template <class Isa, Election election, class Rule, class Difference>
 ARCMERGE_INLINE typename Vector<Isa>::I32 combined(const Rule& rule, const Difference& difference,
                                                    const typename Vector<Isa>::F32& base,
-                                                   const typename Vector<Isa>::I32& wrong) {
+                                                   const typename Vector<Isa>::I32& invalid) {
   using F32 = typename Vector<Isa>::F32;
   using I32 = typename Vector<Isa>::I32;
   const Elected<Isa, election> elected(rule, difference);
@@ -133,7 +133,7 @@ ARCMERGE_INLINE typename Vector<Isa>::I32 combined(const Rule& rule, const Diffe
     denominator = denominator < rule.floor ? broadcast<Isa>(rule.floor) : denominator;
   else
     denominator = denominator == 0 ? broadcast<Isa>(1) : denominator;
-  return wrong == 0 ? (I32)(base + numerator / denominator) : I32{} + 0x7fc00000;
+  return (I32)(base + numerator / denominator) | invalid;
 }
 
 // A tile of a bf16 input in place, and its elements that are selected.
@@ -148,7 +148,7 @@ struct InPlace {
 // The whole of consensus_combine for up to kMostInPlace bf16 inputs and bf16 results, without `inverse`. count: a
 // multiple of kInPlace. Returns the number of results that are not finite.
 constexpr std::size_t kMostInPlace = 3;
-constexpr std::int64_t kInPlace = 32;
+constexpr std::int64_t kInPlace = 128;
 std::int64_t combine_in_place(InPlace* inputs, const char* base, bool rounded, const Consensus& consensus,
                               std::int64_t count, char* out);
 

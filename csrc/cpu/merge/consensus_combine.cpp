@@ -56,7 +56,7 @@ ARCMERGE_INLINE auto differences_at(const Chosen& chosen, std::int64_t e) {
   };
 }
 
-// out = the result, or NaN where a difference is invalid.
+// out = the result. invalid: the bits of a NaN where a difference is not finite, else 0.
 template <class Isa, Election election, int known>
 ARCMERGE_INLINE void add_values(const Chosen& chosen, const float* base, const std::uint32_t* invalid, float* out) {
   const Rule<known> rule(chosen.consensus);

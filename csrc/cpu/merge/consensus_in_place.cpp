@@ -26,38 +26,47 @@ ARCMERGE_INLINE std::int64_t combine(InPlace* inputs, const char* base, bool rou
   InPlace from[known];
   std::copy_n(inputs, known, from);
   I32 with_upper[known] = {}, with_lower[known] = {}, nonfinite{};
-  for (std::int64_t e = 0; e < count; e += kStep) {
-    U32 base_words, x_words[known], kept_words[known];
-    load(base_words, base + 2 * e);
-    __builtin_prefetch(base + 2 * e + kAhead);
-    for (int i = 0; i < known; ++i) {
-      load(x_words[i], from[i].address + 2 * e);
-      __builtin_prefetch(from[i].address + 2 * e + kAhead);
-      load(kept_words[i], from[i].kept + e);
-    }
-    // The upper halves of the words that `part` makes of two elements each.
-    const auto half = [&](const auto& part) ARCMERGE_LAMBDA {
-      const F32 base_here = (F32)part(base_words);
-      F32 x[known];
-      I32 wrong{};
+  // In two loops over some registers, which depend on fewer operations than one and so overlap more.
+  constexpr int kSteps = kInPlace / kStep, kHalves = 2 * kSteps;
+  F32 x[kHalves][known], base_of[kHalves];
+  I32 invalid[kHalves];
+  for (std::int64_t e = 0; e < count; e += kInPlace) {
+    for (int half = 0; half < kHalves; ++half) {
+      const std::int64_t at = e + half / 2 * kStep;
+      const auto part = [half](const U32& words)
+                            ARCMERGE_LAMBDA { return half % 2 ? words & 0xffff0000u : words << 16; };
+      U32 words;
+      load(words, base + 2 * at);
+      if (half % 2 == 0) __builtin_prefetch(base + 2 * at + kAhead);
+      const F32 base_here = (F32)part(words);
+      base_of[half] = base_here;
+      invalid[half] = I32{};
       for (int i = 0; i < known; ++i) {
-        x[i] = (F32)part(x_words[i]) - base_here;
-        wrong |= (I32)(x[i] - x[i]);
-        const I32 codes = (I32)(rounded ? rounded_code<Isa>(x[i]) & 0xffff0000u : code<Isa>(x[i]));
+        load(words, from[i].address + 2 * at);
+        if (half % 2 == 0) __builtin_prefetch(from[i].address + 2 * at + kAhead);
+        const F32 difference = (F32)part(words) - base_here;
+        invalid[half] |= (I32)(difference - difference);
+        const I32 codes = (I32)(rounded ? rounded_code<Isa>(difference) & 0xffff0000u : code<Isa>(difference));
         with_upper[i] -= codes == from[i].upper;
         with_lower[i] -= codes == from[i].lower;
-        const I32 kept = (I32)part(kept_words[i]) < 0;
-        x[i] = where<Isa>(kept & (codes >= from[i].bounds.low) & (codes <= from[i].bounds.high), x[i]);
+        load(words, from[i].kept + at);
+        const I32 kept = (I32)part(words) < 0;
+        x[half][i] = where<Isa>(kept & (codes >= from[i].bounds.low) & (codes <= from[i].bounds.high), difference);
       }
-      const I32 bits = combined<Isa, election>(rule, [&x](int i) ARCMERGE_LAMBDA { return x[i]; }, base_here, wrong);
-      const U32 result = (U32)((F32)bits == (F32)bits ? bits : I32{} + 0x7fc00000);
-      const U32 out_words = result + 0x7fffu + (result >> 16 & 1u);
-      nonfinite -= (I32)(out_words & 0x7f800000u) == 0x7f800000;
-      return out_words;
-    };
-    const U32 even = half([](const U32& words) ARCMERGE_LAMBDA { return words << 16; });
-    const U32 odd = half([](const U32& words) ARCMERGE_LAMBDA { return words & 0xffff0000u; });
-    store(out + 2 * e, even >> 16 | (odd & 0xffff0000u));
+    }
+    for (int step = 0; step < kSteps; ++step) {
+      U32 rounded_words[2];
+      for (int part = 0; part < 2; ++part) {
+        const int half = 2 * step + part;
+        const F32* const here = x[half];
+        const I32 bits = combined<Isa, election>(
+            rule, [here](int i) ARCMERGE_LAMBDA { return here[i]; }, base_of[half], invalid[half]);
+        const U32 result = (U32)((F32)bits == (F32)bits ? bits : I32{} + 0x7fc00000);
+        rounded_words[part] = result + 0x7fffu + (result >> 16 & 1u);
+        nonfinite -= (I32)(rounded_words[part] & 0x7f800000u) == 0x7f800000;
+      }
+      store(out + 2 * (e + step * kStep), rounded_words[0] >> 16 | (rounded_words[1] & 0xffff0000u));
+    }
   }
   for (int i = 0; i < known; ++i) {
     inputs[i].with_upper = sum(with_upper[i]);
