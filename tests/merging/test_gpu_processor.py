@@ -42,6 +42,34 @@ CASES: dict[str, dict[str, Any]] = {
     "stored in float32": {"dtype": "float32", "models": ["gemma-a", "gemma-b-f32"]},
     "rounded twice, on the CPU": {"out_dtype": "float32"},
     "vectors, on the CPU": {"merge_method": "nuslerp", "parameters": {"weight": 0.5, "nuslerp_flatten": False}},
+    "ties, with equal magnitudes at the cuts": {
+        "merge_method": "ties",
+        "models": ["gemma-a", "gemma-b", "gemma-c"],
+        "parameters": {"weight": 0.5, "density": 0.4},
+    },
+    "breadcrumbs in float32, by two histograms": {
+        "merge_method": "breadcrumbs_ties",
+        "models": ["gemma-a", "gemma-b-f32", "gemma-c"],
+        "dtype": "float32",
+        "parameters": {"weight": 0.5, "density": 0.4, "gamma": 0.05, "rescale": True},
+    },
+    "dare, with rows gathered": {
+        "merge_method": "dare_ties",
+        "models": ["gemma-a", "gemma-b-vocabulary"],
+        "tokenizer_source": "union",
+        "parameters": {"weight": 0.5, "density": 0.4},
+    },
+    "della, on the CPU": {
+        "merge_method": "della",
+        "models": ["gemma-a", "gemma-b", "gemma-c"],
+        "parameters": {"weight": 0.5, "density": 0.4},
+    },
+    "sce, of variances": {
+        "merge_method": "sce",
+        "models": ["gemma-a", "gemma-b", "gemma-c"],
+        "parameters": {"select_topk": 0.3},
+    },
+    "arcee_fusion, of rows with a scale": {"merge_method": "arcee_fusion", "parameters": {}},
     "nearswap, on the CPU": {"merge_method": "nearswap", "parameters": {"t": 0.001}},
 }
 
@@ -77,7 +105,7 @@ def test_the_gpu_gives_the_result_of_the_cpu(
     config = configuration(models, case)
     arcmerge.merge(config, tmp_path / "cpu", device="cpu")
 
-    from arcmerge.merging.execution.gpu import GpuProcessor
+    from arcmerge.merging.execution.gpu.processor import GpuProcessor
 
     def on_device(prepared: Prepared) -> GpuProcessor:
         rows = aligned_rows(prepared.plan, prepared.vocabulary)
@@ -107,6 +135,12 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "nine inputs and rows gathered": {"max_iter": 1},
     "ten inputs and a base, stored in float32": {"filter_wise": True},
     "vectors, on the CPU": {"weight": 0.25, "nuslerp_flatten": True},
+    "ties, with equal magnitudes at the cuts": {"density": 0.7},
+    "breadcrumbs in float32, by two histograms": {"density": 0.7},
+    "dare, with rows gathered": {"weight": 0.25, "density": [0.2, 0.9]},
+    "della, on the CPU": {"epsilon": 0.1},
+    "sce, of variances": {"select_topk": 0.6},
+    "arcee_fusion, of rows with a scale": {},
     "nearswap, on the CPU": {"t": 0.01},
 }
 

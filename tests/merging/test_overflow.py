@@ -13,7 +13,7 @@ import pytest
 import arcmerge
 import tiny
 from arcmerge.merging.execution import choose
-from arcmerge.merging.execution.gpu import GpuProcessor
+from arcmerge.merging.execution.gpu.processor import GpuProcessor
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepare import prepare
 

@@ -16,7 +16,7 @@ def processor_for(prepared: Prepared) -> Processor:
     options, rows = prepared.options, aligned_rows(prepared.plan, prepared.vocabulary)
     if (device := options.resolved_device) == "cpu":
         return CpuProcessor(prepared.plan.jobs, rows)
-    from arcmerge.merging.execution.gpu import GpuProcessor
+    from arcmerge.merging.execution.gpu.processor import GpuProcessor
 
     return GpuProcessor(prepared.plan.jobs, rows, device, options.thread_count)
 

@@ -6,17 +6,16 @@ directions. Weights cross the bus twice, once for the Gram matrix and once for t
 an element go in and 2 come out, which is still faster than any disk.
 
 Casts and rows that are matched by token are resolved when weights are copied to pinned memory. Operations without a
-kernel (coefficients per row or column, nearswap, results that are rounded twice) run on the CPU, with the same bits.
+kernel (coefficients per row or column, elementwise rules, random masks by rank, results that are rounded twice) run on
+the CPU, with the same bits.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +23,11 @@ from numpy.typing import NDArray
 from arcmerge.dtypes import F32
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.cpu import CpuProcessor
+from arcmerge.merging.execution.gpu.slots import Slot, SlotPool, slot_bytes, slot_count
 from arcmerge.merging.execution.processor import FillTask, Request
-from arcmerge.merging.execution.work_units import PIECE_ELEMENTS, Piece
-from arcmerge.merging.methods.measure import Gram
-from arcmerge.merging.methods.rule import Coefficients
+from arcmerge.merging.execution.work_units import Piece
+from arcmerge.merging.methods.measure import Gram, Histogram, Selection
+from arcmerge.merging.methods.rule import Coefficients, Consensus
 from arcmerge.merging.plan.tensor_job import Job
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from arcmerge.merging.vocabulary.embedding_rows import RowAddresses
 
-# Four slots keep the bus busy in both directions. Each holds 64 MB of pinned memory or more.
-_MAX_SLOTS = 4
+# The kernels of histograms and consensus take so many inputs, and draw the random numbers of so many elements at once.
+_MAX_INPUTS = _BLOCK = 8
 
 
 class GpuProcessor:
@@ -69,7 +69,9 @@ class GpuProcessor:
         shares: dict[Piece, NDArray[Any]] = {}
         alike_by: dict[tuple[int, bool], list[Piece]] = {}
         for piece, measure in requests:
-            if isinstance(measure, Gram) and measure.dim is None:
+            if isinstance(measure, Histogram) and has_kernel(measure.selection, piece.first):
+                shares[piece] = self._histogram(piece, measure)
+            elif isinstance(measure, Gram) and measure.dim is None:
                 alike_by.setdefault((len(self._jobs[piece.job].inputs), measure.centered), []).append(piece)
             else:
                 (shares[piece],) = self._cpu.measure([(piece, measure)])
@@ -93,7 +95,11 @@ class GpuProcessor:
         counts: dict[Piece, int] = {}
         groups: dict[int, list[FillTask]] = {}
         for task in tasks:
-            groups.setdefault(self._kernel_inputs(task), []).append(task)
+            rule = task.rule
+            if isinstance(rule, Consensus) and self._rounds_once(task) and has_kernel(rule.selection, task.piece.first):
+                counts[task.piece] = self._consensus(task, rule)
+            else:
+                groups.setdefault(self._kernel_inputs(task), []).append(task)
         for k, group in groups.items():
             done = self._combine(group) if k else self._fill_without_kernel(group)
             counts.update(zip((task.piece for task in group), done, strict=True))
@@ -106,10 +112,41 @@ class GpuProcessor:
     def _kernel_inputs(self, task: FillTask) -> int:
         """The number of inputs that the kernel combines for a task, 0 if the CPU must do it."""
         job = self._jobs[task.piece.job]
-        rounded_once = job.result in (job.output.dtype, F32)
-        if job.copied or not isinstance(task.rule, Coefficients) or task.rule.values.ndim > 1 or not rounded_once:
+        if job.copied or not isinstance(task.rule, Coefficients) or task.rule.values.ndim > 1:
             return 0
-        return len(job.inputs)
+        return len(job.inputs) if self._rounds_once(task) else 0
+
+    def _rounds_once(self, task: FillTask) -> bool:
+        job = self._jobs[task.piece.job]
+        return job.result in (job.output.dtype, F32)
+
+    def _histogram(self, piece: Piece, measure: Histogram) -> NDArray[np.int64]:
+        from arcmerge.merging.execution.gpu.consensus import histogram
+
+        job = self._jobs[piece.job]
+        with self._slots.take() as slot:
+            inputs = self._inputs(slot, piece)
+            base = inputs.pop(job.base or 0)
+            with self._launching:
+                counts = histogram(measure, inputs, base, job.row, piece.first)
+            return counts.cpu().numpy()
+
+    def _consensus(self, task: FillTask, rule: Consensus) -> int:
+        from arcmerge.merging.execution.gpu.consensus import consensus
+
+        piece, job = task.piece, self._jobs[task.piece.job]
+        with self._slots.take() as slot:
+            inputs = self._inputs(slot, piece)
+            base = inputs.pop(job.base or 0)
+            pinned, on_gpu = self._output(slot, task)
+            with self._launching:
+                not_finite = consensus(rule, on_gpu, inputs, base, job.row, piece.first)
+            if pinned is not None:
+                pinned.copy_(on_gpu, non_blocking=True)
+            count = int(not_finite.item())  # waits for the stream
+            if pinned is not None:
+                ctypes.memmove(task.address, pinned.data_ptr(), pinned.numel() * pinned.element_size())
+            return count
 
     def _combine(self, tasks: Sequence[FillTask]) -> list[int]:
         from arcmerge.kernels.combine import combine
@@ -149,72 +186,7 @@ class GpuProcessor:
         return staged.gpu
 
 
-def slot_count(threads: int) -> int:
-    """The number of slots for so many threads."""
-    return min(threads, _MAX_SLOTS)
-
-
-def slot_bytes(jobs: Sequence[Job]) -> int:
-    """The size of a slot: that of the largest piece with its inputs, and a margin for many small pieces in one slot."""
-    widths = (sum(item.dtype.itemsize for item in job.inputs) + F32.itemsize for job in jobs)
-    return (1 + max(widths, default=0)) * PIECE_ELEMENTS
-
-
-class Staged(NamedTuple):
-    """The same range of a slot in pinned memory and in GPU memory."""
-
-    pinned: torch.Tensor
-    gpu: torch.Tensor
-
-
-class Slot:
-    """Pinned memory, GPU memory of the same size, and a stream, for one batch of pieces at a time."""
-
-    def __init__(self, device: torch.device, nbytes: int) -> None:
-        import torch
-
-        self.device = device
-        cuda = device.type == "cuda"
-        self._stream: torch.cuda.Stream | None = torch.cuda.Stream(device) if cuda else None
-        self._pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=cuda)
-        self._gpu = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._used = 0
-
-    def stream(self) -> AbstractContextManager[object]:
-        """A context in which torch uses the slot's stream."""
-        import torch
-
-        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
-
-    def clear(self) -> None:
-        """Wait for the slot's stream and free all memory."""
-        if self._stream is not None:
-            self._stream.synchronize()
-        self._used = 0
-
-    def allocate(self, count: int, dtype: torch.dtype) -> Staged:
-        """The next `count` elements, at a multiple of 256 bytes."""
-        start, nbytes = self._used, count * dtype.itemsize
-        self._used += -(-nbytes // 256) * 256
-        pinned, gpu = (memory[start : start + nbytes].view(dtype) for memory in (self._pinned, self._gpu))
-        return Staged(pinned, gpu)
-
-
-class SlotPool:
-    """`count` slots of `nbytes` bytes each; a thread waits if all are taken."""
-
-    def __init__(self, device: torch.device, nbytes: int, count: int) -> None:
-        self._free: SimpleQueue[Slot] = SimpleQueue()
-        for _ in range(count):
-            self._free.put(Slot(device, nbytes))
-
-    @contextmanager
-    def take(self) -> Iterator[Slot]:
-        """A slot, with its stream in use; at the end of the block the stream is waited for and the slot freed."""
-        slot = self._free.get()
-        try:
-            with slot.stream():
-                yield slot
-        finally:
-            slot.clear()
-            self._free.put(slot)
+def has_kernel(selection: Selection, first: int) -> bool:
+    """Whether the kernels select elements in this way, in a piece that starts at element `first`."""
+    by_rank = any(smallest != largest for smallest, largest in selection.probabilities)
+    return len(selection.keys) <= _MAX_INPUTS and first % _BLOCK == 0 and not by_rank
