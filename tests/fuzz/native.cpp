@@ -3,7 +3,8 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   fuzz::Input in(data, size);
-  constexpr void (*kFiles[])(fuzz::Input&) = {fuzz::merge_operation, fuzz::model_operation, fuzz::attention_operation};
+  constexpr void (*kFiles[])(fuzz::Input&) = {fuzz::merge_operation, fuzz::model_operation, fuzz::attention_operation,
+                                              fuzz::selection_operation};
   kFiles[in.below(std::size(kFiles))](in);
   return 0;
 }

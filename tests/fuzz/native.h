@@ -160,6 +160,7 @@ inline void use_threads(Input& in, bool several) {
 
 void use_any_variant(Input& in);
 void merge_operation(Input& in);
+void selection_operation(Input& in);
 void model_operation(Input& in);
 void attention_operation(Input& in);
 
