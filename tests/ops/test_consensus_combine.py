@@ -1,5 +1,7 @@
 """consensus_combine: the native code against the reference, bit for bit; consensus_sums and row_divergences."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -228,6 +230,13 @@ def test_small_divergences_keep_their_digits():
     variance = (p * (difference - (p * difference).sum()).square()).sum()
     assert float(divergences(x, rounded)[0]) == pytest.approx(float(variance) / 2, rel=1e-6)
     assert divergences(x, x).tolist() == [0.0]
+
+
+def test_divergences_of_far_logits_do_not_overflow():
+    # e^1000 is infinite, but the second column of the base has one half of the probability.
+    x, base = torch.tensor([[0.0, -1000.0]]), torch.zeros(1, 2)
+    assert divergences(x, base).tolist() == pytest.approx([math.log(2)], rel=1e-7)
+    assert divergences(base, x).tolist() == pytest.approx([500 - math.log(2)], rel=1e-7)
 
 
 def test_rows_that_are_not_finite_have_no_divergence():

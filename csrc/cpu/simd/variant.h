@@ -30,6 +30,7 @@ struct Avx512Bf16 : Avx512 {};
 template <class Isa>
 struct Vector {
   typedef double F64 __attribute__((vector_size(Isa::kBytes)));
+  typedef std::uint64_t U64 __attribute__((vector_size(Isa::kBytes)));
   typedef float F32 __attribute__((vector_size(Isa::kBytes)));
   typedef std::uint32_t U32 __attribute__((vector_size(Isa::kBytes)));
   typedef std::int32_t I32 __attribute__((vector_size(Isa::kBytes)));
