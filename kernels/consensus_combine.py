@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cuts import WARPS, between, equals_before, read_cuts, tile_of
+from .cuts import between, equals_before, read_cuts, tile_of
 from .segments import launches, read_first, read_row, store
 from .selection import Choice, kept_at_random, read_tile
 
@@ -115,7 +115,10 @@ def _write_tile(
         )
         left_then += own
         chosen = kept_at_random(chosen, keys_ptr + i, limits[i], first + start, TILE)
-        kept += (tl.where(chosen, found[i] * scales[i], 0.0),)
+        difference = found[i]
+        if len(scales) > 0:
+            difference *= scales[i]
+        kept += (tl.where(chosen, difference, 0.0),)
     agree = _agreeing(kept, factors, K, ELECTION, ZERO_IS_NEGATIVE)
     out = tl.where(finite, base + _mean(kept, agree, factors, floor, K), float("nan"))
     offsets = start + tl.arange(0, TILE)
@@ -161,7 +164,8 @@ def _consensus_kernel(
     scales = ()
     for i in tl.static_range(K):
         limits += (tl.load(limits_ptr + group * K + i),)
-        scales += (tl.load(scales_ptr + group * K + i),)
+        if scales_ptr is not None:
+            scales += (tl.load(scales_ptr + group * K + i),)
     nonfinite = tl.zeros((TILE,), tl.int32)
     for start in range(0, vectored, TILE):
         found, left = _write_tile(
@@ -225,10 +229,10 @@ def consensus_combine(
     bases: Sequence[Tensor],
     factors: Tensor,
     cuts: Tensor,
-    scales: Tensor,
     choice: Choice,
     nonfinite: Tensor,
     *,
+    scales: Tensor | None = None,
     election: str = "none",
     zero_is_negative: bool = False,
     floor: float = 0.0,
@@ -244,9 +248,9 @@ def consensus_combine(
         factors: [G, k, 4] float32, the vote, value, share and alone of each input.
         cuts: [G, k, 4] int64. A rank counts from the first element of a group: in a part of a tensor it is the rank in
             the tensor less the equals of the parts before (see count_equals).
-        scales: [G, k] float32, the factors of the differences that are kept; 1 keeps them as they are.
         choice: with keys and limits [G, k].
         nonfinite: [G] int64; the count of values written that are infinite or NaN is added to it.
+        scales: [G, k] float32, the factors of the differences that are kept; None for differences as they are.
         election, zero_is_negative, floor: as in the op.
         ranked: False promises that no cut lies among equals: that every rank is at most 0 or as large as the group. It
             saves a launch that reads all tensors once more.
@@ -254,6 +258,7 @@ def consensus_combine(
     operands = [(*group, base, out) for group, base, out in zip(groups, bases, outs, strict=True)]
     for launch in launches(operands):
         k = len(launch.dtypes) - 2
+        tile, warps = tile_of(k)
         _consensus_kernel[(len(launch.table),)](
             launch.table,
             factors,
@@ -272,7 +277,7 @@ def consensus_combine(
             ZERO_IS_NEGATIVE=zero_is_negative,
             JOINT=choice.joint,
             ROUNDED=choice.rounded,
-            TILE=tile_of(k),
-            num_warps=WARPS,
+            TILE=tile,
+            num_warps=warps,
             enable_fp_fusion=False,
         )

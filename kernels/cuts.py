@@ -17,12 +17,13 @@ from . import segments
 from .segments import Launch, launches, read_first, read_row
 from .selection import Choice, read_tile
 
-WARPS = 4
 
+def tile_of(k: int) -> tuple[int, int]:
+    """Elements of a tile and warps: 16 bytes of each bf16 input a thread, 8 where the differences need the registers.
 
-def tile_of(k: int) -> int:
-    """16 bytes of each bf16 input a thread; half of it where the differences of many do not fit into registers."""
-    return 1024 if k <= 3 else 512
+    The compiler spills some with 4 warps and eight inputs, or with 8 warps and four.
+    """
+    return (1024, 4) if k <= 3 else (512, 4) if k <= 6 else (1024, 8)
 
 
 @triton.jit
@@ -157,6 +158,7 @@ def count_equals(
 
 def _equals(launch: Launch, k: int, cuts: Tensor, choice: Choice) -> Tensor:
     """The equals of both cuts of each input in each segment: [segments, k, 2] int64."""
+    tile, warps = tile_of(k)
     equals = torch.empty(len(launch.table), k, 2, dtype=torch.int64, device=cuts.device)
     _equals_kernel[(len(launch.table),)](
         launch.table,
@@ -168,8 +170,8 @@ def _equals(launch: Launch, k: int, cuts: Tensor, choice: Choice) -> Tensor:
         K=k,
         JOINT=choice.joint,
         ROUNDED=choice.rounded,
-        TILE=tile_of(k),
-        num_warps=WARPS,
+        TILE=tile,
+        num_warps=warps,
         enable_fp_fusion=False,
     )
     return equals

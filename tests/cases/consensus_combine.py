@@ -76,7 +76,7 @@ def build(
         joint,
         rounded,
     )
-    divided = draw.exact((chances.reciprocal() if inverse else torch.ones_like(chances)).float())
+    divided = draw.exact(chances.reciprocal().float()) if inverse else None
     options = {"election": election, "zero_is_negative": zero_is_negative, "floor": floor}
 
     def expected() -> dict[str, Expected]:
@@ -102,7 +102,7 @@ def build(
 
     return Call(
         launch=lambda: consensus_combine(
-            outs, groups, bases, factors, cuts, divided, choice, nonfinite, ranked=ranked, **options
+            outs, groups, bases, factors, cuts, choice, nonfinite, scales=divided, ranked=ranked, **options
         ),
         outputs={**{f"out {index}": tensor for index, tensor in enumerate(outs)}, "nonfinite": nonfinite},
         expected=expected,
@@ -128,8 +128,8 @@ def _case(
 
 PAIR = (BF16, BF16)
 # In addition to the tensors, 56 bytes for each of three segments; for each of two groups, 32 bytes of factors, 64 of
-# cuts, 8 of limits, 8 of scales and 8 of a start.
-TABLES = 3 * 56 + 2 * 120
+# cuts, 8 of limits and 8 of a start.
+TABLES = 3 * 56 + 2 * 112
 # The equals, by another launch: the inputs and the base again, the table, codes and starts; 32 bytes written and read.
 RANKS = 6 * 49152 + 3 * 56 + 2 * (32 + 8) + 3 * (32 + 32)
 

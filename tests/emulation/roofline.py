@@ -3,7 +3,8 @@
 The time of a launch is that of the resource that it keeps busy longest:
 
     dram      the bytes of the contract, times the traffic that the interpreter counted
-    l2        32-byte sectors that blocks request, 64 bytes a cycle for a multiprocessor
+    l2        32-byte sectors that blocks request, 64 bytes a cycle for a multiprocessor; an atomic operation of a lane
+              on global memory is taken for one, and that lanes and blocks wait for each other at an address is not
     tensor    operations of matrix instructions, masked and padded ones included
     fp32, fp64, special (ex2, rcp, rsqrt ...)    results of their units
     issue     instructions, four a cycle for a multiprocessor
@@ -97,7 +98,7 @@ def work(counts: Counts, ran: int, blocks: int, by_groups: bool = False) -> Work
             classes[kind] += number * 32 * scale * (2 if "f32x2" in opcode else 1)
     return Work(
         blocks=blocks,
-        l2_bytes=(counts.loads.sectors + counts.stores.sectors) * 32 * scale,
+        l2_bytes=(counts.loads.sectors + counts.stores.sectors + counts.global_atomics) * 32 * scale,
         tensor=counts.mma_flops * scale,
         issue=(counts.instructions.total() - sum(replaced.values())) * scale,
         shared=(counts.shared_wavefronts - passes) * scale,

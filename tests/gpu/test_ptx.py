@@ -356,7 +356,15 @@ def test_atomics_go_lane_after_lane() -> None:
     counts = run(body, cells, before, threads=64, shared=4)
     assert cells.tolist() == [5 + 63 * 32, 7]
     assert before.tolist() == [5 + lane * (lane - 1) // 2 for lane in range(64)]
-    assert counts.atomics == 64 + 64 + 1
+    assert (counts.atomics, counts.global_atomics) == (64 + 64 + 1, 64 + 64)
+    assert counts.shared_wavefronts == 1
+
+
+def test_atomics_of_shared_memory_wait_for_each_other_in_a_bank() -> None:
+    # Lanes with one address are one access; those of 0 and 128, of one bank, are two.
+    body = "and.b32 %r1, %r0, 3; shl.b32 %r1, %r1, 7; {} atom.shared.add.u32 %r3, [%r1], 1;"
+    assert run(body.format(""), np.zeros(1, np.uint32), shared=512).shared_wavefronts == 4
+    assert run(body.format("mov.u32 %r1, 4;"), np.zeros(1, np.uint32), shared=512).shared_wavefronts == 1
 
 
 def test_matrix_instructions() -> None:

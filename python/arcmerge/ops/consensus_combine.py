@@ -208,12 +208,12 @@ def _triton(
         return result
     out = _fake(tensors, out_dtype=out_dtype)
     if base.numel():
-        scales = None if row_scales is None else row_scales.contiguous()
+        row_numbers = None if row_scales is None else row_scales.contiguous()
         choice = Choice(
             keys=keys[None].contiguous(),
             limits=limits(chance)[None],
             starts=torch.zeros(1, dtype=torch.int64, device=base.device),
-            rows=None if scales is None else rows([scales], [base.shape[-1]]),
+            rows=None if row_numbers is None else rows([row_numbers], [base.shape[-1]]),
             joint=joint,
             rounded=rounded,
         )
@@ -224,9 +224,9 @@ def _triton(
             [base.contiguous()],
             factors[None].contiguous(),
             cuts[None].contiguous(),
-            (chance.reciprocal() if inverse else torch.ones_like(chance)).float()[None],
             choice,
             torch.zeros(1, dtype=torch.int64, device=base.device),
+            scales=chance.reciprocal().float()[None] if inverse else None,
             election=election,
             zero_is_negative=zero_is_negative,
             floor=floor,

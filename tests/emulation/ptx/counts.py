@@ -28,7 +28,8 @@ class Requests:
 class Counts:
     """shared_wavefronts: passes over the 32 banks of shared memory; shared_ideal: how many without conflicts.
     instructions: executions by warps, of each opcode. divergent_branches: times that the lanes of a warp part.
-    barriers: by blocks. atomics: by lanes. Global loads include those of cp.async.
+    barriers: by blocks. atomics: by lanes; global_atomics: those of global memory. Global loads include those of
+    cp.async.
     """
 
     loads: Requests = field(default_factory=Requests)
@@ -40,6 +41,7 @@ class Counts:
     barriers: int = 0
     divergent_branches: int = 0
     atomics: int = 0
+    global_atomics: int = 0
 
     @property
     def bank_conflicts(self) -> int:

@@ -143,6 +143,10 @@ def _atom(machine: Machine, instruction: Instruction) -> Execute:
         unsigned = f"u{dtype.itemsize}"
         with on_lanes(lanes):
             places = locate(lanes)
+            if space == "global":
+                machine.counts.global_atomics += lanes.size
+            else:
+                machine.counts.count_shared(places, lanes, dtype.itemsize)
             waiting = np.arange(lanes.size)
             while waiting.size:
                 # The first lane of each address; those after it see what it left.
