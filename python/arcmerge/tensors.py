@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from arcmerge.errors import ArcmergeError, first_of
 from arcmerge.merging.execution.native import measured, write
+from arcmerge.merging.execution.statistics_pass import added_up
 from arcmerge.merging.execution.work_units import PIECE_ELEMENTS
 from arcmerge.merging.methods import registry
 from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Histogram, Measure, Statistic
@@ -20,6 +22,7 @@ from arcmerge.merging.recipe.parameters import REQUIRED, Scalar, finite
 from arcmerge.merging.recipe.seed import read_seed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Curve = float | Callable[[str], float]
@@ -117,14 +120,15 @@ def merge_state_dicts(
     for model in inputs[1:]:
         if unmatched := sorted(model.keys() ^ inputs[0].keys()):
             raise ArcmergeError(f"'models' must have the same names, got {first_of(unmatched)} in some of them only")
-    merged = {}
+    jobs = {}
     for name in inputs[0]:
         tensors = [model[name] for model in inputs]
         arguments = replace(_arguments(chosen, name, len(models), len(inputs), base_index, given), seed=seed)
         if problems := chosen.check(arguments):
             raise ArcmergeError([f"'{name}': {problem}" for problem in problems])
-        merged[name] = _merge(tensors, chosen, arguments, name)
-    return merged
+        jobs[name] = _job(tensors, chosen, arguments, name)
+    found = _measured_together(jobs)
+    return {name: _merge(job, found[name]) for name, job in jobs.items()}
 
 
 def _arguments(
@@ -161,13 +165,35 @@ def _arguments(
     return Arguments(count, base, shared, per_input)
 
 
-def _merge(tensors: Sequence[Tensor], method: Method, arguments: Arguments, name: str) -> Tensor:
-    """Merge the tensors that are called `name`, with the arithmetic and the bits of a merge of checkpoints."""
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """The merge of the tensors of one name.
+
+    Args:
+        tensors: the inputs.
+        method: the merge method.
+        arguments: its arguments.
+        dtype: the dtype of the result.
+        constant: the coefficients, if they do not depend on the weights.
+    """
+
+    tensors: Sequence[Tensor]
+    method: Method
+    arguments: Arguments
+    dtype: torch.dtype
+    constant: Coefficients | None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the rule depends on the weights."""
+        return self.dtype.is_floating_point and self.constant is None and self.tensors[0].numel() > 0
+
+
+def _job(tensors: Sequence[Tensor], method: Method, arguments: Arguments, name: str) -> _Job:
+    """The job of the tensors that are called `name`, which are checked."""
     import torch
 
     from arcmerge.dispatch.checks import require_alike
-    from arcmerge.dispatch.native import native_dtype, operand
-    from arcmerge.ops import combine
 
     for tensor in tensors[1:]:
         if tensor.shape != tensors[0].shape:
@@ -176,33 +202,62 @@ def _merge(tensors: Sequence[Tensor], method: Method, arguments: Arguments, name
         if tensor.device != tensors[0].device:
             devices = f"{tensors[0].device} and {tensor.device}"
             raise ArcmergeError(f"'{name}' must be on the same device in all models, got {devices}")
-    if not any(tensor.is_floating_point() for tensor in tensors):
-        return tensors[arguments.base or 0].clone()
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     constant = method.constant(arguments)
     if method.idempotent and all(tensor is tensors[0] for tensor in tensors):
         constant = copy_of(0, arguments)
-    if constant is not None:
+    arguments = replace(
+        arguments,
+        tensor=name,
+        rounded=dtype == torch.bfloat16,
+        matrix=tensors[0].ndim > 1,
+        elements=tensors[0].numel(),
+    )
+    job = _Job(tensors, method, arguments, dtype, constant)
+    if job.is_measured:
+        with _named(name):
+            require_alike(tensors)
+    return job
+
+
+def _measured_together(jobs: Mapping[str, _Job]) -> dict[str, list[Statistic]]:
+    """What the first measures of each tensor find, as long as tensors are measured together."""
+    found: dict[str, list[Statistic]] = {name: [] for name in jobs}
+    waiting = {name: job for name, job in jobs.items() if job.is_measured}
+    while waiting:
+        measures = {name: job.method.measure(found[name], job.arguments) for name, job in waiting.items()}
+        statistics = {
+            name: Statistic(measure, _measured(waiting[name], measure))
+            for name, measure in measures.items()
+            if measure is not None and measure.together is not None
+        }
+        for name, total in added_up(statistics).items():
+            found[name].append(total)
+        waiting = {name: waiting[name] for name in statistics}
+    return found
+
+
+def _merge(job: _Job, found: Sequence[Statistic] = ()) -> Tensor:
+    """Merge tensors, with the arithmetic and the bits of a merge of checkpoints, from what measures have found."""
+    import torch
+
+    from arcmerge.dispatch.native import native_dtype, operand
+    from arcmerge.ops import combine
+
+    tensors, method, arguments, dtype = job.tensors, job.method, job.arguments, job.dtype
+    if not dtype.is_floating_point:
+        return tensors[arguments.base or 0].clone()
+    if job.constant is not None:
         # Inputs with the coefficient zero have no effect, whatever values they have.
-        kept = np.flatnonzero(constant.values) if constant.values.any() else np.array([0])
-        values, tensors = constant.values[kept].tolist(), [tensors[index] for index in kept]
+        constant = job.constant.values
+        kept = np.flatnonzero(constant) if constant.any() else np.array([0])
+        values, tensors = constant[kept].tolist(), [tensors[index] for index in kept]
         if values == [1.0]:
             return tensors[0].to(dtype, copy=True)
         return combine(tensors, values, out_dtype=dtype)
     if not tensors[0].numel():
         return torch.empty_like(tensors[0], dtype=dtype)
-    require_alike(tensors)
-    try:
-        arguments = replace(
-            arguments,
-            tensor=name,
-            rounded=dtype == torch.bfloat16,
-            matrix=tensors[0].ndim > 1,
-            elements=tensors[0].numel(),
-        )
-        rule = _rule(tensors, method, arguments)
-    except ArcmergeError as error:
-        raise ArcmergeError([f"'{name}': {problem}" for problem in error.problems]) from error
+    rule = _rule(job, found)
     if not isinstance(rule, Coefficients):
         on_cpu = [tensor.cpu().contiguous() for tensor in tensors]
         out = torch.empty(tensors[0].shape, dtype=dtype)
@@ -222,20 +277,30 @@ def _matrices(tensors: Sequence[Tensor], dim: int | None) -> list[Tensor]:
     return [tensor.reshape(rows, -1) for tensor in tensors]
 
 
-def _rule(tensors: Sequence[Tensor], method: Method, arguments: Arguments) -> Rule:
-    """The rule of a tensor, from the measures that the method takes."""
-    found: list[Statistic] = []
-    while (measure := method.measure(found, arguments)) is not None:
-        found.append(Statistic(measure, _measured(tensors, measure, arguments)))
-    return method.rule(found, arguments)
+def _rule(job: _Job, found: Sequence[Statistic]) -> Rule:
+    """The rule of a tensor, from what some measures have found and those that the method takes after them."""
+    found = list(found)
+    with _named(job.arguments.tensor):
+        while (measure := job.method.measure(found, job.arguments)) is not None:
+            found.append(Statistic(measure, _measured(job, measure)))
+        return job.method.rule(found, job.arguments)
 
 
-def _measured(tensors: Sequence[Tensor], measure: Measure, arguments: Arguments) -> Any:
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors of the block name a tensor."""
+    try:
+        yield
+    except ArcmergeError as error:
+        raise ArcmergeError([f"'{name}': {problem}" for problem in error.problems]) from error
+
+
+def _measured(job: _Job, measure: Measure) -> Any:
     """What a measure finds, summed over the same pieces as in a merge of checkpoints."""
     from arcmerge.dispatch.native import operand
     from arcmerge.ops import gram
 
-    count = tensors[0].numel()
+    tensors, arguments, count = job.tensors, job.arguments, job.tensors[0].numel()
     if not isinstance(measure, Gram):
         on_cpu = [tensor.cpu().contiguous() for tensor in tensors]
         operands, base_index, row = [operand(tensor) for tensor in on_cpu], arguments.base or 0, _row(tensors[0])
@@ -278,7 +343,7 @@ def _slerp(a: Tensor, b: Tensor, t: float, slerp_normalize: bool, name: str) -> 
     if a.device != b.device:
         raise ArcmergeError(f"'{name}' must be on the device of 'a' {a.device}, got {b.device}")
     shared = {"t": number, "slerp_normalize": slerp_normalize}
-    return _merge([a, b], registry.get("slerp"), Arguments(count=2, base=0, shared=shared), name)
+    return _merge(_job([a, b], registry.get("slerp"), Arguments(count=2, base=0, shared=shared), name))
 
 
 def _mismatch(a: object, b: object, t: object) -> ArcmergeError:

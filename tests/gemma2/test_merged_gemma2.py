@@ -65,15 +65,15 @@ def assert_as_on_disk(model: MergedGemma2, config: dict[str, Any], out: Path) ->
 
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the tensors whose Gram matrices are computed."""
+    """The names of the tensors that are measured."""
     found: list[str] = []
-    original = CpuProcessor.gram
+    original = CpuProcessor.measure
 
-    def gram(self: CpuProcessor, pieces: Any) -> Any:
-        found.extend(self._jobs[piece.job].output.name for piece in pieces)
-        return original(self, pieces)
+    def measure(self: CpuProcessor, requests: Any) -> Any:
+        found.extend(self._jobs[piece.job].output.name for piece, _ in requests)
+        return original(self, requests)
 
-    monkeypatch.setattr(CpuProcessor, "gram", gram)
+    monkeypatch.setattr(CpuProcessor, "measure", measure)
     return found
 
 

@@ -43,6 +43,16 @@ CASES: dict[str, tuple[str, int, int | None, dict[str, Any]]] = {
     "task_arithmetic": ("task_arithmetic", 3, 0, {"weight": (None, 0.9, 0.4), "lambda": 0.8}),
     "passthrough": ("passthrough", 1, None, {"scale": 0.5}),
     "nearswap": ("nearswap", 2, 0, {"t": 0.02}),
+    "ties": ("ties", 3, 0, {"weight": (None, 0.9, 0.4), "density": (None, 0.3, 0.7)}),
+    "ties-paper": ("ties", 3, 0, {"weight": (None, 0.9, 0.4), "density": 0.3, "variant": "paper", "rescale": True}),
+    "dare_linear": ("dare_linear", 3, 1, {"weight": (0.9, None, -0.4), "density": 0.6}),
+    "dare_linear-paper": ("dare_linear", 2, 0, {"weight": 0.9, "density": 0.6, "variant": "paper"}),
+    "dare_ties": ("dare_ties", 3, 0, {"weight": (None, 0.9, 0.4), "density": (None, 0.3, 1), "normalize": True}),
+    "breadcrumbs": ("breadcrumbs", 3, 0, {"weight": (None, 0.9, 0.4), "density": 0.8, "gamma": (None, 0.1, 0)}),
+    "breadcrumbs_ties": ("breadcrumbs_ties", 3, 0, {"weight": 0.7, "density": 0.4, "rescale": True, "lambda": 1.5}),
+    "della": ("della", 3, 0, {"weight": (None, 0.9, 0.4), "density": (None, 0.5, 0), "epsilon": 0.2}),
+    "della_linear": ("della_linear", 3, 2, {"weight": (0.9, -0.4, None), "density": 0.5, "rescale": False}),
+    "della_linear-paper": ("della_linear", 2, 0, {"weight": 1, "density": 0.5, "variant": "paper"}),
 }
 
 
@@ -102,6 +112,15 @@ def test_a_gram_matrix_is_summed_over_the_same_pieces(
     for module in ("merging.execution.work_units", "tensors"):
         monkeypatch.setattr(f"arcmerge.{module}.PIECE_ELEMENTS", 100)
     test_bits_are_those_of_a_merge_of_files(models, tmp_path, "karcher")
+
+
+@pytest.mark.parametrize("case", ["ties", "ties-paper", "dare_ties", "della"])
+def test_counts_and_sums_are_the_same_for_any_pieces(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    for module in ("merging.execution.work_units", "tensors"):
+        monkeypatch.setattr(f"arcmerge.{module}.PIECE_ELEMENTS", 100)
+    test_bits_are_those_of_a_merge_of_files(models, tmp_path, case)
 
 
 def test_a_base_that_is_not_among_the_models_is_added(models: Path) -> None:

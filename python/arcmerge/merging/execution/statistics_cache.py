@@ -105,7 +105,7 @@ class StatisticsCache:
 def _counts_key(job: Job, measure: Histogram) -> Hashable:
     """A key of a job's histograms. Of those that depend on random numbers only the latest is kept."""
     inputs = tuple((item.checkpoint.folder, item.info.name, item.dtype) for item in job.inputs)
-    selection, kept_apart = measure.selection, (measure.prefixes is not None, measure.together)
+    selection, kept_apart = measure.selection, (measure.prefixes is not None, measure.together is not None)
     return job.output.name, inputs, job.base, selection.joint, selection.rounded, selection.random, kept_apart
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Histogra
 from arcmerge.merging.methods.rule import Rule
 from arcmerge.merging.options import Progress
 from arcmerge.merging.plan.tensor_job import Job
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Known(Protocol):
@@ -48,7 +50,7 @@ class _Pending:
         self.missing -= 1
         if isinstance(self.measure, Histogram):
             self._total = self._total + share  # of whole numbers, whose sum does not depend on the order
-            if not self.measure.together:
+            if self.measure.together is None:
                 self._counts[first] = Counts.of(share)
         else:
             self._shares[first] = share
@@ -136,7 +138,7 @@ class StatisticsPass:
         """Note what a measure of a job has found; returns the pieces to measure next."""
         if not self._allow_nonfinite and not statistic.finite:
             raise self._processor.not_finite(index)
-        if statistic.measure.together:
+        if statistic.measure.together is not None:
             self._together[index] = statistic
             return []
         self._found[index].append(statistic)
@@ -152,7 +154,7 @@ class StatisticsPass:
             self.rules[index] = rule_of(job, found)
             del self._found[index]
             return []
-        if measure.together:
+        if measure.together is not None:
             self._together[index] = None
         if self._known is not None and (statistic := self._known.get(job, measure)) is not None:
             return self._note(index, statistic)
@@ -163,12 +165,10 @@ class StatisticsPass:
     def _queue(self, pieces: list[Piece]) -> None:
         """Put pieces in front of all others: the sooner a job is complete, the sooner its statistics are freed."""
         while self._together and None not in self._together.values():
-            # Every tensor is measured: each job gets the statistic of all of them.
             found = {index: one for index, one in self._together.items() if one is not None}
             self._together = {}
-            totals = _totals(found.values())
-            for index, one in found.items():
-                self._found[index].append(totals[one.shape])
+            for index, total in added_up(found).items():
+                self._found[index].append(total)
             pieces = [*pieces, *(piece for index in found for piece in self._next(index))]
         self.batches.extendleft(reversed([*batches_of(pieces)]))
 
@@ -200,13 +200,14 @@ def pieces_of(job: Job, index: int, measure: Measure, pieces: Sequence[Piece] | 
     return sorted(pieces, key=lambda piece: piece.first) if pieces else cut(index, job.count)
 
 
-def _totals(statistics: Iterable[Statistic]) -> dict[tuple[int, ...], Statistic]:
-    """The sums of statistics by their shape, which differs between tensors with more and less inputs."""
-    totals: dict[tuple[int, ...], Statistic] = {}
-    for one in statistics:
-        before = totals.get(one.shape)
-        totals[one.shape] = one if before is None else Statistic(one.measure, before.total + one.total)
-    return totals
+def added_up(statistics: Mapping[Key, Statistic]) -> dict[Key, Statistic]:
+    """For each tensor the sum of the statistics of all tensors that it is measured together with."""
+    totals: dict[Hashable, Statistic] = {}
+    for one in statistics.values():
+        # The shape differs between magnitudes that are rounded and others.
+        before = totals.get(key := (one.measure.together, one.shape))
+        totals[key] = one if before is None else Statistic(one.measure, before.total + one.total)
+    return {key: totals[one.measure.together, one.shape] for key, one in statistics.items()}
 
 
 def input_bytes(jobs: Sequence[Job], pieces: Iterable[Piece]) -> int:

@@ -6,7 +6,7 @@ give the rule by which the tensor is computed (`Method.rule`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -33,7 +33,7 @@ class Gram:
 
     centered: bool = False
     dim: Literal[0, 1] | None = None
-    together: ClassVar[bool] = False
+    together: ClassVar[None] = None
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class Histogram:
     Args:
         selection: what selects elements; the cuts play no part.
         prefixes: for each input but the base the bins that are counted by their lower bits; None for all bins.
-        together: whether the counts are those of all tensors together.
+        together: a key of the tensors whose counts are added up; None for those of each tensor.
     """
 
     selection: Selection
     prefixes: tuple[tuple[int, ...], ...] | None = None
-    together: bool = False
+    together: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Sums:
 
     Args:
         rule: the rule.
-        together: whether the sums are those of all tensors together.
+        together: a key of the tensors whose sums are added up; None for those of each tensor.
     """
 
     rule: Consensus
-    together: bool = False
+    together: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Divergences:
     softmax makes a distribution of a row.
     """
 
-    together: ClassVar[bool] = False
+    together: ClassVar[None] = None
 
 
 Measure = Gram | Histogram | Sums | Divergences

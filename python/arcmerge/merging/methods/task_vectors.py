@@ -97,7 +97,9 @@ class _Trimmed(TaskVectors):
     def measure(self, found: Sequence[Statistic], arguments: Arguments) -> Measure | None:
         if not any(0 < density < 1 for density in self._densities(arguments)):
             return None
-        selection, together = self.selection(arguments), self._paper(arguments)
+        # A threshold is that of the tensors with the same densities.
+        selection = self.selection(arguments)
+        together = tuple(self._densities(arguments)) if self._paper(arguments) else None
         if not found:
             return Histogram(selection, together=together)
         if len(found) == 1 and not arguments.rounded:
@@ -106,7 +108,7 @@ class _Trimmed(TaskVectors):
                 for index, order in enumerate(self._orders(found, arguments))
             ]
             return Histogram(selection, tuple((*found_bins, 0, 0)[:2] for found_bins in bins), together)
-        if together and not isinstance(found[-1].measure, Sums):
+        if together is not None and not isinstance(found[-1].measure, Sums):
             return Sums(self.rule(found, arguments), together)
         return None
 
@@ -155,7 +157,8 @@ class Ties(_Trimmed):
         s_i   = the elements of d_i with |d_i| >= the int(density_i · D)-th largest, of D elements of the model
         out   = c + lambda · sum w_i s_i / sum w_i     over those i whose s_i has the sign S
 
-    mergekit's `rescale` multiplies s_i by sum |d_i| / sum |s_i|.
+    If densities differ between tensors, those with the same densities count as a model. mergekit's `rescale` multiplies
+    s_i by sum |d_i| / sum |s_i|.
     """
 
     name = "ties"
@@ -302,7 +305,8 @@ class DellaLinear(_Masked):
     parameters = (*_parameters(False, True, Parameter("epsilon", scope="non_base", default=0.15, low=0.0)), VARIANT)
 
     def check(self, arguments: Arguments) -> list[str]:
-        if problems := super().check(arguments):
+        problems = super().check(arguments)
+        if problems or arguments.count == 1:
             return problems
         return [
             f"'epsilon' must be less than the density and than 1 - density, got {epsilon:g} with a density of "
