@@ -1,27 +1,36 @@
 """Record the results of mergekit 0.1.5 for every config: writes expected.json next to this file.
 
     pip install mergekit==0.1.5
-    PYTHONPATH=tests python -m golden.record
+    PYTHONPATH=tests:tests/helpers python -m golden.record
 
 The models are made in a temporary folder. Each merge runs in this process, on one thread; mergekit's own tasks are
 watched for the parameters they resolved and for the tensors they read, so that the tests need not resolve them again.
+Random masks are those of arcmerge for its default seed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 import tiny
-from golden import cases
+from arcmerge.merging.methods.masks import mask_key
+from arcmerge.merging.recipe.seed import DEFAULT_SEED
+from golden import cases, task_vectors
 
 CONFIG_KEYS = ("architectures", "model_type", "num_hidden_layers", "vocab_size", "tie_word_embeddings")
 
@@ -78,7 +87,8 @@ class _watched:
     def __enter__(self) -> None:
         def execute(task: Any, tensors: Any, **rest: Any) -> Any:
             self.resolved[task.output_weight.name] = self._note(task, tensors)
-            return self.execute(task, tensors, **rest)
+            with _choices(task.output_weight.name):
+                return self.execute(task, tensors, **rest)
 
         self.task.execute = execute
 
@@ -89,13 +99,49 @@ class _watched:
         gathered = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
         inputs = [model for model in task.model_order if tensors.get(model) is not None]
         own = [dict(task.input_parameters[model].items()) for model in inputs]
-        parameters = {**task.parameters, **{key: [values.get(key) for values in own] for key in own[0]}}
+        names = dict.fromkeys(key for values in own for key in values)
+        parameters = {**task.parameters, **{key: [values.get(key) for values in own] for key in names}}
         parameters["base"] = inputs.index(task.base_model) if task.base_model in inputs else None
         sources = [
             cases.Source(str(Path(model.model.path).relative_to(self.models)), gathered.weight_info[model].name)
             for model in inputs
         ]
         return dict(sorted(parameters.items())), sources
+
+
+@contextmanager
+def _choices(name: str) -> Iterator[None]:
+    """What mergekit leaves to chance is as in arcmerge: random masks, and the order of equal magnitudes.
+
+    mergekit draws a mask by torch.bernoulli for each model in turn, and sorts magnitudes by an unstable sort.
+    """
+    from mergekit.merge_methods import generalized_task_arithmetic as methods
+
+    sparsify, unpatched, numbers = methods.sparsify, torch.argsort, itertools.count()
+    kinds: dict[str, task_vectors.Kind] = {"random": "random", "della_magprune": "magprune"}
+
+    def choose(difference: Tensor, density: float, method: Any, **rest: Any) -> Tensor:
+        magnitudes, key = difference.float().abs(), mask_key(DEFAULT_SEED, name, next(numbers))
+
+        def bernoulli(probabilities: Tensor) -> Tensor:
+            settings = {"density": density, **{k: v for k, v in rest.items() if k == "epsilon"}}
+            mask = task_vectors.chosen(kinds[method.value], magnitudes, settings, key)
+            return mask.reshape(probabilities.shape).to(probabilities.dtype)
+
+        def argsort(values: Tensor, **options: Any) -> Tensor:
+            if values.dim() > 1:  # of rows, for probabilities that `bernoulli` does not read
+                return unpatched(values, stable=True, **options)
+            order = torch.from_numpy(task_vectors.descending(values))
+            return order if options["descending"] else order.flip(0)
+
+        def sort(values: Tensor, **options: Any) -> SimpleNamespace:
+            return SimpleNamespace(indices=argsort(values, **options))
+
+        with mock.patch.multiple(torch, bernoulli=bernoulli, argsort=argsort, sort=sort):
+            return sparsify(difference, density=density, method=method, **rest)
+
+    with mock.patch.object(methods, "sparsify", choose):
+        yield
 
 
 def _tensors(out: Path, resolved: Resolved, *, aligned: bool) -> dict[str, Any]:

@@ -38,8 +38,8 @@ LAYERS = 3
 RECIPES = 60
 FILTERS = ["self_attn", "mlp", "norm", "embed_tokens", "lm_head", "layers.1.", "q_proj", "Norm", ".*", ""]
 OPTIONS = Options(device="cpu", threads=1)
-# Refused by arcmerge: mergekit divides by zero, takes densities above 1 for 1 and below 0 for 0, and fails in the middle
-# of a merge with other epsilons than these.
+# Refused by arcmerge: mergekit divides by zero, takes densities above 1 for 1 and below 0 for 0, and fails amid a merge
+# with other epsilons than these.
 REFUSED = ("must not add up to 0", "must be between 0 and 1", "must be 0 or more", "'epsilon' must be less than")
 
 

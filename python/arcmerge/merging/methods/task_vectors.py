@@ -40,7 +40,8 @@ class TaskVectors(TaskArithmetic):
     of 0, all sums over i have only the elements of w_i s_i whose sign is S; den = the sum of these w_i, or 1 where that
     is exactly 0. Without `normalize` den = 1.
 
-    With `rescale` s_i is multiplied by sum |d_i| / sum |s_i| over the tensor, unless one of the sums is below 1e-7.
+    With `rescale` s_i is multiplied by sum |d_i| / sum |s_i| over the tensor, unless one of the sums is below 1e-7. In
+    bfloat16 recipes these are sums of magnitudes rounded to bfloat16.
     """
 
     elects: ClassVar[bool] = False
