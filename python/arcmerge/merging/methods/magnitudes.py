@@ -126,9 +126,12 @@ def terms(counts: NDArray[np.int64], low: NDArray[np.int64]) -> NDArray[np.float
     return np.concatenate([counts[bins] * value_of(bins << 16), low[bins] * unit])
 
 
-def plane_sum(counts: Counts, index: int, plane: int) -> float:
-    """The sum of the magnitudes of the dropped (0) or kept (1) elements of an input in a first histogram."""
-    planes = counts.dense()[index]
-    low = planes[plane + 2] if len(planes) == 4 else np.zeros(_BINS, np.int64)
-    parts = terms(planes[plane], low)
+def plane_sum(counts: Counts, index: int, *, dropped: bool) -> float:
+    """The sum of the magnitudes of the kept elements of an input in a first histogram, rounded once.
+
+    With `dropped` it includes those of the dropped elements.
+    """
+    planes, first = counts.dense()[index], 0 if dropped else 1
+    low = planes[2 + first :].sum(0) if len(planes) == 4 else np.zeros(_BINS, np.int64)
+    parts = terms(planes[first:2].sum(0), low)
     return math.fsum(parts) if np.isfinite(parts).all() else math.nan

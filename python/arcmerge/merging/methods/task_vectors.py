@@ -243,8 +243,8 @@ class _Masked(TaskVectors):
         ratios = [1.0] * len(self.others(arguments))
         for statistic in found:
             for index in range(len(ratios)):
-                dropped, kept = (plane_sum(statistic.total, index, plane) for plane in (0, 1))
-                ratios[index] = _ratio(dropped + kept, kept)
+                all_, kept = (plane_sum(statistic.total, index, dropped=dropped) for dropped in (True, False))
+                ratios[index] = _ratio(all_, kept)
         rule = self.consensus(self.selection(arguments), ratios, arguments)
         return replace(rule, inverse=self._paper(arguments) and arguments.shared["rescale"])
 
