@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from arcmerge.merging.methods.measure import NO_CUT, Counts, Histogram, Statistic
+from arcmerge.merging.methods.measure import INFINITE_BIN, NO_CUT, Counts, Histogram, Statistic
 
 Cut = tuple[int, int]
 """(code, rank): elements of larger codes, and of that code the first `rank`."""
@@ -73,18 +73,19 @@ class Order:
         return float(value_of(np.array([code]))[0])
 
     def sum(self, first: int, last: int) -> float:
-        """The sum of the magnitudes at positions first to last - 1, rounded once."""
-        parts = np.concatenate([self._terms(last), -self._terms(first)])
-        return math.fsum(parts) if np.isfinite(parts).all() else math.nan
+        """The sum of the magnitudes at positions first to last - 1 that are finite, rounded once."""
+        return math.fsum(np.concatenate([self._terms(last), -self._terms(first)]))
 
     def _terms(self, position: int) -> NDArray[np.float64]:
-        """Numbers whose exact sum is that of the first `position` magnitudes."""
+        """Numbers whose exact sum is that of the first `position` magnitudes, as far as they are finite."""
         if position == 0:
             return np.zeros(0)
         if position == self.count:
             return terms(self._counts, self._low)
         code, rank = self._last(position)
         bin_ = code >> 16
+        if bin_ >= INFINITE_BIN:
+            return np.zeros(0)
         larger = np.arange(_BINS) > bin_
         whole = terms(self._counts * larger, self._low * larger)
         if self._rounded:
@@ -114,24 +115,23 @@ def value_of(codes: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def terms(counts: NDArray[np.int64], low: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Numbers whose exact sum is that of magnitudes.
+    """Numbers whose exact sum is that of magnitudes, as far as they are finite.
 
     Args:
         counts: (32768,), the magnitudes in each bin, of which there are fewer than 2^45.
         low: (32768,), the sum of the lower 16 bits of the codes in each bin.
     """
-    bins = np.flatnonzero(counts)
+    bins = np.flatnonzero(counts[:INFINITE_BIN])
     # The unit of the last of the 16 bits is 2^(e - 150), for denormals with e = 1.
     unit = np.ldexp(1.0, np.maximum(bins // 128, 1) - 150)
     return np.concatenate([counts[bins] * value_of(bins << 16), low[bins] * unit])
 
 
 def plane_sum(counts: Counts, index: int, *, dropped: bool) -> float:
-    """The sum of the magnitudes of the kept elements of an input in a first histogram, rounded once.
+    """The sum of the finite magnitudes of the kept elements of an input in a first histogram, rounded once.
 
     With `dropped` it includes those of the dropped elements.
     """
     planes, first = counts.dense()[index], 0 if dropped else 1
     low = planes[2 + first :].sum(0) if len(planes) == 4 else np.zeros(_BINS, np.int64)
-    parts = terms(planes[first:2].sum(0), low)
-    return math.fsum(parts) if np.isfinite(parts).all() else math.nan
+    return math.fsum(terms(planes[first:2].sum(0), low))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Elements of every code, see arcmerge.ops.selection.between.
 NO_CUT = (0x7FFFFFFF, 0, 0, 2**62)
 # The codes of infinity and NaN are in these bins and above.
-_INFINITE_BIN = 0x7F80
+INFINITE_BIN = 0x7F80
 
 
 @dataclass(frozen=True)
@@ -171,5 +171,5 @@ class Statistic:
                 return True
             planes = self.total.shape[1]
             bins, plane = self.total.index % 32768, self.total.index // 32768 % planes
-            return not ((bins >= _INFINITE_BIN) & (plane < 2)).any()
+            return not ((bins >= INFINITE_BIN) & (plane < 2)).any()
         return bool(np.isfinite(self.total).all())

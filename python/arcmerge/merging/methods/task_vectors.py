@@ -40,8 +40,8 @@ class TaskVectors(TaskArithmetic):
     of 0, all sums over i have only the elements of w_i s_i whose sign is S; den = the sum of these w_i, or 1 where that
     is exactly 0. Without `normalize` den = 1.
 
-    With `rescale` s_i is multiplied by sum |d_i| / sum |s_i| over the tensor, unless one of the sums is below 1e-7. In
-    bfloat16 recipes these are sums of magnitudes rounded to bfloat16.
+    With `rescale` s_i is multiplied by sum |d_i| / sum |s_i| over the tensor, unless one of the sums is below 1e-7.
+    These are sums of finite magnitudes; in bfloat16 recipes they are rounded to bfloat16.
     """
 
     elects: ClassVar[bool] = False
@@ -309,12 +309,13 @@ class DellaLinear(_Masked):
         problems = super().check(arguments)
         if problems or arguments.count == 1:
             return problems
-        return [
+        found = [
             f"'epsilon' must be less than the density and than 1 - density, got {epsilon:g} with a density of "
             f"{density:g}; lower it, or set density to 0.5"
             for density, epsilon in zip(self._densities(arguments), self._values("epsilon", arguments), strict=True)
             if 0 < density < 1 and not epsilon < min(density, 1 - density)
         ]
+        return list(dict.fromkeys(found))
 
     def probabilities(self, index: int, arguments: Arguments) -> tuple[float, float]:
         density, epsilon = self._densities(arguments)[index], self._values("epsilon", arguments)[index]
