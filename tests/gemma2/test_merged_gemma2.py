@@ -126,12 +126,21 @@ def test_parameters_replace_those_of_every_level(models: Path, tmp_path: Path) -
         ("delerp", {"t": 0.3}, {"t": 0.8}),
         ("model_stock", {}, {"filter_wise": True}),
         ("nearswap", {"t": 0.001}, {"t": 0.01}),
+        ("ties", {"weight": 0.5, "density": 0.3}, {"density": 0.6, "rescale": True}),
+        ("ties", {"weight": 0.5, "density": 0.3, "variant": "paper"}, {"density": 0.6, "weight": 0.9}),
+        ("breadcrumbs", {"weight": 0.5, "density": 0.3}, {"density": 0.6, "gamma": 0.1}),
+        ("breadcrumbs_ties", {"weight": 0.5, "density": 0.3}, {"density": [0.2, 0.9], "lambda": 0.5}),
+        ("dare_linear", {"weight": 0.5, "density": 0.3}, {"density": 0.6, "variant": "paper"}),
+        ("dare_ties", {"weight": 0.5, "density": 0.3}, {"density": [{"filter": "mlp", "value": 0.1}, {"value": 0.7}]}),
+        ("della", {"weight": 0.5, "density": 0.3}, {"density": 0.5, "epsilon": 0.4}),
+        ("della_linear", {"weight": 0.5, "density": 1}, {"density": 0.5, "normalize": True}),
     ],
 )
 def test_parameters_of_other_methods(
     models: Path, tmp_path: Path, method: str, first: dict[str, Any], then: dict[str, Any]
 ) -> None:
-    names = ("gemma-a", "gemma-b", "gemma-c") if method in ("karcher", "model_stock") else ("gemma-a", "gemma-b")
+    several = "density" in first or method in ("karcher", "model_stock")
+    names = ("gemma-a", "gemma-b", "gemma-c") if several else ("gemma-a", "gemma-b")
     config = recipe(models, *names, merge_method=method, parameters=first)
     if method in ("nuslerp", "linear", "karcher"):
         del config["base_model"]
@@ -204,6 +213,27 @@ def test_matrices_of_vectors_are_summed_once_to_open(models: Path, sums: list[st
     open_merge(config)
     assert sums
     assert len(sums) == len(set(sums))
+
+
+def test_histograms_are_counted_once_for_every_density_and_weight(models: Path, sums: list[str]) -> None:
+    parameters = {"weight": 0.5, "density": 0.2, "rescale": True}
+    model = open_merge(recipe(models, "gemma-a", "gemma-b", "gemma-c", merge_method="ties", parameters=parameters))
+    assert len(set(sums)) == len(tensors(model))
+    sums.clear()
+    for changes in ({"density": 0.6}, {"density": [0.1, 0.9], "weight": -1}, {"lambda": 2}, {"rescale": False}):
+        assert model.set_parameters(**changes) > 0
+    assert not sums
+
+
+def test_masks_are_counted_again_only_for_other_probabilities(models: Path, sums: list[str]) -> None:
+    parameters = {"weight": 0.5, "density": 0.2}
+    model = open_merge(recipe(models, "gemma-a", "gemma-b", "gemma-c", merge_method="dare_ties", parameters=parameters))
+    sums.clear()
+    assert model.set_parameters(weight=0.9) > 0
+    assert not sums
+    model.set_parameters(density=[{"filter": "layers.2.", "value": 0.5}, {"value": 0.2}])
+    assert sums
+    assert all(".layers.2." in name for name in sums)
 
 
 @pytest.mark.parametrize("change", ["time", "size", "header", "damaged", "not JSON", "another format"])

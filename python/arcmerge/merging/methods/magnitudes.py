@@ -33,7 +33,7 @@ class Order:
         self._found = found
         self._index = index
         self._rounded = coarse.measure.selection.rounded
-        planes = coarse.total.dense()[index]
+        planes = coarse.total.dense(index)
         self._counts = planes[:2].sum(0)
         self._low = planes[2:].sum(0) if not self._rounded else np.zeros(_BINS, np.int64)
         self._above = self._counts[::-1].cumsum()[::-1] - self._counts
@@ -42,7 +42,7 @@ class Order:
             assert isinstance(statistic.measure, Histogram)
             assert statistic.measure.prefixes is not None
             for place, prefix in enumerate(statistic.measure.prefixes[index]):
-                self._fine[prefix] = place, statistic.total.dense()[index, place]
+                self._fine[prefix] = place, statistic.total.dense(index, place)
         self.count = int(self._counts.sum())
         self.nonzero = self.count - int(self._counts[0])
 
@@ -132,6 +132,6 @@ def plane_sum(counts: Counts, index: int, *, dropped: bool) -> float:
 
     With `dropped` it includes those of the dropped elements.
     """
-    planes, first = counts.dense()[index], 0 if dropped else 1
+    planes, first = counts.dense(index), 0 if dropped else 1
     low = planes[2 + first :].sum(0) if len(planes) == 4 else np.zeros(_BINS, np.int64)
     return math.fsum(terms(planes[first:2].sum(0), low))

@@ -6,6 +6,7 @@ give the rule by which the tensor is computed (`Method.rule`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -130,11 +131,14 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         return Counts.of(self.dense() + other.dense())
 
-    def dense(self) -> NDArray[np.int64]:
-        """All numbers, with the zeros."""
-        flat = np.zeros(int(np.prod(self.shape)), np.int64)
-        flat[self.index] = self.values
-        return flat.reshape(self.shape)
+    def dense(self, *index: int) -> NDArray[np.int64]:
+        """All numbers whose first indices are these, with the zeros."""
+        outer, shape = self.shape[: len(index)], self.shape[len(index) :]
+        flat = np.zeros(math.prod(shape), np.int64)
+        first = int(np.ravel_multi_index(index, outer)) * flat.size if index else 0
+        low, high = np.searchsorted(self.index, (first, first + flat.size))
+        flat[self.index[low:high] - first] = self.values[low:high]
+        return flat.reshape(shape)
 
     def at(self, *index: int) -> int:
         """One of the numbers."""
