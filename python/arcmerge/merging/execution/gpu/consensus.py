@@ -57,9 +57,10 @@ def consensus(rule: Consensus, out: Tensor, tensors: Sequence[Tensor], base: Ten
     cuts = np.array(selection.cuts, np.int64)
     cuts[:, 1::2] -= np.array(rule.before_piece(first), np.int64)
     ranks = cuts[:, 1::2]
-    chances = np.array([smallest for smallest, _ in selection.probabilities])
-    with np.errstate(divide="ignore"):
-        factors = (1 / chances if rule.inverse else np.ones_like(chances)).astype(np.float32)
+    inverse = None
+    if rule.inverse:
+        chances = torch.tensor([smallest for smallest, _ in selection.probabilities], dtype=torch.float64)
+        inverse = chances.reciprocal().float()[None].to(device)
     nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
     consensus_combine(
         [out],
@@ -67,9 +68,9 @@ def consensus(rule: Consensus, out: Tensor, tensors: Sequence[Tensor], base: Ten
         [base],
         _tensor([rule.factors], torch.float32, device),
         torch.from_numpy(cuts)[None].to(device),
-        torch.from_numpy(factors)[None].to(device),
         _choice(selection, scales, row, first, device, 1),
         nonfinite,
+        scales=inverse,
         election=rule.election,
         zero_is_negative=rule.zero_is_negative,
         floor=rule.floor,
