@@ -14,6 +14,7 @@ import pytest
 
 import arcmerge
 from arcmerge.gemma2.model import Gemma2
+from arcmerge.merging.recipe.changes import changed_recipe
 from arcmerge.merging.recipe.recipe import load_recipe
 from arcmerge.sweeping.candidates import Candidate, of_curves, of_grid, of_numbers, parents, read_values
 from arcmerge.sweeping.journal import Journal, Scored
@@ -52,26 +53,47 @@ def test_values_that_are_none(text: str) -> None:
 
 
 def test_a_grid_has_every_combination_and_leaves_the_rest_to_the_recipe(models: Path) -> None:
-    grid = of_grid({"self_attn": "0,1", "mlp": [0.5]}, load_recipe(recipe(models, [0, 0.4, 1])))
-    assert [one.varied for one in grid] == [{"self_attn": 0, "mlp": 0.5}, {"self_attn": 1, "mlp": 0.5}]
-    assert grid[1].parameters["t"] == [
-        {"filter": "self_attn", "value": 1},
-        {"filter": "mlp", "value": 0.5},
-        {"value": [0, 0.4, 1]},
+    config = load_recipe(recipe(models, [0, 0.4, 1]))
+    grid = of_grid({"self_attn": "0,1", "t:mlp": [0.5], "slerp_normalize": "true,false"}, config)
+    assert [one.parameters for one in grid] == [
+        {"t:self_attn": t, "t:mlp": 0.5, "slerp_normalize": switch} for t in (0, 1) for switch in (True, False)
     ]
-    assert grid[1].name == "self_attn=1, mlp=0.5"
-    with pytest.raises(arcmerge.ArcmergeError, match="'grid mlp' must be first:last:step"):
-        of_grid({"mlp": "much"}, load_recipe(recipe(models)))
-    with pytest.raises(arcmerge.ArcmergeError, match="'grid' must have at most 100000 combinations, got 1002001"):
-        of_grid({"a": "0:1:0.001", "b": "0:1:0.001"}, load_recipe(recipe(models)))
+    assert grid[3].varied == {"t:self_attn": 1, "t:mlp": 0.5, "slerp_normalize": 0}
+    assert changed_recipe(config, grid[3].parameters).document["parameters"] == {
+        "t": [
+            {"filter": "self_attn", "value": 1},
+            {"filter": "mlp", "value": 0.5},
+            {"value": [0, 0.4, 1]},
+        ],
+        "slerp_normalize": False,
+    }
+    assert grid[3].name == "t:self_attn=1, t:mlp=0.5, slerp_normalize=false"
 
 
-def test_t_of_a_slice_would_be_lost(models: Path) -> None:
-    config = recipe(models)
-    sources = [{**one, "layer_range": [0, 6]} for one in config.pop("models")]
-    config["slices"] = [{"sources": sources, "parameters": {"t": 0.2}}]
-    with pytest.raises(arcmerge.ArcmergeError, match="'t' must be set under the recipe's own 'parameters'"):
-        of_grid({"mlp": 1}, load_recipe(config))
+@pytest.mark.parametrize(
+    ("axes", "sentence"),
+    [
+        ({"mlp": "much"}, "'grid mlp' must be first:last:step"),
+        ({"a": "0:1:0.001", "b": "0:1:0.001"}, "'grid' must have at most 100000 combinations, got 1002001"),
+        ({"mlp": 1, "t:mlp": 0}, "'grid t:mlp' must be given once, got t:mlp twice"),
+        ({"t[1]": 1}, r"'t\[1\]' must be a parameter of each model, got one that they share"),
+        ({"slerp_normalize": "0:1:0.5"}, "'grid slerp_normalize' must be true, false or true,false, got '0:1:0.5'"),
+    ],
+)
+def test_wrong_grids(models: Path, axes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(arcmerge.ArcmergeError, match=sentence):
+        of_grid(axes, load_recipe(recipe(models)))
+
+
+def test_a_method_without_t_has_no_filters_of_it(models: Path) -> None:
+    linear = load_recipe({**recipe(models), "merge_method": "linear", "parameters": {"weight": 1}})
+    weights = of_grid({"weight[1]": "0:1:0.5"}, linear)
+    assert [one.name for one in weights] == ["weight[1]=0", "weight[1]=0.5", "weight[1]=1"]
+    karcher = load_recipe({**recipe(models), "merge_method": "karcher", "parameters": {}})
+    assert [one.parameters for one in of_grid({"max_iter": "1:3:1"}, karcher)] == [{"max_iter": n} for n in (1, 2, 3)]
+    for text in ("mlp", "t", "weight:", "weight[5]"):
+        with pytest.raises(arcmerge.ArcmergeError, match=r"must (be|have)"):
+            of_grid({text: 1}, linear)
 
 
 def test_parents_are_the_ends_of_a_slerp(models: Path) -> None:
@@ -311,11 +333,17 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
 
 def test_wrong_candidates_are_refused_before_the_first_is_scored(models: Path, tmp_path: Path) -> None:
     score = LeastT()
-    wrong: list[Mapping[str, Any]] = [{"t": []}, {"t": "much"}, {"weight": 1}]
-    for parameters in wrong:
-        candidates = [*of_numbers([0.5]), Candidate("wrong", parameters)]
-        with pytest.raises(arcmerge.ArcmergeError):
-            score_candidates(recipe(models), candidates, score, tmp_path / "out", device="cpu")
+    linear = {**recipe(models), "merge_method": "linear", "parameters": {"weight": 1}}
+    wrong: list[tuple[dict[str, Any], Mapping[str, Any], str]] = [
+        (recipe(models), {"t": []}, "'t' must have a value, got an empty list"),
+        (recipe(models), {"t": "much"}, "must be a finite number, got 'much'"),
+        (recipe(models), {"weight": 1}, "'parameters' must be those of 'slerp'"),
+        (recipe(models), {"t:self_atn": 1}, "'t:self_atn' must name a part of a tensor's name after the colon, got"),
+        (linear, {"weight[0]": 1, "weight[1]": -1}, "'weight' must not sum to 0"),
+    ]
+    for config, parameters, sentence in wrong:
+        with pytest.raises(arcmerge.ArcmergeError, match=sentence):
+            score_candidates(config, [Candidate("wrong", parameters)], score, tmp_path / "out", device="cpu")
     assert score.calls == 0
 
 

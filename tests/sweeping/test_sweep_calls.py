@@ -44,6 +44,7 @@ def files(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         (["--function", "score_by_norm:norm", "--grid", "mlp=0,1", "--grid", "self_attn=0:1:0.5"], 8),
         (["--function", "score_by_norm:norm", "--minimize", "--optimize", "3", "--bounds", "0.2:0.4"], 5),
         (["--text", "text.txt", "--t", "0.5", "--curve", "v=0,1,0", "--optimize", "1"], 5),
+        (["--text", "text.txt", "--optimize", "2", "--vary", "t:mlp=0.2:0.4", "--vary", "t"], 4),
     ],
 )
 def test_the_command(files: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], count: int) -> None:
@@ -65,6 +66,13 @@ def test_the_command(files: Path, capsys: pytest.CaptureFixture[str], arguments:
         (["--text", "text.txt", "--optimize", "0"], 1, "'optimize' must be a number of candidates from 1 up, got 0"),
         (["--text", "text.txt", "--sampler", "tpe"], 1, "'sampler' must be given with optimize alone"),
         (["--text", "text.txt", "--optimize", "2", "--bounds", "1"], 1, "'--bounds' must be low:high as 0:1, got '1'"),
+        (["--text", "text.txt", "--optimize", "2", "--vary", "t=1"], 1, "'--vary' must be low:high as 0:1, got '1'"),
+        (["--text", "text.txt", "--vary", "t"], 1, "'vary' must be given with optimize alone, got it without"),
+        (
+            ["--text", "text.txt", "--grid", "t[1]=0,1"],
+            1,
+            "'t[1]' must be a parameter of each model, got one",
+        ),
         (["--tasks", "tasks.jsonl", "--window", "4"], 1, "'window' must be given with text alone, got it with tasks"),
         (["--text", "text.txt", "--window", "1"], 1, "'window' must be from 2 to 128"),
     ],
@@ -97,7 +105,7 @@ def test_the_function_does_what_the_command_does(files: Path) -> None:
         device="cpu",
         progress=lambda one, best, done, total: told.append((one.name, done, total)),
     )
-    names = ["t=0.25", "up", "mlp=0", "mlp=1", "t=0", "t=1"]
+    names = ["t=0.25", "up", "t:mlp=0", "t:mlp=1", "t=0", "t=1"]
     assert told == [(name, done, 6) for done, name in enumerate(names, 1)]
     assert [one.name for one in result.scored] == names
     assert result.best == min(result.scored, key=lambda one: one.score)
@@ -126,6 +134,32 @@ def test_wrong_arguments_of_the_function(files: Path, arguments: dict[str, Any],
     with pytest.raises(arcmerge.ArcmergeError, match=sentence):
         arcmerge.sweep("recipe.yml", "swept", device="cpu", **arguments)
     assert not (files / "swept").exists()
+
+
+def test_the_parameters_of_single_models_are_swept(files: Path, models: Path) -> None:
+    """Of a method without t; best.yml is a plain recipe, with the values at the models."""
+    sources = recipe(models)["models"]
+    config = {"merge_method": "linear", "dtype": "bfloat16", "models": sources, "parameters": {"weight": 1}}
+    (files / "linear.yml").write_text(yaml.safe_dump(config))
+    grid = ["--grid", "weight[1]=0.25,0.5", "--grid", "weight[gemma-a]:mlp=0,2", "--grid", "normalize=true,false"]
+    assert main(["sweep", "linear.yml", "--function", "score_by_norm:norm", "--device", "cpu", "-q", *grid]) == 0
+    found = rows(files / "sweep-linear")
+    assert len(found) == 8
+    assert list(found[0])[:4] == ["candidate", "weight[1]", "weight[gemma-a]:mlp", "normalize"]
+    best = yaml.safe_load((files / "sweep-linear" / "best.yml").read_text())
+    assert best["models"][1]["parameters"] == {"weight": 0.5}
+    assert best["models"][0]["parameters"]["weight"][0]["filter"] == "mlp"
+    assert best["parameters"] == {"weight": 1, "normalize": False}
+    arcmerge.merge("sweep-linear/best.yml", "merged", device="cpu")
+    merged = Gemma2.from_pretrained("merged", "cpu")
+    assert float(merged.network.weights.norm.float().norm()) == max(float(row["score"]) for row in found)
+
+
+def test_a_method_without_t_needs_candidates(files: Path, models: Path) -> None:
+    config = {"merge_method": "linear", "models": recipe(models)["models"], "parameters": {"weight": 1}}
+    sentence = r"'grid' must be given for 'linear', which has no t, got .*; vary one of its parameters \(weight, normal"
+    with pytest.raises(arcmerge.ArcmergeError, match=sentence):
+        arcmerge.sweep(config, "swept", text="text.txt", device="cpu")
 
 
 def test_a_sweep_is_not_resumed_with_other_code(files: Path) -> None:

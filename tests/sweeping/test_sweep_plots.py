@@ -14,16 +14,12 @@ from arcmerge.sweeping.plots import MAX_ROWS, plot
 
 PARENTS = [Scored(f"t={t}", {"t": t}, {"t": t}, score=9.0 + t) for t in (0, 1)]
 LINE = [Scored(f"t={t}", {"t": t}, {"t": t}, score=8 + (t - 0.5) ** 2) for t in (0.25, 0.5, 0.75)]
-AXIS = [Scored(f"mlp={t}", {"t": [{"filter": "mlp", "value": t}]}, {"mlp": t}, score=8 + t) for t in (0, 0.5, 1)]
+AXIS = [Scored(f"t:mlp={t}", {"t:mlp": t}, {"t:mlp": t}, score=8 + t) for t in (0, 0.5, 1)]
 GRID = [
-    Scored(
-        f"a={a}, b={b}",
-        {"t": [{"filter": "a", "value": a}, {"filter": "b", "value": b}]},
-        {"a": a, "b": b},
-        score=a + b,
-    )
+    Scored(f"weight[0]={a}, density={b}", one, one, score=a + b)
     for a in (0, 0.5, 1)
     for b in (0, 1)
+    for one in [{"weight[0]": a, "density": b}]
 ]
 POINTS = [
     Scored(f"trial {n}", {"t": [n / 9, n / 8]}, {"t[0]": n / 9, "t[1]": n / 8}, score=8 + n / 9, proposed=True)
@@ -36,6 +32,11 @@ CURVES = [
 TRIALS = [
     Scored(f"trial {n}", {"t": [0, n / 9, 1]}, {f"t[{k}]": n / 9 for k in range(3)}, score=8 + n % 3, proposed=True)
     for n in range(9)
+]
+THREE = [
+    Scored(f"density={n / 9:.2f}, lambda=1, weight[1]=2", one, one, score=8.0 + n)
+    for n in range(9)
+    for one in [{"density": n / 9, "lambda": 1.0, "weight[1]": 2.0}]
 ]
 MANY = [Scored(f"curve {n}", {"t": [0, n / 99]}, {}, score=8.0 + n) for n in range(MAX_ROWS + 1)]
 
@@ -56,13 +57,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     [
         (LINE, "t", 1, "t=0.5"),
         ([], "t", 1, "t=0"),
-        (AXIS, "t of mlp", 1, "mlp=0"),
-        (GRID, "t of a", 2, "a=0, b=0"),  # the scale of colours is one
-        (POINTS, "t of t[0]", 2, "trial 0"),
+        (AXIS, "t:mlp", 1, "t:mlp=0"),
+        (GRID, "weight[0]", 2, "weight[0]=0, density=0"),  # the scale of colours is one
+        (POINTS, "t[0]", 2, "trial 0"),
         (CURVES, "perplexity", 2, "v"),
         (TRIALS, "candidate", 2, "trial 0"),
         ([*LINE, *CURVES], "perplexity", 2, "v"),
         (MANY, "candidate", 2, "curve 0"),
+        (THREE, "perplexity", 2, "density=0.00, lambda=1, weight[1]=2"),
     ],
 )
 def test_best_and_parents_are_marked(

@@ -32,9 +32,9 @@ def test_a_search_comes_near_and_goes_on_from_its_journal(models: Path, tmp_path
     best = score_candidates(config, [], score, out, optimize=Optimize(40, sampler=sampler), device="cpu").best
     assert score.calls == 25
     found = rows(out)
-    assert list(found[0]) == ["candidate", "mlp[0]", "mlp[1]", "t", "score", "seconds"]
-    assert len({(row["mlp[0]"], row["mlp[1]"], row["t"]) for row in found}) == 40
-    assert all(0 <= float(row[name]) <= 1 for row in found for name in ("mlp[0]", "mlp[1]", "t"))
+    assert list(found[0]) == ["candidate", "t:mlp[0]", "t:mlp[1]", "t", "score", "seconds"]
+    assert len({(row["t:mlp[0]"], row["t:mlp[1]"], row["t"]) for row in found}) == 40
+    assert all(0 <= float(row[name]) <= 1 for row in found for name in ("t:mlp[0]", "t:mlp[1]", "t"))
     first = sorted(float(row["score"]) for row in found[:10])
     assert best is not None
     assert best.score < 0.5 * first[5]
@@ -42,7 +42,9 @@ def test_a_search_comes_near_and_goes_on_from_its_journal(models: Path, tmp_path
 
 
 def test_a_search_is_the_same_each_time_and_keeps_to_its_bounds(models: Path) -> None:
-    one, other = (Optimizer(load_recipe(recipe(models, [0, 1])), True, Optimize(5, -1, 0.2), []) for _ in range(2))
+    one, other = (
+        Optimizer(load_recipe(recipe(models, [0, 1])), True, Optimize(5, {"t": (-1, 0.2)}), []) for _ in range(2)
+    )
     for number in range(5):
         asked = one.ask()
         assert asked == other.ask()
@@ -78,16 +80,59 @@ def test_a_proposal_that_was_lost_leaves_no_name_twice(models: Path) -> None:
     assert asked.name == "trial 4"
 
 
-def test_a_search_needs_numbers_and_bounds(models: Path, tmp_path: Path) -> None:
+def test_a_search_varies_every_number_that_is_named(models: Path) -> None:
+    """The numbers of a curve, of each model and of each filter; whole numbers stay whole."""
+    config = {**recipe(models), "merge_method": "task_arithmetic"}
+    config["models"][1]["parameters"] = {"weight": [0.1, 0.2]}
+    config["parameters"] = {"lambda": [{"filter": "mlp", "value": [1, 2]}, {"value": 0.5}]}
+    vary = {"weight": (0.25, 0.75), "lambda": (-2.0, -1.0), "weight[1]:norm": (3.0, 4.0)}
+    asked = Optimizer(load_recipe(config), True, Optimize(1, vary), []).ask()
+    numbers = iter(asked.varied.values())
+    assert list(asked.varied) == [
+        *("weight[1][0]", "weight[1][1]", "lambda:mlp[0]", "lambda:mlp[1]", "lambda", "weight[1]:norm"),
+    ]
+    assert asked.parameters == {
+        "weight[1]": [next(numbers), next(numbers)],
+        "lambda": [{"filter": "mlp", "value": [next(numbers), next(numbers)]}, {"value": next(numbers)}],
+        "weight[1]:norm": next(numbers),
+    }
+    assert 3 <= asked.varied["weight[1]:norm"] <= 4
+    assert -2 <= asked.varied["lambda"] <= -1
+    karcher = {**recipe(models), "merge_method": "karcher", "parameters": {}}
+    whole = Optimizer(load_recipe(karcher), True, Optimize(1, {"max_iter": (1, 9), "tol": (0, 1)}), []).ask()
+    assert type(whole.parameters["max_iter"]) is int
+
+
+def test_a_grid_of_the_same_numbers_teaches_the_search(models: Path) -> None:
+    told = [Scored(f"t={t}", {"t": t}, {"t": t}, score=abs(t - 0.62)) for t in (0.1, 0.6, 0.9)]
+    search = Optimizer(load_recipe(recipe(models)), True, Optimize(5), told)
+    assert [trial.params for trial in search._study.trials] == [{"t": 0.1}, {"t": 0.6}, {"t": 0.9}]
+
+
+@pytest.mark.parametrize(
+    ("vary", "sentence"),
+    [
+        ({"t[0]": (0, 1)}, r"'t\[0\]' must be a parameter of each model, got one that they share"),
+        ({"t": (1, 1)}, "'bounds' must be low:high with low below high, got 1:1 for t"),
+        ({"slerp_normalize": (0, 1)}, "'slerp_normalize' must be a number to be optimized, got a switch"),
+    ],
+)
+def test_a_search_needs_numbers_and_bounds(models: Path, vary: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(arcmerge.ArcmergeError, match=sentence):
+        Optimizer(load_recipe(recipe(models)), True, Optimize(1, vary), [])
+
+
+def test_a_search_is_refused_before_the_first_score(models: Path, tmp_path: Path) -> None:
     linear = {"merge_method": "linear", "models": recipe(models)["models"], "parameters": {"weight": 0.5}}
-    with pytest.raises(arcmerge.ArcmergeError, match=r"'parameters' must be those of 'linear' \(.*\), got 't'"):
-        score_candidates(linear, [], LeastT(), tmp_path / "out", optimize=Optimize(2), device="cpu")
-    silent = recipe(models)
-    del silent["parameters"]
-    with pytest.raises(arcmerge.ArcmergeError, match="'t' must be set under 'parameters' for --optimize"):
-        Optimizer(load_recipe(silent), True, Optimize(1), [])
-    with pytest.raises(arcmerge.ArcmergeError, match="'bounds' must be low:high with low below high, got 1:1"):
-        Optimizer(load_recipe(recipe(models)), True, Optimize(1, 1, 1), [])
+    score, sentence = LeastT(), r"'parameters' must be those of 'linear' \(.*\), got 't'"
+    with pytest.raises(arcmerge.ArcmergeError, match=sentence):
+        score_candidates(linear, [], score, tmp_path / "out", optimize=Optimize(2), device="cpu")
+    slices = recipe(models)
+    sources = [{**one, "layer_range": [0, 6]} for one in slices.pop("models")]
+    slices["slices"] = [{"sources": sources, "parameters": {"t": 0.2}}]
+    with pytest.raises(arcmerge.ArcmergeError, match="'t' must be set under the recipe's own 'parameters' to be optim"):
+        score_candidates(slices, [], score, tmp_path / "out", optimize=Optimize(2), device="cpu")
+    assert score.calls == 0
 
 
 # ---- a cluster

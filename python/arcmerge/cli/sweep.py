@@ -18,8 +18,10 @@ NAME = "sweep"
 SUMMARY = "score many candidates of a merge without writing any"
 INTERRUPTED = "the scored candidates are kept, and the same command resumes the sweep"
 EPILOG = """\
-example:
+examples:
   arcmerge sweep recipe.yml --text validation.txt --t 0:1:0.1
+  arcmerge sweep ties.yml --text validation.txt --grid density=0.2:0.8:0.2 --grid weight[1]=0.5,1
+  arcmerge sweep ties.yml --text validation.txt --optimize 40 --vary density=0.2:0.8 --vary weight[1]
   arcmerge merge sweep-recipe/best.yml merged/
 
 Run the same command again to resume a sweep that was ended."""
@@ -51,10 +53,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--curve", metavar="NAME=VALUES", action="append", default=[], help="a gradient over the layers; repeatable"
     )
     tried.add_argument(
-        "--grid", metavar="FILTER=VALUES", action="append", default=[], help="t per filter, in all combinations"
+        "--grid",
+        metavar="NAME=VALUES",
+        action="append",
+        default=[],
+        help="a parameter, as density, weight[1] or t:self_attn; repeatable, in all combinations",
     )
-    tried.add_argument("--optimize", metavar="N", type=int, help="N proposals of an optimizer for t in CONFIG")
-    tried.add_argument("--bounds", metavar="LOW:HIGH", help="bounds of --optimize (default: 0:1)")
+    tried.add_argument("--optimize", metavar="N", type=int, help="N proposals of an optimizer")
+    tried.add_argument(
+        "--vary",
+        metavar="NAME[=LOW:HIGH]",
+        action="append",
+        default=[],
+        help="a parameter that --optimize varies, as in --grid; repeatable (default: t)",
+    )
+    tried.add_argument("--bounds", metavar="LOW:HIGH", help="bounds of --vary without its own (default: 0:1)")
     tried.add_argument(
         "--sampler", choices=["cma", "tpe"], help="optimizer of --optimize (default: cma; tpe for a single value)"
     )
@@ -88,9 +101,10 @@ def run(arguments: argparse.Namespace) -> None:
             minimize=arguments.minimize,
             t=arguments.t,
             curves=_named(arguments.curve, "curve", "v=0,0.5,1,0.5,0"),
-            grid=_named(arguments.grid, "grid", "self_attn=0:1:0.25"),
+            grid=_named(arguments.grid, "grid", "density=0.2:0.8:0.2"),
             optimize=arguments.optimize,
-            bounds=_bounds(arguments.bounds),
+            vary=_varied(arguments.vary),
+            bounds=_bounds(arguments.bounds, "bounds"),
             sampler=arguments.sampler,
             device=arguments.device,
             numerics=arguments.numerics,
@@ -118,11 +132,16 @@ def _named(texts: Sequence[str], flag: str, example: str) -> dict[str, str]:
     return found
 
 
-def _bounds(text: str | None) -> tuple[float, float] | None:
+def _varied(texts: Sequence[str]) -> dict[str, tuple[float, float] | None]:
+    with_bounds = _named([text if "=" in text else f"{text}=" for text in texts], "vary", "density=0.2:0.8")
+    return {name: _bounds(text, "vary") if text else None for name, text in with_bounds.items()}
+
+
+def _bounds(text: str | None, flag: str) -> tuple[float, float] | None:
     if text is None:
         return None
     try:
         low, high = map(float, text.split(":"))
     except ValueError as error:
-        raise ArcmergeError(f"'--bounds' must be low:high as 0:1, got '{text}'") from error
+        raise ArcmergeError(f"'--{flag}' must be low:high as 0:1, got '{text}'") from error
     return low, high

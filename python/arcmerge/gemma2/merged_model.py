@@ -105,8 +105,9 @@ class MergedGemma2(Gemma2):
         Args:
             progress: called with the bytes merged so far and in total.
             parameters: of the merge method, by name, each as under `parameters:` in a merge configuration: a number, a
-                gradient, or a list of `{filter, value}`. Each applies to the whole model, and replaces the settings of
-                its name on all levels of the configuration.
+                gradient, or a list of `{filter, value}`. A name alone applies to the whole model, and replaces the
+                settings of its name on all levels of the configuration; "weight[1]" or "weight[org/name]" sets that of
+                one model, and "t:mlp" or "weight[1]:mlp" that of the tensors whose names contain the text.
 
         Returns:
             The number of tensors that were merged again.
@@ -119,6 +120,7 @@ class MergedGemma2(Gemma2):
             >>> changed = model.set_parameters(t=0.3)
             >>> model.set_parameters(t=0.3)
             0
+            >>> changed = model.set_parameters(**{"t:self_attn": 0.5, "t:mlp": [0, 1]})
         """
         with self.network.lock:
             return self._in_memory.set_parameters(parameters, progress or (lambda done, total: None))

@@ -1,16 +1,17 @@
-"""An optimizer that proposes the values of `t`: TPE or CMA-ES of optuna."""
+"""An optimizer that proposes the values of parameters: TPE or CMA-ES of optuna."""
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from arcmerge.errors import ArcmergeError, needed
+from arcmerge.merging.recipe.changes import Key, models_with, own_rules
 from arcmerge.merging.recipe.recipe import Recipe
-from arcmerge.sweeping.candidates import Candidate, rules
+from arcmerge.sweeping.candidates import Candidate, read_key
 from arcmerge.sweeping.journal import Scored
 
 SEED = 0
@@ -23,44 +24,115 @@ class Optimize:
 
     Args:
         count: the number of candidates to propose.
-        low, high: the bounds of every value.
+        vary: for each parameter that is varied its bounds, by the keys of `changed_recipe`.
         sampler: "tpe", "cma", or None for CMA-ES if there are several values and TPE for one.
     """
 
     count: int
-    low: float = 0.0
-    high: float = 1.0
+    vary: Mapping[str, tuple[float, float]] = field(default_factory=lambda: {"t": (0.0, 1.0)})
     sampler: str | None = None
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A parameter that is varied: the rules `{filter, value: [...]}` that its numbers stand in, and their bounds."""
+
+    key: Key
+    rules: Sequence[Mapping[str, Any]]
+    low: float
+    high: float
+    whole: bool
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each number: that of the key, its filter and, in a gradient, its index."""
+        return [name for rule in self.rules for name in self._names(rule)]
+
+    def value(self, varied: Mapping[str, float]) -> Any:
+        """The value of the parameter in a recipe, in its simplest form."""
+        found = []
+        for rule in self.rules:
+            numbers = [int(varied[name]) if self.whole else varied[name] for name in self._names(rule)]
+            found.append({**rule, "value": numbers if len(numbers) > 1 else numbers[0]})
+        simple = len(found) == 1 and (self.key.filter is not None or found[0].get("filter") is None)
+        return found[0]["value"] if simple else found
+
+    def _names(self, rule: Mapping[str, Any]) -> list[str]:
+        name, count = str(replace(self.key, filter=self.key.filter or rule.get("filter"))), len(rule["value"])
+        return [f"{name}[{index}]" for index in range(count)] if count > 1 else [name]
+
+
+def corners(recipe: Recipe, vary: Mapping[str, tuple[float, float]]) -> Iterator[dict[str, Any]]:
+    """Parameters with every number in the middle of its bounds, but those of one axis at an end."""
+    axes = _axes(recipe, vary)
+    middle = {
+        name: (axis.low + axis.high) // 2 if axis.whole else (axis.low + axis.high) / 2
+        for axis in axes
+        for name in axis.names
+    }
+    for axis in axes:
+        for end in (axis.low, axis.high):
+            yield _parameters(axes, {**middle, **dict.fromkeys(axis.names, end)})
+
+
+def _parameters(axes: Sequence[_Axis], varied: Mapping[str, float]) -> dict[str, Any]:
+    return {str(axis.key): axis.value(varied) for axis in axes}
+
+
+def _axes(recipe: Recipe, vary: Mapping[str, tuple[float, float]]) -> list[_Axis]:
+    """Raises ArcmergeError for wrong keys and bounds."""
+    found: dict[str, _Axis] = {}
+    for text, (low, high) in vary.items():
+        key, parameter = read_key(text, recipe)
+        whole, is_plain = parameter.kind is int, key.model is None and key.filter is None
+        if parameter.kind is bool:
+            raise ArcmergeError(f"'{text}' must be a number to be optimized, got a switch; give its values in a grid")
+        if not low < high or (whole and not (float(low).is_integer() and float(high).is_integer())):
+            numbers = "whole numbers low:high" if whole else "low:high"
+            raise ArcmergeError(f"'bounds' must be {numbers} with low below high, got {low:g}:{high:g} for {key}")
+        if is_plain and any(
+            key.name in part.rules
+            for part in (recipe.module_parameters, *(slice_.parameters for slice_ in recipe.slices))
+        ):
+            raise ArcmergeError(
+                f"'{key}' must be set under the recipe's own 'parameters' to be optimized, got values under a slice or "
+                "a module; move them there"
+            )
+        # A parameter that models have values for is varied for each of them, as one value would replace theirs.
+        own = models_with(recipe, key.name) if is_plain else []
+        for one in [replace(key, model=str(index)) for index in own] or [key]:
+            rules = own_rules(recipe, one) or [{"value": [low]}]
+            found[str(one)] = _Axis(one, rules, low, high, whole)
+    return list(found.values())
 
 
 class Optimizer:
     """Proposes candidates, and learns from the scores of these and of others.
 
     Args:
-        recipe: the recipe whose values of `t` are varied, all of them.
+        recipe: the recipe whose values are varied: all numbers that it has for a parameter, one if it has none.
         minimize: whether a lower score is better.
         optimize: the settings.
         scored: the candidates that are scored already.
 
     Raises:
-        ArcmergeError: if the recipe has no values of `t`, or the bounds are wrong.
+        ArcmergeError: if a parameter or its bounds are wrong.
     """
 
     def __init__(self, recipe: Recipe, minimize: bool, optimize: Optimize, scored: Sequence[Scored]) -> None:
         with needed("optuna", by="--optimize", extra="sweep"):
             import optuna
-        self._rules = rules(recipe)
-        self._names = [_name(rule, index) for rule in self._rules for index in range(len(rule["value"]))]
-        if not self._names:
-            raise ArcmergeError(
-                "'t' must be set under 'parameters' for --optimize to vary it, got none; add t: [0.5, 0.5, 0.5] for a "
-                "curve of three values"
+        self._axes = _axes(recipe, optimize.vary)
+        distributions: Any = optuna.distributions
+        self._space: dict[str, Any] = {
+            name: (distributions.IntDistribution if axis.whole else distributions.FloatDistribution)(
+                axis.low, axis.high
             )
-        low, high = optimize.low, optimize.high
-        if not low < high:
-            raise ArcmergeError(f"'bounds' must be low:high with low below high, got {low:g}:{high:g}")
+            for axis in self._axes
+            for name in axis.names
+        }
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        chosen = optimize.sampler or ("cma" if len(self._names) > 1 else "tpe")
+        chosen = optimize.sampler or ("cma" if len(self._space) > 1 else "tpe")
         if chosen == "cma":
             with needed("cmaes", by="--sampler cma", extra="sweep"):
                 importlib.import_module("cmaes")  # optuna imports it at the first proposal
@@ -73,7 +145,6 @@ class Optimizer:
             samplers = optuna.samplers
             sampler = samplers.CmaEsSampler(seed=seed) if chosen == "cma" else samplers.TPESampler(seed=seed)
             self._study = optuna.create_study(direction="minimize" if minimize else "maximize", sampler=sampler)
-        self._space = {name: optuna.distributions.FloatDistribution(low, high) for name in self._names}
         self._optuna: Any = optuna
         self._trials: dict[str, Any] = {}
         for one in scored:
@@ -83,12 +154,8 @@ class Optimizer:
         """The next proposal. Several proposals may wait for their scores at a time."""
         self._asked += 1
         trial = self._study.ask(dict(self._space))
-        varied = {name: round(float(trial.params[name]), 6) for name in self._names}
-        values = iter(varied.values())
-        found = [{**rule, "value": [next(values) for _ in rule["value"]]} for rule in self._rules]
-        only = found[0]["value"] if len(found) == 1 and "filter" not in found[0] else None
-        t = (only if len(only) > 1 else only[0]) if only else found
-        candidate = Candidate(f"{_NAME}{self._asked}", {"t": t}, varied, proposed=True)
+        varied = {name: round(float(trial.params[name]), 6) for name in self._space}
+        candidate = Candidate(f"{_NAME}{self._asked}", _parameters(self._axes, varied), varied, proposed=True)
         self._trials[candidate.name] = trial
         return candidate
 
@@ -106,7 +173,3 @@ class Optimizer:
         return varied.keys() == self._space.keys() and all(
             self._space[name].low <= value <= self._space[name].high for name, value in varied.items()
         )
-
-
-def _name(rule: dict[str, Any], index: int) -> str:
-    return f"{rule.get('filter') or 't'}[{index}]" if len(rule["value"]) > 1 else str(rule.get("filter") or "t")

@@ -1,8 +1,8 @@
-"""The plot of a sweep: the scores of the candidates and of the parents, and the curves of `t`."""
+"""The plot of a sweep: the scores of the candidates and of the parents, and the curves of the parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def plot(scored: Sequence[Scored], parents: Sequence[str], title: str, minimize:
     """Draw the scores of a sweep.
 
     One varied value gives a line, two give a heat map. Otherwise the plot has a row for each candidate or, for many
-    candidates and for proposals, the scores in their order, with the curves of `t` over the layers next to them.
+    candidates and for proposals, the scores in their order, with the curves of the parameters next to them.
 
     Args:
         scored: the candidates, parents included.
@@ -72,7 +72,7 @@ def _draw_line(axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], best
         _draw_parents(axes, ends)
     if best is not None and best in on_line:
         axes.plot(best.varied[name], best.score, **_STAR, label="best")
-    axes.set_xlabel(name if name == "t" else f"t of {name}")
+    axes.set_xlabel(name)
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -106,8 +106,8 @@ def _draw_heat_map(
                 axes.text(column, row, f"{value:.4g}", ha="center", va="center", color="black" if bright else "white")
         star = star and [columns.index(star[0]), rows.index(star[1]) + 0.3]  # above the number
     axes.plot(*([value] for value in star), **_STAR) if star else None
-    axes.set_xlabel(f"t of {names[0]}")
-    axes.set_ylabel(f"t of {names[1]}")
+    axes.set_xlabel(names[0])
+    axes.set_ylabel(names[1])
     figure.colorbar(drawn, ax=axes, label=title)
 
 
@@ -148,25 +148,28 @@ def _draw_parents(axes: Any, ends: Sequence[Scored]) -> None:
 
 
 def _draw_curves(axes: Any, scored: Sequence[Scored]) -> None:
-    """The curves of t over the layers, with a colour for each candidate and a line style for each of its filters."""
+    """The parameters over the layers, with a colour for each candidate and a line style for each of its values."""
     for index, one in enumerate(scored):
-        rules = list(_rules(one.parameters.get("t")))
-        for (name, values), style in zip(rules, ("-", "--", "-.", ":") * len(rules), strict=False):
+        curves = list(_curves(one.parameters))
+        for (name, values), style in zip(curves, ("-", "--", "-.", ":") * len(curves), strict=False):
             heights = values if len(values) > 1 else values * 2
-            label = one.name if len(rules) == 1 else f"{one.name}: {name or 'others'}"
+            label = one.name if len(curves) == 1 else f"{one.name}: {name}"
             axes.plot(np.linspace(0, 1, len(heights)), heights, style, marker="o", color=f"C{index}", label=label)
     axes.set_xticks([0, 1], ["first layer", "last layer"])
-    axes.set_ylabel("t")
+    names = {key.partition(":")[0] for one in scored for key in one.parameters}
+    axes.set_ylabel(names.pop() if len(names) == 1 else "value")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, -0.05), max(high, 1.05))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 
 
-def _rules(value: Any) -> Iterator[tuple[str, list[float]]]:
-    """The filter, empty for none, and the values of each entry of a `t`."""
-    entries = value if isinstance(value, list) and any(isinstance(entry, dict) for entry in value) else [value]
-    for entry in entries:
-        name, numbers = (entry.get("filter") or "", entry["value"]) if isinstance(entry, dict) else ("", entry)
-        if numbers is not None:
-            yield name, list(numbers) if isinstance(numbers, list | tuple) else [numbers]
+def _curves(parameters: Mapping[str, Any]) -> Iterator[tuple[str, list[float]]]:
+    """The name and the numbers of each curve of a candidate: a parameter has one, or one for each filter."""
+    for key, value in parameters.items():
+        entries = value if isinstance(value, list) and any(isinstance(entry, dict) for entry in value) else [value]
+        for entry in entries:
+            numbers = entry["value"] if isinstance(entry, dict) else entry
+            if numbers is not None:
+                name = f"{key}:{entry.get('filter') or 'others'}" if isinstance(entry, dict) else key
+                yield name, list(numbers) if isinstance(numbers, list | tuple) else [numbers]

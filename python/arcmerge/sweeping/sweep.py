@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.interrupts import held
-from arcmerge.merging.execution.in_memory import changed_recipe
+from arcmerge.merging.methods import registry
 from arcmerge.merging.options import Options, Warn
-from arcmerge.merging.prepare import prepare
+from arcmerge.merging.prepare import Prepared, prepare
+from arcmerge.merging.recipe.changes import Key, changed_recipe
+from arcmerge.merging.recipe.parameters import Rule
 from arcmerge.merging.recipe.recipe import MergeConfig, Recipe, load_recipe
 from arcmerge.sweeping.candidates import Candidate, Values, of_curves, of_grid, of_numbers, parents, read_values
 from arcmerge.sweeping.evaluators import EvaluationSpec, LocalEvaluator, RayEvaluator
 from arcmerge.sweeping.journal import Journal, Scored
-from arcmerge.sweeping.optimizer import Optimize, Optimizer
+from arcmerge.sweeping.optimizer import Optimize, Optimizer, corners
 from arcmerge.sweeping.plots import plot
 from arcmerge.sweeping.results import TABLES, best_of, write_tables, write_whole
 from arcmerge.sweeping.scores import Function, MultipleChoice, Perplexity, Score, read_questions, read_texts
@@ -74,6 +76,7 @@ def sweep(
     curves: Mapping[str, Values] | None = None,
     grid: Mapping[str, Values] | None = None,
     optimize: int | None = None,
+    vary: Sequence[str] | Mapping[str, tuple[float, float] | None] = (),
     bounds: tuple[float, float] | None = None,
     sampler: Literal["cma", "tpe"] | None = None,
     device: str = "auto",
@@ -86,8 +89,8 @@ def sweep(
     """Score many candidates of a merge, and write the tables, a plot and the recipe of the best one.
 
     Give one score: `text`, `tasks` or `function`. Without `t`, `curves`, `grid` and `optimize` the candidates are the
-    t of 0, 0.1, ..., 1. Both parents of a slerp are always scored too. A sweep that was ended is resumed by the same
-    call: its journal in `out` holds the scored candidates.
+    t of 0, 0.1, ..., 1, if the method has a t. Both parents of a slerp are always scored too. A sweep that was ended is
+    resumed by the same call: its journal in `out` holds the scored candidates.
 
     Args:
         config: a merge configuration as for :func:`arcmerge.merge`.
@@ -100,9 +103,13 @@ def sweep(
         minimize: whether a lower score of `function` is better.
         t: values of t for the whole model, as numbers or as "0:1:0.1" (first:last:step).
         curves: for each name the values of a gradient of t over the layers.
-        grid: for each filter the values of t for the tensors whose names match it; all combinations are scored.
-        optimize: the number of proposals of an optimizer for the values of t in the configuration.
-        bounds: the lowest and the highest value that the optimizer proposes, (0, 1) by default.
+        grid: for each parameter its values; all combinations are scored. "density" is a parameter for the whole model,
+            "weight[1]" or "weight[org/name]" that of one model, and "t:self_attn" or "weight[1]:mlp" only for the
+            tensors whose names contain the text. A text that names no parameter is such a filter of t.
+        optimize: the number of proposals of an optimizer.
+        vary: the parameters that the optimizer varies, as in `grid`, or a mapping to their bounds; t by default. All
+            numbers that the configuration has for a parameter are varied, or one if it has none.
+        bounds: the lowest and the highest value where `vary` names none, (0, 1) by default.
         sampler: the optimizer; None for "cma" if there are several values and "tpe" for one.
         device: "auto", "cpu", "cuda" or "cuda:N".
         numerics: "default", or "hf" to round as transformers does.
@@ -127,7 +134,7 @@ def sweep(
     recipe = load_recipe(config)
     score = _score(text, tasks, function, window, minimize)
     if t is None and not (curves or grid or optimize is not None):
-        t = DEFAULT_T
+        t = _default_t(recipe)
     candidates = [
         *(of_numbers(read_values(t, "t")) if t is not None else []),
         *of_curves(curves or {}),
@@ -139,7 +146,7 @@ def sweep(
         candidates,
         score,
         out,
-        optimize=_optimize(optimize, bounds, sampler),
+        optimize=_optimize(optimize, vary, bounds, sampler),
         device=device,
         numerics=numerics,
         threads=threads,
@@ -165,10 +172,10 @@ def score_candidates(
 ) -> SweepResult:
     """Run a sweep like :func:`sweep`, with any candidates and score. `options` go to Gemma2.from_merge."""
     recipe, folder = load_recipe(config), Path(out)
-    for parameters in [*(one.parameters for one in candidates), *([{"t": optimize.low}] if optimize else [])]:
-        changed_recipe(recipe, parameters)
     prepared = prepare(recipe.text, Options.of({**options, "device": device}), warn)
     recipe = prepared.recipe  # it has the seed that `options` may hold
+    for parameters in chain((one.parameters for one in candidates), corners(recipe, optimize.vary) if optimize else ()):
+        _check(prepared, changed_recipe(recipe, parameters), parameters)
     shards = {str(one.folder.resolve()): one.fingerprint() for one in prepared.checkpoints.values()}
     identity = {"recipe": recipe.text, "score": score.identity, "parents": shards, "numerics": numerics}
     if not (folder / JOURNAL).exists():
@@ -224,16 +231,43 @@ def _score(
     return Function(function, minimize)
 
 
-def _optimize(count: int | None, bounds: tuple[float, float] | None, sampler: str | None) -> Optimize | None:
+def _default_t(recipe: Recipe) -> str:
+    names = [parameter.name for parameter in registry.get(recipe.method).parameters]
+    if "t" not in names:
+        raise ArcmergeError(
+            f"'grid' must be given for '{recipe.method}', which has no t, got no candidates; vary one of its "
+            f"parameters ({', '.join(names) or 'none'})"
+        )
+    return DEFAULT_T
+
+
+def _optimize(
+    count: int | None,
+    vary: Sequence[str] | Mapping[str, tuple[float, float] | None],
+    bounds: tuple[float, float] | None,
+    sampler: str | None,
+) -> Optimize | None:
     if count is None:
-        if bounds is not None or sampler is not None:
-            name = "bounds" if bounds is not None else "sampler"
-            raise ArcmergeError(f"'{name}' must be given with optimize alone, got it without; leave it out")
+        for name, value in (("vary", vary or None), ("bounds", bounds), ("sampler", sampler)):
+            if value is not None:
+                raise ArcmergeError(f"'{name}' must be given with optimize alone, got it without; leave it out")
         return None
     if type(count) is not int or count < 1:
         raise ArcmergeError(f"'optimize' must be a number of candidates from 1 up, got {count!r:.80}")
-    low, high = bounds or (0.0, 1.0)
-    return Optimize(count, low, high, sampler)
+    named = vary if isinstance(vary, Mapping) else dict.fromkeys(vary)
+    return Optimize(count, {name: own or bounds or (0.0, 1.0) for name, own in (named or {"t": None}).items()}, sampler)
+
+
+def _check(prepared: Prepared, recipe: Recipe, parameters: Mapping[str, Any]) -> None:
+    """Raise ArcmergeError if the method refuses the values, or a filter matches no tensor."""
+    jobs = prepared.with_recipe(recipe).plan.jobs
+    for key in map(Key.read, parameters):
+        if key.filter is not None and not any(
+            Rule(key.filter, ()).matches(name)
+            for job in jobs
+            for name in (job.output.name, *(one.info.name for one in job.inputs))
+        ):
+            raise ArcmergeError(f"'{key}' must name a part of a tensor's name after the colon, got none that matches")
 
 
 def _write_results(journal: Journal, recipe: Recipe, score: Score, folder: Path) -> Scored | None:

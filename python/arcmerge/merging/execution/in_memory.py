@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arcmerge.checkpoint.layout import OutputTensor
-from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.memory import allocate, offsets_of
 from arcmerge.merging.execution.processor import FillTask, Processor
 from arcmerge.merging.execution.statistics_cache import StatisticsCache
 from arcmerge.merging.execution.statistics_pass import StatisticsPass, measure_all
 from arcmerge.merging.execution.work_units import cut
 from arcmerge.merging.execution.workers import drain
-from arcmerge.merging.methods import registry
 from arcmerge.merging.methods.rule import Coefficients, Rule
 from arcmerge.merging.options import Progress
 from arcmerge.merging.plan.tensor_job import Job
 from arcmerge.merging.prepare import Prepared
-from arcmerge.merging.recipe.recipe import Recipe, with_parameters
+from arcmerge.merging.recipe.changes import changed_recipe
+from arcmerge.merging.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +47,7 @@ class InMemoryMerge:
         self._offsets, nbytes = offsets_of({name: output.nbytes for name, output in self._outputs.items()})
         # At t = 0 or 1 a tensor is a copy, which needs neither the other parent nor a matrix; the next t may need both.
         has_t = any(parameter.name == "t" for parameter in prepared.plan.method.parameters)
-        interior = prepared.with_recipe(with_parameters(prepared.recipe, {"t": _INTERIOR_T})) if has_t else prepared
+        interior = prepared.with_recipe(changed_recipe(prepared.recipe, {"t": _INTERIOR_T})) if has_t else prepared
         self._memory = allocate([interior, prepared], nbytes, progress)
         self._merged: dict[str, object] = {}
         checkpoints = prepared.checkpoints
@@ -80,15 +79,15 @@ class InMemoryMerge:
         """Merge again with other parameters.
 
         Args:
-            parameters: values as under `parameters:` in a recipe. Each replaces all values that the original recipe has
-                for that name; values of an earlier call are dropped.
+            parameters: values as under `parameters:` in a recipe, by the keys of `changed_recipe`. They change the
+                original recipe; values of an earlier call are dropped.
             progress: called with the bytes done and the bytes in total, for the statistics pass and for merging.
 
         Returns:
             The number of tensors that were merged again.
 
         Raises:
-            ArcmergeError: the method has no such parameter, or a value is wrong. Nothing has changed then.
+            ArcmergeError: as `changed_recipe` does; or the method refuses the values. Nothing has changed then.
         """
         return self._merge(self._prepared.with_recipe(changed_recipe(self._configured, parameters)), progress)
 
@@ -149,25 +148,6 @@ class InMemoryMerge:
 
     def _address(self, output: OutputTensor, first: int) -> int:
         return self._memory.address + self._offsets[output.name] + first * output.dtype.itemsize
-
-
-def changed_recipe(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
-    """A recipe with other parameters for the whole model.
-
-    Raises:
-        ArcmergeError: the recipe's method has no such parameter, or a value is wrong.
-    """
-    method = registry.get(recipe.method)
-    names = [parameter.name for parameter in method.parameters]
-    if strange := [name for name in parameters if name not in names]:
-        known = ", ".join(f"'{name}'" for name in names) or "none"
-        raise ArcmergeError(f"'parameters' must be those of '{method.name}' ({known}), got '{strange[0]}'")
-    changed = with_parameters(recipe, parameters)
-    for name in parameters:
-        if not all(rule.values for rule in changed.parameters.rules[name]):
-            raise ArcmergeError(f"'parameters.{name}' must have a value, got an empty list; give it a number")
-    changed.check_parameters(method.parameters)
-    return changed
 
 
 def _origin(job: Job, rule: Rule | None) -> object:

@@ -182,36 +182,14 @@ def load_recipe(config: MergeConfig) -> Recipe:
     return _read_recipe(parse(text), text)
 
 
-def with_parameters(recipe: Recipe, parameters: Mapping[str, Any]) -> Recipe:
-    """The recipe with these parameters for the whole model, instead of its own values for them at any level.
-
-    Args:
-        recipe: the recipe.
-        parameters: values by name, as under `parameters:`.
-
-    Raises:
-        ArcmergeError: for values that a recipe cannot have.
-    """
-
-    def without(value: Any) -> Any:
-        if isinstance(value, list):
-            return [without(entry) for entry in value]
-        if not isinstance(value, Mapping):
-            return value
-        kept = {key: without(entry) for key, entry in value.items()}
-        if isinstance(kept.get("parameters"), Mapping):
-            kept["parameters"] = {name: entry for name, entry in kept["parameters"].items() if name not in parameters}
-        return kept
-
-    document = without(recipe.document)
-    document["parameters"] = {**(document.get("parameters") or {}), **_plain(parameters)}
+def recipe_of(document: Mapping[Any, Any]) -> Recipe:
+    """The recipe that a mapping gives; ArcmergeError with one sentence for each problem."""
     return _read_recipe(document, _dump(document))
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
     """The recipe with this seed, written into its document and its text."""
-    document = {**recipe.document, "seed": seed}
-    return _read_recipe(document, _dump(document))
+    return recipe_of({**recipe.document, "seed": seed})
 
 
 def _dump(document: Mapping[Any, Any]) -> str:
@@ -223,7 +201,7 @@ def _dump(document: Mapping[Any, Any]) -> str:
 
 def _text(config: MergeConfig) -> str:
     if isinstance(config, Mapping):
-        return _dump(_plain(config))
+        return _dump(plain(config))
     if isinstance(config, str) and is_text(config):
         return config
     try:
@@ -240,12 +218,12 @@ def is_text(config: str) -> bool:
     return "\n" in config or (_KEY.search(config) is not None and not Path(config).exists())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` in YAML's types: converts tuples, paths, and numbers and arrays of numpy and torch."""
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value.tolist() if hasattr(value, "tolist") and not isinstance(value, type) else value
