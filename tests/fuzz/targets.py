@@ -21,7 +21,7 @@ from arcmerge.merging.output.files import small_files
 from arcmerge.merging.prepare import prepare
 from arcmerge.sweeping.journal import Journal, Scored
 from arcmerge.sweeping.results import best_of, write_tables
-from arcmerge.sweeping.scores import read_questions
+from arcmerge.sweeping.scores import MultipleChoice, Scoring, read_questions
 from fuzz.mutations import Mutate, mutate_json, mutate_lines, mutate_safetensors, mutate_text
 
 SMALL = replace(tiny.GEOMETRY, num_hidden_layers=2, hidden_size=16, intermediate_size=16, vocab_size=280)
@@ -203,7 +203,7 @@ def _journal(folder: Path) -> None:
     with Journal(folder / "journal.jsonl", _ABOUT) as journal:
         journal.add(Scored("t=2", {"t": 2}, {"t": 2.0}, score=2.5, seconds=0.1))
         best_of(journal.scored, minimize=True)
-        write_tables(journal.scored, folder)
+        write_tables(journal.scored, Scoring([MultipleChoice([])] * 2, seeds=[1]), lambda one: one.name, folder)
 
 
 def _of(file: str) -> Callable[[Path], bytes]:

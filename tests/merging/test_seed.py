@@ -24,7 +24,8 @@ from arcmerge.merging.methods import registry
 from arcmerge.merging.methods.masks import mask_key
 from arcmerge.merging.methods.method import Arguments, Coefficients, Method
 from arcmerge.merging.options import Options
-from arcmerge.merging.recipe.recipe import load_recipe, with_parameters, with_seed
+from arcmerge.merging.recipe.changes import changed_recipe
+from arcmerge.merging.recipe.recipe import load_recipe, with_seed
 from arcmerge.merging.recipe.seed import DEFAULT_SEED
 from arcmerge.sweeping.candidates import Candidate
 from arcmerge.sweeping.scores import Function
@@ -103,7 +104,7 @@ def test_a_seed_is_written_into_document_and_text(recipe: dict[str, Any]) -> Non
 
 
 def test_other_parameters_keep_the_seed(recipe: dict[str, Any]) -> None:
-    changed = with_parameters(load_recipe(slerp(recipe, seed=5)), {"t": 0.9})
+    changed = changed_recipe(load_recipe(slerp(recipe, seed=5)), {"t": 0.9})
     assert (changed.seed, yaml.safe_load(changed.text)["seed"]) == (5, 5)
 
 

@@ -43,7 +43,7 @@ def test_a_search_comes_near_and_goes_on_from_its_journal(models: Path, tmp_path
 
 def test_a_search_is_the_same_each_time_and_keeps_to_its_bounds(models: Path) -> None:
     one, other = (
-        Optimizer(load_recipe(recipe(models, [0, 1])), True, Optimize(5, {"t": (-1, 0.2)}), []) for _ in range(2)
+        Optimizer(load_recipe(recipe(models, [0, 1])), [True], Optimize(5, {"t": (-1, 0.2)}), []) for _ in range(2)
     )
     for number in range(5):
         asked = one.ask()
@@ -53,7 +53,7 @@ def test_a_search_is_the_same_each_time_and_keeps_to_its_bounds(models: Path) ->
         score = math.nan if number == 1 else float(number)
         one.tell(Scored.of(asked, score, 1.0))
         other.tell(Scored.of(asked, score, 1.0))
-    scalar = Optimizer(load_recipe(recipe(models)), True, Optimize(1), []).ask()
+    scalar = Optimizer(load_recipe(recipe(models)), [True], Optimize(1), []).ask()
     assert scalar.parameters == {"t": scalar.varied["t"]}
 
 
@@ -76,7 +76,7 @@ def test_only_proposals_count_as_such(models: Path, tmp_path: Path) -> None:
 def test_a_proposal_that_was_lost_leaves_no_name_twice(models: Path) -> None:
     """As where a cluster was killed with the third scored and the second not."""
     told = [Scored(f"trial {number}", {"t": 0.5}, {"t": 0.5}, proposed=True, score=1.0) for number in (1, 3)]
-    asked = Optimizer(load_recipe(recipe(models)), True, Optimize(5), told).ask()
+    asked = Optimizer(load_recipe(recipe(models)), [True], Optimize(5), told).ask()
     assert asked.name == "trial 4"
 
 
@@ -86,7 +86,7 @@ def test_a_search_varies_every_number_that_is_named(models: Path) -> None:
     config["models"][1]["parameters"] = {"weight": [0.1, 0.2]}
     config["parameters"] = {"lambda": [{"filter": "mlp", "value": [1, 2]}, {"value": 0.5}]}
     vary = {"weight": (0.25, 0.75), "lambda": (-2.0, -1.0), "weight[1]:norm": (3.0, 4.0)}
-    asked = Optimizer(load_recipe(config), True, Optimize(1, vary), []).ask()
+    asked = Optimizer(load_recipe(config), [True], Optimize(1, vary), []).ask()
     numbers = iter(asked.varied.values())
     assert list(asked.varied) == [
         *("weight[1][0]", "weight[1][1]", "lambda:mlp[0]", "lambda:mlp[1]", "lambda", "weight[1]:norm"),
@@ -99,13 +99,13 @@ def test_a_search_varies_every_number_that_is_named(models: Path) -> None:
     assert 3 <= asked.varied["weight[1]:norm"] <= 4
     assert -2 <= asked.varied["lambda"] <= -1
     karcher = {**recipe(models), "merge_method": "karcher", "parameters": {}}
-    whole = Optimizer(load_recipe(karcher), True, Optimize(1, {"max_iter": (1, 9), "tol": (0, 1)}), []).ask()
+    whole = Optimizer(load_recipe(karcher), [True], Optimize(1, {"max_iter": (1, 9), "tol": (0, 1)}), []).ask()
     assert type(whole.parameters["max_iter"]) is int
 
 
 def test_a_grid_of_the_same_numbers_teaches_the_search(models: Path) -> None:
     told = [Scored(f"t={t}", {"t": t}, {"t": t}, score=abs(t - 0.62)) for t in (0.1, 0.6, 0.9)]
-    search = Optimizer(load_recipe(recipe(models)), True, Optimize(5), told)
+    search = Optimizer(load_recipe(recipe(models)), [True], Optimize(5), told)
     assert [trial.params for trial in search._study.trials] == [{"t": 0.1}, {"t": 0.6}, {"t": 0.9}]
 
 
@@ -119,7 +119,7 @@ def test_a_grid_of_the_same_numbers_teaches_the_search(models: Path) -> None:
 )
 def test_a_search_needs_numbers_and_bounds(models: Path, vary: dict[str, Any], sentence: str) -> None:
     with pytest.raises(arcmerge.ArcmergeError, match=sentence):
-        Optimizer(load_recipe(recipe(models)), True, Optimize(1, vary), [])
+        Optimizer(load_recipe(recipe(models)), [True], Optimize(1, vary), [])
 
 
 def test_a_search_is_refused_before_the_first_score(models: Path, tmp_path: Path) -> None:

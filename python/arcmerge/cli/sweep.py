@@ -22,6 +22,8 @@ examples:
   arcmerge sweep recipe.yml --text validation.txt --t 0:1:0.1
   arcmerge sweep ties.yml --text validation.txt --grid density=0.2:0.8:0.2 --grid weight[1]=0.5,1
   arcmerge sweep ties.yml --text validation.txt --optimize 40 --vary density=0.2:0.8 --vary weight[1]
+  arcmerge sweep dare.yml --text validation.txt --grid density=0.2:0.8:0.2 --seeds 5 --race
+  arcmerge sweep recipe.yml --text code.txt --also text:prose.txt --optimize 40
   arcmerge merge sweep-recipe/best.yml merged/
 
 Run the same command again to resume a sweep that was ended."""
@@ -42,6 +44,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--window", metavar="N", type=int, help="tokens in a window of --text (default: the model's maximum)"
     )
     how.add_argument("--minimize", action="store_true", help="a lower score of --function is better")
+
+    how.add_argument(
+        "--also",
+        metavar="SCORE",
+        action="append",
+        default=[],
+        help="another score: text:FILE, tasks:FILE, function:MODULE:NAME, or minimize:MODULE:NAME; repeatable",
+    )
+    how.add_argument("--seeds", metavar="K", type=int, help="score each candidate of a random method with K seeds")
+    how.add_argument("--race", action="store_true", help="stop a candidate once it is worse than the best beyond doubt")
+    how.add_argument("--race-seed", metavar="N", type=int, default=0, help="seed of the order in a race (default: 0)")
 
     parser.add_argument(
         "--ray", action="store_true", help="use a Ray cluster: one worker per GPU, or per --threads processors"
@@ -69,7 +82,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     tried.add_argument("--bounds", metavar="LOW:HIGH", help="bounds of --vary without its own (default: 0:1)")
     tried.add_argument(
-        "--sampler", choices=["cma", "tpe"], help="optimizer of --optimize (default: cma; tpe for a single value)"
+        "--sampler",
+        choices=["cma", "tpe", "nsga2"],
+        help="of --optimize (default: cma; tpe for one value; nsga2 with --also)",
     )
     add_model_flags(parser)
 
@@ -84,8 +99,11 @@ def run(arguments: argparse.Namespace) -> None:
     with counting_bar(arguments.quiet, "scoring") as show:
 
         def progress(scored: Scored, best: Scored, done: int, total: int) -> None:
+            found = f"about {scored.score:.6g}, stopped early" if scored.stopped else f"{scored.score:.6g}"
+            spread = f" ± {scored.deviation:.2g}" if scored.by_seed else ""
+            also = "".join(f", {score:.6g}" for score in scored.also)
             show(
-                f"{done} of {total}  {scored.name}: {scored.score:.6g}, {scored.seconds:.1f} s  "
+                f"{done} of {total}  {scored.name}: {found}{spread}{also}, {scored.seconds:.1f} s  "
                 f"(best {best.name}: {best.score:.6g})",
                 done,
                 total,
@@ -99,6 +117,10 @@ def run(arguments: argparse.Namespace) -> None:
             function=arguments.function,
             window=arguments.window,
             minimize=arguments.minimize,
+            also=arguments.also,
+            seeds=arguments.seeds,
+            race=arguments.race,
+            race_seed=arguments.race_seed,
             t=arguments.t,
             curves=_named(arguments.curve, "curve", "v=0,0.5,1,0.5,0"),
             grid=_named(arguments.grid, "grid", "density=0.2:0.8:0.2"),

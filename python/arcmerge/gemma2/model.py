@@ -24,7 +24,7 @@ from arcmerge.gemma2.generation.sampler import SamplingParams
 from arcmerge.gemma2.generation.text_generation import generate_answers
 from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.runtime.runner import Runner
-from arcmerge.gemma2.text.prompts import Prompts, read_pair, read_row
+from arcmerge.gemma2.text.prompts import Prompts, read_pair, read_windows
 from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 from arcmerge.gemma2.weights import Weights, load, stored_dtype
 from arcmerge.merging.options import Options
@@ -384,17 +384,6 @@ class Gemma2:
             >>> model.perplexity("The capital of France is Paris.") > 1
             True
         """
-        bos, limit = self.config.bos_token_id, self.config.max_position_embeddings
-        tokens = self.tokenizer.encode(text) if isinstance(text, str) else read_row("text", text)
-        tokens = tokens[1:] if tokens[:1] == [bos] else tokens
-        if not tokens:
-            raise ArcmergeError("'text' must have one token or more besides BOS, got none")
-        size = limit if window is None else read_whole("window", window)
-        if not 2 <= size <= limit:
-            raise ArcmergeError(
-                f"'window' must be from 2 to {limit}, the model's max_position_embeddings, got {size}; leave it out "
-                "for the maximum"
-            )
-        starts = range(0, len(tokens), size - 1)
-        scores = self.score([([bos], tokens[start : start + size - 1]) for start in starts])
-        return math.exp(-sum(score.logprob for score in scores) / len(tokens))
+        windows = read_windows(text, window, self.config, lambda: self.tokenizer)
+        scores = self.score([([self.config.bos_token_id], tokens) for tokens in windows])
+        return math.exp(-sum(score.logprob for score in scores) / sum(map(len, windows)))

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from arcmerge.errors import ArcmergeError, needed
 from arcmerge.sweeping.candidates import Candidate
 from arcmerge.sweeping.journal import Scored
-from arcmerge.sweeping.scores import Score
+from arcmerge.sweeping.race import Rival, order_of
+from arcmerge.sweeping.scores import Scoring
 
 # A candidate whose actor dies this often is taken for the cause.
 MAX_DEATHS = 3
+
+
+# A candidate, and the one that it races against.
+Task = tuple[Candidate, Rival | None]
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class EvaluationSpec:
     """The arguments of a model to merge and score. `options` are keyword arguments of Gemma2.from_merge."""
 
     recipe: str
-    score: Score
+    scoring: Scoring
     device: str
     numerics: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -34,17 +43,70 @@ class LocalEvaluator:
     def __init__(self, spec: EvaluationSpec) -> None:
         from arcmerge.gemma2.model import Gemma2
 
-        self._score = spec.score
+        self._scoring = scoring = spec.scoring
         self._model = Gemma2.from_merge(spec.recipe, spec.device, spec.numerics, **spec.options)
+        if scoring.race is not None:
+            self._items = scoring.items_score.items(self._model)
+            self._order = order_of(len(self._items), scoring.race)
 
-    def evaluate(self, candidates: Iterable[Candidate]) -> Iterator[Scored]:
+    def evaluate(self, tasks: Iterable[Task]) -> Iterator[Scored]:
         """Yields scores in the order of the candidates, and takes the next candidate after each."""
-        return map(self.score, candidates)
+        return (self.score(*task) for task in tasks)
 
-    def score(self, candidate: Candidate) -> Scored:
+    def score(self, candidate: Candidate, rival: Rival | None = None) -> Scored:
         started = time.monotonic()
-        self._model.set_parameters(**candidate.parameters)
-        return Scored.of(candidate, self._score(self._model), time.monotonic() - started)
+        variants: list[dict[str, Any]] = [{**candidate.parameters, "seed": seed} for seed in self._scoring.seeds]
+        score = self._score if self._scoring.race is None else partial(self._race, rival=rival)
+        found = score(variants or [dict(candidate.parameters)])
+        return Scored.of(candidate, seconds=time.monotonic() - started, **found)
+
+    def _score(self, variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The scores of the variants of a candidate, one for each seed."""
+        found = []
+        for parameters in variants:
+            self._model.set_parameters(**parameters)
+            found.append([score(self._model) for score in self._scoring.scores])
+        means = [fmean(values) for values in zip(*found, strict=True)]
+        return {"score": means[0], "also": means[1:], "by_seed": self._by_seed([values[0] for values in found])}
+
+    def _race(self, variants: Sequence[Mapping[str, Any]], rival: Rival | None) -> dict[str, Any]:
+        """The same by items, in blocks; ends when the candidate is worse than its rival."""
+        score, items = self._scoring.items_score, self._items
+        losses = np.zeros((len(variants), len(items)))
+        done: list[int] = []
+        for block in self._blocks():
+            for row, parameters in enumerate(variants):
+                if len(variants) > 1 or not done:
+                    self._model.set_parameters(**parameters)
+                losses[row, block] = score.losses(self._model, [items[index] for index in block])
+            done += block
+            if rival is None:
+                continue
+            difference, evidence = rival.compare(losses[:, done].mean(axis=0), done)
+            if evidence >= rival.threshold and difference > 0:
+                amount = len(variants) * sum(items[index].size for index in done)
+                estimate = score.of_losses([*rival.losses.tolist(), difference], items)
+                return {"score": estimate, "amount": amount, "stopped": True}
+            if evidence >= rival.threshold:  # better beyond doubt
+                rival = None
+        by_seed = [score.of_losses(row.tolist(), items) for row in losses]
+        amount = len(variants) * sum(item.size for item in items)
+        means = losses.mean(axis=0).tolist()
+        return {"score": fmean(by_seed), "by_seed": self._by_seed(by_seed), "amount": amount, "losses": means}
+
+    def _blocks(self) -> Iterator[list[int]]:
+        """The items in the order of the race, cut into blocks."""
+        block: list[int] = []
+        for index in self._order:
+            block.append(index)
+            if sum(self._items[one].size for one in block) >= self._scoring.items_score.block:
+                yield block
+                block = []
+        if block:
+            yield block
+
+    def _by_seed(self, values: Sequence[float]) -> Sequence[float]:
+        return values if self._scoring.seeds else ()
 
 
 class RayEvaluator:
@@ -80,21 +142,21 @@ class RayEvaluator:
         # Each actor sees one GPU only, which is its cuda:0 whatever index the machine gives it.
         self._spec = replace(spec, device=spec.device.partition(":")[0], options=options)
 
-    def evaluate(self, candidates: Iterable[Candidate]) -> Iterator[Scored]:
+    def evaluate(self, tasks: Iterable[Task]) -> Iterator[Scored]:
         """Yields scores in the order in which they are done, and takes a candidate whenever an actor is idle."""
-        ray, waiting, following = self._ray, deque[Candidate](), iter(candidates)
+        ray, waiting, following = self._ray, deque[Task](), iter(tasks)
         idle = deque(self._actor() for _ in range(self._count))
-        working: dict[Any, tuple[Any, Candidate]] = {}
+        working: dict[Any, tuple[Any, Task]] = {}
         deaths: Counter[str] = Counter()
         try:
             while True:
-                while idle and (candidate := waiting.popleft() if waiting else next(following, None)) is not None:
+                while idle and (task := waiting.popleft() if waiting else next(following, None)) is not None:
                     actor = idle.popleft()
-                    working[actor.score.remote(candidate)] = actor, candidate
+                    working[actor.score.remote(*task)] = actor, task
                 if not working:
                     return
                 (done, *_), _rest = ray.wait(list(working), num_returns=1)
-                actor, candidate = working.pop(done)
+                actor, task = working.pop(done)
                 try:
                     scored = ray.get(done)
                 except ray.exceptions.RayActorError as error:
@@ -103,13 +165,14 @@ class RayEvaluator:
                         raise ArcmergeError(
                             f"'--ray' must be able to start workers, got an error: {reason.strip()}"
                         ) from error
-                    deaths[candidate.name] += 1
-                    if deaths[candidate.name] >= MAX_DEATHS:
+                    name = task[0].name
+                    deaths[name] += 1
+                    if deaths[name] >= MAX_DEATHS:
                         raise ArcmergeError(
-                            f"'{candidate.name}' must be scored by a worker that lives, got {MAX_DEATHS} deaths; see "
+                            f"'{name}' must be scored by a worker that lives, got {MAX_DEATHS} deaths; see "
                             "Ray's logs, and give the workers more memory"
                         ) from error
-                    waiting.append(candidate)
+                    waiting.append(task)
                     idle.append(self._actor())
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None

@@ -6,9 +6,10 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from arcmerge.checkpoint.header import parse_object
@@ -21,29 +22,56 @@ class Scored(Candidate):
     """A candidate with its score.
 
     Args:
-        score: NaN if the candidate has none.
+        score: the mean over the seeds; an estimate if the candidate was stopped; NaN if the candidate has none.
         seconds: the time of merging and scoring.
+        also: the other scores.
+        by_seed: the score of each seed.
+        amount: the tokens or questions that a race has scored.
+        stopped: whether a race stopped the candidate.
+        losses: the loss of each item of a race, if all are scored.
     """
 
     score: float = math.nan
     seconds: float = 0.0
+    also: Sequence[float] = ()
+    by_seed: Sequence[float] = ()
+    amount: int = 0
+    stopped: bool = False
+    losses: Sequence[float] = ()
 
     @classmethod
-    def of(cls, candidate: Candidate, score: float, seconds: float) -> Scored:
-        return cls(**vars(candidate), score=score, seconds=seconds)
+    def of(cls, candidate: Candidate, score: float, seconds: float, **more: Any) -> Scored:
+        return cls(**vars(candidate), score=score, seconds=seconds, **more)
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """All scores, the first one first."""
+        return (self.score, *self.also)
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the score over the seeds."""
+        return stdev(self.by_seed) if len(self.by_seed) > 1 else 0.0
 
     def __post_init__(self) -> None:
         """Raises TypeError or OverflowError for values of other types or sizes, which a damaged file may hold."""
-        numbers = (self.score, self.seconds, *self.varied.values())
+        for name in _LISTS:  # JSON has no tuples
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        numbers = [self.score, self.seconds, self.amount, *self.varied.values()]
+        numbers += [number for name in _LISTS for number in getattr(self, name)]
         if not (
             isinstance(self.name, str)
             and isinstance(self.parameters, Mapping)
             and isinstance(self.proposed, bool)
+            and isinstance(self.stopped, bool)
             and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
         ):
             raise TypeError("'entry' must have a name, parameters and numbers, got other types")
         for number in numbers:
             float(number)
+
+
+_LISTS = ("also", "by_seed", "losses")
 
 
 class Journal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,9 @@ from arcmerge.sweeping.candidates import Candidate, read_key
 from arcmerge.sweeping.journal import Scored
 
 SEED = 0
+# NSGA-II breeds a population from the one before. optuna's own settings are for hundreds of trials: a population of 50,
+# each number from one parent, and one mutation, a random number, a trial. With these a single number is never bred.
+GENERATIONS, MAX_POPULATION, MUTATION = 4, 50, 0.1
 _NAME = "trial "
 
 
@@ -25,7 +29,8 @@ class Optimize:
     Args:
         count: the number of candidates to propose.
         vary: for each parameter that is varied its bounds, by the keys of `changed_recipe`.
-        sampler: "tpe", "cma", or None for CMA-ES if there are several values and TPE for one.
+        sampler: "tpe", "cma", "nsga2", or None for NSGA-II if there are several scores, or else CMA-ES if there are
+            several values and TPE for one.
     """
 
     count: int
@@ -111,7 +116,7 @@ class Optimizer:
 
     Args:
         recipe: the recipe whose values are varied: all numbers that it has for a parameter, one if it has none.
-        minimize: whether a lower score is better.
+        minimize: for each score whether a lower one is better.
         optimize: the settings.
         scored: the candidates that are scored already.
 
@@ -119,7 +124,7 @@ class Optimizer:
         ArcmergeError: if a parameter or its bounds are wrong.
     """
 
-    def __init__(self, recipe: Recipe, minimize: bool, optimize: Optimize, scored: Sequence[Scored]) -> None:
+    def __init__(self, recipe: Recipe, minimize: Sequence[bool], optimize: Optimize, scored: Sequence[Scored]) -> None:
         with needed("optuna", by="--optimize", extra="sweep"):
             import optuna
         self._axes = _axes(recipe, optimize.vary)
@@ -132,7 +137,10 @@ class Optimizer:
             for name in axis.names
         }
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        chosen = optimize.sampler or ("cma" if len(self._space) > 1 else "tpe")
+        several = len(minimize) > 1
+        chosen = optimize.sampler or ("nsga2" if several else "cma" if len(self._space) > 1 else "tpe")
+        if chosen == "cma" and several:
+            raise ArcmergeError("'sampler' must be nsga2 or tpe for several scores, got cma; leave it out")
         if chosen == "cma":
             with needed("cmaes", by="--sampler cma", extra="sweep"):
                 importlib.import_module("cmaes")  # optuna imports it at the first proposal
@@ -143,8 +151,26 @@ class Optimizer:
             self._asked = max((int(one.name.removeprefix(_NAME)) for one in scored if one.proposed), default=0)
             seed = SEED + self._asked
             samplers = optuna.samplers
-            sampler = samplers.CmaEsSampler(seed=seed) if chosen == "cma" else samplers.TPESampler(seed=seed)
-            self._study = optuna.create_study(direction="minimize" if minimize else "maximize", sampler=sampler)
+            self._population = max(2, min(MAX_POPULATION, optimize.count // GENERATIONS))
+            sampler: Any
+            if chosen == "nsga2":
+                sampler = samplers.NSGAIISampler(
+                    population_size=self._population,
+                    crossover=samplers.nsgaii.BLXAlphaCrossover(),
+                    crossover_prob=1.0,  # a copy of a parent would be scored again
+                    mutation_prob=MUTATION / len(self._space),
+                    seed=seed,
+                )
+            else:
+                sampler = samplers.CmaEsSampler(seed=seed) if chosen == "cma" else samplers.TPESampler(seed=seed)
+            directions: Any = ["minimize" if lower else "maximize" for lower in minimize]
+            self._study = optuna.create_study(directions=directions, sampler=sampler)
+            # NSGA-II marks what it proposes with its generation, and breeds from marked trials only.
+            self._marks: list[str] = []
+            if chosen == "nsga2":
+                first = optuna.create_study(directions=directions, sampler=sampler)
+                first.ask(dict(self._space))
+                self._marks = list(first.trials[0].system_attrs)
         self._optuna: Any = optuna
         self._trials: dict[str, Any] = {}
         for one in scored:
@@ -160,14 +186,25 @@ class Optimizer:
         return candidate
 
     def tell(self, scored: Scored) -> None:
-        """Learn the score of a proposal, or of another candidate that could have been one. NaN is a failed trial."""
-        trial, failed = self._trials.pop(scored.name, None), scored.score != scored.score
+        """Learn the scores of a proposal, or of another candidate that could have been one. NaN is a failed trial.
+
+        The score of a candidate that a race has stopped is an estimate.
+        """
+        trial, failed = self._trials.pop(scored.name, None), any(map(math.isnan, scored.scores))
+        if trial is None and (failed or not self._could_propose(scored.varied)):
+            return
         if trial is not None:
             state = self._optuna.trial.TrialState.FAIL if failed else None
-            self._study.tell(trial, None if failed else scored.score, state=state)
-        elif self._could_propose(scored.varied) and not failed:
-            known = {"params": dict(scored.varied), "distributions": dict(self._space), "value": scored.score}
-            self._study.add_trial(self._optuna.trial.create_trial(**known))
+            self._study.tell(trial, None if failed else scored.scores, state=state)
+            return
+        generation = len(self._study.trials) // self._population
+        known = self._optuna.trial.create_trial(
+            params=dict(scored.varied),
+            distributions=dict(self._space),
+            values=scored.scores,
+            system_attrs=dict.fromkeys(self._marks, generation),
+        )
+        self._study.add_trial(known)
 
     def _could_propose(self, varied: Mapping[str, float]) -> bool:
         return varied.keys() == self._space.keys() and all(

@@ -7,33 +7,39 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.interrupts import held
-from arcmerge.merging.methods import registry
 from arcmerge.merging.options import Options, Warn
-from arcmerge.merging.prepare import Prepared, prepare
-from arcmerge.merging.recipe.changes import Key, changed_recipe
-from arcmerge.merging.recipe.parameters import Rule
+from arcmerge.merging.prepare import prepare
+from arcmerge.merging.recipe.changes import changed_recipe
 from arcmerge.merging.recipe.recipe import MergeConfig, Recipe, load_recipe
+from arcmerge.sweeping.arguments import (
+    File,
+    Vary,
+    check_candidate,
+    default_t,
+    read_also,
+    read_optimize,
+    read_score,
+    read_scoring,
+)
 from arcmerge.sweeping.candidates import Candidate, Values, of_curves, of_grid, of_numbers, parents, read_values
 from arcmerge.sweeping.evaluators import EvaluationSpec, LocalEvaluator, RayEvaluator
 from arcmerge.sweeping.journal import Journal, Scored
 from arcmerge.sweeping.optimizer import Optimize, Optimizer, corners
-from arcmerge.sweeping.plots import plot
-from arcmerge.sweeping.results import TABLES, best_of, write_tables, write_whole
-from arcmerge.sweeping.scores import Function, MultipleChoice, Perplexity, Score, read_questions, read_texts
+from arcmerge.sweeping.plots import plot, plot_front
+from arcmerge.sweeping.race import from_the_middle, rival_of
+from arcmerge.sweeping.results import TABLES, best_of, front_of, write_tables, write_whole
+from arcmerge.sweeping.scores import Score, Scoring
 
 if TYPE_CHECKING:
     from arcmerge.gemma2.model import Gemma2
 
-JOURNAL, BEST, PLOT = "journal.jsonl", "best.yml", "scores.png"
-DEFAULT_T = "0:1:0.1"
+JOURNAL, BEST, PLOT, FRONT = "journal.jsonl", "best.yml", "scores.png", "front.png"
 
-File = str | PathLike[str]
 # Called after each candidate with it, the best one so far, the number of scored candidates and the number of all.
 Progress = Callable[[Scored, Scored, int, int], object]
 
@@ -47,20 +53,30 @@ class SweepResult:
         scored: all candidates of the journal, in the order in which they were scored.
         score: the name of the score.
         folder: the folder with best.yml, results.csv, results.json, scores.png and journal.jsonl.
+        front: the candidates of the Pareto front, if there are several scores.
     """
 
     best: Scored | None
     scored: tuple[Scored, ...]
     score: str
     folder: Path
+    front: tuple[Scored, ...] = ()
 
     def __str__(self) -> str:
         if self.best is None:
             return f"no candidate has a score; see {self.folder / TABLES[0]}"
-        return (
-            f"best by {self.score}: {self.best.name}, {self.best.score:.6g}\n"
-            f"its recipe: {self.folder / BEST}; all: {self.folder / TABLES[0]}, {TABLES[1]}, {PLOT}"
-        )
+        spread = f" (standard deviation {self.best.deviation:.2g})" if self.best.by_seed else ""
+        files = [PLOT, FRONT] if self.front else [PLOT]
+        lines = [
+            f"best by {self.score}: {self.best.name}, {self.best.score:.6g}{spread}",
+            f"its recipe: {self.folder / BEST}; all: {self.folder / TABLES[0]}, {', '.join([TABLES[1], *files])}",
+        ]
+        if stopped := [one for one in self.scored if one.stopped]:
+            share = sum(one.amount for one in self.scored) / (self.best.amount * len(self.scored))
+            lines.append(f"stopped early: {len(stopped)} of {len(self.scored)} candidates; {share:.0%} of the work")
+        if self.front:
+            lines.append(f"Pareto front: {len(self.front)} candidates, whose recipes are in {TABLES[1]}")
+        return "\n".join(lines)
 
 
 def sweep(
@@ -72,13 +88,17 @@ def sweep(
     function: str | Callable[[Gemma2], float] | None = None,
     window: int | None = None,
     minimize: bool = False,
+    also: str | Sequence[str] = (),
+    seeds: int | None = None,
+    race: bool = False,
+    race_seed: int = 0,
     t: Values | None = None,
     curves: Mapping[str, Values] | None = None,
     grid: Mapping[str, Values] | None = None,
     optimize: int | None = None,
-    vary: Sequence[str] | Mapping[str, tuple[float, float] | None] = (),
+    vary: Vary = (),
     bounds: tuple[float, float] | None = None,
-    sampler: Literal["cma", "tpe"] | None = None,
+    sampler: Literal["cma", "tpe", "nsga2"] | None = None,
     device: str = "auto",
     numerics: str = "default",
     threads: int | None = None,
@@ -101,6 +121,13 @@ def sweep(
         function: a function of a Gemma2 that returns a number, or its name as "module:function".
         window: the number of tokens in a window of `text`; None for the model's maximum.
         minimize: whether a lower score of `function` is better.
+        also: other scores, as "text:FILE", "tasks:FILE", "function:MODULE:NAME" (higher is better) or
+            "minimize:MODULE:NAME". The results mark the Pareto front; `best` is still the best by the first score.
+        seeds: the number of seeds that each candidate of a random method is merged and scored with, from the seed of
+            the configuration up; the score is the mean.
+        race: whether a candidate is stopped as soon as it is worse than the best one beyond doubt. With `text` or
+            `tasks`.
+        race_seed: the seed of the order in which a race scores windows or questions.
         t: values of t for the whole model, as numbers or as "0:1:0.1" (first:last:step).
         curves: for each name the values of a gradient of t over the layers.
         grid: for each parameter its values; all combinations are scored. "density" is a parameter for the whole model,
@@ -110,7 +137,7 @@ def sweep(
         vary: the parameters that the optimizer varies, as in `grid`, or a mapping to their bounds; t by default. All
             numbers that the configuration has for a parameter are varied, or one if it has none.
         bounds: the lowest and the highest value where `vary` names none, (0, 1) by default.
-        sampler: the optimizer; None for "cma" if there are several values and "tpe" for one.
+        sampler: the optimizer; None for "nsga2" with `also`, or else "cma" for several values and "tpe" for one.
         device: "auto", "cpu", "cuda" or "cuda:N".
         numerics: "default", or "hf" to round as transformers does.
         threads: the number of threads; None for :func:`arcmerge.get_num_threads`.
@@ -132,9 +159,9 @@ def sweep(
         >>> report = arcmerge.merge("swept/best.yml", "best/")
     """
     recipe = load_recipe(config)
-    score = _score(text, tasks, function, window, minimize)
+    score = read_score(text, tasks, function, window, minimize)
     if t is None and not (curves or grid or optimize is not None):
-        t = _default_t(recipe)
+        t = default_t(recipe)
     candidates = [
         *(of_numbers(read_values(t, "t")) if t is not None else []),
         *of_curves(curves or {}),
@@ -146,7 +173,10 @@ def sweep(
         candidates,
         score,
         out,
-        optimize=_optimize(optimize, vary, bounds, sampler),
+        also=read_also(also, window),
+        seeds=seeds,
+        race=_order(race, race_seed),
+        optimize=read_optimize(optimize, vary, bounds, sampler),
         device=device,
         numerics=numerics,
         threads=threads,
@@ -162,6 +192,9 @@ def score_candidates(
     score: Score,
     out: File,
     *,
+    also: Sequence[Score] = (),
+    seeds: int | None = None,
+    race: int | None = None,
     optimize: Optimize | None = None,
     device: str = "auto",
     numerics: str = "default",
@@ -171,13 +204,13 @@ def score_candidates(
     **options: Any,
 ) -> SweepResult:
     """Run a sweep like :func:`sweep`, with any candidates and score. `options` go to Gemma2.from_merge."""
-    recipe, folder = load_recipe(config), Path(out)
-    prepared = prepare(recipe.text, Options.of({**options, "device": device}), warn)
-    recipe = prepared.recipe  # it has the seed that `options` may hold
+    prepared = prepare(config, Options.of({**options, "device": device}), warn)
+    recipe, folder = prepared.recipe, Path(out)
+    scoring = read_scoring(recipe, score, also, seeds, race)
     for parameters in chain((one.parameters for one in candidates), corners(recipe, optimize.vary) if optimize else ()):
-        _check(prepared, changed_recipe(recipe, parameters), parameters)
+        check_candidate(prepared, parameters)
     shards = {str(one.folder.resolve()): one.fingerprint() for one in prepared.checkpoints.values()}
-    identity = {"recipe": recipe.text, "score": score.identity, "parents": shards, "numerics": numerics}
+    identity = {"recipe": recipe.text, **scoring.identity(), "parents": shards, "numerics": numerics}
     if not (folder / JOURNAL).exists():
         for name in (BEST, PLOT, *TABLES):
             if (folder / name).exists():
@@ -187,96 +220,50 @@ def score_candidates(
                 )
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / JOURNAL, identity) as journal:
-        optimizer = Optimizer(recipe, score.minimize, optimize, journal.scored) if optimize else None
-        wanted, done, total = _remaining(candidates, optimizer, optimize.count if optimize else 0, journal)
+        minimize = [one.minimize for one in scoring.scores]
+        optimizer = Optimizer(recipe, minimize, optimize, journal.scored) if optimize else None
+        ordered = candidates if race is None else from_the_middle(candidates)
+        wanted, done, total = _remaining(ordered, optimizer, optimize.count if optimize else 0, journal)
+        tasks = ((one, rival_of(journal.scored, score.minimize, total) if race is not None else None) for one in wanted)
         # The warnings of the configuration have been given above.
-        spec = EvaluationSpec(recipe.text, score, device, numerics, {**options, "warn": lambda sentence: None})
-        best = _write_results(journal, recipe, score, folder)
+        spec = EvaluationSpec(recipe.text, scoring, device, numerics, {**options, "warn": lambda sentence: None})
+        best = _write_results(journal, recipe, scoring, folder)
         evaluator = RayEvaluator(spec) if ray else LocalEvaluator(spec)
-        for scored in evaluator.evaluate(wanted):
+        for scored in evaluator.evaluate(tasks):
             with held():  # an interrupt waits until the files agree with each other
                 journal.add(scored)
-                best = _write_results(journal, recipe, score, folder)
+                best = _write_results(journal, recipe, scoring, folder)
             if optimizer is not None:
                 optimizer.tell(scored)
             done += 1
             progress(scored, best or scored, done, total)
         try:
             plot(journal.scored, [one.name for one in parents(recipe)], score.title, score.minimize, folder / PLOT)
+            if also:
+                plot_front(journal.scored, scoring, folder / FRONT)
         except ArcmergeError as error:  # without matplotlib there are all other results
             warn(str(error))
-        return SweepResult(best, tuple(journal.scored), score.title, folder)
+        front = tuple(front_of(journal.scored, scoring)) if also else ()
+        return SweepResult(best, tuple(journal.scored), score.title, folder, front)
 
 
-def _score(
-    text: File | Sequence[File] | None,
-    tasks: File | None,
-    function: str | Callable[[Gemma2], float] | None,
-    window: int | None,
-    minimize: bool,
-) -> Score:
-    given = [name for name, value in (("text", text), ("tasks", tasks), ("function", function)) if value is not None]
-    if len(given) != 1:
-        raise ArcmergeError(f"'score' must be one of text, tasks and function, got {' and '.join(given) or 'none'}")
-    if window is not None and text is None:
-        raise ArcmergeError(f"'window' must be given with text alone, got it with {given[0]}; leave it out")
-    if minimize and function is None:
-        raise ArcmergeError(f"'minimize' must be given with function alone, got it with {given[0]}; leave it out")
-    if text is not None:
-        files = [text] if isinstance(text, str | PathLike) else text
-        return Perplexity(read_texts([Path(file) for file in files]), window)
-    if tasks is not None:
-        return MultipleChoice(read_questions(Path(tasks)))
-    assert function is not None
-    return Function(function, minimize)
+def _order(race: bool, seed: int) -> int | None:
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ArcmergeError(f"'race_seed' must be a whole number from 0 to 2^63 - 1, got {seed!r:.80}")
+    return seed if race else None
 
 
-def _default_t(recipe: Recipe) -> str:
-    names = [parameter.name for parameter in registry.get(recipe.method).parameters]
-    if "t" not in names:
-        raise ArcmergeError(
-            f"'grid' must be given for '{recipe.method}', which has no t, got no candidates; vary one of its "
-            f"parameters ({', '.join(names) or 'none'})"
-        )
-    return DEFAULT_T
-
-
-def _optimize(
-    count: int | None,
-    vary: Sequence[str] | Mapping[str, tuple[float, float] | None],
-    bounds: tuple[float, float] | None,
-    sampler: str | None,
-) -> Optimize | None:
-    if count is None:
-        for name, value in (("vary", vary or None), ("bounds", bounds), ("sampler", sampler)):
-            if value is not None:
-                raise ArcmergeError(f"'{name}' must be given with optimize alone, got it without; leave it out")
-        return None
-    if type(count) is not int or count < 1:
-        raise ArcmergeError(f"'optimize' must be a number of candidates from 1 up, got {count!r:.80}")
-    named = vary if isinstance(vary, Mapping) else dict.fromkeys(vary)
-    return Optimize(count, {name: own or bounds or (0.0, 1.0) for name, own in (named or {"t": None}).items()}, sampler)
-
-
-def _check(prepared: Prepared, recipe: Recipe, parameters: Mapping[str, Any]) -> None:
-    """Raise ArcmergeError if the method refuses the values, or a filter matches no tensor."""
-    jobs = prepared.with_recipe(recipe).plan.jobs
-    for key in map(Key.read, parameters):
-        if key.filter is not None and not any(
-            Rule(key.filter, ()).matches(name)
-            for job in jobs
-            for name in (job.output.name, *(one.info.name for one in job.inputs))
-        ):
-            raise ArcmergeError(f"'{key}' must name a part of a tensor's name after the colon, got none that matches")
-
-
-def _write_results(journal: Journal, recipe: Recipe, score: Score, folder: Path) -> Scored | None:
+def _write_results(journal: Journal, recipe: Recipe, scoring: Scoring, folder: Path) -> Scored | None:
     """Write the tables and the best recipe. Returns the best candidate."""
-    best = best_of(journal.scored, score.minimize)
+
+    def recipe_of(one: Scored) -> str:
+        return changed_recipe(recipe, one.parameters).text
+
+    best = best_of(journal.scored, scoring.scores[0].minimize)
     if best is not None:
-        write_whole(folder / BEST, changed_recipe(recipe, best.parameters).text)
+        write_whole(folder / BEST, recipe_of(best))
     if journal.scored:
-        write_tables(journal.scored, folder)
+        write_tables(journal.scored, scoring, recipe_of, folder)
     return best
 
 

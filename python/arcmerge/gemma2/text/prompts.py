@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.gemma2.arguments import plain
+from arcmerge.gemma2.arguments import plain, read_whole
 from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.text.tokenizer import Gemma2Tokenizer
 
@@ -135,6 +135,28 @@ def read_pair(
             f"{len(tokens)}; shorten the context"
         )
     return tokens, len(continuation)
+
+
+def read_windows(
+    text: Any, window: int | None, config: Gemma2Config, tokenizer: Callable[[], Gemma2Tokenizer]
+) -> list[list[int]]:
+    """The windows of Gemma2.perplexity: the token ids of a text in pieces of window - 1 tokens, without BOS.
+
+    Raises:
+        ArcmergeError: if an argument has another form, or if the text is empty.
+    """
+    bos, limit = config.bos_token_id, config.max_position_embeddings
+    tokens = tokenizer().encode(text) if isinstance(text, str) else read_row("text", text)
+    tokens = tokens[1:] if tokens[:1] == [bos] else tokens
+    if not tokens:
+        raise ArcmergeError("'text' must have one token or more besides BOS, got none")
+    size = limit if window is None else read_whole("window", window)
+    if not 2 <= size <= limit:
+        raise ArcmergeError(
+            f"'window' must be from 2 to {limit}, the model's max_position_embeddings, got {size}; leave it out "
+            "for the maximum"
+        )
+    return [tokens[start : start + size - 1] for start in range(0, len(tokens), size - 1)]
 
 
 def _kind(found: Any) -> str:

@@ -7,6 +7,7 @@ A change has a key and a value. The keys:
     weight[org/name]    the same by the model's name, or by the last parts of its path
     t:self_attn         the parameter for the tensors whose names contain `self_attn`; other tensors keep their values
     weight[1]:mlp       both
+    seed                the seed of a random method, which has one for the whole recipe
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def changed_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         ArcmergeError: the method has no such parameter, the recipe has no such model, or a value is wrong.
     """
     document: dict[str, Any] = plain(recipe.document)
-    keys = {text: Key.read(text) for text in changes}
+    if "seed" in changes and not registry.get(recipe.method).random:
+        raise ArcmergeError(f"'seed' must be set for a random method alone, got '{recipe.method}'; leave it out")
+    document |= {"seed": plain(changes["seed"])} if "seed" in changes else {}
+    keys = {text: Key.read(text) for text in changes if text != "seed"}
     for text in sorted(reversed(keys), key=lambda text: (keys[text].filter is not None, keys[text].model is not None)):
         key, value = keys[text], plain(changes[text])
         find_parameter(recipe, key)
