@@ -16,7 +16,7 @@ from arcmerge.merging.methods import registry
 from arcmerge.sweeping.candidates import Candidate, of_numbers, read_values
 from arcmerge.sweeping.journal import Scored
 from arcmerge.sweeping.optimizer import Optimize
-from arcmerge.sweeping.race import PRIORS, Rival, from_the_middle, order_of, rival_of
+from arcmerge.sweeping.race import PRIOR, Rival, from_the_middle, order_of, rival_of
 from arcmerge.sweeping.scores import MultipleChoice, Perplexity, Question
 from arcmerge.sweeping.sweep import BEST, SweepResult, score_candidates
 from sweeps import Chance, KnownLosses, LeastT, recipe, rows
@@ -42,8 +42,7 @@ def evidence_by_densities(differences: Any, scored: Any, controls: Any) -> float
         logs = np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(information)[1]
         return float(-0.5 * logs - 0.5 * freedom * math.log(square))
 
-    found = [density(prior) - density(0.0) for prior in PRIORS]
-    return float(np.logaddexp.reduce(found) - math.log(len(found)))
+    return density(PRIOR) - density(0.0)
 
 
 @pytest.mark.parametrize("controls", [0, 1, 2])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from arcmerge.sweeping.journal import Scored
-from arcmerge.sweeping.plots import MAX_ROWS, plot
+from arcmerge.sweeping.plots import MAX_ROWS, plot, plot_front
+from arcmerge.sweeping.scores import Scoring
 
 PARENTS = [Scored(f"t={t}", {"t": t}, {"t": t}, score=9.0 + t) for t in (0, 1)]
 LINE = [Scored(f"t={t}", {"t": t}, {"t": t}, score=8 + (t - 0.5) ** 2) for t in (0.25, 0.5, 0.75)]
@@ -87,3 +89,44 @@ def test_without_parents_or_scores(tmp_path: Path, drawn: list[Any], scored: lis
     plot(none, [], "accuracy", False, tmp_path / "none.png")
     plot(scored, [], "accuracy", False, tmp_path / "some.png")
     assert [figure.get_suptitle()[:4] for figure in drawn] == ["no s", "best"]
+
+
+@pytest.mark.parametrize("scored", [LINE, GRID, [CURVES[0], replace(CURVES[1], score=7.5)], TRIALS])
+def test_stopped_candidates_are_hollow_and_seeds_have_bars(
+    tmp_path: Path, drawn: list[Any], scored: list[Scored]
+) -> None:
+    marked = [
+        replace(one, stopped=number == 0, by_seed=[one.score, one.score + 1] if number else ())
+        for number, one in enumerate(scored)
+    ]
+    plot([*(replace(one, stopped=True) for one in PARENTS), *marked], ["t=0", "t=1"], "loss", True, tmp_path / "a.png")
+    none = Scored("no number", {}, score=math.nan, by_seed=[math.nan, 1.0])
+    plot([*marked, none], [], "loss", True, tmp_path / "b.png")
+    assert math.isnan(none.deviation)
+    figure = drawn[0]
+    assert " ± 0.71 (" in figure.get_suptitle()
+    assert scored[0].name not in figure.get_suptitle()
+    axes = figure.axes[0]
+    if scored is GRID:
+        assert [text.get_text() for text in axes.texts[:2]] == ["(0)", "0.5\n± 0.7"]
+    else:
+        hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+        assert scored[0].score in [value for line in hollow for value in (*line.get_xdata(), *line.get_ydata())]
+        assert len(axes.collections) == len(scored) - 1  # the bars
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_the_front_is_drawn(tmp_path: Path, drawn: list[Any], others: int) -> None:
+    class Lower:
+        title, minimize, identity = "lower", True, ""
+
+    points = [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0), (3.0, 3.0), (math.nan, 0.0)]
+    scored = [Scored(str(n), {}, score=a, also=[b] * others) for n, (a, b) in enumerate(points)]
+    plot_front(scored, Scoring([Lower()] * (1 + others)), tmp_path / "front.png")  # type: ignore[list-item]
+    (figure,) = drawn
+    assert figure.get_suptitle() == "Pareto front: 3 of 5 candidates"
+    assert len(figure.axes) == others
+    front = figure.axes[0].lines[1]
+    assert list(front.get_xdata()) == [1, 2, 3]
+    assert (front.get_linestyle() == "-") == (others == 1)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0", "1", "2"]

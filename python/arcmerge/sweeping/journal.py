@@ -50,7 +50,9 @@ class Scored(Candidate):
 
     @property
     def deviation(self) -> float:
-        """The standard deviation of the score over the seeds."""
+        """The standard deviation of the score over the seeds; NaN if not all are finite."""
+        if not all(map(math.isfinite, self.by_seed)):
+            return math.nan
         return stdev(self.by_seed) if len(self.by_seed) > 1 else 0.0
 
     def __post_init__(self) -> None:

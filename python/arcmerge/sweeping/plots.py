@@ -87,13 +87,13 @@ def plot_front(scored: Sequence[Scored], scoring: Scoring, file: Path) -> None:
         for group, style in (([one for one in scored if one not in front], "o"), (front, "D")):
             points = [[one.scores[at] for one in group] for at in (0, index)]
             line = "-" if style == "D" and len(others) == 1 else "none"
+            steps = "steps-post" if first.minimize else "steps-pre"  # nothing lies beyond the corners
             label = "Pareto front" if style == "D" else "other candidates"
             color = "C0" if style == "D" else "0.6"
-            panel.plot(*points, style, linestyle=line, color=color, label=label if group else None)
-        for one in front[:MAX_NAMES]:
-            panel.annotate(
-                one.name, (one.score, one.scores[index]), xytext=(6, 6), textcoords="offset points", fontsize=8
-            )
+            panel.plot(*points, style, linestyle=line, drawstyle=steps, color=color, label=label if group else None)
+        for number, one in enumerate(front[:MAX_NAMES]):
+            place, offset = (one.score, one.scores[index]), (6, -12 if number % 2 else 6)
+            panel.annotate(one.name, place, xytext=offset, textcoords="offset points", fontsize=8)
         if best is not None:
             panel.plot(best.score, best.scores[index], **_STAR, label="best by the first score")
         panel.set_xlabel(_with_direction(first))
@@ -113,16 +113,19 @@ def _draw_line(axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], best
     """The score over one value. Parents are points if the value is t, and horizontal lines otherwise."""
     on_line = [*scored, *ends] if name == "t" else scored
     axes.plot(*zip(*sorted({(one.varied[name], one.score) for one in on_line}), strict=True), "o-", color="C0")
-    _draw_marks(axes, [one.varied[name] for one in on_line], on_line, ["C0"] * len(on_line))
+    _draw_marks(axes, [one.varied[name] for one in scored], scored, ["C0"] * len(scored))
     if name == "t":
-        axes.plot([one.varied[name] for one in ends], [one.score for one in ends], "s", color="black", label="parents")
+        for one, label in zip(ends, ("parents", None), strict=False):
+            face = "white" if one.stopped else "black"
+            axes.plot(one.varied[name], one.score, "s", color="black", markerfacecolor=face, zorder=3, label=label)
     else:
         _draw_parents(axes, ends)
     if best is not None and best in on_line:
         axes.plot(best.varied[name], best.score, **_STAR, label="best")
     axes.set_xlabel(name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if ends or best is not None:
+        axes.legend()
 
 
 def _draw_heat_map(
@@ -182,6 +185,8 @@ def _draw_rows(axes: Any, scored: Sequence[Scored], ends: Sequence[Scored], titl
     axes.invert_yaxis()
     axes.set_xlabel(title)
     axes.grid(alpha=0.3)
+    if any(one.stopped for one in scored):
+        axes.legend()
 
 
 def _draw_order(

@@ -9,21 +9,22 @@ the total of all D_i is above 0. After n items the total is predicted as in surv
     T   = sum of D_i for i <= n  +  b'x           b by least squares, x = sum of x_i for i > n
     V   = N - n + x'(X'X)^-1 x                    the variance of T in units of that of e_i
     t   = T / (s sqrt(V)),  v = n - p             s^2 = the sum of the squared residuals / v
-    E_g = (1 + m g)^(-1/2) ((1 + t^2/v) / (1 + t^2/(v (1 + m g))))^((v + 1)/2),  m = N^2/V
-    E   = (E_1 + E_100) / 2
+    E   = (1 + m g)^(-1/2) ((1 + t^2/v) / (1 + t^2/(v (1 + m g))))^((v + 1)/2),  m = N^2/V,  g = 10
 
 Without controls this is the paired t-test with the correction for a finite population. The controls are known for all
 items: the leading principal components of the differences between candidates that have been scored on all items. What
 makes an item easier for one candidate mostly makes it easier for its neighbours, so the controls explain most of the
 variance.
 
-E_g is the Bayes factor of a mean difference ~ N(0, g s^2) against 0, with the right Haar prior for b and the variance.
-For normal e_i it is a test martingale whatever their variance: a candidate whose total is 0 or less reaches
-E >= K / (2 * 0.05) with T > 0 at any of its looks with probability <= 0.05 / K (Ville's inequality; Perez-Ortiz et al.
-2024, "E-statistics, group invariance and anytime-valid testing"). With K candidates, the best one is therefore kept
-with probability >= 0.95. Heavy tails on both sides hardly change that, because large differences also enlarge s. It
-does not hold if a candidate is better in a few items only, by far more than it is worse in all others: so no candidate
-is stopped before a tenth of the items.
+E is the Bayes factor of a mean difference ~ N(0, g s^2) against 0, with the right Haar prior for b and the variance.
+For normal e_i and a total of 0 it is a test martingale whatever their variance (Perez-Ortiz et al. 2024, "E-statistics,
+group invariance and anytime-valid testing"): that it reaches K / (2 * 0.05) at any look has a probability of at most
+2 * 0.05 / K (Ville's inequality), and T is above 0 in half of these cases, or in fewer if the total is below 0. There,
+a candidate is stopped. With K candidates, the best one is therefore kept with a probability of at least 0.95.
+
+Heavy tails on both sides hardly change that, because large differences also enlarge s. It does not hold if a candidate
+is better in a few items only, by far more than it is worse in all others: so no candidate is stopped before a tenth of
+the items.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from arcmerge.sweeping.results import best_of
 Array = NDArray[np.float64]
 
 ERROR = 0.05
-PRIORS = (1.0, 100.0)  # g: a candidate that the controls explain differs by many standard deviations of the rest
+# g. Between candidates that the controls explain, the mean difference is some standard deviations of the rest.
+PRIOR = 10.0
 MAX_CONTROLS = 2
 MIN_LOOK = 6  # items
 MIN_SHARE = 0.1
@@ -90,12 +92,9 @@ class Rival:
         noise = variance * np.square(differences - seen @ slopes).sum()  # v s^2 V, so that t^2/v = T^2 / noise
         if not noise + predicted**2 > 0:
             return predicted, -np.inf
-        evidence = []
-        for prior in PRIORS:
-            growth = 1 + prior * total**2 / variance
-            ratio = np.log(noise + predicted**2) - np.log(noise + predicted**2 / growth)
-            evidence.append((freedom + 1) / 2 * ratio - np.log(growth) / 2)
-        return predicted, float(np.logaddexp.reduce(evidence) - np.log(len(PRIORS)))
+        growth = 1 + PRIOR * total**2 / variance
+        ratio = np.log(noise + predicted**2) - np.log(noise + predicted**2 / growth)
+        return predicted, float((freedom + 1) / 2 * ratio - np.log(growth) / 2)
 
 
 def rival_of(scored: Sequence[Scored], minimize: bool, candidates: int) -> Rival | None:
