@@ -217,6 +217,24 @@ def sweep_table() -> str:
     return "\n".join([*lines, "", origin(rows), *(["", NO_BFLOAT16] if lacks_bfloat16(rows) else [])])
 
 
+def race_table() -> str:
+    """The winners of races, and the tokens that they need, for every case."""
+    rows = newest("race")
+    if not rows:
+        return NO_ROWS
+    lines = [
+        "| grid | candidates | windows of | same winner | tokens scored, mean (largest) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        same = int(row["orders"]) - int(row["lost"])
+        shares = f"{float(row['share']):.0%} ({float(row['largest_share']):.0%})"
+        lines.append(
+            f"| `{row['grid']}` | {row['candidates']} | {row['window']} tokens | {same} of {row['orders']} | {shares} |"
+        )
+    return "\n".join([*lines, "", origin(rows)])
+
+
 def lm_eval_table() -> str:
     """The time and the extra memory of one evaluation, for every recorded run."""
     path = RESULTS / "lm_eval_tasks.csv"
@@ -274,6 +292,7 @@ PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
         "gemma2 table": gemma2_table,
         "gemma2 ops table": gemma2_ops_table,
         "sweep table": sweep_table,
+        "race table": race_table,
         "lm_eval table": lm_eval_table,
     },
 }

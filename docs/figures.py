@@ -366,11 +366,23 @@ def main() -> None:
         text, window = ("--text", f"{models}/validation.txt"), ("--window", "128")
         command("plan", str(filters), "--plot", str(out / "curve.png"), "-q")
         command("inspect", f"{models}/first", f"{models}/second", "--plot", str(out / "angles.png"), "-q")
-        sweeps = {"sweep": ("--t", "0:1:0.05"), "sweep-optimize": ("--optimize", "40")}
-        for name, candidates in sweeps.items():
+        # The validation text has a part for each half of the topics, and each fine-tune knows one of them better.
+        halves = (models / "validation.txt").read_text(encoding="utf-8")
+        middle = halves.index("\n\n", len(halves) // 2)
+        for name, half in (("first-half", halves[:middle]), ("second-half", halves[middle:])):
+            (models / f"{name}.txt").write_text(half, encoding="utf-8")
+        both = ("--text", f"{models}/first-half.txt", "--also", f"text:{models}/second-half.txt")
+        sweeps = {
+            "sweep": (*text, "--t", "0:1:0.05"),
+            "sweep-optimize": (*text, "--optimize", "40"),
+            "sweep-race": (*text, "--t", "0:1:0.05", "--race"),
+            "sweep-front": (*both, "--t", "0:1:0.05"),
+        }
+        for name, arguments in sweeps.items():
             results = Path(folder) / name
-            command("sweep", str(recipe), *text, *window, *candidates, "--out", str(results), "-q")
-            (out / f"{name}.png").write_bytes((results / "scores.png").read_bytes())
+            command("sweep", str(recipe), *window, *arguments, "--out", str(results), "-q")
+            plot = "front.png" if name == "sweep-front" else "scores.png"
+            (out / f"{name}.png").write_bytes((results / plot).read_bytes())
 
 
 if __name__ == "__main__":

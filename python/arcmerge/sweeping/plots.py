@@ -91,9 +91,19 @@ def plot_front(scored: Sequence[Scored], scoring: Scoring, file: Path) -> None:
             label = "Pareto front" if style == "D" else "other candidates"
             color = "C0" if style == "D" else "0.6"
             panel.plot(*points, style, linestyle=line, drawstyle=steps, color=color, label=label if group else None)
-        for number, one in enumerate(front[:MAX_NAMES]):
-            place, offset = (one.score, one.scores[index]), (6, -12 if number % 2 else 6)
-            panel.annotate(one.name, place, xytext=offset, textcoords="offset points", fontsize=8)
+        # Names stand on the better side of their points, where no candidate is.
+        right, up = (-1 if score.minimize else 1 for score in (first, other))
+        for one in front[:MAX_NAMES]:
+            panel.annotate(
+                one.name,
+                (one.score, one.scores[index]),
+                xytext=(6 * right, 4 * up),
+                textcoords="offset points",
+                fontsize=8,
+                ha="right" if right < 0 else "left",
+                va="top" if up < 0 else "bottom",
+            )
+        panel.margins(0.12)
         if best is not None:
             panel.plot(best.score, best.scores[index], **_STAR, label="best by the first score")
         panel.set_xlabel(_with_direction(first))
