@@ -20,7 +20,7 @@ from arcmerge.sweeping.journal import Scored
 from arcmerge.sweeping.optimizer import Optimize, Optimizer
 from arcmerge.sweeping.sweep import BEST, score_candidates
 from paths import PYTHONPATH
-from sweeps import LeastT, recipe, rows
+from sweeps import KnownLosses, LeastT, recipe, rows
 
 
 @pytest.mark.parametrize("sampler", ["cma", "tpe"])
@@ -253,3 +253,13 @@ def test_a_cluster_that_has_nothing_to_give(
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": processors}}])
     with pytest.raises(arcmerge.ArcmergeError, match=sentence):
         score_candidates(recipe(models), of_numbers([0.5]), OwnGpu(), tmp_path / "out", device=device, ray=True)
+
+
+def test_a_cluster_races(models: Path, tmp_path: Path, cluster: Any) -> None:
+    """The first candidates of all actors are complete; later ones race against the best of them."""
+    candidates = of_numbers([0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.9, 1.0])
+    options: dict[str, Any] = {"device": "cpu", "threads": 1, "race": 0}
+    result = score_candidates(recipe(models), candidates, KnownLosses(), tmp_path / "out", ray=True, **options)
+    assert result.best is not None
+    assert result.best.name == "t=0.6"
+    assert 0 < sum(one.stopped for one in result.scored) <= 6
