@@ -115,6 +115,8 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/gemma2.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python examples/tiny_pair.py train .demo
+	$(BIN)/python benchmarks/race.py
 	$(BIN)/python benchmarks/table.py
 
 # Verify the kernels without a GPU: docs/proof.md.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import yaml
 import arcmerge
 from arcmerge.cli import main
 from arcmerge.gemma2.model import Gemma2
-from sweeps import recipe, rows
+from arcmerge.sweeping import arguments
+from sweeps import KnownLosses, recipe, rows
 
 TEXT = "tok5 tok6 tok7 tok8 tok9 tok10 tok11 tok12"
 
@@ -168,3 +170,14 @@ def test_a_sweep_is_not_resumed_with_other_code(files: Path) -> None:
         arcmerge.sweep("recipe.yml", "swept", function=lambda model: 1.0, t=0.5, device="cpu")
     with pytest.raises(arcmerge.ArcmergeError, match="must be the journal of this sweep, got one with another score"):
         arcmerge.sweep("recipe.yml", "swept", function=lambda model: 2.0, t=0.5, device="cpu")
+
+
+def test_the_command_tells_what_a_race_stopped(
+    files: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(arguments, "Perplexity", lambda texts, window: KnownLosses())
+    call = ["sweep", "recipe.yml", "--text", "text.txt", "--t", "0:1:0.2", "--race", "--race-seed", "1"]
+    assert main([*call, "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"t=0: about \d\.\d+, stopped after \d+ tokens, \d\.\d s  \(best t=0\.6: ", said.err)
+    assert re.search(r"stopped early: \d of 6 candidates; \d\d% of the work", said.out)

@@ -20,8 +20,8 @@ INTERRUPTED = "the scored candidates are kept, and the same command resumes the 
 EPILOG = """\
 examples:
   arcmerge sweep recipe.yml --text validation.txt --t 0:1:0.1
-  arcmerge sweep ties.yml --text validation.txt --grid density=0.2:0.8:0.2 --grid weight[1]=0.5,1
-  arcmerge sweep ties.yml --text validation.txt --optimize 40 --vary density=0.2:0.8 --vary weight[1]
+  arcmerge sweep ties.yml --text validation.txt --grid density=0.2:0.8:0.2 --grid 'weight[1]=0.5,1'
+  arcmerge sweep ties.yml --text validation.txt --optimize 40 --vary density=0.2:0.8 --vary 'weight[1]'
   arcmerge sweep dare.yml --text validation.txt --grid density=0.2:0.8:0.2 --seeds 5 --race
   arcmerge sweep recipe.yml --text code.txt --also text:prose.txt --optimize 40
   arcmerge merge sweep-recipe/best.yml merged/
@@ -84,7 +84,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     tried.add_argument(
         "--sampler",
         choices=["cma", "tpe", "nsga2"],
-        help="of --optimize (default: cma; tpe for one value; nsga2 with --also)",
+        help="optimizer (default: cma, tpe for one value, nsga2 with --also)",
     )
     add_model_flags(parser)
 
@@ -99,7 +99,9 @@ def run(arguments: argparse.Namespace) -> None:
     with counting_bar(arguments.quiet, "scoring") as show:
 
         def progress(scored: Scored, best: Scored, done: int, total: int) -> None:
-            found = f"about {scored.score:.6g}, stopped early" if scored.stopped else f"{scored.score:.6g}"
+            found = f"{scored.score:.6g}"
+            if scored.stopped:
+                found = f"about {found}, stopped after {scored.amount} {'tokens' if arguments.text else 'questions'}"
             spread = f" ± {scored.deviation:.2g}" if scored.by_seed else ""
             also = "".join(f", {score:.6g}" for score in scored.also)
             show(
