@@ -73,20 +73,22 @@ def read_grid(text: str) -> dict[str, str]:
     return axes
 
 
-def measure(recipe: str, texts: Sequence[str], window: int, grid: str, orders: int, replay: bool) -> dict[str, object]:
+def measure(
+    recipe: str, texts: Sequence[str], window: int, grid: str, orders: int, replay: bool, device: str
+) -> dict[str, object]:
     """Sweep once without a race and once for each order with one. Returns the figures of a row."""
     config, score = load_recipe(Path(recipe)), Recorded(texts, window)
     candidates = [*of_grid(read_grid(grid), config), *parents(config)]
     shares, winners, seconds, lost = [], [], [], 0
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        whole = score_candidates(config.text, candidates, score, Path(folder) / "whole", device="cpu")
+        whole = score_candidates(config.text, candidates, score, Path(folder) / "whole", device=device)
         without = time.perf_counter() - started
         score.replays = replay
         for order in range(orders):
             started = time.perf_counter()
             out = Path(folder) / str(order)
-            result = score_candidates(config.text, candidates, score, out, race=order, device="cpu")
+            result = score_candidates(config.text, candidates, score, out, race=order, device=device)
             seconds.append(time.perf_counter() - started)
             with (out / "results.csv").open(newline="") as file:
                 tokens = sum(int(row["tokens"]) for row in csv.DictReader(file))
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, help="tokens in a window (default: four cases for the demo)")
     parser.add_argument("--grid", default="t=0:1:0.1", help="axes as NAME=VALUES, separated by commas")
     parser.add_argument("--orders", type=int, default=10)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--replay", action="store_true", help="score every candidate once only")
     arguments = parser.parse_args()
     cases = [(arguments.window, arguments.grid)] if arguments.window else DEMO_CASES
@@ -125,7 +128,7 @@ def main() -> None:
     origin, rows = provenance("arcmerge", "torch"), []
     for window, grid in cases:
         print(f"{arguments.recipe}, windows of {window} tokens, {grid}", flush=True)
-        found = measure(arguments.recipe, texts, window, grid, arguments.orders, arguments.replay)
+        found = measure(arguments.recipe, texts, window, grid, arguments.orders, arguments.replay, arguments.device)
         rows.append({**origin, "recipe": arguments.recipe, **found})
         print(f"  winner {found['winner']}, lost {found['lost']} times; {found['share']:.1%} of the tokens", flush=True)
     print(f"recorded in {append('race', rows)}")

@@ -157,3 +157,15 @@ def test_a_model_in_memory_takes_the_same_keys(models: Any, tmp_path: Any) -> No
     assert files[0] == files[1]
     assert yaml.safe_load(model.recipe)["models"][1] == {"model": names[1], "parameters": {"weight": 0.5}}
     assert model.set_parameters(**{"weight[1]": 0.5, "weight[gemma-a]:mlp": [0, 2]}) == 0
+
+
+def test_a_base_of_one_slice_may_be_merged_in_another() -> None:
+    """The value of a model is written wherever it is a source; only where it is no base it has an effect."""
+    sources = [{"model": "org/one", "layer_range": [0, 2]}, {"model": "org/two", "layer_range": [0, 2]}]
+    config = {
+        "merge_method": "task_arithmetic",
+        "slices": [{"sources": sources, "base_model": base} for base in ("org/one", "org/two")],
+        "parameters": {"weight": 1},
+    }
+    found = changed(config, **{"weight[one]": 0.5})["slices"]
+    assert [part["sources"][0]["parameters"] for part in found] == [{"weight": 0.5}] * 2

@@ -14,8 +14,11 @@ import torch
 import yaml
 
 import arcmerge
+from arcmerge.merging.methods import registry
+from arcmerge.merging.methods.linear import Linear
+from arcmerge.merging.recipe.parameters import Parameter
 from arcmerge.merging.recipe.recipe import load_recipe
-from arcmerge.sweeping.candidates import of_numbers
+from arcmerge.sweeping.candidates import of_grid, of_numbers
 from arcmerge.sweeping.journal import Scored
 from arcmerge.sweeping.optimizer import Optimize, Optimizer
 from arcmerge.sweeping.sweep import BEST, score_candidates
@@ -120,6 +123,27 @@ def test_a_grid_of_the_same_numbers_teaches_the_search(models: Path) -> None:
 def test_a_search_needs_numbers_and_bounds(models: Path, vary: dict[str, Any], sentence: str) -> None:
     with pytest.raises(arcmerge.ArcmergeError, match=sentence):
         Optimizer(load_recipe(recipe(models)), [True], Optimize(1, vary), [])
+
+
+class Ranged(Linear):
+    name = "ranged"
+    parameters = (*Linear.parameters, Parameter("density", low=0.0, high=1.0, default=1.0))
+
+
+def test_values_out_of_range_are_refused_before_the_first_score(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.METHODS, "ranged", Ranged())  # type: ignore[arg-type]
+    config = {**recipe(models), "merge_method": "ranged", "parameters": {"weight": 1}}
+    score, options = LeastT(), {"device": "cpu", "warn": lambda sentence: None}
+    calls: list[tuple[Any, Any]] = [
+        (of_grid({"density": [0.5, 2]}, load_recipe(config)), None),
+        ([], Optimize(3, {"density": (0.5, 2.0), "weight[1]": (0.0, 1.0)})),
+    ]
+    for candidates, optimize in calls:
+        with pytest.raises(arcmerge.ArcmergeError, match=r"'parameters\.density' must be between 0 and 1, got 2"):
+            score_candidates(config, candidates, score, tmp_path / "out", optimize=optimize, **options)
+    assert score.calls == 0
 
 
 def test_a_search_is_refused_before_the_first_score(models: Path, tmp_path: Path) -> None:

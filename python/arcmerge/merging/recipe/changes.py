@@ -102,9 +102,13 @@ def find_parameter(recipe: Recipe, key: Key) -> Parameter:
     if key.model is not None:
         if parameter.scope == "shared":
             raise ArcmergeError(f"'{key}' must be a parameter of each model, got one that they share; leave out [...]")
-        bases = {slice_.base_model or recipe.base_model for slice_ in recipe.slices}
-        named = {source for chosen in _chosen(recipe, key) for source in chosen.values()}
-        if parameter.scope == "non_base" and named & bases:
+        others = [
+            source
+            for slice_, chosen in zip(recipe.slices, _chosen(recipe, key), strict=True)
+            for source in chosen.values()
+            if source != (slice_.base_model or recipe.base_model)
+        ]
+        if parameter.scope == "non_base" and not others:
             raise ArcmergeError(f"'{key}' must be of another model than the base, got the base; name another model")
     return parameter
 
