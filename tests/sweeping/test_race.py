@@ -173,7 +173,7 @@ def test_a_race_finds_the_same_with_less(models: Path, tmp_path: Path) -> None:
 def test_a_race_that_was_ended_goes_on(models: Path, tmp_path: Path) -> None:
     expected = race(models, tmp_path / "once", KnownLosses())
     with pytest.raises(KeyboardInterrupt):
-        race(models, tmp_path / "twice", KnownLosses(fails_at=20))
+        race(models, tmp_path / "twice", KnownLosses(fails_at=6))
     result = race(models, tmp_path / "twice", KnownLosses())
     assert [(one.name, one.score, one.amount, one.losses) for one in result.scored] == [
         (one.name, one.score, one.amount, one.losses) for one in expected.scored
@@ -210,7 +210,7 @@ def test_a_race_with_seeds_compares_their_means(models: Path, tmp_path: Path, mo
         "nan",
         "nan",
     )
-    assert int(last["tokens"]) % 300 == 0
+    assert int(last["tokens"]) == 300
 
 
 @pytest.mark.parametrize("kind", ["text", "tasks"])

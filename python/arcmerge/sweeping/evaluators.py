@@ -15,7 +15,7 @@ import numpy as np
 from arcmerge.errors import ArcmergeError, needed
 from arcmerge.sweeping.candidates import Candidate
 from arcmerge.sweeping.journal import Scored
-from arcmerge.sweeping.race import Rival, order_of
+from arcmerge.sweeping.race import Rival, first_look, order_of
 from arcmerge.sweeping.scores import Scoring
 
 # A candidate whose actor dies this often is taken for the cause.
@@ -74,7 +74,8 @@ class LocalEvaluator:
         score, items = self._scoring.items_score, self._items
         losses = np.zeros((len(variants), len(items)))
         done: list[int] = []
-        for block in self._blocks():
+        while len(done) < len(items):
+            block = self._next_block(len(done), rival, len(variants))
             for row, parameters in enumerate(variants):
                 if len(variants) > 1 or not done:
                     self._model.set_parameters(**parameters)
@@ -94,16 +95,18 @@ class LocalEvaluator:
         means = losses.mean(axis=0).tolist()
         return {"score": fmean(by_seed), "by_seed": self._by_seed(by_seed), "amount": amount, "losses": means}
 
-    def _blocks(self) -> Iterator[list[int]]:
-        """The items in the order of the race, cut into blocks."""
-        block: list[int] = []
-        for index in self._order:
-            block.append(index)
-            if sum(self._items[one].size for one in block) >= self._scoring.items_score.block:
-                yield block
-                block = []
-        if block:
-            yield block
+    def _next_block(self, done: int, rival: Rival | None, variants: int) -> list[int]:
+        """The items that are scored before the next look: all that are left, if nothing can stop the candidate.
+
+        Variants are merged for every block, so several ones have blocks that grow.
+        """
+        rest, size = self._order[done:], 0
+        least = done // 2 if done and variants > 1 else first_look(len(self._items)) - done
+        for count, index in enumerate(rest, 1):
+            size += self._items[index].size
+            if rival is not None and size >= self._scoring.items_score.block and count >= least:
+                return rest[:count]
+        return rest
 
     def _by_seed(self, values: Sequence[float]) -> Sequence[float]:
         return values if self._scoring.seeds else ()

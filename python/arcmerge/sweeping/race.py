@@ -29,6 +29,7 @@ the items.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,7 +87,7 @@ class Rival:
         slopes = np.linalg.lstsq(seen, differences, rcond=None)[0]
         unseen = rest.sum(axis=0)
         predicted = float(differences.sum() + unseen @ slopes)
-        if count < max(MIN_LOOK, MIN_SHARE * total) or count == total:
+        if count < first_look(total) or count == total:
             return predicted, -np.inf
         variance = len(rest) + unseen @ np.linalg.pinv(seen.T @ seen) @ unseen
         noise = variance * np.square(differences - seen @ slopes).sum()  # v s^2 V, so that t^2/v = T^2 / noise
@@ -95,6 +96,11 @@ class Rival:
         growth = 1 + PRIOR * total**2 / variance
         ratio = np.log(noise + predicted**2) - np.log(noise + predicted**2 / growth)
         return predicted, float((freedom + 1) / 2 * ratio - np.log(growth) / 2)
+
+
+def first_look(total: int) -> int:
+    """The number of items, of all, before which no candidate is stopped."""
+    return max(MIN_LOOK, math.ceil(MIN_SHARE * total))
 
 
 def rival_of(scored: Sequence[Scored], minimize: bool, candidates: int) -> Rival | None:
