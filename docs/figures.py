@@ -3,7 +3,7 @@
     python docs/figures.py .demo docs/img         .demo: made by examples/tiny_pair.py
 
 angles.png, curve.png and sweep*.png are made by the command line from the models in the folder. The drawings of the
-methods are computed in two dimensions from the formulas of their pages.
+methods are computed from the formulas of their pages, with vectors of two dimensions or made-up differences.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import difference_figures
 import numpy as np
 from drawing import BASE, FAINT, FIRST, RESULT, SECOND, THIRD, Vector, arc, arrow, direction, dot, label, path, plane
 from matplotlib import pyplot
@@ -344,6 +345,7 @@ DRAWINGS: dict[str, Callable[[], Any]] = {
     "nearswap": draw_nearswap,
     "passthrough": draw_passthrough,
     "gradient": draw_gradient,
+    **difference_figures.DRAWINGS,
 }
 
 
