@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from drawing import BASE, FIRST, RESULT, SECOND, THIRD, Vector
+from drawing import BASE, FAINT, FIRST, RESULT, SECOND, THIRD, Vector
 from matplotlib import pyplot
 
 from arcmerge.merging.methods.masks import mask_key
@@ -33,8 +33,8 @@ def magnitudes(first: float, last: float) -> tuple[Any, Any, Vector]:
     cuts = np.array([sizes[int(share * (sizes.size - 1))] for share in (first, last)])
     edges = np.unique([*np.linspace(0, 6, 61), *cuts])
     heights = np.histogram(sizes, edges)[0] / np.diff(edges) / sizes.size
-    inside = (edges[:-1] >= cuts[1]) & (edges[:-1] < cuts[0])
-    axes.bar(edges[:-1], heights, np.diff(edges), color=np.where(inside, FIRST, TRIMMED), align="edge")
+    axes.stairs(heights, edges, fill=True, color=TRIMMED)
+    axes.stairs(np.where((edges[:-1] >= cuts[1]) & (edges[:-1] < cuts[0]), heights, 0), edges, fill=True, color=FIRST)
     axes.set_yscale("log")
     axes.set_xlim(0, 6)
     axes.set_ylim(1e-3, 2)
@@ -67,31 +67,113 @@ def draw_breadcrumbs() -> Any:
     return figure
 
 
-def draw_election() -> Any:
-    """Three models and four elements; the result is the mean of what agrees with the elected sign."""
+def elements(values: Vector, used: Vector, results: Vector, notes: list[str], ylabel: str) -> Any:
+    """A row of elements, each with the values of three models, hollow where they are not used, and the result."""
     figure, axes = chart(6.2)
-    votes = np.array([[0.8, 0.5, 0.7], [0.9, -0.4, 0.3], [-0.9, 0.5, 0.0], [0.4, -0.8, -0.3]])
-    for element, values in enumerate(votes):
-        sign = 1 if values.sum() >= 0 else -1
-        agrees = values * sign > 0
-        for model, (value, color) in enumerate(zip(values, (FIRST, SECOND, THIRD), strict=True)):
-            place = element + 0.2 * (model - 1.5)
-            style = {"color": color} if agrees[model] else {"facecolor": "white", "edgecolor": color, "linestyle": "--"}
-            axes.bar(place, value, 0.17, label=f"model {model + 1}" if element == 0 else None, **style)
-        axes.bar(element + 0.3, values[agrees].mean(), 0.17, color=RESULT, label="result" if element == 0 else None)
-        axes.annotate(
-            f"sum {values.sum():+.1f}\nelects {'+' if sign > 0 else '-'}", (element, -1.35), ha="center", fontsize=9
-        )
+    depth = min(values.min(), results.min(), 0.0)
+    for model, color in enumerate((FIRST, SECOND, THIRD)):
+        places = np.arange(len(values)) + 0.2 * (model - 1.5)
+        fills = [color if one else "white" for one in used[:, model]]
+        axes.bar(places, values[:, model], 0.17, color=fills, edgecolor=color)
+        axes.bar(0, 0, 0, color=color, label=f"model {model + 1}")
+    axes.bar(np.arange(len(values)) + 0.3, results, 0.17, color=RESULT, label="result")
+    for element, note in enumerate(notes):
+        axes.annotate(note, (element, depth - 0.1), ha="center", va="top", fontsize=9)
     axes.axhline(0, color=BASE, lw=0.8)
-    axes.annotate("0: trimmed", (2.1, 0.03), ha="center", fontsize=7, rotation=90, va="bottom", color=THIRD)
-    axes.set_xticks(range(4), [f"element {element + 1}" for element in range(4)])
+    axes.set_xticks(range(len(values)), [f"element {element + 1}" for element in range(len(values))])
     axes.xaxis.set_ticks_position("top")
     axes.tick_params(length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.set_yticks([])
-    axes.set_ylabel("weighted difference")
-    axes.set_ylim(-1.4, 1.1)
+    axes.set_ylabel(ylabel)
+    axes.set_ylim(depth - (0.5 if any(notes) else 0.1), max(values.max(), results.max()) + 0.1)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_election() -> Any:
+    votes = np.array([[0.8, 0.5, 0.7], [0.9, -0.4, 0.3], [-0.9, 0.5, 0.0], [0.4, -0.8, -0.3]])
+    sums = votes.sum(1)
+    agrees = votes * np.where(sums >= 0, 1, -1)[:, None] > 0
+    results = np.array([value[one].mean() for value, one in zip(votes, agrees, strict=True)])
+    notes = [f"sum {total:+.1f}\nelects {'+' if total >= 0 else '-'}" for total in sums]
+    return elements(votes, agrees, results, notes, "weighted difference")
+
+
+def draw_ram() -> Any:
+    """The counts of the tensor are made up: models 1 to 3 share 10, 20 and 40 % of what they have changed alone."""
+    values = np.array([[0.8, 0.5, 0.0], [0.0, 0.9, 0.0], [-0.7, 0.5, -0.4], [0.0, 0.0, 0.6]])
+    changed = values != 0
+    alone = changed.sum(1) == 1
+    factors = 1 + 0.1 * np.clip([0.1, 0.2, 0.4], 0, 0.2)
+    results = np.where(alone, values @ factors, values.sum(1) / changed.sum(1))
+    notes = ["of one model:\nadded, amplified" if one else "of several:\ntheir mean" for one in alone]
+    return elements(values, changed, results, notes, "difference")
+
+
+def draw_magmax() -> Any:
+    values = np.array([[0.8, 0.5, 0.7], [0.5, -0.9, 0.3], [-0.3, 0.5, 0.2], [-0.4, -0.6, -0.2]])
+    largest = np.abs(values) == np.abs(values).max(1, keepdims=True)
+    return elements(values, largest, values[largest], [""] * 4, "difference")
+
+
+def draw_median() -> Any:
+    values = np.array([[0.8, 0.5, 0.7], [0.3, -0.9, 0.4], [-0.3, 0.5, 0.4], [-0.4, -0.5, 0.9]])
+    results = np.median(values, axis=1)
+    return elements(values, values == results[:, None], results, [""] * 4, "value")
+
+
+def draw_sce() -> Any:
+    """The variance of twelve elements over three models; the largest third is selected."""
+    figure, axes = chart(6.2, 3.0)
+    inputs = np.random.default_rng(8).standard_t(4, (12, 3))
+    places, variances = np.arange(12), inputs.var(axis=1)
+    selected = variances >= np.sort(variances)[-4]
+    axes.bar(places, variances / variances.max(), 0.8, color=np.where(selected, RESULT, TRIMMED), zorder=0)
+    axes.axhline(0, color=BASE, lw=0.8)
+    for model, color in enumerate((FIRST, SECOND, THIRD)):
+        axes.plot(places, inputs[:, model] / 6 - 1, "o", color=color, markersize=5, label=f"model {model + 1}")
+    axes.vlines(places, inputs.min(1) / 6 - 1, inputs.max(1) / 6 - 1, color=FAINT, lw=0.8, zorder=0)
+    axes.set_xticks([])
+    axes.set_yticks([-1, 0.5], ["differences", "their variance"])
+    axes.tick_params(length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set_xlabel("12 elements of a tensor; select_topk 0.34 takes the 4 of the largest variance")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_arcee_fusion() -> Any:
+    figure, axes = chart()
+    sizes = np.sort(np.abs(differences(40_000)) * np.abs(np.random.default_rng(6).normal(size=40_000)))
+    first, middle, third = (sizes[int(q * (sizes.size - 1))] for q in (0.25, 0.5, 0.75))
+    threshold = middle + 1.5 * (third - first)
+    edges = np.unique([*np.linspace(0, 4, 81), threshold])
+    heights = np.histogram(sizes, edges)[0] / np.diff(edges)
+    axes.stairs(heights, edges, fill=True, color=TRIMMED)
+    axes.stairs(np.where(edges[:-1] >= threshold, heights, 0), edges, fill=True, color=FIRST)
+    top = heights.max()
+    axes.axvspan(first, third, ymax=0.9, color=SECOND, alpha=0.25, lw=0)
+    axes.axvline(middle, ymax=0.9, color=SECOND, lw=1.5)
+    axes.annotate(
+        "the middle half of all\nelements, and the median",
+        (third, 0.75 * top),
+        xytext=(4, 0),
+        textcoords="offset points",
+        color=SECOND,
+    )
+    axes.axvline(threshold, ymax=0.6, color=RESULT, lw=1.5)
+    axes.annotate(
+        "median + 1.5 times the width\nof the middle half: from here on\nthe other model is taken",
+        (threshold, 0.45 * top),
+        xytext=(4, 0),
+        textcoords="offset points",
+        color=RESULT,
+    )
+    axes.set_xlim(0, 4)
+    axes.set_yticks([])
+    axes.set_xlabel("importance of an element")
+    axes.set_ylabel("how many elements have it")
     return figure
 
 
@@ -172,4 +254,9 @@ DRAWINGS: dict[str, Callable[[], Any]] = {
     "dare": draw_dare,
     "della": draw_della,
     "masks": draw_masks,
+    "sce": draw_sce,
+    "ram": draw_ram,
+    "arcee_fusion": draw_arcee_fusion,
+    "magmax": draw_magmax,
+    "median": draw_median,
 }

@@ -1,4 +1,4 @@
-"""arcmerge: spherical merges of language models at the speed of the disk.
+"""arcmerge: merges of language models at the speed of the disk.
 
     arcmerge.merge("recipe.yml", "out/")        a checkpoint from a mergekit configuration
     arcmerge.plan("recipe.yml")                 the decisions of a merge, without merging

@@ -1,4 +1,4 @@
-// combine: a linear combination of operands, the last step of nearly every merge. It reads each operand once and rounds
+// combine: a linear combination of operands, the last step of many merges. It reads each operand once and rounds
 // each result once.
 #include <algorithm>
 #include <cstring>

@@ -1,4 +1,4 @@
-"""combine: the linear combination of k tensors in which every merge ends."""
+"""combine: the linear combination of k tensors, the last step of methods whose rule is one."""
 
 from __future__ import annotations
 

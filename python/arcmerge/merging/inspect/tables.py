@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 def pair_recipe(a: str, b: str) -> Mapping[str, Any]:
-    """A recipe whose Gram pass measures the relation of model `b` to model `a`.
+    """A recipe whose statistics pass measures the relation of model `b` to model `a`.
 
     Raises:
         ArcmergeError: they are one model.

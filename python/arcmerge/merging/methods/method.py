@@ -1,9 +1,10 @@
-"""The contract of a merge method: what it declares to the planner, and its arithmetic from Gram matrix to coefficients.
+"""The contract of a merge method: what it declares to the planner, what it measures, and the rule that follows.
 
-Most methods are a linear combination of their inputs, out = sum_i c_i x_i, whose coefficients depend on lengths and
-angles only, that is on the Gram matrix G_ij = <x_i, x_j>. Such a method is a small class: its contract, its parameters
-and `formula`, the arithmetic from G to c in float64. Other methods override `measure` and `rule`. No method ever sees a
-tensor: it names what is to be measured, and gives the rule by which the tensor is computed.
+No method ever sees a tensor. It names what is to be measured (`measure`), and from that gives the rule by which the
+tensor is computed (`rule`). Many methods are a linear combination of their inputs, out = sum_i c_i x_i, whose
+coefficients depend on lengths and angles only, that is on the Gram matrix G_ij = <x_i, x_j>. Such a method is a small
+class: its contract, its parameters and `formula`, the arithmetic from G to c in float64. Other methods override
+`measure` and `rule`.
 
 In the formulas of this room x_i are the inputs, c the base, d_i = x_i - c, w_i the weights, and |x| is the length of a
 tensor flattened to one vector. The semantics are those of mergekit 0.1.5; steps that mergekit computes in the dtype of
@@ -77,7 +78,7 @@ def zero_sum(weights: Array, switch: str) -> list[str]:
 
 
 class Method:
-    """A merge method. A subclass declares its contract and overrides `formula` or `constant`.
+    """A merge method. A subclass declares its contract and overrides `formula`, `constant`, or `measure` and `rule`.
 
     Attributes:
         name: name in recipes.
