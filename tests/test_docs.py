@@ -15,6 +15,9 @@ import pytest
 
 import tiny
 from arcmerge.cli import main
+from arcmerge.merging.methods.method import Method
+from arcmerge.merging.methods.registry import METHODS
+from arcmerge.merging.recipe.parameters import REQUIRED
 
 HOUSE = Path(__file__).resolve().parent.parent
 DOCS = HOUSE / "docs"
@@ -130,6 +133,24 @@ def test_every_page_is_in_a_table_of_contents() -> None:
     listed = set(re.findall(r"^[\w/]+$", trees, re.MULTILINE))
     pages = {page.stem for page in DOCS.rglob("*.md") if page.stem != "index"}
     assert not pages - listed
+
+
+def rows(page: Path) -> dict[str, str]:
+    """The second cell of each row of the tables of a page, by the name in the first."""
+    return dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", page.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_the_page_of_a_method_has_its_parameters_and_defaults(method: Method) -> None:
+    index = (DOCS / "methods" / "index.md").read_text(encoding="utf-8")
+    pages = dict(re.findall(r"\[`(\w+)`\]\((\w+\.md)\)", index))
+    # What methods of differences have in common is on a page of theirs.
+    defaults = {**rows(DOCS / "methods" / "differences.md"), **rows(DOCS / "methods" / pages[method.name])}
+    for parameter in method.parameters:
+        default = "required" if parameter.default is REQUIRED else str(parameter.default).lower()
+        shown = re.findall(r"[\w.-]+", defaults[parameter.name])
+        numbers = [float(word) for word in shown if re.match(r"[\d.]", word)]
+        assert default in shown or parameter.default in numbers, f"{parameter.name}: {defaults[parameter.name]}"
 
 
 def test_tables_show_the_newest_results(monkeypatch: pytest.MonkeyPatch) -> None:
