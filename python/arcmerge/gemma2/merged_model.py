@@ -34,7 +34,7 @@ class MergedGemma2(Gemma2):
 
     On the CPU the parents stay mapped. On a GPU they are in its memory, or, if they do not fit, in pinned memory, from
     which every merge copies them. Their Gram matrices are computed once and stored in a small file next to the first
-    parent.
+    parent; their histograms of magnitudes are kept in memory.
     """
 
     def __init__(self, in_memory: InMemoryMerge, numerics: str) -> None:
@@ -99,7 +99,7 @@ class MergedGemma2(Gemma2):
     def set_parameters(self, *, progress: Progress | None = None, **parameters: Any) -> int:
         """Merge again in place with new parameters. The weights keep their addresses.
 
-        Only tensors whose coefficients change are merged again. A call starts from the configuration, not from what an
+        Only tensors whose rules change are merged again. A call starts from the configuration, not from what an
         earlier call has set.
 
         Args:
