@@ -23,6 +23,7 @@ from arcmerge.merging.execution.cpu import CpuProcessor
 
 V_CURVE = [0, 0.5, 1, 0.5, 0]
 FILTERS = [{"filter": "mlp", "value": [0.2, 0.8]}, {"filter": "self_attn", "value": 1}, {"value": 0.4}]
+MLP_APART = [{"filter": "mlp", "value": 0.1}, {"value": 0.7}]
 PROMPT = [2, 17, 45, 300, 9]
 
 
@@ -127,11 +128,11 @@ def test_parameters_replace_those_of_every_level(models: Path, tmp_path: Path) -
         ("model_stock", {}, {"filter_wise": True}),
         ("nearswap", {"t": 0.001}, {"t": 0.01}),
         ("ties", {"weight": 0.5, "density": 0.3}, {"density": 0.6, "rescale": True}),
-        ("ties", {"weight": 0.5, "density": 0.3, "variant": "paper"}, {"density": 0.6, "weight": 0.9}),
+        ("ties", {"weight": 0.5, "density": 0.3, "variant": "paper"}, {"density": MLP_APART}),
         ("breadcrumbs", {"weight": 0.5, "density": 0.3}, {"density": 0.6, "gamma": 0.1}),
         ("breadcrumbs_ties", {"weight": 0.5, "density": 0.3}, {"density": [0.2, 0.9], "lambda": 0.5}),
         ("dare_linear", {"weight": 0.5, "density": 0.3}, {"density": 0.6, "variant": "paper"}),
-        ("dare_ties", {"weight": 0.5, "density": 0.3}, {"density": [{"filter": "mlp", "value": 0.1}, {"value": 0.7}]}),
+        ("dare_ties", {"weight": 0.5, "density": 0.3}, {"density": MLP_APART}),
         ("della", {"weight": 0.5, "density": 0.3}, {"density": 0.5, "epsilon": 0.4}),
         ("della_linear", {"weight": 0.5, "density": 1}, {"density": 0.5, "normalize": True}),
     ],

@@ -87,7 +87,7 @@ class _watched:
     def __enter__(self) -> None:
         def execute(task: Any, tensors: Any, **rest: Any) -> Any:
             self.resolved[task.output_weight.name] = self._note(task, tensors)
-            with _choices(task.output_weight.name):
+            with choices(task.output_weight.name):
                 return self.execute(task, tensors, **rest)
 
         self.task.execute = execute
@@ -110,7 +110,7 @@ class _watched:
 
 
 @contextmanager
-def _choices(name: str) -> Iterator[None]:
+def choices(name: str) -> Iterator[None]:
     """What mergekit leaves to chance is as in arcmerge: random masks, and the order of equal magnitudes.
 
     mergekit draws a mask by torch.bernoulli for each model in turn, and sorts magnitudes by an unstable sort.

@@ -15,6 +15,12 @@ from mergekit.options import MergeOptions
 
 import arcmerge
 from arcmerge.integrations import mergekit as host
+from arcmerge.merging.methods.method import Method
+from arcmerge.merging.methods.registry import METHODS
+
+
+def parameters_of(method: Method) -> set[str]:
+    return {parameter.name for parameter in method.parameters}
 
 
 def recipe(models: Path, **changes: Any) -> dict[str, Any]:
@@ -45,10 +51,31 @@ def test_arcmerge_runs_supported_merges(
     assert not theirs
 
 
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if "density" in parameters_of(one)])
+def test_arcmerge_runs_methods_that_trim_and_mask(
+    models: Path, tmp_path: Path, theirs: list[tuple[Any, ...]], caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    values = {"weight": 0.6, "density": [0.4, 0.6], "lambda": 0.8, "gamma": 0.05, "epsilon": 0.1}
+    values |= dict.fromkeys(("normalize", "rescale", "int8_mask"), True)
+    known = {name: value for name, value in values.items() if name in parameters_of(METHODS[method])}
+    for seed in (None, 3):
+        config, out = recipe(models, merge_method=method, parameters=known), tmp_path / str(seed)
+        with host.take_over():
+            parsed, options = MergeConfiguration.model_validate(config), MergeOptions(random_seed=seed, device="cpu")
+            their_merge.run_merge(parsed, str(out), options, yaml.safe_dump(config))
+        arcmerge.merge(config, tmp_path / f"expected-{seed}", device="cpu", random_seed=seed)
+        files = [folder / "model.safetensors" for folder in (out, tmp_path / f"expected-{seed}")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    seeds_differ = len({(tmp_path / seed / "model.safetensors").read_bytes() for seed in ("None", "3")}) == 2
+    assert seeds_differ == METHODS[method].random
+    assert not theirs
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "reason"),
     [
-        ({"merge_method": "ties", "parameters": {"density": 0.5, "weight": 0.5}}, {}, "ties"),
+        ({"merge_method": "ties", "parameters": {"density": 2, "weight": 0.5}}, {}, "density"),
         ({}, {"safe_serialization": False}, "pickled output"),
         ({}, {"random_seed": -1}, "random_seed"),
         ({"models": [{"model": "gemma-nowhere"}, {"model": "gemma-b"}]}, {}, "gemma-nowhere"),

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Collection, Hashable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class StatisticsCache:
         if not isinstance(measure, Histogram):
             return None
         statistic = self._counts.get(_counts_key(job, measure))
-        return statistic if statistic is not None and _same(statistic.measure, measure) else None
+        return replace(statistic, measure=measure) if statistic and _same(statistic.measure, measure) else None
 
     def add(self, job: Job, statistic: Statistic) -> None:
         """Keep a statistic, unless it is large, cheap, or has NaN or infinity, which JSON cannot hold."""
