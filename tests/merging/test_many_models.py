@@ -15,6 +15,8 @@ from torch import Tensor
 
 import arcmerge
 import tiny
+from arcmerge.merging.methods.registry import METHODS
+from golden import task_vectors
 from vectors import exponential_map_mean, karcher_mean, unit
 
 Array = NDArray[np.float64]
@@ -108,6 +110,27 @@ def test_seventeen_models_give_the_formula_in_files_and_in_memory(
     )
     assert again.keys() == merged.keys()
     assert [name for name in merged if not torch.equal(again[name], merged[name])] == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("method", task_vectors.METHODS)
+def test_seventeen_models_are_trimmed_and_masked(models: Path, state_dicts: Dicts, method: str, dtype: str) -> None:
+    states = [{name: tensor.to(getattr(torch, dtype)) for name, tensor in model.items()} for model in state_dicts]
+    values = {"density": 0.4, "gamma": 0.1, "epsilon": 0.2}
+    own = {name: value for name, value in values.items() if name in {one.name for one in METHODS[method].parameters}}
+    shared = {"normalize": True, "rescale": True, "lambda": 0.8}
+    weights: list[float | None] = [None if index == BASE else weight for index, weight in enumerate(WEIGHTS)]
+    parameters = {"weight": weights, **own, **shared}
+    merged = arcmerge.merge_state_dicts(states, method, base=states[BASE], parameters=parameters)
+    listed = {name: [value] * COUNT for name, value in own.items()}
+    for name, tensor in merged.items():
+        inputs, settings = [model[name] for model in states], {"weight": weights, **listed, **shared, "base": BASE}
+        exact = task_vectors.merged(method, inputs, settings, name, rounded=dtype == "bfloat16")
+        clear = exact.margin > 1e-5
+        # Two roundings of float32 for each of 17 terms, and the one of the result.
+        bound = 17 * 2.0**-23 * exact.size + torch.finfo(tensor.dtype).eps / 2 * exact.exact.abs()
+        assert bool(((tensor.double() - exact.exact).abs() <= bound)[clear].all()), name
+        assert float(clear.double().mean()) > 0.99
 
 
 def test_slices_of_many_models_give_the_same(models: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import arcmerge
 import tiny
 from arcmerge.merging.execution import choose
 from arcmerge.merging.execution.gpu.processor import GpuProcessor
+from arcmerge.merging.methods.registry import METHODS
 from arcmerge.merging.options import Options
 from arcmerge.merging.prepare import prepare
 
@@ -113,6 +114,21 @@ def test_arithmetic_that_overflows(make: Callable[..., None], dtype: str, key: s
     assert sentence == (
         "results of linear must fit into float16 (up to 65504), got an overflow although every input fits "
         f"(the largest is {largest} in A); lower 'weight', or set {key}: bfloat16"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:'density' is 1:UserWarning")
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "breadcrumbs", "della", "della_linear"])
+def test_differences_that_overflow(make: Callable[..., None], method: str) -> None:
+    make(3e38)
+    # Random masks may drop the element.
+    density = 0.9 if method in ("ties", "breadcrumbs") else 1
+    values = {"weight": -3, "density": density, "normalize": False, "gamma": 0}
+    known = {parameter.name for parameter in METHODS[method].parameters}
+    sentence = refusal({**PAIR, "merge_method": method, "parameters": {k: v for k, v in values.items() if k in known}})
+    assert sentence == (
+        f"results of {method} must fit into bfloat16 (up to 3.38953e+38), got an overflow although every input fits "
+        "(the largest is 3.00406e+38 in A); lower 'weight' and 'lambda', or set dtype: float32"
     )
 
 

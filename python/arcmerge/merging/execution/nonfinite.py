@@ -40,7 +40,9 @@ def not_finite(job: Job) -> ArcmergeError:
             f"{name}: weights must fit into {narrow.name} (up to {narrow.largest:.6g}), in which the result is stored, "
             f"got {value:.6g} in {parent}; {_wider(key, narrow)}"
         )
-    numbers = " and ".join(f"'{parameter.name}'" for parameter in job.method.parameters if parameter.kind is float)
+    # Those with bounds, such as density, choose elements and do not scale them.
+    scaling = [one for one in job.method.parameters if one.kind is float and one.low is None and one.high is None]
+    numbers = " and ".join(f"'{parameter.name}'" for parameter in scaling)
     advice = [f"lower {numbers}"] if numbers else []
     advice += [_wider(key, narrow)] if narrow in _WIDER else []
     return ArcmergeError(
