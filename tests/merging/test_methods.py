@@ -383,7 +383,6 @@ def test_wrong_inputs_give_a_message(name: str, count: int, base: int | None, pa
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("sce", "'merge_method' must be one of slerp, nuslerp, .*, got 'sce'; arcmerge does not support"),
         ("SLERP", r"'merge_method' must be one of slerp, .*, got 'SLERP'; did you mean `slerp`\?"),
         ("quantize", "'merge_method' must be one of slerp, .*, got 'quantize'$"),
     ],
