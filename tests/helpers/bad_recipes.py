@@ -63,7 +63,19 @@ RECIPES = {
     "key-twice": Bad(("dtype", "twice"), yaml.safe_dump(recipe()) + "dtype: float32\n"),
     "no-method": Bad(("merge_method",), recipe(merge_method=None)),
     "method-misspelt": Bad(("'slrep'", "mean `slerp`"), recipe(merge_method="slrep")),
-    "method-not-supported": Bad(("ties", "slerp", "linear"), recipe(merge_method="ties")),
+    "method-unknown": Bad(("'quantize'", "slerp", "linear"), recipe(merge_method="quantize")),
+    "density-in-percent": Bad(
+        ("parameters.density", "50", "0.5"), recipe(merge_method="ties", parameters={"weight": 1, "density": 50})
+    ),
+    "density-not-a-number": Bad(
+        ("parameters.density", "nan"), recipe(merge_method="dare_ties", parameters={"weight": 1, "density": ".nan"})
+    ),
+    "epsilon-above-density": Bad(
+        ("'epsilon'", "0.15", "0.1"), recipe(merge_method="della", parameters={"weight": 1, "density": 0.1})
+    ),
+    "trimmed-without-base": Bad(
+        ("'breadcrumbs'", "base_model"), recipe(merge_method="breadcrumbs", base_model=None, parameters={"weight": 1})
+    ),
     "nothing-to-merge": Bad(("models", "slices", "modules"), recipe(models=None)),
     "models-and-slices": Bad(("models", "slices"), {**sliced([0, 3], [0, 3]), "models": models("llama-a", "llama-b")}),
     "no-models-listed": Bad(("models",), recipe(models=[])),
