@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/selection/selection.h"
 #include "cpu/simd/fma.h"
