@@ -21,9 +21,9 @@ from .selection import Choice, read_tile
 def tile_of(k: int) -> tuple[int, int]:
     """Elements of a tile and warps: 16 bytes of each bf16 input a thread, 8 where the differences need the registers.
 
-    The compiler spills some with 4 warps and eight inputs, or with 8 warps and four.
+    The compiler spills some with 4 warps and six inputs or more, and with 8 warps and four.
     """
-    return (1024, 4) if k <= 3 else (512, 4) if k <= 6 else (1024, 8)
+    return (1024, 4) if k <= 3 else (512, 4) if k <= 5 else (1024, 8)
 
 
 @triton.jit

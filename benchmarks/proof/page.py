@@ -71,7 +71,8 @@ and its operations at the rate of the matrix units. The latter comes from a mode
 shared memory from the compiled code, computes how many blocks fit on a multiprocessor, and emulates {samples} blocks
 of a launch (more where blocks do little) to count their work. It then takes the longest of: DRAM ({dram:.0%} of its
 peak; less if too few bytes are in flight for a latency of {latency:.0f} ns), L2, matrix units ({tensor:.0%} of their
-peak), float32, float64, special functions, issued instructions, shared memory. So a launch that is bound by DRAM
+peak), float32, float64, special functions, issued instructions, shared memory. An atomic operation takes as long as a
+sector of L2, even if many wait for one address. A launch that is bound by DRAM
 reaches at most {dram:.0%}. Other latencies are assumed to be hidden, caches to be cold, clocks to be at boost. A
 launch takes some {launch:.0f} us more without a CUDA graph, which no figure includes. For launches of a few
 microseconds this overhead and dependent latencies are most of the time, and the prediction means little. Counts are

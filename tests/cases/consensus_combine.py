@@ -190,7 +190,7 @@ MODELS = (
     ]
     + [
         _case("2.6B q_proj of 2, cuts among equals", Q_PROJ, PAIR, BF16, BF16, ranked=True, rounded=True),
-        _case("2.6B q_proj of 2, of rows", Q_PROJ, PAIR, BF16, BF16, election="none", columns=2304),
+        _case("2.6B q_proj of 2, of rows", Q_PROJ, PAIR, BF16, BF16, election="none", columns=2304, access_bytes=8),
         _case("2.6B q_proj, the variance of 3", Q_PROJ, (BF16,) * 3, BF16, BF16, joint=True),
     ]
 )

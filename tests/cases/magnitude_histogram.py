@@ -77,9 +77,11 @@ def build(
     )
 
 
-def _case(name: str, *arguments: object, traffic: float | None = None, **options: object) -> Case:
+def _case(
+    name: str, *arguments: object, traffic: float | None = None, access_bytes: int = 16, **options: object
+) -> Case:
     build_case = lambda draw: build(draw, *arguments, **options)  # noqa: E731
-    return Case("magnitude_histogram", name, build_case, traffic=traffic)
+    return Case("magnitude_histogram", name, build_case, traffic=traffic, access_bytes=access_bytes)
 
 
 # In addition to the tensors, 40 bytes for each of three segments, a limit and a start for each of two groups.
@@ -108,7 +110,8 @@ MODELS = [
     _case("2.6B q_proj of 2", Q_PROJ, (BF16, BF16), BF16, rounded=True),
     _case("2.6B q_proj, not rounded", Q_PROJ, (BF16,), BF16),
     _case("2.6B q_proj, at random", Q_PROJ, (BF16,), BF16, rounded=True, kept=0.5),
-    _case("2.6B q_proj, of rows", Q_PROJ, (BF16,), BF16, columns=2304),
+    # The number of its row is 4 bytes for each element, from the cache.
+    _case("2.6B q_proj, of rows", Q_PROJ, (BF16,), BF16, columns=2304, access_bytes=8),
     _case("2.6B q_proj, the variance of 3", Q_PROJ, (BF16,) * 3, BF16, joint=True),
     _case("2.6B q_proj, the variance of 8", Q_PROJ, (BF16,) * 8, BF16, joint=True),
     _case("2.6B q_proj, 1 prefix", Q_PROJ, (BF16,), BF16, prefixes=(14847,)),

@@ -114,6 +114,18 @@ def prefilled(network: Network, prompt: list[int], capacity: int) -> tuple[KVCac
     return cache, network(Batch.of([prompt], [0], DEVICE), cache)[-1:]
 
 
+def select(tensor: Tensor, base: Tensor) -> None:
+    """Keep a part of the differences, by magnitude and at random."""
+    keys = torch.tensor([5], device=DEVICE)
+    chances = torch.full((1, 2), 0.7, dtype=torch.float64, device=DEVICE)
+    counts = ops.magnitude_histogram([tensor], base, keys, chances, None, None, rounded=True)
+    code = int(counts.sum((0, 1)).argmax()) << 16
+    cuts = torch.tensor([[2**31 - 1, 0, code, int(counts[..., code >> 16].sum()) // 2]], device=DEVICE)
+    factors = torch.ones(1, 4, device=DEVICE)
+    options = {"out_dtype": base.dtype, "election": "sum", "rounded": True}
+    ops.consensus_combine([tensor], base, factors, cuts, keys, chances, None, **options)
+
+
 @torch.inference_mode()
 def test_ops_agree_with_their_references(network: Network) -> None:
     prompt = [(7 * position) % network.config.vocab_size for position in range(PROMPT_TOKENS)]
@@ -129,6 +141,7 @@ def test_ops_agree_with_their_references(network: Network) -> None:
         ops.lm_head_sample(hidden, head, steps, seed=1, temperature=0.8, top_k=50, top_p=0.9, softcap=softcap)
         ops.geglu(layer.gate_proj, layer.up_proj)
         slerp(layer.gate_proj, layer.up_proj, 0.3)
+        select(layer.gate_proj, layer.up_proj)
     assert both.compared >= {name for name, op in OPS.items() if "triton" in op.implementations}
 
 
