@@ -258,7 +258,7 @@ def consensus_combine(
     operands = [(*group, base, out) for group, base, out in zip(groups, bases, outs, strict=True)]
     for launch in launches(operands):
         k = len(launch.dtypes) - 2
-        tile, warps = tile_of(k)
+        tile, warps = tile_of(k, ranked)
         _consensus_kernel[(len(launch.table),)](
             launch.table,
             factors,

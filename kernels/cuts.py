@@ -18,12 +18,12 @@ from .segments import Launch, launches, read_first, read_row
 from .selection import Choice, read_tile
 
 
-def tile_of(k: int) -> tuple[int, int]:
-    """Elements of a tile and warps: 16 bytes of each bf16 input a thread, 8 where the differences need the registers.
+def tile_of(k: int, ranked: bool) -> tuple[int, int]:
+    """Elements of a tile and warps: 16 bytes of each bf16 input a thread, less where k differences need the registers.
 
-    The compiler spills some with 4 warps and six inputs or more, and with 8 warps and four.
+    The compiler spills some with 4 warps and six inputs or more, and with four or five that are ranked.
     """
-    return (1024, 4) if k <= 3 else (512, 4) if k <= 5 else (1024, 8)
+    return (1024, 4) if k <= 3 else (1024, 8) if k > 5 else (512, 8 if ranked else 4)
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def count_equals(
 
 def _equals(launch: Launch, k: int, cuts: Tensor, choice: Choice) -> Tensor:
     """The equals of both cuts of each input in each segment: [segments, k, 2] int64."""
-    tile, warps = tile_of(k)
+    tile, warps = tile_of(k, ranked=True)
     equals = torch.empty(len(launch.table), k, 2, dtype=torch.int64, device=cuts.device)
     _equals_kernel[(len(launch.table),)](
         launch.table,
