@@ -13,9 +13,9 @@ import numpy as np
 from arcmerge.errors import ArcmergeError, first_of
 from arcmerge.merging.execution.native import measured, write
 from arcmerge.merging.execution.statistics_pass import added_up
-from arcmerge.merging.execution.work_units import PIECE_ELEMENTS
+from arcmerge.merging.execution.work_units import cut
 from arcmerge.merging.methods import registry
-from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Histogram, Measure, Statistic
+from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Measure, Statistic, Sums
 from arcmerge.merging.methods.method import Arguments, Method, copy_of
 from arcmerge.merging.methods.rule import Coefficients, Rule
 from arcmerge.merging.recipe.parameters import REQUIRED, Scalar, finite
@@ -227,7 +227,7 @@ def _measured_together(jobs: Mapping[str, _Job]) -> dict[str, list[Statistic]]:
     while waiting:
         measures = {name: job.method.measure(found[name], job.arguments) for name, job in waiting.items()}
         statistics = {
-            name: Statistic(measure, _measured(waiting[name], measure))
+            name: _measured(waiting[name], measure)
             for name, measure in measures.items()
             if measure is not None and measure.together is not None
         }
@@ -282,7 +282,7 @@ def _rule(job: _Job, found: Sequence[Statistic]) -> Rule:
     found = list(found)
     with _named(job.arguments.tensor):
         while (measure := job.method.measure(found, job.arguments)) is not None:
-            found.append(Statistic(measure, _measured(job, measure)))
+            found.append(_measured(job, measure))
         return job.method.rule(found, job.arguments)
 
 
@@ -295,35 +295,37 @@ def _named(name: str) -> Iterator[None]:
         raise ArcmergeError([f"'{name}': {problem}" for problem in error.problems]) from error
 
 
-def _measured(job: _Job, measure: Measure) -> Any:
+def _measured(job: _Job, measure: Measure) -> Statistic:
     """What a measure finds, summed over the same pieces as in a merge of checkpoints."""
     from arcmerge.dispatch.native import operand
     from arcmerge.ops import gram
 
-    tensors, arguments, count = job.tensors, job.arguments, job.tensors[0].numel()
-    if not isinstance(measure, Gram):
-        on_cpu = [tensor.cpu().contiguous() for tensor in tensors]
-        operands, base_index, row = [operand(tensor) for tensor in on_cpu], arguments.base or 0, _row(tensors[0])
-        size = count if isinstance(measure, Histogram) else PIECE_ELEMENTS // row * row or row
+    tensors, base_index, row = list(job.tensors), job.arguments.base or 0, _row(job.tensors[0])
+    if isinstance(measure, Gram):
+        base = tensors.pop(base_index) if measure.centered else None
+        if measure.dim is not None:
+            base = None if base is None else _matrices([base], measure.dim)[0]
+            grams = gram(_matrices(tensors, measure.dim), base=base, dim=measure.dim)
+            return Statistic(measure, grams.numpy(force=True))
+        flat, base = [vector.reshape(-1) for vector in tensors], None if base is None else base.reshape(-1)
+        pieces = [slice(piece.first, piece.first + piece.count) for piece in cut(0, len(flat[0]))]
         shares = [
-            measured(measure, operands, base_index, row, first, min(size, count - first))
-            for first in range(0, count, size)
+            gram([vector[piece] for vector in flat], base=None if base is None else base[piece]).numpy(force=True)
+            for piece in pieces
         ]
-        if isinstance(measure, Histogram):
-            return Counts.of(shares[0])
-        return np.concatenate(shares) if isinstance(measure, Divergences) else functools.reduce(np.add, shares)
-    others = list(tensors)
-    base = others.pop(arguments.base or 0) if measure.centered else None
-    if measure.dim is not None:
-        base = None if base is None else _matrices([base], measure.dim)[0]
-        return gram(_matrices(others, measure.dim), base=base, dim=measure.dim).numpy(force=True)
-    flat, base = [vector.reshape(-1) for vector in others], None if base is None else base.reshape(-1)
-    total = np.zeros(())
-    for first in range(0, count, PIECE_ELEMENTS):
-        piece = slice(first, first + PIECE_ELEMENTS)
-        share = gram([vector[piece] for vector in flat], base=None if base is None else base[piece])
-        total = total + share.numpy(force=True)
-    return total
+        return Statistic(measure, functools.reduce(np.add, shares, np.zeros(())))
+    on_cpu = [tensor.cpu().contiguous() for tensor in tensors]
+    operands = [operand(tensor) for tensor in on_cpu]
+    found = {
+        piece.first: measured(measure, operands, base_index, row, piece.first, piece.count)
+        for piece in cut(0, tensors[0].numel(), row if isinstance(measure, Divergences) else 1)
+    }
+    if isinstance(measure, Divergences):
+        return Statistic(measure, np.concatenate([*found.values()]))
+    total = functools.reduce(np.add, found.values())
+    if isinstance(measure, Sums):
+        return Statistic(measure, total)
+    return Statistic(measure, Counts.of(total), {first: Counts.of(share) for first, share in found.items()})
 
 
 def _row(tensor: Tensor) -> int:

@@ -52,6 +52,15 @@ CASES: dict[str, tuple[str, int, int | None, dict[str, Any]]] = {
     "breadcrumbs_ties": ("breadcrumbs_ties", 3, 0, {"weight": 0.7, "density": 0.4, "rescale": True, "lambda": 1.5}),
     "della": ("della", 3, 0, {"weight": (None, 0.9, 0.4), "density": (None, 0.5, 0), "epsilon": 0.2}),
     "della_linear": ("della_linear", 3, 2, {"weight": (0.9, -0.4, None), "density": 0.5, "rescale": False}),
+    "sce": ("sce", 3, 0, {}),
+    "sce-selected": ("sce", 3, 1, {"select_topk": 0.3}),
+    "sce-paper": ("sce", 3, 0, {"select_topk": 0.3, "variant": "paper"}),
+    "ram": ("ram", 3, 0, {"epsilon": 0.01}),
+    "ramplus_tl": ("ramplus_tl", 3, 0, {"epsilon": 0.01, "r": 0.2}),
+    "arcee_fusion": ("arcee_fusion", 2, 0, {}),
+    "magmax": ("magmax", 3, 2, {"lambda": 0.7}),
+    "median": ("median", 3, None, {}),
+    "median-even": ("median", 2, None, {}),
     "della_linear-paper": ("della_linear", 2, 0, {"weight": 1, "density": 0.5, "variant": "paper"}),
 }
 
@@ -109,17 +118,15 @@ def test_bits_are_those_of_a_merge_of_files(models: Path, tmp_path: Path, case: 
 def test_a_gram_matrix_is_summed_over_the_same_pieces(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("merging.execution.work_units", "tensors"):
-        monkeypatch.setattr(f"arcmerge.{module}.PIECE_ELEMENTS", 100)
+    monkeypatch.setattr("arcmerge.merging.execution.work_units.PIECE_ELEMENTS", 100)
     test_bits_are_those_of_a_merge_of_files(models, tmp_path, "karcher")
 
 
-@pytest.mark.parametrize("case", ["ties", "ties-paper", "dare_ties", "della"])
+@pytest.mark.parametrize("case", ["ties", "ties-paper", "dare_ties", "della", "sce-selected", "arcee_fusion"])
 def test_counts_and_sums_are_the_same_for_any_pieces(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    for module in ("merging.execution.work_units", "tensors"):
-        monkeypatch.setattr(f"arcmerge.{module}.PIECE_ELEMENTS", 100)
+    monkeypatch.setattr("arcmerge.merging.execution.work_units.PIECE_ELEMENTS", 100)
     test_bits_are_those_of_a_merge_of_files(models, tmp_path, case)
 
 

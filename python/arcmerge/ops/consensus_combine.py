@@ -188,7 +188,7 @@ def _triton(
     from arcmerge.kernels.selection import Choice, limits, rows
 
     chance = probabilities[:, 0]
-    if bool((chance != probabilities[:, 1]).any()):
+    if len(tensors) > 8 or bool((chance != probabilities[:, 1]).any()):
         result: Tensor = consensus_combine.implementations["reference"](
             tensors,
             base,

@@ -164,7 +164,8 @@ def _triton(
     from arcmerge.kernels.selection import Choice, limits, rows
 
     k = len(tensors)
-    if prefixes is None and bool((probabilities[:, 0] != probabilities[:, 1]).any()):
+    by_rank = prefixes is None and bool((probabilities[:, 0] != probabilities[:, 1]).any())
+    if by_rank or (joint and k > 8):
         arguments = (tensors, base, keys, probabilities, prefixes, row_scales)
         result: Tensor = magnitude_histogram.implementations["reference"](*arguments, joint=joint, rounded=rounded)
         return result

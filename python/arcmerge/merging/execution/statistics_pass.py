@@ -6,6 +6,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -192,12 +193,15 @@ def rule_of(job: Job, found: Sequence[Statistic]) -> Rule:
 
 
 def pieces_of(job: Job, index: int, measure: Measure, pieces: Sequence[Piece] | None) -> list[Piece]:
-    """The pieces in which a measure of a job is taken: `pieces` if their starts matter."""
+    """The pieces in which a measure of a job is taken. A histogram has counts before each of `pieces` too."""
     if isinstance(measure, Gram):
         return cut(index, job.count) if measure.dim is None else [Piece(index, 0, job.count)]
     if isinstance(measure, Divergences):
         return cut(index, job.count, job.row)
-    return sorted(pieces, key=lambda piece: piece.first) if pieces else cut(index, job.count)
+    if not isinstance(measure, Histogram) or not pieces:
+        return cut(index, job.count)
+    firsts = sorted({piece.first for piece in (*cut(index, job.count), *pieces)})
+    return [Piece(index, first, last - first) for first, last in pairwise([*firsts, job.count])]
 
 
 def added_up(statistics: Mapping[Key, Statistic]) -> dict[Key, Statistic]:
