@@ -18,7 +18,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "arcmerge._C",
-            sorted(["csrc/bind.cpp", *glob("csrc/cpu/*/*.cpp")]),
+            sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*/*.cpp")]),
             include_dirs=["csrc"],
             depends=glob("csrc/**/*.h", recursive=True),
             cxx_std=17,

@@ -49,14 +49,14 @@ MAY_IMPORT = {
 # The largest number of lines: of a file, and of all files in a part of the product.
 MAX_FILE_LINES = 400
 MAX_LINES = {
-    "csrc": 5_900,
-    "kernels": 2_800,
+    "csrc": 6_100,
+    "kernels": 2_900,
     "python/arcmerge/checkpoint": 1_400,
     "python/arcmerge/cli": 900,
     "python/arcmerge/dispatch": 650,
     "python/arcmerge/gemma2": 3_300,
     "python/arcmerge/integrations": 1_600,
-    "python/arcmerge/merging": 7_300,
+    "python/arcmerge/merging": 9_200,
     "python/arcmerge/ops": 2_600,
     "python/arcmerge/sweeping": 2_000,
 }
@@ -134,7 +134,7 @@ def test_native_code_knows_neither_python_nor_torch():
     for path in sources("csrc"):
         included = re.findall(r"#\s*include\s*[<\"]([^>\"]+)", path.read_text())
         foreign = [name for name in included if re.match(r"pybind11|Python\.h|torch|ATen|c10|cuda", name)]
-        assert not foreign or path.name == "bind.cpp", f"{path.name} includes {foreign}"
+        assert not foreign or path.name.startswith("bind"), f"{path.name} includes {foreign}"
 
 
 def test_kernels_is_one_folder_with_two_paths_and_no_package():
