@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -43,23 +44,26 @@ class _Pending:
         self.measure = measure
         self.missing = len(pieces)
         self._shares: dict[int, NDArray[Any]] = {}
-        self._total: NDArray[Any] = np.zeros((), np.int64)
+        self._total = np.zeros(0, np.int64)
+        self._shape: tuple[int, ...] = ()
         self._counts: dict[int, Counts] = {}
 
-    def add(self, first: int, share: NDArray[Any]) -> None:
+    def add(self, first: int, share: NDArray[Any] | Counts) -> None:
         """Add the share of the piece that starts at element `first`."""
         self.missing -= 1
-        if isinstance(self.measure, Histogram):
-            self._total = self._total + share  # of whole numbers, whose sum does not depend on the order
+        if isinstance(share, Counts):  # of whole numbers, whose sum does not depend on the order
+            if not self._shape:
+                self._shape, self._total = share.shape, np.zeros(prod(share.shape), np.int64)
+            self._total[share.index] += share.values
             if self.measure.together is None:
-                self._counts[first] = Counts.of(share)
+                self._counts[first] = share
         else:
             self._shares[first] = share
 
     def statistic(self) -> Statistic:
         """What the measure found, once no share is missing. Shares are added, or concatenated, in order."""
         if isinstance(self.measure, Histogram):
-            return Statistic(self.measure, Counts.of(self._total), self._counts)
+            return Statistic(self.measure, Counts.of(self._total.reshape(self._shape)), self._counts)
         shares = [self._shares[first] for first in sorted(self._shares)]
         if isinstance(self.measure, Divergences):
             return Statistic(self.measure, np.concatenate(shares))
@@ -124,7 +128,8 @@ class StatisticsPass:
             ArcmergeError: a job has NaN or infinity, or the method has no result for it.
         """
         requests = [(piece, self._pending[piece.job].measure) for piece in batch]
-        for piece, share in zip(batch, self._processor.measure(requests), strict=True):
+        for piece, dense in zip(batch, self._processor.measure(requests), strict=True):
+            share = Counts.of(dense) if dense.dtype == np.int64 else dense
             with self._lock:
                 pending = self._pending[piece.job]
                 pending.add(piece.first, share)

@@ -33,22 +33,19 @@ class Order:
         self._found = found
         self._index = index
         self._rounded = coarse.measure.selection.rounded
-        planes = coarse.total.dense(index)
-        self._counts = planes[:2].sum(0)
-        self._low = planes[2:].sum(0) if not self._rounded else np.zeros(_BINS, np.int64)
-        self._above = self._counts[::-1].cumsum()[::-1] - self._counts
-        self._fine: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        self._bins = _Bins(coarse.total, index, (0, 1))
+        self._fine: dict[int, tuple[int, _Bins]] = {}
         for statistic in fine:
             assert isinstance(statistic.measure, Histogram)
             assert statistic.measure.prefixes is not None
             for place, prefix in enumerate(statistic.measure.prefixes[index]):
-                self._fine[prefix] = place, statistic.total.dense(index, place)
-        self.count = int(self._counts.sum())
-        self.nonzero = self.count - int(self._counts[0])
+                self._fine[prefix] = place, _Bins(statistic.total, index, (place,))
+        self.count = self._bins.total
+        self.nonzero = self.count - self._bins.zeros
 
     def bin(self, position: int) -> int:
         """The bin of the last of the first `position` elements, position >= 1."""
-        return int(np.flatnonzero(self._above < position)[0])
+        return self._bins.last(position)[0]
 
     def cut(self, position: int) -> Cut:
         """The cut after the first `position` elements."""
@@ -58,14 +55,11 @@ class Order:
 
     def _last(self, position: int) -> Cut:
         """The code of the last of the first `position` elements, and its rank among equal ones, from 1."""
-        bin_ = self.bin(position)
-        rank = position - int(self._above[bin_])
+        bin_, rank = self._bins.last(position)
         if self._rounded:
             return bin_ << 16, rank
-        counts = self._fine[bin_][1]
-        above = counts[::-1].cumsum()[::-1] - counts
-        low = int(np.flatnonzero(above < rank)[0])
-        return bin_ << 16 | low, rank - int(above[low])
+        low, rank = self._fine[bin_][1].last(rank)
+        return bin_ << 16 | low, rank
 
     def value(self, position: int) -> float:
         """The magnitude of the element at a position, from 0."""
@@ -81,19 +75,17 @@ class Order:
         if position == 0:
             return np.zeros(0)
         if position == self.count:
-            return terms(self._counts, self._low)
+            return self._bins.terms()
         code, rank = self._last(position)
-        bin_ = code >> 16
+        bin_, low = code >> 16, code & 0xFFFF
         if bin_ >= INFINITE_BIN:
             return np.zeros(0)
-        larger = np.arange(_BINS) > bin_
-        whole = terms(self._counts * larger, self._low * larger)
-        if self._rounded:
-            return np.append(whole, rank * value_of(np.array([code]))[0])
-        counts = self._fine[bin_][1].copy()
-        counts[: code & 0xFFFF] = 0
-        counts[code & 0xFFFF] = rank
-        return np.concatenate([whole, counts * value_of(np.arange(65536) | bin_ << 16)])
+        within = [rank * value_of(np.array([code]))]
+        if not self._rounded:
+            fine = self._fine[bin_][1]
+            larger = fine.index > low
+            within.append(fine.counts[larger] * value_of(fine.index[larger] | bin_ << 16))
+        return np.concatenate([self._bins.terms(bin_), *within])
 
     def before(self, code: int) -> dict[int, int]:
         """For the first element of each piece, the number of elements of a code before it."""
@@ -114,17 +106,57 @@ def value_of(codes: NDArray[np.int64]) -> NDArray[np.float64]:
     return codes.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
-def terms(counts: NDArray[np.int64], low: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Numbers whose exact sum is that of magnitudes, as far as they are finite.
+class _Bins:
+    """The bins of some planes of a histogram that have elements.
 
     Args:
-        counts: (32768,), the magnitudes in each bin, of which there are fewer than 2^45.
-        low: (32768,), the sum of the lower 16 bits of the codes in each bin.
+        counts: the histogram.
+        index: the index of the input.
+        planes: the planes of counts that are added up. Those of the sums of lower bits, if there are any, follow two
+            planes later.
+
+    Attributes:
+        index: the bins with elements, ascending.
+        counts: their elements.
+        total: all elements.
     """
-    bins = np.flatnonzero(counts[:INFINITE_BIN])
-    # The unit of the last of the 16 bits is 2^(e - 150), for denormals with e = 1.
-    unit = np.ldexp(1.0, np.maximum(bins // 128, 1) - 150)
-    return np.concatenate([counts[bins] * value_of(bins << 16), low[bins] * unit])
+
+    def __init__(self, counts: Counts, index: int, planes: Sequence[int]) -> None:
+        self.index, self.counts = _added([counts.line(index, plane) for plane in planes])
+        self._above = self.counts[::-1].cumsum()[::-1] - self.counts
+        self.total = int(self.counts.sum())
+        self.zeros = int(self.counts[0]) if len(self.index) and self.index[0] == 0 else 0
+        self._low = np.zeros(len(self.index), np.int64)
+        if counts.shape[1:] == (4, _BINS):
+            bins, low = _added([counts.line(index, plane + 2) for plane in planes])
+            self._low[np.searchsorted(self.index, bins)] = low
+
+    def last(self, position: int) -> tuple[int, int]:
+        """The bin of the last of the first `position` elements, and its rank in the bin, from 1."""
+        place = int(np.flatnonzero(self._above < position)[0])
+        return int(self.index[place]), position - int(self._above[place])
+
+    def terms(self, above: int = -1) -> NDArray[np.float64]:
+        """Numbers whose exact sum is that of the finite magnitudes in the bins above one.
+
+        A bin has fewer than 2^45 magnitudes.
+        """
+        chosen = (self.index > above) & (self.index < INFINITE_BIN)
+        bins = self.index[chosen]
+        # The unit of the last of the 16 bits is 2^(e - 150), for denormals with e = 1.
+        unit = np.ldexp(1.0, np.maximum(bins // 128, 1) - 150)
+        return np.concatenate([self.counts[chosen] * value_of(bins << 16), self._low[chosen] * unit])
+
+
+def _added(lines: Sequence[tuple[NDArray[np.intp], NDArray[np.int64]]]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+    """The sum of arrays of which (the places of) the numbers that are not zero are given."""
+    filled = [line for line in lines if len(line[0])] or lines[:1]
+    if len(filled) == 1:
+        return filled[0]
+    places, inverse = np.unique(np.concatenate([index for index, _ in filled]), return_inverse=True)
+    total = np.zeros(len(places), np.int64)
+    np.add.at(total, inverse, np.concatenate([values for _, values in filled]))
+    return places, total
 
 
 def plane_sum(counts: Counts, index: int, *, dropped: bool) -> float:
@@ -132,6 +164,4 @@ def plane_sum(counts: Counts, index: int, *, dropped: bool) -> float:
 
     With `dropped` it includes those of the dropped elements.
     """
-    planes, first = counts.dense(index), 0 if dropped else 1
-    low = planes[2 + first :].sum(0) if len(planes) == 4 else np.zeros(_BINS, np.int64)
-    return math.fsum(terms(planes[first:2].sum(0), low))
+    return math.fsum(_Bins(counts, index, (0, 1) if dropped else (1,)).terms())

@@ -140,6 +140,13 @@ class Counts:
         flat[self.index[low:high] - first] = self.values[low:high]
         return flat.reshape(shape)
 
+    def line(self, *index: int) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+        """The places along the last dim of the numbers that are not zero, ascending, and these numbers."""
+        length = self.shape[-1]
+        first = int(np.ravel_multi_index((*index, 0), self.shape))
+        begin, end = np.searchsorted(self.index, (first, first + length))
+        return self.index[begin:end] - first, self.values[begin:end]
+
     def at(self, *index: int) -> int:
         """One of the numbers."""
         flat = int(np.ravel_multi_index(index, self.shape))
