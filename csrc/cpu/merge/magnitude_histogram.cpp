@@ -7,8 +7,10 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "cpu/selection/draws.h"
 #include "cpu/selection/selection.h"
@@ -101,14 +103,43 @@ ARCMERGE_VARIANTS(void, count_bf16,
                    std::uint32_t* counters),
                   (x, base, kept, count, counters))
 
+// Memory of zeros for the counters of an input, which goes from one call of a thread to the next: fresh memory would be
+// cleared by the system, page by page, at every call.
+class Zeros {
+ public:
+  Zeros() {
+    if (!pool().empty()) {
+      memory_ = std::move(pool().back());
+      pool().pop_back();
+    } else if (memory_.reset(static_cast<char*>(std::calloc(kCopies * kCopy, 8))); !memory_) {
+      throw std::bad_alloc();
+    }
+  }
+
+  char* get() const { return memory_.get(); }
+  // The memory must be zeros again.
+  void give_back() { pool().push_back(std::move(memory_)); }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  using Memory = std::unique_ptr<char, Free>;
+
+  static std::vector<Memory>& pool() {
+    static thread_local std::vector<Memory> memory;
+    return memory;
+  }
+
+  Memory memory_;
+};
+
 // The counters of an input. Of codes that are not rounded, a counter holds a number of elements in units of kOne, and
 // the sum of their lower halves.
 class Counts {
  public:
   Counts(std::int64_t* out, bool rounded, std::int64_t count) : out_(out), rounded_(rounded), few_(count <= kFew) {
-    if (few_) return;
-    memory_.reset(static_cast<char*>(std::calloc(kCopies * kCopy, rounded ? 4 : 8)));
-    if (!memory_) throw std::bad_alloc();
+    if (!few_) memory_.emplace();
   }
 
   void add(const std::uint32_t* codes, const std::uint16_t* kept, std::int64_t size) {
@@ -133,16 +164,20 @@ class Counts {
 
   void flush() {
     if (few_ || added_ == 0) return;
-    for (std::int64_t copy = 0; copy < kCopies; ++copy)
-      for (std::int64_t bin = 0; bin < kBins; ++bin)
-        if (rounded_) {
-          out_[bin] += std::exchange(counters<std::uint32_t>()[copy * kCopy + bin], 0);
-        } else {
-          const std::uint64_t both = std::exchange(counters<std::uint64_t>()[copy * kCopy + bin], 0);
-          out_[bin] += std::int64_t(both / kOne);
-          out_[kBins + bin] += std::int64_t(both % kOne);
-        }
+    if (rounded_)
+      flush_each<std::uint32_t>([this](std::int64_t bin, std::uint32_t number) { out_[bin] += number; });
+    else
+      flush_each<std::uint64_t>([this](std::int64_t bin, std::uint64_t both) {
+        out_[bin] += std::int64_t(both / kOne);
+        out_[kBins + bin] += std::int64_t(both % kOne);
+      });
     added_ = 0;
+  }
+
+  // Adds what is not added yet, and ends the use of this object.
+  void finish() {
+    flush();
+    if (memory_) memory_->give_back();
   }
 
  private:
@@ -151,16 +186,27 @@ class Counts {
 
   template <class T>
   T* counters() {
-    return reinterpret_cast<T*>(memory_.get());
+    return reinterpret_cast<T*>(memory_->get());
   }
 
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
+  // Calls add(bin, number) for the counters that are not zero, and sets them to zero. Most are zero.
+  template <class T, class Add>
+  void flush_each(const Add& add) {
+    for (std::int64_t copy = 0; copy < kCopies; ++copy) {
+      T* const counter = counters<T>() + copy * kCopy;
+      for (std::int64_t bin = 0; bin < kBins; bin += kBlock) {
+        T any = 0;
+        for (std::int64_t i = 0; i < kBlock; ++i) any |= counter[bin + i];
+        if (any == 0) continue;
+        for (std::int64_t i = 0; i < kBlock; ++i) add(bin + i, std::exchange(counter[bin + i], 0));
+      }
+    }
+  }
+
   std::int64_t* out_;
   bool rounded_, few_;
   std::int64_t added_ = 0;
-  std::unique_ptr<char, Free> memory_;
+  std::optional<Zeros> memory_;
 };
 
 }  // namespace
@@ -188,7 +234,7 @@ void magnitude_histogram(std::int64_t* out, const std::vector<Operand>& operands
         counts[i].add(differences.codes(i), kept, size);
     }
   }
-  for (Counts& each : counts) each.flush();
+  for (Counts& each : counts) each.finish();
 }
 
 void magnitude_histogram_within(std::int64_t* out, const std::vector<Operand>& operands, const Operand& base,

