@@ -121,6 +121,10 @@ class StatisticsPass:
         """Whether a job (by index) waits for no measure."""
         return job not in self._found
 
+    def is_first(self, job: int) -> bool:
+        """Whether the measure that a job (by index) waits for is its first."""
+        return not self._found.get(job)
+
     def add(self, batch: Sequence[Piece]) -> None:
         """Measure some pieces. The last piece of a job completes the measure, and leads to the next one or to the rule.
 

@@ -103,7 +103,8 @@ class DiskMerge:
                     return partial(self._fill, chunk, self._free.pop())
                 if self.statistics.batches and self._may_run_ahead():
                     batch = self.statistics.batches.popleft()
-                    self._ahead += self._measured_bytes(batch)
+                    # A second measure reads the same pages again.
+                    self._ahead += self._measured_bytes(piece for piece in batch if self.statistics.is_first(piece.job))
                     return partial(self._measure, batch)
                 self._workers.changed.wait()
         return None
