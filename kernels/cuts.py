@@ -21,9 +21,10 @@ from .selection import Choice, read_tile
 def tile_of(k: int, ranked: bool) -> tuple[int, int]:
     """Elements of a tile and warps: 16 bytes of each bf16 input a thread, less where k differences need the registers.
 
-    The compiler spills some with 4 warps and six inputs or more, and with four or five that are ranked.
+    The compiler spills some with 4 warps and six inputs or more, with four or five that are ranked, and for sm_90 with
+    four elements a thread of six inputs.
     """
-    return (1024, 4) if k <= 3 else (1024, 8) if k > 5 else (512, 8 if ranked else 4)
+    return (1024, 4) if k <= 3 else (1024, 8) if k > 6 else (512, 8 if ranked or k == 6 else 4)
 
 
 @triton.jit

@@ -184,8 +184,8 @@ MODELS = (
         for shape in GEMMA_2
     ]
     + [
-        # Half as many elements a thread, for lack of registers.
-        _case(f"2.6B q_proj of {k}", Q_PROJ, (BF16,) * k, BF16, BF16, kept=0.5, access_bytes=16 if k <= 3 else 8)
+        # Half as many elements a thread, or a quarter, for lack of registers.
+        _case(f"2.6B q_proj of {k}", Q_PROJ, (BF16,) * k, BF16, BF16, kept=0.5, access_bytes=16 if k <= 3 else 4 if k == 6 else 8)
         for k in range(2, 9)
     ]
     + [

@@ -119,6 +119,8 @@ def test_every_method_of_mergekit_is_supported() -> None:
     for method in registry.registered_methods():
         ours = {p.name: p.scope for p in METHODS[method.spec.name].parameters if not p.extension}
         theirs = {p.name: p.scope.value for p in method.spec.parameters}
-        assert ours == theirs
+        # task_arithmetic reads density, rescale and int8_mask there, and does nothing with them.
+        assert theirs.items() >= ours.items()
+        assert method.spec.name == "task_arithmetic" or ours == theirs
         # The name of an extension must not occur in recipes for mergekit, for any method.
         assert not {p.name for p in METHODS[method.spec.name].parameters if p.extension} & everywhere
