@@ -79,7 +79,8 @@ class Sce(_Selective):
         squares = squared_lengths(total) if isinstance(found[-1].measure, Gram) else total[:k]
         paper = arguments.shared["variant"] == "paper"
         small = squares.sum() <= 0 if paper else squares.sum() / arguments.elements < _SMALL
-        weights = np.full(k, 1 / k) if small else squares / squares.sum()
+        with np.errstate(invalid="ignore"):  # of infinite differences
+            weights = np.full(k, 1 / k) if small else squares / squares.sum()
         return self._rule(() if paper else histograms, weights, arguments)
 
     def selection(self, arguments: Arguments) -> Selection:
@@ -121,7 +122,7 @@ class Ram(_Selective):
 
     def selection(self, arguments: Arguments) -> Selection:
         whole = super().selection(arguments)
-        code = int(np.array([arguments.shared["epsilon"]], np.float32).view(np.uint32)[0])
+        code = _code(min(arguments.shared["epsilon"], float(np.finfo(np.float32).max)))
         return replace(whole, cuts=((*NO_CUT[:2], code, 0),) * len(whole.cuts))
 
     def measure(self, found: Sequence[Statistic], arguments: Arguments) -> Measure | None:
@@ -155,7 +156,8 @@ class RamPlus(Ram):
     def rule(self, found: Sequence[Statistic], arguments: Arguments) -> Consensus:
         k, shared = len(self.others(arguments)), arguments.shared
         unique, overlapping = found[0].total[k : 2 * k], found[0].total[2 * k : 3 * k]
-        overlap = overlapping / np.maximum(unique, max(shared["epsilon"], np.finfo(float).tiny))
+        # The factor of an input without unique elements has no effect.
+        overlap = overlapping / np.maximum(unique, max(shared["epsilon"], 1))
         return self._rule((1 + shared["r"] * np.clip(overlap, 0, shared["alpha"])).tolist(), arguments)
 
 
@@ -163,7 +165,7 @@ class ArceeFusion(_Selective):
     """Arcee Fusion: takes an element of the other input x where its change is important.
 
         I     = |x - c| · KL(softmax(x) || softmax(c))               the divergence of the rows, a vector is one row
-        out   = x where I >= median(I) + 1.5 (Q3(I) - Q1(I)),  else c
+        out   = c + d where I >= median(I) + 1.5 (Q3(I) - Q1(I)),  else c;    d = x - c, rounded to float32
 
     The quartiles are those elements of the tensor in ascending order whose index, from 0, is int(q (D - 1)). They are
     exact; mergekit draws a million elements of larger tensors at random. The divergence is computed in float64 from
@@ -191,7 +193,7 @@ class ArceeFusion(_Selective):
         order = Order(_histograms(found), 0)
         third, middle, first = (order.value(position) for position in _quartiles(order.count))
         threshold = middle + 1.5 * (third - first)
-        code = int(np.array([_float32_from(threshold)], np.float32).view(np.uint32)[0])
+        code = _code(_float32_from(threshold))
         selection = replace(self._scaled(found, arguments), cuts=((*NO_CUT[:2], code, NO_CUT[3]),))
         return Consensus(selection, ((1.0, 1.0, 0.0, 1.0),), branch=self.name)
 
@@ -206,6 +208,10 @@ def _histograms(found: Sequence[Statistic]) -> list[Statistic]:
 def _quartiles(count: int) -> list[int]:
     """The positions of the third, second and first quartile in descending order."""
     return [count - 1 - int(q * (count - 1)) for q in (0.75, 0.5, 0.25)]
+
+
+def _code(magnitude: float | np.float32) -> int:
+    return int(np.array([magnitude], np.float32).view(np.uint32)[0])
 
 
 def _float32_from(value: float) -> np.float32:
