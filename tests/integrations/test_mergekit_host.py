@@ -51,11 +51,15 @@ def test_arcmerge_runs_supported_merges(
     assert not theirs
 
 
-@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if "density" in parameters_of(one)])
-def test_arcmerge_runs_methods_that_trim_and_mask(
+CHOOSING = [name for name, one in METHODS.items() if "density" in parameters_of(one)]
+
+
+@pytest.mark.parametrize("method", [*CHOOSING, "sce", "ram", "ramplus_tl", "arcee_fusion", "magmax", "median"])
+def test_arcmerge_runs_methods_that_choose_elements(
     models: Path, tmp_path: Path, theirs: list[tuple[Any, ...]], caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
     values = {"weight": 0.6, "density": [0.4, 0.6], "lambda": 0.8, "gamma": 0.05, "epsilon": 0.1}
+    values |= {"select_topk": 0.3, "r": 0.2, "alpha": 0.5}
     values |= dict.fromkeys(("normalize", "rescale", "int8_mask"), True)
     known = {name: value for name, value in values.items() if name in parameters_of(METHODS[method])}
     for seed in (None, 3):

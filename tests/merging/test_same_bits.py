@@ -1,4 +1,4 @@
-"""Methods that trim or mask differences give the same bits for any threads, instruction set, pieces and files."""
+"""Methods that choose elements give the same bits for any threads, instruction set, pieces and files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 import arcmerge
 import tiny
 from arcmerge import _C
+from arcmerge.merging.methods.registry import METHODS
 from golden.compare import assert_same_bits, load
 from operands import using
 
@@ -32,8 +33,26 @@ CASES: dict[str, dict[str, Any]] = {
     "della": {"density": 0.5},
     "della-paper": {"density": 0.5, "variant": "paper"},
     "della_linear": {"density": 0.6, "epsilon": 0.3},
+    "sce": {},
+    "sce-selected": {"select_topk": 0.3},
+    "sce-paper": {"select_topk": 0.3, "variant": "paper"},
+    "ram": {"epsilon": 0.05},
+    "ramplus_tl": {"epsilon": 0.05, "r": 0.3, "alpha": 2},
+    "arcee_fusion": {},
+    "magmax": {"lambda": 0.7},
+    "median": {},
 }
 MODELS = ("base", "first", "second", "third")
+WEIGHTS = (0.61, -0.37, 0.17)
+
+
+def weighed(case: str) -> bool:
+    return any(parameter.name == "weight" for parameter in METHODS[case.partition("-")[0]].parameters)
+
+
+def parents(case: str) -> tuple[str, ...]:
+    """As many models beside the base as the method takes."""
+    return MODELS[1:][: METHODS[case.partition("-")[0]].maximum]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +71,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(models: Path, case: str, *names: str, **changes: Any) -> dict[str, Any]:
     listed = [
-        {"model": str(models / name), "parameters": {"weight": weight}}
-        for name, weight in zip(names or MODELS[1:], (0.61, -0.37, 0.17), strict=False)
+        {"model": str(models / name), "parameters": {"weight": weight} if weighed(case) else {}}
+        for name, weight in zip(names or parents(case), WEIGHTS, strict=False)
     ]
     method = {"merge_method": case.partition("-")[0], "base_model": str(models / "base"), "models": listed}
     return {**method, "parameters": CASES[case], "dtype": "bfloat16", **changes}
@@ -103,9 +122,9 @@ class TestSameBits:
     def test_of_tensors_in_memory(self, models: Path, merged: Any, case: str, dtype: str) -> None:
         base, *others = (
             {name: tensor.to(getattr(torch, dtype)) for name, tensor in load(models / model).items()}
-            for model in MODELS
+            for model in (MODELS[0], *parents(case))
         )
-        parameters = {**CASES[case], "weight": [0.61, -0.37, 0.17]}
+        parameters = {**CASES[case], **({"weight": list(WEIGHTS)} if weighed(case) else {})}
         if case == "ties-rescaled":
             parameters["density"] = lambda name: 0.2 if "mlp" in name else 0.9 if "layers" in name else 0.3
         if case == "dare_ties":
@@ -125,7 +144,7 @@ def test_the_seed_decides(models: Path, tmp_path: Path, merged: Any, case: str, 
     assert len(differ) > 0.9 * len(expected)
 
 
-@pytest.mark.parametrize("case", ["ties-rescaled", "dare_ties", "della"])
+@pytest.mark.parametrize("case", ["ties-rescaled", "dare_ties", "della", "sce-selected", "ramplus_tl", "magmax"])
 def test_rows_that_are_matched_by_token(
     models: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
