@@ -113,7 +113,8 @@ class _watched:
 def choices(name: str) -> Iterator[None]:
     """What mergekit leaves to chance is as in arcmerge: random masks, and the order of equal magnitudes.
 
-    mergekit draws a mask by torch.bernoulli for each model in turn, and sorts magnitudes by an unstable sort.
+    mergekit draws a mask by torch.bernoulli for each model in turn, and sorts magnitudes by an unstable sort; it takes
+    the largest variances by torch.topk.
     """
     from mergekit.merge_methods import generalized_task_arithmetic as methods
 
@@ -140,7 +141,10 @@ def choices(name: str) -> Iterator[None]:
         with mock.patch.multiple(torch, bernoulli=bernoulli, argsort=argsort, sort=sort):
             return sparsify(difference, density=density, method=method, **rest)
 
-    with mock.patch.object(methods, "sparsify", choose):
+    def topk(values: Tensor, k: int, **_: Any) -> tuple[None, Tensor]:
+        return None, torch.from_numpy(task_vectors.descending(values)[:k].copy())
+
+    with mock.patch.object(methods, "sparsify", choose), mock.patch.object(torch, "topk", topk):
         yield
 
 

@@ -18,6 +18,7 @@ from golden.task_vectors import Merged, descending
 METHODS = ("sce", "ram", "ramplus_tl", "arcee_fusion")
 # A comparison with a threshold that is nearer to it, relative to it, may turn by the rounding of float32.
 NEAR = 1e-5
+NOISE = 2.0**-23
 
 Terms = tuple[Tensor, Tensor]
 """What is added to the base for each input, [k, *], and a margin, [*]."""
@@ -98,7 +99,9 @@ def arcee_fusion(x: Tensor, base: Tensor) -> Terms:
     importance = ((x - base).float().abs() * divergence.float().reshape(*x.shape[:-1], 1)).double()
     threshold = threshold_of(importance.numpy())
     taken = importance >= threshold
-    return torch.where(taken, x - base, 0.0)[None], torch.where(_near(importance, threshold, NEAR), 0.0, 1.0).double()
+    # A divergence in float32 is a difference of numbers of the size of 1.
+    near = (importance - threshold).abs() <= NOISE * (x - base).abs().max()
+    return torch.where(taken, x - base, 0.0)[None], torch.where(near, 0.0, 1.0).double()
 
 
 def divergences(x: Tensor, base: Tensor) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import arcmerge
 import tiny
-from golden import cases, formulas, task_vectors
+from golden import cases, formulas, selective, task_vectors
 from golden.cases import Recorded, Source
 from golden.compare import Tensors, assert_same_bits, is_rounded_from, load, magnitude, rank
 
@@ -74,6 +74,9 @@ NOT_WRITTEN = {"head-spurious": {tiny.HEAD}}
 BF16_ARITHMETIC = {"nuslerp", "multislerp", "karcher", "model_stock", "task_arithmetic", "nearswap"}
 BF16_ERROR = 0.05
 
+# Methods that choose elements, whose second implementations choose the same.
+CHOOSING = {*task_vectors.METHODS, *selective.METHODS}
+
 # At a cosine of -0.995 sin(angle) is 0.1: rounding errors grow thirtyfold in f32. In bf16 the angle itself is lost.
 NEAR_ANTIPODAL = "self_attn.q_proj.weight"
 ANTIPODAL = "self_attn.k_proj.weight"
@@ -121,7 +124,7 @@ def _with_tensors() -> list[str]:
 
 def _chooses_elements(case: str) -> bool:
     """Whether the method chooses elements, so that the rounding of a vote exchanges some of them for others."""
-    return cases.config(case)["merge_method"] in task_vectors.METHODS
+    return cases.config(case)["merge_method"] in CHOOSING
 
 
 def _complete() -> list[str]:
@@ -195,8 +198,8 @@ def test_values_are_those_of_the_formula(
         if name in NOT_WRITTEN.get(case, ()) or _is_aligned(case, name):
             continue
         inputs = [_input(source, config.get("dtype"), read) for source in one.sources]
-        if config["merge_method"] in task_vectors.METHODS:
-            one_by_one = _trimmed(config["merge_method"], name, one, inputs)
+        if config["merge_method"] in CHOOSING:
+            one_by_one = _chosen(config["merge_method"], name, one, inputs)
             exact, size = one_by_one.exact, 2 * one_by_one.size
         else:
             exact = formulas.merged(config["merge_method"], [x.double() for x in inputs], one.parameters)
@@ -204,8 +207,10 @@ def test_values_are_those_of_the_formula(
         assert is_rounded_from(tensors[name], exact, size, _promoted(inputs)), name
 
 
-def _trimmed(method: str, name: str, one: Recorded, inputs: list[Tensor]) -> task_vectors.Merged:
+def _chosen(method: str, name: str, one: Recorded, inputs: list[Tensor]) -> task_vectors.Merged:
     rounded = _promoted(inputs) == torch.bfloat16
+    if method in selective.METHODS:
+        return selective.merged(method, inputs, one.parameters, rounded=rounded)
     return task_vectors.merged(method, inputs, one.parameters, name, rounded=rounded)
 
 
@@ -276,19 +281,19 @@ def test_every_element_differs_from_mergekit_by_its_rounding_alone(
     for name, one in EXPECTED[case].tensors.items():
         if _is_aligned(case, name):
             continue
-        exact = _trimmed(config["merge_method"], name, one, [_input(x, config["dtype"], read) for x in one.sources])
+        exact = _chosen(config["merge_method"], name, one, [_input(x, config["dtype"], read) for x in one.sources])
         ours, theirs, wanted, size, margin = (
             cases.sample(tensor, len(one.sample)).double()
             for tensor in (tensors[name], one.sample, exact.exact, exact.size, exact.margin)
         )
-        # A vote that its rounding turns gives another sum, of other terms.
+        # A vote that its rounding turns gives another sum, of other terms; so does a comparison with a threshold.
         elected = margin > error
         assert bool(((theirs - wanted).abs() <= error * size)[elected].all()), name
         assert bool(((ours - theirs).abs() <= error * size)[elected].all()), name
         rounding = torch.finfo(one.dtype).eps / 2 * wanted.abs() + 2.0**-22 * size
         assert bool(((ours - wanted).abs() <= torch.maximum((theirs - wanted).abs(), rounding)).all()), name
         turned, total = turned + int((~elected).sum()), total + len(theirs)
-    assert turned <= 0.1 * total
+    assert turned <= 0.15 * total
 
 
 def _tolerance(case: str, method: str, name: str, one: Recorded) -> float:
