@@ -108,13 +108,14 @@ def test_arcee_fusion_takes_what_is_above_the_exact_threshold(kind: str, dtype: 
             torch.testing.assert_close(own.double(), scales, rtol=1e-6, atol=1e-15)
             # Of the divergences in float32, every importance and every comparison is exact.
             importance = ((x.float() - base.float()).abs() * own.reshape(-1, 1)).numpy()
-            taken = torch.from_numpy(importance >= selective.threshold_of(importance))
+            taken = torch.from_numpy(importance.astype(np.float64) >= selective.threshold_of(importance))
             both = (base.float() + (x.float() - base.float())).to(dtype)
             assert torch.equal(found, torch.where(taken, both, base)), (count, rows)
 
 
-def test_the_quartiles_are_elements_and_the_threshold_is_in_the_selection() -> None:
-    base, (x,) = inputs("arcee_fusion")
+@pytest.mark.parametrize("rows", range(4, 12))
+def test_the_threshold_is_rounded_up(rows: int) -> None:
+    base, (x,) = inputs("arcee_fusion", shape=(rows, 40))
     arguments = Arguments(2, 0, {}, {}, tensor="x", elements=x.numel())
     rule = get("arcee_fusion").rule(statistics("arcee_fusion", [base, x], arguments), arguments)
     assert isinstance(rule, Consensus)
@@ -123,7 +124,7 @@ def test_the_quartiles_are_elements_and_the_threshold_is_in_the_selection() -> N
     scales = np.asarray(rule.selection.row_scales, np.float32).reshape(-1, 1)
     importance = (x - base).abs().numpy() * scales
     exact = selective.threshold_of(importance)
-    assert np.nextafter(np.float32(threshold), np.float32(0)) < exact <= threshold
+    assert float(np.nextafter(np.float32(threshold), np.float32(0))) < exact <= threshold
 
 
 # ---- against mergekit
@@ -224,6 +225,18 @@ def test_limits_of_epsilon(method: str, epsilon: float) -> None:
         parameters = {"base": 0, "epsilon": epsilon, "r": 0.1, "alpha": 0.2}
         exact = selective.merged(method, [base, *models], parameters, rounded=False)
         assert is_rounded_from(found, exact.exact, exact.size, F32)
+
+
+def test_a_difference_of_epsilon_is_no_change() -> None:
+    base, x = torch.zeros(3), torch.tensor([0.5, -0.5, 0.75])
+    for method in ("ram", "ramplus_tl"):
+        assert merged(method, base, [x], epsilon=0.5).tolist() == [0, 0, 0.75]
+
+
+def test_an_epsilon_above_the_count_divides_the_overlap() -> None:
+    models = [torch.tensor([20.0, 20, 20, 0]), torch.tensor([0.0, 20, 20, 20])]
+    found = merged("ramplus_tl", torch.zeros(4), models, epsilon=10, r=1, alpha=10)
+    torch.testing.assert_close(found, torch.tensor([24.0, 20, 20, 24]))
 
 
 @pytest.mark.parametrize("method", METHODS)

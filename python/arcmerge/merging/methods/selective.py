@@ -217,7 +217,8 @@ def _code(magnitude: float | np.float32) -> int:
 def _float32_from(value: float) -> np.float32:
     """The smallest float32 that is not less than `value`."""
     rounded = np.float32(value)
-    return rounded if rounded >= value else np.nextafter(rounded, np.float32(np.inf))
+    # As a float64: numpy would round `value` to compare it with a float32.
+    return rounded if float(rounded) >= value else np.nextafter(rounded, np.float32(np.inf))
 
 
 METHODS: tuple[Method, ...] = (Sce(), Ram(), RamPlus(), ArceeFusion())
