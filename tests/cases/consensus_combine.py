@@ -185,7 +185,15 @@ MODELS = (
     ]
     + [
         # Half as many elements a thread, or a quarter, for lack of registers.
-        _case(f"2.6B q_proj of {k}", Q_PROJ, (BF16,) * k, BF16, BF16, kept=0.5, access_bytes=16 if k <= 3 else 4 if k == 6 else 8)
+        _case(
+            f"2.6B q_proj of {k}",
+            Q_PROJ,
+            (BF16,) * k,
+            BF16,
+            BF16,
+            kept=0.5,
+            access_bytes=16 if k <= 3 else 4 if k == 6 else 8,
+        )
         for k in range(2, 9)
     ]
     + [
