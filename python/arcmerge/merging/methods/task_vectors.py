@@ -96,20 +96,19 @@ class _Trimmed(TaskVectors):
         raise NotImplementedError
 
     def measure(self, found: Sequence[Statistic], arguments: Arguments) -> Measure | None:
-        if not any(0 < density < 1 for density in self._densities(arguments)):
-            return None
+        densities, selection = self._densities(arguments), self.selection(arguments)
+        trims = any(0 < density < 1 for density in densities)
         # A threshold is that of the tensors with the same densities.
-        selection = self.selection(arguments)
-        together = tuple(self._densities(arguments)) if self._paper(arguments) else None
-        if not found:
+        together = tuple(densities) if self._paper(arguments) else None
+        if trims and not found:
             return Histogram(selection, together=together)
-        if len(found) == 1 and not arguments.rounded:
+        if trims and len(found) == 1 and not arguments.rounded:
             bins = [
                 [order.bin(end) for end in self._range(index, order.count, arguments) if 0 < end < order.count]
                 for index, order in enumerate(self._orders(found, arguments))
             ]
             return Histogram(selection, tuple((*found_bins, 0, 0)[:2] for found_bins in bins), together)
-        if together is not None and not isinstance(found[-1].measure, Sums):
+        if together is not None and not any(isinstance(one.measure, Sums) for one in found):
             return Sums(self.rule(found, arguments), together)
         return None
 
