@@ -101,9 +101,13 @@ def _parameters(row: Row) -> str:
     parameters = row["parameters"]
     if "t" in parameters:
         return f"t={parameters['t']:.4g} "
-    if weights := parameters.get("weight"):
-        return "weight=" + "/".join("base" if weight is None else f"{weight:.4g}" for weight in weights) + " "
-    return ""
+    # A density of 1 keeps everything, as if there were none.
+    shown = [name for name in ("weight", "density") if set(parameters.get(name, ())) - {None, 1.0} or name == "weight"]
+    return "".join(f"{name}={_per_input(parameters[name])} " for name in shown if parameters.get(name))
+
+
+def _per_input(values: Sequence[float | None]) -> str:
+    return "/".join("base" if value is None else f"{value:.4g}" for value in values)
 
 
 def _counts(branches: Iterable[str]) -> str:
