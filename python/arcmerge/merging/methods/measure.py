@@ -131,14 +131,11 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         return Counts.of(self.dense() + other.dense())
 
-    def dense(self, *index: int) -> NDArray[np.int64]:
-        """All numbers whose first indices are these, with the zeros."""
-        outer, shape = self.shape[: len(index)], self.shape[len(index) :]
-        flat = np.zeros(math.prod(shape), np.int64)
-        first = int(np.ravel_multi_index(index, outer)) * flat.size if index else 0
-        low, high = np.searchsorted(self.index, (first, first + flat.size))
-        flat[self.index[low:high] - first] = self.values[low:high]
-        return flat.reshape(shape)
+    def dense(self) -> NDArray[np.int64]:
+        """All numbers, with the zeros."""
+        flat = np.zeros(math.prod(self.shape), np.int64)
+        flat[self.index] = self.values
+        return flat.reshape(self.shape)
 
     def line(self, *index: int) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
         """The places along the last dim of the numbers that are not zero, ascending, and these numbers."""
