@@ -153,7 +153,10 @@ def build(
 
 
 def _case(name: str, *arguments: object, **named: object) -> Case:
-    build_case = lambda draw: build(draw, *arguments, **named)  # noqa: E731
+
+    def build_case(draw: Draw) -> Call:
+        return build(draw, *arguments, **named)
+
     # Matrix instructions add in another order than the interpreter.
     return Case("attention", name, build_case, exact=False, traffic=1.0)
 

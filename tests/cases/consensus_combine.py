@@ -122,7 +122,10 @@ def _cuts(code: Tensor) -> tuple[int, int, int, int]:
 def _case(
     name: str, *arguments: object, traffic: float | None = None, access_bytes: int = 16, **options: object
 ) -> Case:
-    build_case = lambda draw: build(draw, *arguments, **options)  # noqa: E731
+
+    def build_case(draw: Draw) -> Call:
+        return build(draw, *arguments, **options)
+
     return Case("consensus_combine", name, build_case, traffic=traffic, access_bytes=access_bytes)
 
 

@@ -42,7 +42,10 @@ def build(
 
 
 def _case(name: str, *arguments: object, traffic: float | None = None, access_bytes: int = 16) -> Case:
-    build_case = lambda draw: build(draw, *arguments)  # noqa: E731
+
+    def build_case(draw: Draw) -> Call:
+        return build(draw, *arguments)
+
     # A GPU sums over lanes and warps, the interpreter over neighbours.
     return Case("gram", name, build_case, exact=False, traffic=traffic, access_bytes=access_bytes)
 

@@ -80,7 +80,10 @@ def build(
 def _case(
     name: str, *arguments: object, traffic: float | None = None, access_bytes: int = 16, **options: object
 ) -> Case:
-    build_case = lambda draw: build(draw, *arguments, **options)  # noqa: E731
+
+    def build_case(draw: Draw) -> Call:
+        return build(draw, *arguments, **options)
+
     return Case("magnitude_histogram", name, build_case, traffic=traffic, access_bytes=access_bytes)
 
 
