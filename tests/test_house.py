@@ -207,6 +207,17 @@ def test_continuous_integration_runs_the_test_command_of_the_readme():
     assert (HOUSE / ".ci" / "run").read_text().splitlines()[-3:] == ["make lint", command, "make test-oldest-triton"]
 
 
+def test_the_makefile_names_tests_that_exist():
+    targets = ["torture", "torture-interrupts", "test-oldest-triton", "architectures", "fuzz", "sanitize"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    commands = subprocess.run(
+        ["make", "--dry-run", *targets], cwd=HOUSE, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    named = set(re.findall(r"tests/\S+\.(?:py|cpp)\b", commands))
+    assert len(named) > 15
+    assert not [name for name in named if not any(HOUSE.glob(name))]
+
+
 # ---- the shape of files
 
 
