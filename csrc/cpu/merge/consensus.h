@@ -112,29 +112,32 @@ struct Elected {
   }
 };
 
-// The bits of base + the sum of values / the sum of shares, or a NaN where `invalid` has the bits of one and not 0.
-template <class Isa, Election election, class Rule, class Difference>
-ARCMERGE_INLINE typename Vector<Isa>::I32 combined(const Rule& rule, const Difference& difference,
-                                                   const typename Vector<Isa>::F32& base,
-                                                   const typename Vector<Isa>::I32& invalid) {
+// base + the sum of values / the sum of shares. Parts that a rule does not need may be left out: the choice of `alone`,
+// the division, and the floor of the sum of shares.
+template <class Isa, Election election, bool alone, bool divides, bool floors, class Rule, class Difference>
+ARCMERGE_INLINE typename Vector<Isa>::F32 combined(const Rule& rule, const Difference& difference,
+                                                   const typename Vector<Isa>::F32& base) {
   using F32 = typename Vector<Isa>::F32;
   using I32 = typename Vector<Isa>::I32;
   const Elected<Isa, election> elected(rule, difference);
   F32 numerator{}, denominator{};
   for (int i = 0; i < rule.count; ++i) {
-    const auto& [vote, value, share, alone] = rule.factors[i];
+    const auto& factors = rule.factors[i];
     const F32 x = difference(i);
-    const I32 mask = elected.agrees(x, vote);
-    const F32 added = where<Isa>(mask, (elected.agreeing == 1 ? broadcast<Isa>(alone) : broadcast<Isa>(value)) * x);
-    const F32 shared = where<Isa>(mask, broadcast<Isa>(share));
+    const I32 mask = elected.agrees(x, factors.vote);
+    F32 value = broadcast<Isa>(factors.value);
+    if constexpr (alone) value = elected.agreeing == 1 ? broadcast<Isa>(factors.alone) : value;
+    const F32 added = where<Isa>(mask, value * x);
+    const F32 shared = where<Isa>(mask, broadcast<Isa>(factors.share));
     numerator = i == 0 ? added : numerator + added;
     denominator = i == 0 ? shared : denominator + shared;
   }
-  if (rule.floor != 0)
-    denominator = denominator < rule.floor ? broadcast<Isa>(rule.floor) : denominator;
-  else
-    denominator = denominator == 0 ? broadcast<Isa>(1) : denominator;
-  return (I32)(base + numerator / denominator) | invalid;
+  if constexpr (!divides) return base + numerator;
+  if constexpr (floors) {
+    const F32 floor = broadcast<Isa>(rule.floor);
+    return base + numerator / (denominator < floor ? floor : denominator);
+  }
+  return base + numerator / (denominator == 0 ? broadcast<Isa>(1) : denominator);
 }
 
 // A tile of a bf16 input in place, and its elements that are selected.
@@ -146,11 +149,15 @@ struct InPlace {
   std::int64_t with_upper, with_lower;  // the results
 };
 
-// The whole of consensus_combine for up to kMostInPlace bf16 inputs and bf16 results, without `inverse`. count: a
-// multiple of kInPlace. Returns the number of results that are not finite.
+// Whether combine_in_place has this rule: none that counts votes, has a floor, or treats inputs that are alone in a way
+// of their own.
 constexpr std::size_t kMostInPlace = 3;
-constexpr std::int64_t kInPlace = 128;
-std::int64_t combine_in_place(InPlace* inputs, const char* base, bool rounded, const Consensus& consensus,
-                              std::int64_t count, char* out);
+bool is_in_place(const Consensus& consensus);
+
+// The whole of consensus_combine for up to kMostInPlace bf16 inputs and bf16 results. count: a multiple of kInPlace.
+// Returns false, with any results, where a difference or a result is not finite.
+constexpr std::int64_t kInPlace = 32;
+bool combine_in_place(InPlace* inputs, const char* base, bool rounded, const Consensus& consensus, std::int64_t count,
+                      char* out);
 
 }  // namespace arcmerge

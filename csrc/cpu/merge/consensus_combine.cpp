@@ -28,8 +28,9 @@ ARCMERGE_INLINE void select_body(float* differences, const std::uint32_t* codes,
     load(keep, kept + e);
     load(wrong, invalid + e);
     store(invalid + e, wrong | (I32)(x - x));
-    const I32 kept_here = __builtin_convertvector(keep, I32) != 0;
-    store(differences + e, where<Isa>(kept_here & (code >= bounds.low) & (code <= bounds.high), x));
+    // By sign bits, because some compilers take AVX-512 apart for pairs of comparisons.
+    const I32 selected = __builtin_convertvector(keep, I32) << 16 & ~((code - bounds.low) | (bounds.high - code));
+    store(differences + e, where<Isa>(selected >> 31, x));
   }
 }
 
@@ -57,7 +58,7 @@ ARCMERGE_INLINE auto differences_at(const Chosen& chosen, std::int64_t e) {
 }
 
 // out = the result. invalid: the bits of a NaN where a difference is not finite, else 0.
-template <class Isa, Election election, int known>
+template <class Isa, Election election, bool floors, int known>
 ARCMERGE_INLINE void add_values(const Chosen& chosen, const float* base, const std::uint32_t* invalid, float* out) {
   const Rule<known> rule(chosen.consensus);
   const std::int64_t count = chosen.count;
@@ -66,7 +67,9 @@ ARCMERGE_INLINE void add_values(const Chosen& chosen, const float* base, const s
     typename Vector<Isa>::I32 wrong;
     load(from, base + e);
     load(wrong, invalid + e);
-    store(out + e, combined<Isa, election>(rule, differences_at<Isa>(chosen, e), from, wrong));
+    const auto difference = differences_at<Isa>(chosen, e);
+    const auto result = combined<Isa, election, true, true, floors>(rule, difference, from);
+    store(out + e, (typename Vector<Isa>::I32)result | wrong);
   }
 }
 
@@ -103,8 +106,12 @@ ARCMERGE_INLINE void count_roles(const Chosen& chosen, Roles* roles, Lanes& bala
 template <class Isa>
 ARCMERGE_INLINE void add_values_any_body(const Chosen& chosen, const float* base, const std::uint32_t* invalid,
                                          float* out) {
-  with_rule(chosen.consensus, [&](auto election, auto known)
-                                  ARCMERGE_LAMBDA { add_values<Isa, election, known>(chosen, base, invalid, out); });
+  with_rule(chosen.consensus, [&](auto election, auto known) ARCMERGE_LAMBDA {
+    if (chosen.consensus.floor != 0)
+      add_values<Isa, election, true, known>(chosen, base, invalid, out);
+    else
+      add_values<Isa, election, false, known>(chosen, base, invalid, out);
+  });
 }
 
 template <class Isa>
@@ -166,10 +173,8 @@ class Selected {
   std::int64_t combine(std::int64_t first, std::int64_t count, DType dtype, char* out) {
     const bool is_plain = dtype == DType::bf16 && cuts_.size() <= kMostInPlace && is_plain_bf16(base_) &&
                           std::all_of(operands_.begin(), operands_.end(), is_plain_bf16);
-    const bool is_simple = !selection_.joint && !selection_.row_scales && !consensus_.inverse;
-    std::int64_t nonfinite = 0;
-    if (is_plain && is_simple && count % kInPlace == 0 && combine_in_place(first, count, out, nonfinite))
-      return nonfinite;
+    const bool is_simple = !selection_.joint && !selection_.row_scales && is_in_place(consensus_);
+    if (is_plain && is_simple && count % kInPlace == 0 && combine_in_place(first, count, out)) return 0;
     read(first, count);
     Tile<float> result;
     differences_.read_base(first, count);
@@ -190,8 +195,9 @@ class Selected {
   }
 
  private:
-  // Returns false, and changes nothing but `out`, where elements of a code are on both sides of a cut.
-  bool combine_in_place(std::int64_t first, std::int64_t count, char* out, std::int64_t& nonfinite) {
+  // Returns false, and changes nothing but `out`, where elements of a code are on both sides of a cut, or where a
+  // difference or a result is not finite.
+  bool combine_in_place(std::int64_t first, std::int64_t count, char* out) {
     InPlace inputs[kMostInPlace];
     for (std::size_t i = 0; i < cuts_.size(); ++i)
       inputs[i] = {operands_[i].address + 2 * first,
@@ -201,8 +207,8 @@ class Selected {
                    cuts_[i].lower(),
                    0,
                    0};
-    nonfinite =
-        arcmerge::combine_in_place(inputs, base_.address + 2 * first, selection_.rounded, consensus_, count, out);
+    const char* const base = base_.address + 2 * first;
+    if (!arcmerge::combine_in_place(inputs, base, selection_.rounded, consensus_, count, out)) return false;
     for (std::size_t i = 0; i < cuts_.size(); ++i)
       if (cuts_[i].splits(inputs[i].with_upper, inputs[i].with_lower)) return false;
     for (std::size_t i = 0; i < cuts_.size(); ++i) cuts_[i].advance(inputs[i].with_upper, inputs[i].with_lower, count);

@@ -1,4 +1,10 @@
 // combine_in_place: consensus_combine of bf16 tensors in one go, without tiles of differences and codes.
+//
+// Registers hold words of two elements, the even one in the lower half.
+#include <algorithm>
+#include <iterator>
+#include <numeric>
+
 #include "cpu/merge/consensus.h"
 #include "cpu/simd/variant.h"
 #include "merge.h"
@@ -6,95 +12,169 @@
 namespace arcmerge {
 namespace {
 
-// Counters of a register of elements.
-template <class I32>
-ARCMERGE_INLINE std::int64_t sum(const I32& counters) {
-  std::int64_t total = 0;
-  for (std::size_t lane = 0; lane < sizeof counters / 4; ++lane) total += counters[lane];
-  return total;
+template <class Isa>
+struct Halves {
+  typedef std::int16_t I16 __attribute__((vector_size(Isa::kBytes)));
+};
+
+template <class I16>
+ARCMERGE_INLINE std::int64_t sum(const I16& counters) {
+  std::int16_t lanes[sizeof counters / 2];
+  store(lanes, counters);
+  return std::accumulate(std::begin(lanes), std::end(lanes), std::int64_t(0));
 }
 
-// Two elements share a 32-bit word, the even one in the lower half.
-template <class Isa, Election election, int known>
-ARCMERGE_INLINE std::int64_t combine(InPlace* inputs, const char* base, bool rounded, const Consensus& consensus,
-                                     std::int64_t count, char* out) {
+// The upper halves of two registers, in words.
+template <class U32>
+ARCMERGE_INLINE U32 upper_halves(const U32& even, const U32& odd) {
+  return even >> 16 | (odd & 0xffff0000u);
+}
+
+// How elements are selected by magnitude: not at all, by codes of magnitudes that are rounded to bf16, or by whole
+// ones.
+enum class By { nothing, rounded, whole };
+
+// The codes of the even and the odd differences of a register. Those of a NaN may be any.
+template <class Isa, By by>
+struct Codes {
+  using F32 = typename Vector<Isa>::F32;
+  using I32 = typename Vector<Isa>::I32;
+  using I16 = typename Halves<Isa>::I16;
+  I32 even, odd;
+
+  ARCMERGE_INLINE Codes(const F32& x, const F32& y) : even((I32)x & 0x7fffffff), odd((I32)y & 0x7fffffff) {}
+  // A mask of those that are `to`.
+  ARCMERGE_INLINE I16 equal(std::int32_t to) const { return both(even == to, odd == to); }
+  // The sign bits are set for those that are out of bounds. (Some compilers take AVX-512 apart for pairs of
+  // comparisons.)
+  ARCMERGE_INLINE I16 outside(const Cuts::Bounds& bounds) const {
+    return both((even - bounds.low) | (bounds.high - even), (odd - bounds.low) | (bounds.high - odd));
+  }
+
+ private:
+  static ARCMERGE_INLINE I16 both(const I32& of_even, const I32& of_odd) {
+    using U32 = typename Vector<Isa>::U32;
+    return (I16)upper_halves((U32)of_even, (U32)of_odd);
+  }
+};
+
+// Rounded codes fit 15 bits, so that one register has those of two.
+template <class Isa>
+struct Codes<Isa, By::rounded> {
+  using F32 = typename Vector<Isa>::F32;
+  using I16 = typename Halves<Isa>::I16;
+  I16 codes;
+
+  ARCMERGE_INLINE Codes(const F32& x, const F32& y) : codes((I16)upper_halves(rounded(x), rounded(y))) {}
+  ARCMERGE_INLINE I16 equal(std::int32_t to) const { return codes == std::int16_t(to >> 16); }
+  ARCMERGE_INLINE I16 outside(const Cuts::Bounds& bounds) const {
+    const auto low = std::int16_t(std::min((std::int64_t(bounds.low) + 0xffff) >> 16, std::int64_t(0x7fff)));
+    return (codes - low) | (std::int16_t(bounds.high >> 16) - codes);
+  }
+
+ private:
+  static ARCMERGE_INLINE typename Vector<Isa>::U32 rounded(const F32& x) {
+    return nearest_bf16((typename Vector<Isa>::U32)x & 0x7fffffffu);
+  }
+};
+
+template <class Isa, Election election, int known, By by, bool divides>
+ARCMERGE_INLINE bool combine(InPlace* inputs, const char* base, const Consensus& consensus, std::int64_t count,
+                             char* out) {
   using F32 = typename Vector<Isa>::F32;
   using I32 = typename Vector<Isa>::I32;
   using U32 = typename Vector<Isa>::U32;
+  using I16 = typename Halves<Isa>::I16;
   constexpr std::int64_t kStep = Isa::kBytes / 2, kAhead = 512;
+  constexpr std::int16_t kInfinite = 0x7f80;
   const Rule<known> rule(consensus);
   InPlace from[known];
   std::copy_n(inputs, known, from);
-  I32 with_upper[known] = {}, with_lower[known] = {}, nonfinite{};
-  // In two loops over some registers, which depend on fewer operations than one and so overlap more.
-  constexpr int kSteps = kInPlace / kStep, kHalves = 2 * kSteps;
-  F32 x[kHalves][known], base_of[kHalves];
-  I32 invalid[kHalves];
-  for (std::int64_t e = 0; e < count; e += kInPlace) {
-    for (int half = 0; half < kHalves; ++half) {
-      const std::int64_t at = e + half / 2 * kStep;
-      const auto part = [half](const U32& words)
-                            ARCMERGE_LAMBDA { return half % 2 ? words & 0xffff0000u : words << 16; };
-      U32 words;
-      load(words, base + 2 * at);
-      if (half % 2 == 0) __builtin_prefetch(base + 2 * at + kAhead);
-      const F32 base_here = (F32)part(words);
-      base_of[half] = base_here;
-      invalid[half] = I32{};
-      for (int i = 0; i < known; ++i) {
-        load(words, from[i].address + 2 * at);
-        if (half % 2 == 0) __builtin_prefetch(from[i].address + 2 * at + kAhead);
-        const F32 difference = (F32)part(words) - base_here;
-        invalid[half] |= (I32)(difference - difference);
-        const I32 codes = (I32)(rounded ? rounded_code<Isa>(difference) & 0xffff0000u : code<Isa>(difference));
-        with_upper[i] -= codes == from[i].upper;
-        with_lower[i] -= codes == from[i].lower;
-        load(words, from[i].kept + at);
-        const I32 kept = (I32)part(words) < 0;
-        x[half][i] = where<Isa>(kept & (codes >= from[i].bounds.low) & (codes <= from[i].bounds.high), difference);
+  I16 with_upper[known] = {}, with_lower[known] = {}, nonfinite{};
+  for (std::int64_t e = 0; e < count; e += kStep) {
+    U32 words;
+    load(words, base + 2 * e);
+    __builtin_prefetch(base + 2 * e + kAhead);
+    const F32 base_even = (F32)(words << 16), base_odd = (F32)(words & 0xffff0000u);
+    F32 even[known], odd[known];
+    for (int i = 0; i < known; ++i) {
+      load(words, from[i].address + 2 * e);
+      __builtin_prefetch(from[i].address + 2 * e + kAhead);
+      even[i] = (F32)(words << 16) - base_even;
+      odd[i] = (F32)(words & 0xffff0000u) - base_odd;
+      nonfinite |= (I16)(even[i] - even[i]) | (I16)(odd[i] - odd[i]);
+      I16 selected;  // by the sign bits
+      load(selected, from[i].kept + e);
+      if constexpr (by != By::nothing) {
+        const Codes<Isa, by> codes(even[i], odd[i]);
+        with_upper[i] -= codes.equal(from[i].upper);
+        with_lower[i] -= codes.equal(from[i].lower);
+        selected &= ~codes.outside(from[i].bounds);
       }
+      even[i] = where<Isa>((I32)((U32)selected << 16) >> 31, even[i]);
+      odd[i] = where<Isa>((I32)selected >> 31, odd[i]);
     }
-    for (int step = 0; step < kSteps; ++step) {
-      U32 rounded_words[2];
-      for (int part = 0; part < 2; ++part) {
-        const int half = 2 * step + part;
-        const F32* const here = x[half];
-        const I32 bits = combined<Isa, election>(
-            rule, [here](int i) ARCMERGE_LAMBDA { return here[i]; }, base_of[half], invalid[half]);
-        const U32 result = (U32)((F32)bits == (F32)bits ? bits : I32{} + 0x7fc00000);
-        rounded_words[part] = result + 0x7fffu + (result >> 16 & 1u);
-        nonfinite -= (I32)(rounded_words[part] & 0x7f800000u) == 0x7f800000;
-      }
-      store(out + 2 * (e + step * kStep), rounded_words[0] >> 16 | (rounded_words[1] & 0xffff0000u));
-    }
+    const auto bits = [&](const F32* x, const F32& base) ARCMERGE_LAMBDA {
+      return (U32)combined<Isa, election, false, divides, false>(
+          rule, [x](int i) ARCMERGE_LAMBDA { return x[i]; }, base);
+    };
+    const U32 result = upper_halves(nearest_bf16(bits(even, base_even)), nearest_bf16(bits(odd, base_odd)));
+    store(out + 2 * e, result);
+    // The NaN of finite values has the exponent of infinity when it is rounded too.
+    nonfinite |= ((I16)result & kInfinite) == kInfinite;
   }
   for (int i = 0; i < known; ++i) {
     inputs[i].with_upper = sum(with_upper[i]);
     inputs[i].with_lower = sum(with_lower[i]);
   }
-  return sum(nonfinite);
+  return sum((I16)(nonfinite != 0)) == 0;
+}
+
+// Calls f(constant) with the constant that `value` is, among those from `first` to `last`.
+template <class T, T from, T to, class F>
+ARCMERGE_INLINE void with_constant(T value, const F& f) {
+  if (value == from) return f(std::integral_constant<T, from>{});
+  if constexpr (from != to) with_constant<T, static_cast<T>(static_cast<int>(from) + 1), to>(value, f);
 }
 
 template <class Isa>
-ARCMERGE_INLINE std::int64_t combine_any_body(InPlace* inputs, const char* base, bool rounded,
-                                              const Consensus& consensus, std::int64_t count, char* out) {
-  std::int64_t nonfinite = 0;
-  with_rule(consensus, [&](auto election, auto known) ARCMERGE_LAMBDA {
-    if constexpr (known > 0) nonfinite = combine<Isa, election, known>(inputs, base, rounded, consensus, count, out);
+ARCMERGE_INLINE bool combine_any_body(InPlace* inputs, const char* base, By by, const Consensus& consensus,
+                                      std::int64_t count, char* out) {
+  bool finite = false;
+  const bool divides = std::any_of(consensus.factors.begin(), consensus.factors.end(),
+                                   [](const Consensus::Factors& factors) { return factors.share != 0; });
+  with_constant<Election, Election::none, Election::sum>(consensus.election, [&](auto election) ARCMERGE_LAMBDA {
+    with_constant<int, 1, int(kMostInPlace)>(int(consensus.factors.size()), [&](auto known) ARCMERGE_LAMBDA {
+      with_constant<By, By::nothing, By::whole>(by, [&](auto by) ARCMERGE_LAMBDA {
+        with_constant<bool, false, true>(divides, [&](auto divides) ARCMERGE_LAMBDA {
+          finite = combine<Isa, election, known, by, divides>(inputs, base, consensus, count, out);
+        });
+      });
+    });
   });
-  return nonfinite;
+  return finite;
 }
 
-ARCMERGE_VARIANTS(std::int64_t, combine_any,
-                  (InPlace * inputs, const char* base, bool rounded, const Consensus& consensus, std::int64_t count,
+ARCMERGE_VARIANTS(bool, combine_any,
+                  (InPlace * inputs, const char* base, By by, const Consensus& consensus, std::int64_t count,
                    char* out),
-                  (inputs, base, rounded, consensus, count, out))
+                  (inputs, base, by, consensus, count, out))
 
 }  // namespace
 
-std::int64_t combine_in_place(InPlace* inputs, const char* base, bool rounded, const Consensus& consensus,
-                              std::int64_t count, char* out) {
-  return combine_any(inputs, base, rounded, consensus, count, out);
+bool is_in_place(const Consensus& consensus) {
+  return consensus.factors.size() <= kMostInPlace && consensus.election != Election::count && consensus.floor == 0 &&
+         !consensus.inverse &&
+         std::all_of(consensus.factors.begin(), consensus.factors.end(),
+                     [](const Consensus::Factors& factors) { return factors.value == factors.alone; });
+}
+
+bool combine_in_place(InPlace* inputs, const char* base, bool rounded, const Consensus& consensus, std::int64_t count,
+                      char* out) {
+  const bool cuts = std::any_of(inputs, inputs + consensus.factors.size(), [](const InPlace& input) {
+    return input.bounds.low > 0 || input.bounds.high < 0x7f800000 || input.upper >= 0 || input.lower >= 0;
+  });
+  return combine_any(inputs, base, !cuts ? By::nothing : rounded ? By::rounded : By::whole, consensus, count, out);
 }
 
 }  // namespace arcmerge

@@ -110,7 +110,8 @@ ARCMERGE_INLINE double excess_of_body(const float* x, const float* base, std::in
     F64 near, far;
     series<2>(near, e);
     exponential<F64, U64>(far, (from - maximum) - mean);  // weight * e^e, where e^e alone may overflow
-    excesses[part] += (e < 0.5) & (e > -0.5) ? weight * (near * e * e) : far - weight * (1 + e);
+    // By magnitude, because some compilers take AVX-512 apart for pairs of comparisons.
+    excesses[part] += (F64)((U64)e & ~0ull >> 1) < 0.5 ? weight * (near * e * e) : far - weight * (1 + e);
   });
   return Row::sum(excesses) / total;
 }

@@ -28,11 +28,16 @@ ARCMERGE_INLINE typename Vector<Isa>::U32 code(const typename Vector<Isa>::F32& 
   return (typename Vector<Isa>::U32)(bits < nan ? bits : nan);
 }
 
-// The same for magnitudes that are rounded to bf16, with anything in their lower halves.
+// The bits of f32 values rounded to bf16, to nearest even, with anything in their lower halves. Not for a NaN.
+template <class U32>
+ARCMERGE_INLINE U32 nearest_bf16(const U32& bits) {
+  return bits + 0x7fffu + (bits >> 16 & 1u);
+}
+
+// The codes of magnitudes that are rounded to bf16, with anything in their lower halves.
 template <class Isa>
 ARCMERGE_INLINE typename Vector<Isa>::U32 rounded_code(const typename Vector<Isa>::F32& magnitude) {
-  const typename Vector<Isa>::U32 bits = code<Isa>(magnitude);
-  return bits + 0x7fffu + (bits >> 16 & 1u);
+  return nearest_bf16(code<Isa>(magnitude));
 }
 
 // Differences of tiles of all inputs from the base, and their codes.
