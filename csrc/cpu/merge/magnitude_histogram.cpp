@@ -29,70 +29,99 @@ constexpr std::int64_t kCopy = kBins + 80;
 // Ranges up to this size are counted in place, because it takes longer to add up the copies.
 constexpr std::int64_t kFew = 1 << 16;
 
-// The number of elements that are counted together.
-constexpr std::int64_t kBlock = 64;
-
 // counters: [kCopies][kCopy]
-ARCMERGE_INLINE void count_block(const std::uint16_t* bins, std::uint32_t* counters) {
-  for (std::int64_t e = 0; e < kBlock; e += kCopies)
-    for (std::int64_t copy = 0; copy < kCopies; ++copy) ++counters[copy * kCopy + bins[e + copy]];
-}
-
-// Counts the bins that read(e, bins) writes for blocks of elements from e on.
-template <class Read>
-ARCMERGE_INLINE void count_blocks(std::int64_t count, std::uint32_t* counters, const Read& read) {
-  std::uint16_t bins[kBlock];
-  std::int64_t e = 0;
-  for (; e + kBlock <= count; e += kBlock) {
-    read(e, bins);
-    count_block(bins, counters);
-  }
-  if (e == count) return;
-  read(e, bins);
-  for (std::int64_t i = 0; i < count - e; ++i) ++counters[bins[i]];
-}
-
 template <class>
 ARCMERGE_INLINE void count_body(const std::uint32_t* codes, const std::uint16_t* kept, std::int64_t count,
                                 std::uint32_t* counters) {
-  count_blocks(count, counters, [&](std::int64_t e, std::uint16_t* bins) {
-    for (std::int64_t i = 0; i < kBlock; ++i) bins[i] = std::uint16_t(codes[e + i] >> 16 | kept[e + i]);
-  });
+  for (std::int64_t e = 0; e < count; ++e) ++counters[e % kCopies * kCopy + (codes[e] >> 16 | kept[e])];
 }
 
-// The same for bf16 operands in place. Two elements share a 32-bit word, the even one in the lower half.
+// Counts bins, whose number is a multiple of kCopies.
+ARCMERGE_INLINE void count_bins(const std::uint16_t* bins, std::int64_t count, std::uint32_t* counters) {
+  for (std::int64_t e = 0; e < count; e += kCopies) {
+    // One load of four bins, which the compiler must not take apart, is faster than four of one.
+    std::uint64_t four;
+    std::memcpy(&four, bins + e, sizeof four);
+    asm("" : "+r"(four));
+    ++counters[four & 0xffff];
+    ++counters[kCopy + (four >> 16 & 0xffff)];
+    ++counters[2 * kCopy + (four >> 32 & 0xffff)];
+    ++counters[3 * kCopy + (four >> 48)];
+  }
+}
+
+// The bins of bf16 operands in place; the code of a NaN may be any above that of infinity. Most fine-tunes leave many
+// elements as they are. If no element is dropped (kept: null), zeros are therefore counted in kApart bins of the plane
+// of dropped ones, by their places in a register.
+constexpr std::int64_t kApart = 32;
+
+template <class Isa, bool drops>
+struct Bins {
+  using F32 = typename Vector<Isa>::F32;
+  using U32 = typename Vector<Isa>::U32;
+  typedef std::uint16_t U16 __attribute__((vector_size(Isa::kBytes)));
+  static constexpr std::int64_t kStep = Isa::kBytes / 2;
+
+  // Two elements share a 32-bit word, the even one in the lower half.
+  static ARCMERGE_INLINE void read(const char* x, const char* base, const std::uint16_t* kept, std::uint16_t* bins) {
+    U32 x_words, base_words;
+    std::memcpy(&x_words, x, sizeof x_words);
+    std::memcpy(&base_words, base, sizeof base_words);
+    const U32 even = (U32)((F32)(x_words << 16) - (F32)(base_words << 16)) & 0x7fffffffu;
+    const U32 odd = (U32)((F32)(x_words & 0xffff0000u) - (F32)(base_words & 0xffff0000u)) & 0x7fffffffu;
+    U16 codes = (U16)(nearest_bf16(even) >> 16 | (nearest_bf16(odd) & 0xffff0000u));
+    if constexpr (drops) {
+      U16 planes;
+      std::memcpy(&planes, kept, sizeof planes);
+      codes |= planes;
+    } else {
+      static constexpr std::uint16_t kPlaces[] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                  16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+      static_assert(kStep <= kApart, "each place in a register has a bin");
+      U16 places;
+      std::memcpy(&places, kPlaces, sizeof places);
+      codes = codes == 0 ? places : codes | kKept;
+    }
+    std::memcpy(bins, &codes, sizeof codes);
+  }
+};
+
+// Reads the bins of a block while it counts those of the one before.
+template <class Isa, bool drops>
+ARCMERGE_INLINE void count_in_place(const char* x, const char* base, const std::uint16_t* kept, std::int64_t count,
+                                    std::uint32_t* counters) {
+  constexpr std::int64_t kBlock = 256, kAhead = 512, kStep = Bins<Isa, drops>::kStep;
+  std::uint16_t bins[2][kBlock];
+  const auto read = [&](std::int64_t e, std::uint16_t* to) ARCMERGE_LAMBDA {
+    __builtin_prefetch(x + 2 * e + kAhead);
+    __builtin_prefetch(base + 2 * e + kAhead);
+    Bins<Isa, drops>::read(x + 2 * e, base + 2 * e, drops ? kept + e : nullptr, to);
+  };
+  const std::int64_t blocks = count / kBlock;
+  for (std::int64_t block = 0; block <= blocks; ++block)
+    for (std::int64_t s = 0; s < kBlock; s += kStep) {
+      if (block < blocks) read(block * kBlock + s, bins[block % 2] + s);
+      if (block > 0) count_bins(bins[(block + 1) % 2] + s, kStep, counters);
+    }
+  for (std::int64_t e = blocks * kBlock; e < count; e += kStep) {
+    const std::int64_t size = std::min(kStep, count - e);
+    char last_x[2 * kStep] = {}, last_base[2 * kStep] = {};
+    std::uint16_t last_kept[kStep] = {};
+    std::memcpy(last_x, x + 2 * e, 2 * size);
+    std::memcpy(last_base, base + 2 * e, 2 * size);
+    if (drops) std::memcpy(last_kept, kept + e, 2 * size);
+    Bins<Isa, drops>::read(last_x, last_base, last_kept, bins[0]);
+    for (std::int64_t i = 0; i < size; ++i) ++counters[bins[0][i]];
+  }
+}
+
 template <class Isa>
 ARCMERGE_INLINE void count_bf16_body(const char* x, const char* base, const std::uint16_t* kept, std::int64_t count,
                                      std::uint32_t* counters) {
-  using F32 = typename Vector<Isa>::F32;
-  using U32 = typename Vector<Isa>::U32;
-  constexpr std::int64_t kStep = Isa::kBytes / 2, kAhead = 512;
-  const auto read_block = [](const char* x, const char* base, const std::uint16_t* kept, std::uint16_t* bins) {
-    for (std::int64_t e = 0; e < kBlock; e += kStep) {
-      U32 x_words, base_words, kept_words;
-      std::memcpy(&x_words, x + 2 * e, sizeof x_words);
-      std::memcpy(&base_words, base + 2 * e, sizeof base_words);
-      std::memcpy(&kept_words, kept + e, sizeof kept_words);
-      const U32 even = rounded_code<Isa>((F32)(x_words << 16) - (F32)(base_words << 16));
-      const U32 odd = rounded_code<Isa>((F32)(x_words & 0xffff0000u) - (F32)(base_words & 0xffff0000u));
-      const U32 words = even >> 16 | (odd & 0xffff0000u) | kept_words;
-      std::memcpy(bins + e, &words, sizeof words);
-    }
-  };
-  count_blocks(count, counters, [&](std::int64_t e, std::uint16_t* bins) {
-    if (e + kBlock <= count) {
-      for (std::int64_t line = 0; line < 2 * kBlock; line += 64) {
-        __builtin_prefetch(x + 2 * e + kAhead + line);
-        __builtin_prefetch(base + 2 * e + kAhead + line);
-      }
-      read_block(x + 2 * e, base + 2 * e, kept + e, bins);
-    } else {
-      char last_x[2 * kBlock] = {}, last_base[2 * kBlock] = {};
-      std::memcpy(last_x, x + 2 * e, 2 * (count - e));
-      std::memcpy(last_base, base + 2 * e, 2 * (count - e));
-      read_block(last_x, last_base, kept + e, bins);
-    }
-  });
+  if (kept)
+    count_in_place<Isa, true>(x, base, kept, count, counters);
+  else
+    count_in_place<Isa, false>(x, base, kept, count, counters);
 }
 
 ARCMERGE_VARIANTS(void, count,
@@ -157,15 +186,24 @@ class Counts {
     if ((added_ += size) > kMost) flush();
   }
 
+  // kept: null if no element of the range is dropped.
   void add_bf16(const char* x, const char* base, const std::uint16_t* kept, std::int64_t size) {
-    count_bf16(x, base, kept, size, counters<std::uint32_t>());
-    if ((added_ += size) > kMost) flush();
+    apart_ = !kept;
+    while (size > 0) {
+      const std::int64_t now = std::min(size, kMost - added_);
+      count_bf16(x, base, kept, now, counters<std::uint32_t>());
+      x += 2 * now;
+      base += 2 * now;
+      if (kept) kept += now;
+      size -= now;
+      if ((added_ += now) == kMost) flush();
+    }
   }
 
   void flush() {
     if (few_ || added_ == 0) return;
     if (rounded_)
-      flush_each<std::uint32_t>([this](std::int64_t bin, std::uint32_t number) { out_[bin] += number; });
+      flush_each<std::uint32_t>([this](std::int64_t bin, std::uint32_t number) { out_[place(bin)] += number; });
     else
       flush_each<std::uint64_t>([this](std::int64_t bin, std::uint64_t both) {
         out_[bin] += std::int64_t(both / kOne);
@@ -189,9 +227,17 @@ class Counts {
     return reinterpret_cast<T*>(memory_->get());
   }
 
+  // Where the result has a bin of rounded codes.
+  std::int64_t place(std::int64_t bin) const {
+    constexpr std::int64_t kInfinite = 0x7f80, kNan = 0x7fc0;
+    if (apart_ && bin < kApart) return kKept;
+    return (bin & ~kKept) > kInfinite ? (bin & kKept) | kNan : bin;
+  }
+
   // Calls add(bin, number) for the counters that are not zero, and sets them to zero. Most are zero.
   template <class T, class Add>
   void flush_each(const Add& add) {
+    constexpr std::int64_t kBlock = 64;
     for (std::int64_t copy = 0; copy < kCopies; ++copy) {
       T* const counter = counters<T>() + copy * kCopy;
       for (std::int64_t bin = 0; bin < kBins; bin += kBlock) {
@@ -204,7 +250,7 @@ class Counts {
   }
 
   std::int64_t* out_;
-  bool rounded_, few_;
+  bool rounded_, few_, apart_ = false;
   std::int64_t added_ = 0;
   std::optional<Zeros> memory_;
 };
@@ -229,7 +275,8 @@ void magnitude_histogram(std::int64_t* out, const std::vector<Operand>& operands
     for (std::size_t i = 0; i < k; ++i) {
       const std::uint16_t* kept = draws.draw(i, start, size, drawn.of);
       if (is_fast)
-        counts[i].add_bf16(operands[i].address + 2 * start, base.address + 2 * start, kept, size);
+        counts[i].add_bf16(operands[i].address + 2 * start, base.address + 2 * start, draws.drops(i) ? kept : nullptr,
+                           size);
       else
         counts[i].add(differences.codes(i), kept, size);
     }

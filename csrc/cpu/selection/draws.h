@@ -40,6 +40,9 @@ class Draws {
  public:
   Draws(const std::vector<Operand>& operands, const Operand& base, const Selection& selection);
 
+  // Whether any element may be dropped.
+  bool drops(std::size_t i) const { return by_rank(i) || probability(i) < 1; }
+
   // kept[e] = kKept if element first + e is kept, else 0. Returns `kept`, or a constant tile if all are kept.
   const std::uint16_t* draw(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept);
 
