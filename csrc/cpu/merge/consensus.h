@@ -112,11 +112,10 @@ struct Elected {
   }
 };
 
-// base + the sum of values / the sum of shares. Parts that a rule does not need may be left out: the choice of `alone`,
+// The sum of values / the sum of shares. Parts that a rule does not need may be left out: the choice of `alone`,
 // the division, and the floor of the sum of shares.
 template <class Isa, Election election, bool alone, bool divides, bool floors, class Rule, class Difference>
-ARCMERGE_INLINE typename Vector<Isa>::F32 combined(const Rule& rule, const Difference& difference,
-                                                   const typename Vector<Isa>::F32& base) {
+ARCMERGE_INLINE typename Vector<Isa>::F32 added_to_base(const Rule& rule, const Difference& difference) {
   using F32 = typename Vector<Isa>::F32;
   using I32 = typename Vector<Isa>::I32;
   const Elected<Isa, election> elected(rule, difference);
@@ -132,12 +131,12 @@ ARCMERGE_INLINE typename Vector<Isa>::F32 combined(const Rule& rule, const Diffe
     numerator = i == 0 ? added : numerator + added;
     denominator = i == 0 ? shared : denominator + shared;
   }
-  if constexpr (!divides) return base + numerator;
+  if constexpr (!divides) return numerator;
   if constexpr (floors) {
     const F32 floor = broadcast<Isa>(rule.floor);
-    return base + numerator / (denominator < floor ? floor : denominator);
+    return numerator / (denominator < floor ? floor : denominator);
   }
-  return base + numerator / (denominator == 0 ? broadcast<Isa>(1) : denominator);
+  return numerator / (denominator == 0 ? broadcast<Isa>(1) : denominator);
 }
 
 // A tile of a bf16 input in place, and its elements that are selected.
@@ -156,7 +155,7 @@ bool is_in_place(const Consensus& consensus);
 
 // The whole of consensus_combine for up to kMostInPlace bf16 inputs and bf16 results. count: a multiple of kInPlace.
 // Returns false, with any results, where a difference or a result is not finite.
-constexpr std::int64_t kInPlace = 32;
+constexpr std::int64_t kInPlace = 128;
 bool combine_in_place(InPlace* inputs, const char* base, bool rounded, const Consensus& consensus, std::int64_t count,
                       char* out);
 

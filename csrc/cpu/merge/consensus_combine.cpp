@@ -68,7 +68,7 @@ ARCMERGE_INLINE void add_values(const Chosen& chosen, const float* base, const s
     load(from, base + e);
     load(wrong, invalid + e);
     const auto difference = differences_at<Isa>(chosen, e);
-    const auto result = combined<Isa, election, true, true, floors>(rule, difference, from);
+    const auto result = from + added_to_base<Isa, election, true, true, floors>(rule, difference);
     store(out + e, (typename Vector<Isa>::I32)result | wrong);
   }
 }

@@ -91,37 +91,51 @@ ARCMERGE_INLINE bool combine(InPlace* inputs, const char* base, const Consensus&
   InPlace from[known];
   std::copy_n(inputs, known, from);
   I16 with_upper[known] = {}, with_lower[known] = {}, nonfinite{};
-  for (std::int64_t e = 0; e < count; e += kStep) {
-    U32 words;
-    load(words, base + 2 * e);
-    __builtin_prefetch(base + 2 * e + kAhead);
-    const F32 base_even = (F32)(words << 16), base_odd = (F32)(words & 0xffff0000u);
-    F32 even[known], odd[known];
-    for (int i = 0; i < known; ++i) {
-      load(words, from[i].address + 2 * e);
-      __builtin_prefetch(from[i].address + 2 * e + kAhead);
-      even[i] = (F32)(words << 16) - base_even;
-      odd[i] = (F32)(words & 0xffff0000u) - base_odd;
-      nonfinite |= (I16)(even[i] - even[i]) | (I16)(odd[i] - odd[i]);
-      I16 selected;  // by the sign bits
-      load(selected, from[i].kept + e);
-      if constexpr (by != By::nothing) {
-        const Codes<Isa, by> codes(even[i], odd[i]);
-        with_upper[i] -= codes.equal(from[i].upper);
-        with_lower[i] -= codes.equal(from[i].lower);
-        selected &= ~codes.outside(from[i].bounds);
+  // In loops over some registers, each of which depends on few operations, so that more of them overlap.
+  constexpr int kSteps = kInPlace / kStep;
+  F32 even[kSteps][known], odd[kSteps][known], quotients[kSteps][2];
+  for (std::int64_t e = 0; e < count; e += kInPlace) {
+    const char* const base_here = base + 2 * e;
+    for (int step = 0; step < kSteps; ++step) {
+      const std::int64_t at = e + step * kStep;
+      U32 words;
+      load(words, base + 2 * at);
+      __builtin_prefetch(base + 2 * at + kAhead);
+      const F32 base_even = (F32)(words << 16), base_odd = (F32)(words & 0xffff0000u);
+      for (int i = 0; i < known; ++i) {
+        load(words, from[i].address + 2 * at);
+        __builtin_prefetch(from[i].address + 2 * at + kAhead);
+        const F32 x = (F32)(words << 16) - base_even, y = (F32)(words & 0xffff0000u) - base_odd;
+        nonfinite |= (I16)(x - x) | (I16)(y - y);
+        I16 selected;  // by the sign bits
+        load(selected, from[i].kept + at);
+        if constexpr (by != By::nothing) {
+          const Codes<Isa, by> codes(x, y);
+          with_upper[i] -= codes.equal(from[i].upper);
+          with_lower[i] -= codes.equal(from[i].lower);
+          selected &= ~codes.outside(from[i].bounds);
+        }
+        even[step][i] = where<Isa>((I32)((U32)selected << 16) >> 31, x);
+        odd[step][i] = where<Isa>((I32)selected >> 31, y);
       }
-      even[i] = where<Isa>((I32)((U32)selected << 16) >> 31, even[i]);
-      odd[i] = where<Isa>((I32)selected >> 31, odd[i]);
     }
-    const auto bits = [&](const F32* x, const F32& base) ARCMERGE_LAMBDA {
-      return (U32)combined<Isa, election, false, divides, false>(
-          rule, [x](int i) ARCMERGE_LAMBDA { return x[i]; }, base);
-    };
-    const U32 result = upper_halves(nearest_bf16(bits(even, base_even)), nearest_bf16(bits(odd, base_odd)));
-    store(out + 2 * e, result);
-    // The NaN of finite values has the exponent of infinity when it is rounded too.
-    nonfinite |= ((I16)result & kInfinite) == kInfinite;
+    for (int step = 0; step < kSteps; ++step) {
+      const auto added = [&](const F32* x) ARCMERGE_LAMBDA {
+        return added_to_base<Isa, election, false, divides, false>(rule, [x](int i) ARCMERGE_LAMBDA { return x[i]; });
+      };
+      quotients[step][0] = added(even[step]);
+      quotients[step][1] = added(odd[step]);
+    }
+    for (int step = 0; step < kSteps; ++step) {
+      U32 words;
+      load(words, base_here + step * Isa::kBytes);
+      const auto x = (U32)((F32)(words << 16) + quotients[step][0]);
+      const auto y = (U32)((F32)(words & 0xffff0000u) + quotients[step][1]);
+      const U32 result = upper_halves(nearest_bf16(x), nearest_bf16(y));
+      store(out + 2 * e + step * Isa::kBytes, result);
+      // The NaN of finite values has the exponent of infinity when it is rounded too.
+      nonfinite |= ((I16)result & kInfinite) == kInfinite;
+    }
   }
   for (int i = 0; i < known; ++i) {
     inputs[i].with_upper = sum(with_upper[i]);

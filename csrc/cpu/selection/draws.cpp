@@ -13,8 +13,9 @@ namespace {
 template <class Isa>
 ARCMERGE_INLINE void uniform16_body(std::uint64_t key, std::uint64_t block, std::int64_t times,
                                     std::uint16_t* numbers) {
+  const PhiloxKey<Isa> keys(key);
   for (std::int64_t time = 0; time < times; ++time)
-    philox<Isa>(key, block + time * kPhiloxBlocks, numbers + time * 8 * kPhiloxBlocks);
+    philox<Isa>(keys, block + time * kPhiloxBlocks, numbers + time * 8 * kPhiloxBlocks);
 }
 
 template <class>

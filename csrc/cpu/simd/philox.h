@@ -50,30 +50,49 @@ struct Halves<Avx2> {
 // The number of blocks that are computed together.
 constexpr std::int64_t kPhiloxBlocks = 16;
 
+// A key, as it is in each round.
+template <class Isa>
+struct PhiloxKey {
+  using U64 = typename Halves<Isa>::U64;
+  U64 low[10], high[10];
+
+  explicit ARCMERGE_INLINE PhiloxKey(std::uint64_t key) {
+    for (int round = 0; round < 10; ++round) {
+      low[round] = U64{} + std::uint32_t(std::uint32_t(key) + std::uint32_t(round) * 0x9e3779b9u);
+      high[round] = U64{} + std::uint32_t(std::uint32_t(key >> 32) + std::uint32_t(round) * 0xbb67ae85u);
+    }
+  }
+};
+
 // numbers: the eight halves of the words of each counter (low and high half of first + b, 0, 0), for b < kPhiloxBlocks.
 template <class Isa>
-ARCMERGE_INLINE void philox(std::uint64_t key, std::uint64_t first, std::uint16_t* numbers) {
+ARCMERGE_INLINE void philox(const PhiloxKey<Isa>& key, std::uint64_t first, std::uint16_t* numbers) {
   using U64 = typename Halves<Isa>::U64;
   // Steps of two registers hide the latency of the products.
   constexpr std::int64_t kWidth = Isa::kBytes / 8, kRegisters = 2;
   static constexpr std::uint64_t kCount[] = {0, 1, 2, 3, 4, 5, 6, 7};
   std::uint64_t pairs[2][kPhiloxBlocks];
   for (std::int64_t step = 0; step < kPhiloxBlocks; step += kRegisters * kWidth) {
-    U64 c0[kRegisters], c1[kRegisters], c2[kRegisters] = {}, c3[kRegisters] = {};
+    // A lane has a word of a block in its lower half, and anything in its upper half.
+    U64 c0[kRegisters], c1[kRegisters], c2[kRegisters], c3[kRegisters];
     for (std::int64_t r = 0; r < kRegisters; ++r) {
+      // The first round, with c2 = c3 = 0.
       std::memcpy(&c0[r], kCount, sizeof c0[r]);
       c0[r] += first + std::uint64_t(step + r * kWidth);
-      c1[r] = c0[r] >> 32;
+      U64 product0;
+      Halves<Isa>::multiply(product0, c0[r], U64{} + 0xd2511f53u);
+      c0[r] = c0[r] >> 32 ^ key.low[0];
+      c1[r] = U64{};
+      c2[r] = product0 >> 32 ^ key.high[0];
+      c3[r] = product0;
     }
-    std::uint32_t low = std::uint32_t(key), high = std::uint32_t(key >> 32);
-    for (int round = 0; round < 10; ++round, low += 0x9e3779b9, high += 0xbb67ae85)
+    for (int round = 1; round < 10; ++round)
       for (std::int64_t r = 0; r < kRegisters; ++r) {
-        // A lane has a word of a block in its lower half, and anything in its upper half.
         U64 product0, product2;
         Halves<Isa>::multiply(product0, c0[r], U64{} + 0xd2511f53u);
         Halves<Isa>::multiply(product2, c2[r], U64{} + 0xcd9e8d57u);
-        c0[r] = (product2 >> 32) ^ c1[r] ^ low;
-        c2[r] = (product0 >> 32) ^ c3[r] ^ high;
+        c0[r] = (product2 >> 32) ^ c1[r] ^ key.low[round];
+        c2[r] = (product0 >> 32) ^ c3[r] ^ key.high[round];
         c1[r] = product2;
         c3[r] = product0;
       }
