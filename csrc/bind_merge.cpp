@@ -98,7 +98,7 @@ void column_sums(const Operand& operand, Count rows, Count columns, Address out)
 
 arcmerge::Selection make_selection(const std::vector<std::array<Count, 4>>& cuts, const std::vector<py::int_>& keys,
                                    std::vector<std::pair<double, double>> probabilities, Count columns, bool joint,
-                                   bool rounded, Address row_scales) {
+                                   bool rounded, Address row_scales, const std::vector<Address>& masks) {
   arcmerge::Selection selection;
   for (const auto& [upper, upper_rank, lower, lower_rank] : cuts)
     selection.cuts.push_back({upper, upper_rank, lower, lower_rank});
@@ -108,6 +108,7 @@ arcmerge::Selection make_selection(const std::vector<std::array<Count, 4>>& cuts
   selection.joint = joint;
   selection.rounded = rounded;
   selection.row_scales = at<const float>(row_scales);
+  for (const Address mask : masks) selection.masks.push_back(at<std::uint8_t>(mask));
   return selection;
 }
 
@@ -183,7 +184,7 @@ void bind_merge(py::module_& module) {
   module.def("column_sums", &column_sums, "operand"_a, "rows"_a, "columns"_a, "out"_a, no_gil);
   py::class_<arcmerge::Selection>(module, "Selection")
       .def(py::init(&make_selection), "cuts"_a, "keys"_a, "probabilities"_a, "columns"_a, "joint"_a = false,
-           "rounded"_a = false, "row_scales"_a = 0);
+           "rounded"_a = false, "row_scales"_a = 0, "masks"_a = std::vector<Address>());
   py::class_<arcmerge::Consensus>(module, "Consensus")
       .def(py::init(&make_consensus), "factors"_a, "election"_a = 0, "zero_is_negative"_a = false, "floor"_a = 0.0,
            "inverse"_a = false);

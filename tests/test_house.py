@@ -49,14 +49,14 @@ MAY_IMPORT = {
 # The largest number of lines: of a file, and of all files in a part of the product.
 MAX_FILE_LINES = 400
 MAX_LINES = {
-    "csrc": 6_300,
+    "csrc": 6_700,
     "kernels": 2_900,
     "python/arcmerge/checkpoint": 1_400,
     "python/arcmerge/cli": 900,
     "python/arcmerge/dispatch": 650,
     "python/arcmerge/gemma2": 3_300,
     "python/arcmerge/integrations": 1_600,
-    "python/arcmerge/merging": 9_200,
+    "python/arcmerge/merging": 9_400,
     "python/arcmerge/ops": 2_600,
     "python/arcmerge/sweeping": 2_000,
 }

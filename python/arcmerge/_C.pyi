@@ -97,6 +97,9 @@ class Selection:
         joint: whether magnitudes are the variance over the operands.
         rounded: whether magnitudes are rounded to bfloat16.
         row_scales: 0, or the address of float32, one for each row of the whole tensors.
+        masks: for each operand the address of the bits of all elements of the tensor that random numbers keep, or 0,
+            with 8 bytes after the last: element e has bit e % 8 of byte e // 8. magnitude_histogram sets them, from a
+            multiple of 8 elements on; the others read them. Empty for none.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Selection:
         joint: bool = False,
         rounded: bool = False,
         row_scales: int = 0,
+        masks: Sequence[int] = (),
     ) -> None: ...
 
 class Consensus:

@@ -77,6 +77,71 @@ def test_every_share_of_changed_elements(variant, probability, share):
     assert out.sum((1, 2)).tolist() == [300_000, 300_000]
 
 
+def differences_of(kind: str, rows: int, columns: int) -> torch.Tensor:
+    """bf16 differences from 0 whose ranks meet many equals, or none."""
+    draw = torch.Generator().manual_seed(columns)
+    noise = torch.randn(rows, columns, generator=draw)
+    return {
+        "noise": noise,
+        "equal": torch.full((rows, columns), 0.25),
+        "zero": torch.zeros(rows, columns),
+        "sparse": noise * (torch.rand(rows, columns, generator=draw) < 0.2),
+        "few": noise.sign() * 2.0 ** torch.randint(-3, 3, (rows, columns), generator=draw),
+        "wide": noise * 2.0 ** torch.randint(-120, 120, (rows, columns), generator=draw).float(),
+        "largest": noise.sign() * 3e38,
+    }[kind].to(BF16)
+
+
+@every_variant
+@pytest.mark.parametrize("kind", ["noise", "equal", "zero", "sparse", "few", "wide", "largest"])
+@pytest.mark.parametrize("columns", [2, 3, 17, 255, 2304])
+def test_probabilities_by_rank(variant, kind, columns):
+    # The last pair is of a smaller range than thresholds in float32 can tell apart.
+    probabilities = [(0.35, 0.65), (0.001, 0.999), (0.5, 0.5 + 1e-6)]
+    rows = 12 if columns > 1000 else 70
+    tensors = [differences_of(kind, rows, columns), differences_of("noise", rows, columns)]
+    base = torch.zeros(rows, columns, dtype=BF16)
+    for probability in probabilities:
+        case = plain_case(tensors, base, bounds=[0, 7, base.numel() // 2, base.numel()])
+        case.probabilities = [probability] * 2
+        with using(variant):
+            assert torch.equal(native(case), expected(case))
+
+
+@every_variant
+@pytest.mark.parametrize("first", [0, 1, 5, 8, 63])
+@pytest.mark.parametrize("probability", [(0.3, 0.3), (0.2, 0.7)])
+def test_masks_that_are_written_are_the_ones_that_are_drawn(variant, first, probability):
+    size, k = 5000, 2
+    tensors, base = [normal(size, seed=seed) for seed in (1, 2)], normal(size, seed=3)
+    case = plain_case(tensors, base)
+    case.probabilities = [probability] * k
+    operands, native_base, selection = case.native()
+    bits = torch.full((k, size // 8 + 8), 255, dtype=torch.uint8)
+    masked = _C.Selection(
+        case.cuts, case.keys, case.probabilities, size, rounded=True, masks=[row.data_ptr() for row in bits]
+    )
+    counts = torch.zeros(k, 2, 32768, dtype=torch.int64)
+    consensus = _C.Consensus([(1.0, 1.0, 0.0, 1.0)] * k, 1)
+    with using(variant):
+        for start, end in ((0, 1024), (1024, size)):
+            _C.magnitude_histogram(counts.data_ptr(), operands, native_base, masked, start, end - start)
+        assert torch.equal(counts, expected(case))
+        out = [torch.empty(size, dtype=BF16) for _ in range(2)]
+        for result, chosen in zip(out, (selection, masked), strict=True):
+            address = result.data_ptr() + 2 * first
+            _C.consensus_combine(
+                address, 0, operands, native_base, chosen, consensus, [(0, 0)] * k, first, size - first
+            )
+        assert torch.equal(out[0][first:], out[1][first:])
+    # Masks are read in place of drawing numbers.
+    bits.zero_()
+    result = torch.empty(size, dtype=BF16)
+    with using(variant):
+        _C.consensus_combine(result.data_ptr(), 0, operands, native_base, masked, consensus, [(0, 0)] * k, 0, size)
+    assert torch.equal(result, base)
+
+
 @every_variant
 def test_equal_differences_are_all_counted(variant):
     case = plain_case([torch.full((200_000,), 1.5, dtype=BF16)], torch.ones(200_000, dtype=BF16))

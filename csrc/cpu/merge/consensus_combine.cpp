@@ -147,7 +147,7 @@ class Selected {
         selection_(selection),
         consensus_(consensus),
         differences_(operands, base, selection),
-        draws_(operands, base, selection) {
+        draws_(operands, base, selection, false) {
     for (std::size_t i = 0; i < operands.size(); ++i) cuts_.emplace_back(selection.cuts[i], before[i], count);
   }
 

@@ -3,20 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/simd/philox.h"
+#include "cpu/selection/mask_bits.h"
+#include "cpu/selection/uniform16.h"
 #include "cpu/simd/variant.h"
 
 namespace arcmerge {
 namespace {
-
-// numbers: 8 * kPhiloxBlocks of them for each of the `times` calls of philox.
-template <class Isa>
-ARCMERGE_INLINE void uniform16_body(std::uint64_t key, std::uint64_t block, std::int64_t times,
-                                    std::uint16_t* numbers) {
-  const PhiloxKey<Isa> keys(key);
-  for (std::int64_t time = 0; time < times; ++time)
-    philox<Isa>(keys, block + time * kPhiloxBlocks, numbers + time * 8 * kPhiloxBlocks);
-}
 
 template <class>
 ARCMERGE_INLINE void keep_below_body(const std::uint16_t* numbers, std::uint32_t limit, std::int64_t count,
@@ -52,8 +44,6 @@ ARCMERGE_INLINE void inverses_by_rank_body(const std::int32_t* ranks, double fir
   for (std::int64_t e = 0; e < count; ++e) out[e] = float(1 / (first + step * double(ranks[e])));
 }
 
-ARCMERGE_VARIANTS(void, uniform16, (std::uint64_t key, std::uint64_t block, std::int64_t times, std::uint16_t* numbers),
-                  (key, block, times, numbers))
 ARCMERGE_VARIANTS(void, keep_below,
                   (const std::uint16_t* numbers, std::uint32_t limit, std::int64_t count, std::uint16_t* kept),
                   (numbers, limit, count, kept))
@@ -152,8 +142,11 @@ void RowRanks::sort(const Digit& digit, const Put& put, std::int64_t count, int 
 
 // ---- random numbers
 
-Draws::Draws(const std::vector<Operand>& operands, const Operand& base, const Selection& selection)
-    : selection_(selection), rows_(operands, base, selection), numbers_(kTile + 9 * kPhiloxBlocks) {
+Draws::Draws(const std::vector<Operand>& operands, const Operand& base, const Selection& selection, bool writes_masks)
+    : selection_(selection),
+      writes_masks_(writes_masks),
+      rows_(operands, base, selection),
+      row_masks_(operands, base, selection) {
   std::fill(all_.of, all_.of + kTile, kKept);
 }
 
@@ -176,21 +169,39 @@ void Draws::for_ranks(std::size_t i, std::int64_t first, std::int64_t count, con
 }
 
 const std::uint16_t* Draws::draw(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept) {
-  if (!by_rank(i) && probability(i) >= 1) return all_.of;
-  constexpr std::int64_t kTimed = 8 * kPhiloxBlocks;
-  uniform16(selection_.keys[i], std::uint64_t(first / 8), (first % 8 + count + kTimed - 1) / kTimed, numbers_.data());
-  const std::uint16_t* numbers = numbers_.data() + first % 8;
+  if (!drops(i)) return all_.of;
+  std::uint8_t* const mask = selection_.masks.empty() ? nullptr : selection_.masks[i];
+  if (mask && !writes_masks_) {
+    read_mask(mask, first, count, kept);
+    return kept;
+  }
+  draw_new(i, first, count, kept);
+  if (mask) write_mask(kept, first, count, mask);
+  return kept;
+}
+
+void Draws::draw_new(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept) {
+  const std::int64_t columns = selection_.columns;
+  if (by_rank(i) && RowMasks::has(selection_)) {
+    for (std::int64_t done = 0; done < count;) {
+      const std::int64_t row = (first + done) / columns, column = (first + done) % columns;
+      const std::int64_t span = std::min(count - done, columns - column);
+      std::copy_n(row_masks_.of(i, row) + column, span, kept + done);
+      done += span;
+    }
+    return;
+  }
+  const std::uint16_t* const numbers = uniform16(selection_.keys[i], first, count, numbers_);
   if (by_rank(i)) {
     for_ranks(i, first, count,
               [&](std::int64_t done, std::int64_t span, const std::int32_t* ranks, double smallest, double step) {
                 keep_by_rank(numbers + done, ranks, smallest, step, span, kept + done);
               });
-  } else {
-    // The number of the numbers u with u + 0.5 < 65536 p.
-    const double limit = std::ceil(65536 * probability(i) - 0.5);
-    keep_below(numbers, limit > 0 ? std::uint32_t(std::min(limit, 65536.0)) : 0, count, kept);
+    return;
   }
-  return kept;
+  // The number of the numbers u with u + 0.5 < 65536 p.
+  const double limit = std::ceil(65536 * probability(i) - 0.5);
+  keep_below(numbers, limit > 0 ? std::uint32_t(std::min(limit, 65536.0)) : 0, count, kept);
 }
 
 void Draws::inverses(std::size_t i, std::int64_t first, std::int64_t count, float* out) {

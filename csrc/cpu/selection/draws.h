@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/selection/row_masks.h"
 #include "cpu/selection/selection.h"
 #include "merge.h"
 
@@ -35,15 +36,16 @@ class RowRanks {
   std::vector<std::uint32_t> keys_, starts_, order_, next_order_;
 };
 
-// The random numbers that keep elements.
+// The random numbers that keep elements, or the masks of an earlier operation that drew them.
 class Draws {
  public:
-  Draws(const std::vector<Operand>& operands, const Operand& base, const Selection& selection);
+  Draws(const std::vector<Operand>& operands, const Operand& base, const Selection& selection, bool writes_masks);
 
   // Whether any element may be dropped.
   bool drops(std::size_t i) const { return by_rank(i) || probability(i) < 1; }
 
-  // kept[e] = kKept if element first + e is kept, else 0. Returns `kept`, or a constant tile if all are kept.
+  // kept[e] = kKept if element first + e is kept, else 0. Returns `kept`, or a constant tile if all are kept. With
+  // writes_masks `first` is a multiple of 8.
   const std::uint16_t* draw(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept);
 
   // out[e] = 1 / the probability of element first + e.
@@ -59,8 +61,12 @@ class Draws {
   template <class F>
   void for_ranks(std::size_t i, std::int64_t first, std::int64_t count, const F& f);
 
+  void draw_new(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept);
+
   const Selection& selection_;
+  bool writes_masks_;
   RowRanks rows_;
+  RowMasks row_masks_;
   std::vector<std::uint16_t> numbers_;
   Tile<std::uint16_t> all_;
 };

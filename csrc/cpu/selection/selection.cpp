@@ -214,6 +214,7 @@ void require_selection(const std::vector<Operand>& operands, const Selection& se
   require_range(first, count);
   require_each("keys", selection.keys.size(), operands.size());
   require_each("probabilities", selection.probabilities.size(), operands.size());
+  if (!selection.masks.empty()) require_each("masks", selection.masks.size(), operands.size());
   if (count > 0 && selection.columns < 1)
     throw std::invalid_argument("'columns' must be 1 or more, got " + std::to_string(selection.columns));
   // Ranks are int32.

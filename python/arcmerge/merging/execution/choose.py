@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.cpu import CpuProcessor
+from arcmerge.merging.execution.masks import MaskStore
 from arcmerge.merging.execution.processor import Processor
 from arcmerge.merging.plan.plan import Plan
 from arcmerge.merging.prepare import Prepared
@@ -15,7 +16,7 @@ def processor_for(prepared: Prepared) -> Processor:
     """The processor for the device of a merge. Raises ArcmergeError for a device that does not exist."""
     options, rows = prepared.options, aligned_rows(prepared.plan, prepared.vocabulary)
     if (device := options.resolved_device) == "cpu":
-        return CpuProcessor(prepared.plan.jobs, rows)
+        return CpuProcessor(prepared.plan.jobs, rows, MaskStore())
     from arcmerge.merging.execution.gpu.processor import GpuProcessor
 
     return GpuProcessor(prepared.plan.jobs, rows, device, options.thread_count)

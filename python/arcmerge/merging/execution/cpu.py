@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from arcmerge import _C
 from arcmerge.dtypes import F32, DType
 from arcmerge.errors import ArcmergeError
+from arcmerge.merging.execution.masks import MaskStore
 from arcmerge.merging.execution.native import measured, write
 from arcmerge.merging.execution.nonfinite import not_finite
 from arcmerge.merging.execution.processor import FillTask, Request
 from arcmerge.merging.execution.work_units import Piece
-from arcmerge.merging.methods.measure import Gram, Measure
-from arcmerge.merging.methods.rule import Coefficients
+from arcmerge.merging.methods.measure import Gram, Histogram, Measure
+from arcmerge.merging.methods.rule import Coefficients, Consensus
 from arcmerge.merging.plan.tensor_job import Input, Job
 from arcmerge.merging.vocabulary.embedding_rows import RowAddresses
 
@@ -30,11 +31,18 @@ class CpuProcessor:
     Args:
         jobs: the jobs of the plan.
         rows: the address of each row, for inputs that are matched by token; by (job index, input index).
+        masks: keeps the random masks that are measured for `fill`; None to draw them again.
     """
 
-    def __init__(self, jobs: tuple[Job, ...], rows: Mapping[tuple[int, int], RowAddresses]) -> None:
+    def __init__(
+        self,
+        jobs: tuple[Job, ...],
+        rows: Mapping[tuple[int, int], RowAddresses],
+        masks: MaskStore | None = None,
+    ) -> None:
         self._jobs = jobs
         self._rows = rows
+        self._masks = masks
         self._parts: dict[int, list[list[_C.Operand]]] = {}
 
     def measure(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
@@ -92,7 +100,8 @@ class CpuProcessor:
         operands, _memory = self._operands(piece)
         if isinstance(measure, Gram):
             return self._gram(piece, measure, operands)
-        return measured(measure, operands, job.base or 0, job.row, piece.first, piece.count)
+        masks = self._masks.new(piece, measure.selection) if self._masks and isinstance(measure, Histogram) else []
+        return measured(measure, operands, job.base or 0, job.row, piece.first, piece.count, masks)
 
     def _gram(self, piece: Piece, measure: Gram, operands: list[_C.Operand]) -> NDArray[np.float64]:
         job = self._jobs[piece.job]
@@ -130,7 +139,13 @@ class CpuProcessor:
         if rule is None:
             raise AssertionError(f"{job.output.name} is filled before its rule is known")
         if not isinstance(rule, Coefficients):
-            return write(rule, address, dtype.native, operands, job.base or 0, job.row, piece.first, piece.count)
+            base, row, start = job.base or 0, job.row, address - piece.first * dtype.itemsize
+            if self._masks is None or not isinstance(rule, Consensus):
+                return write(rule, address, dtype.native, operands, base, row, piece.first, piece.count)
+            return sum(
+                write(rule, start + first * dtype.itemsize, dtype.native, operands, base, row, first, count, masks)
+                for first, count, masks in self._masks.parts(piece, rule.selection)
+            )
         values = rule.values
         if values.ndim == 1:
             return _C.combine(address, dtype.native, operands, values.tolist(), piece.first, piece.count)

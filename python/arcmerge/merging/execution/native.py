@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ def measured(
     row: int,
     first: int,
     count: int,
+    masks: Sequence[int] = (),
 ) -> NDArray[Any]:
     """The share of `count` elements from `first` on in what a measure finds.
 
@@ -31,6 +33,7 @@ def measured(
         row: the number of elements of a row.
         first: the first element.
         count: the number of elements.
+        masks: addresses to which a histogram writes its random masks (see _C.Selection).
     """
     others = [operand for index, operand in enumerate(operands) if index != base]
     if isinstance(measure, Divergences):
@@ -44,7 +47,7 @@ def measured(
             others, operands[base], selection, _consensus(rule), before, first, count
         )
         return np.array([*squares, *alone, *shared, votes], np.float64)
-    selection = _selection(measure.selection, row)
+    selection = _selection(measure.selection, row, masks)
     if measure.prefixes is None:
         counts = np.zeros((len(others), 2 if measure.selection.rounded else 4, 32768), np.int64)
         _C.magnitude_histogram(counts.ctypes.data, others, operands[base], selection, first, count)
@@ -64,12 +67,14 @@ def write(
     row: int,
     first: int,
     count: int,
+    masks: Sequence[int] = (),
 ) -> int:
     """Write the results of a rule for `count` elements from `first` on; arguments as for `measured`.
 
     Args:
         address: where they are written, rounded to `dtype`.
         dtype: DType.native.
+        masks: the addresses of random masks that are known (see _C.Selection).
 
     Returns:
         The number of results that are NaN or infinite.
@@ -81,13 +86,13 @@ def write(
         if rule.operation == "magmax":
             return _C.magmax(address, dtype, others, operands[base], rule.number, first, count)
         return _C.nearswap(address, dtype, operands[base], others[0], rule.number, first, count)
-    selection, before = _selection(rule.selection, row), rule.before_piece(first)
+    selection, before = _selection(rule.selection, row, masks), rule.before_piece(first)
     return _C.consensus_combine(
         address, dtype, others, operands[base], selection, _consensus(rule), before, first, count
     )
 
 
-def _selection(selection: Selection, row: int) -> _C.Selection:
+def _selection(selection: Selection, row: int, masks: Sequence[int] = ()) -> _C.Selection:
     scales = selection.row_scales
     return _C.Selection(
         selection.cuts,
@@ -97,6 +102,7 @@ def _selection(selection: Selection, row: int) -> _C.Selection:
         selection.joint,
         selection.rounded,
         0 if scales is None else scales.ctypes.data,
+        masks,
     )
 
 

@@ -202,12 +202,12 @@ def rule_of(job: Job, found: Sequence[Statistic]) -> Rule:
 
 
 def pieces_of(job: Job, index: int, measure: Measure, pieces: Sequence[Piece] | None) -> list[Piece]:
-    """The pieces in which a measure of a job is taken. A histogram has counts before each of `pieces` too."""
+    """The pieces in which a measure of a job is taken. A histogram for cuts has counts before each of `pieces` too."""
     if isinstance(measure, Gram):
         return cut(index, job.count) if measure.dim is None else [Piece(index, 0, job.count)]
     if isinstance(measure, Divergences):
         return cut(index, job.count, job.row)
-    if not isinstance(measure, Histogram) or not pieces:
+    if not isinstance(measure, Histogram) or measure.selection.random or not pieces:
         return cut(index, job.count)
     firsts = sorted({piece.first for piece in (*cut(index, job.count), *pieces)})
     return [Piece(index, first, last - first) for first, last in pairwise([*firsts, job.count])]

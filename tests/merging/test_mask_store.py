@@ -1,0 +1,93 @@
+"""The random masks that the statistics pass keeps for the pass that writes."""
+
+from pathlib import Path
+
+import pytest
+
+import arcmerge
+import tiny
+from arcmerge.merging.execution import masks, work_units
+from arcmerge.merging.execution.masks import MaskStore
+from arcmerge.merging.execution.work_units import Piece
+from arcmerge.merging.methods.measure import NO_CUT, Selection
+from golden.compare import assert_same_bits, load
+
+HALF = Selection((NO_CUT,) * 2, (1, 2), ((0.5, 0.5),) * 2, rounded=True)
+OTHER = Selection((NO_CUT,) * 2, (1, 3), ((0.5, 0.5),) * 2, rounded=True)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_units, "PIECE_ELEMENTS", 64)
+
+
+def parts(store, first, count, selection=HALF):
+    return [(part.first, part.count, bool(part.masks)) for part in store.parts(Piece(0, first, count), selection)]
+
+
+def test_a_piece_is_cut_where_masks_begin():
+    store = MaskStore()
+    assert store.new(Piece(0, 64, 64), HALF)
+    assert parts(store, 10, 150) == [(10, 54, False), (64, 64, True), (128, 32, False)]
+
+
+def test_masks_are_dropped_once_all_elements_were_read():
+    store = MaskStore()
+    store.new(Piece(0, 0, 64), HALF)
+    assert parts(store, 0, 40) == [(0, 40, True)]
+    assert parts(store, 40, 24) == [(40, 24, True)]
+    assert parts(store, 0, 64) == [(0, 64, False)]
+
+
+def test_masks_of_other_random_numbers_are_not_read():
+    store = MaskStore()
+    store.new(Piece(0, 0, 64), HALF)
+    assert parts(store, 0, 64, OTHER) == [(0, 64, False)]
+
+
+def test_a_piece_that_finds_no_room_has_no_masks(monkeypatch):
+    monkeypatch.setattr(masks, "MASK_BYTES", 40)
+    store = MaskStore()
+    assert store.new(Piece(0, 0, 64), HALF)
+    assert not store.new(Piece(0, 64, 64), HALF)
+    assert parts(store, 0, 128) == [(0, 64, True), (64, 64, False)]
+    assert store.new(Piece(0, 64, 64), HALF)  # now there is room
+
+
+def test_a_selection_without_random_numbers_has_no_masks():
+    plain = Selection((NO_CUT,), (0,), ((1.0, 1.0),), rounded=True)
+    assert not MaskStore().new(Piece(0, 0, 64), plain)
+    assert parts(MaskStore(), 0, 200, plain) == [(0, 200, False)]
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "della", "della_linear"])
+def test_results_do_not_depend_on_masks_that_are_kept(
+    method: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.make("gemma-c", tmp_path)
+    recipe = {
+        "merge_method": method,
+        "base_model": str(models / "gemma-a"),
+        "models": [
+            {"model": str(folder), "parameters": {"weight": 0.6, "density": 0.4}}
+            for folder in (models / "gemma-b", tmp_path / "gemma-c")
+        ],
+        "dtype": "bfloat16",
+    }
+    used = []
+    stock = MaskStore.parts
+
+    def counting(self: MaskStore, piece: Piece, selection: Selection) -> object:
+        for part in stock(self, piece, selection):
+            used.append(bool(part.masks))
+            yield part
+
+    monkeypatch.setattr(MaskStore, "parts", counting)
+    arcmerge.merge(recipe, tmp_path / "with", device="cpu", threads=2)
+    assert all(used)
+    monkeypatch.setattr(masks, "MASK_BYTES", 0)
+    used.clear()
+    arcmerge.merge(recipe, tmp_path / "without", device="cpu", threads=2)
+    assert used
+    assert not any(used)
+    assert_same_bits(load(tmp_path / "with"), load(tmp_path / "without"))
