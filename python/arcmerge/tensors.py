@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from arcmerge.errors import ArcmergeError, first_of
-from arcmerge.merging.execution.native import measured, write
+from arcmerge.merging.execution.cpu.native import measured, write
 from arcmerge.merging.execution.statistics_pass import added_up
 from arcmerge.merging.execution.work_units import cut
 from arcmerge.merging.methods import registry

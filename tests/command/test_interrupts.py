@@ -59,7 +59,7 @@ MOMENTS = {
     "reading the recipe": ("arcmerge.merging.merge:prepare", "an older output is as it was"),
     "making the folder": ("pathlib:Path.mkdir", "an older output is as it was"),
     "allocation": ("os:posix_fallocate", "an older output is as it was"),
-    "native code": ("arcmerge.merging.execution.cpu:CpuProcessor.measure", "an older output is as it was"),
+    "native code": ("arcmerge.merging.execution.cpu.processor:CpuProcessor.measure", "an older output is as it was"),
     "finishing files": ("arcmerge.checkpoint.writer:ShardFile.finish", "an older output is as it was"),
     "the rename": ("pathlib:Path.rename", "the output is complete"),
     "the last step": ("arcmerge.checkpoint.output_folder:OutputFolder.commit", "the output is complete"),
@@ -90,13 +90,13 @@ def test_an_interrupt_while_the_command_is_loaded_waits_for_its_handler() -> Non
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
 def test_other_ends_tidy_up_too(call: list[str], tmp_path: Path, name: str, code: int) -> None:
-    found, said = run(interrupt_in("arcmerge.merging.execution.cpu:CpuProcessor.measure", name), *call)
+    found, said = run(interrupt_in("arcmerge.merging.execution.cpu.processor:CpuProcessor.measure", name), *call)
     assert (found, said) == (code, f"arcmerge: ended by {name}; an older output is as it was\n")
     assert not list(tmp_path.glob("*out*"))
 
 
 def test_an_ignored_signal_stays_ignored(call: list[str], tmp_path: Path) -> None:
-    code = interrupt_in("arcmerge.merging.execution.cpu:CpuProcessor.measure", "SIGHUP")
+    code = interrupt_in("arcmerge.merging.execution.cpu.processor:CpuProcessor.measure", "SIGHUP")
     assert run(f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{code}", *call)[0] == 0
     assert (tmp_path / "out").exists()
 

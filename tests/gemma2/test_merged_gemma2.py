@@ -19,7 +19,7 @@ import decoders
 import tiny
 from arcmerge.gemma2.merged_model import MergedGemma2
 from arcmerge.merging.execution import memory
-from arcmerge.merging.execution.cpu import CpuProcessor
+from arcmerge.merging.execution.cpu.processor import CpuProcessor
 
 V_CURVE = [0, 0.5, 1, 0.5, 0]
 FILTERS = [{"filter": "mlp", "value": [0.2, 0.8]}, {"filter": "self_attn", "value": 1}, {"value": 0.4}]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import arcmerge
-from arcmerge.merging.execution.native import measured
+from arcmerge.merging.execution.cpu.native import measured
 from arcmerge.merging.methods.magnitudes import Order
 from arcmerge.merging.methods.measure import NO_CUT, Counts, Histogram, Selection, Statistic
 from arcmerge.merging.methods.method import Arguments

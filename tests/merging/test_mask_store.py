@@ -6,8 +6,9 @@ import pytest
 
 import arcmerge
 import tiny
-from arcmerge.merging.execution import masks, work_units
-from arcmerge.merging.execution.masks import MaskStore
+from arcmerge.merging.execution import work_units
+from arcmerge.merging.execution.cpu import masks
+from arcmerge.merging.execution.cpu.masks import MaskStore
 from arcmerge.merging.execution.work_units import Piece
 from arcmerge.merging.methods.measure import NO_CUT, Selection
 from golden.compare import assert_same_bits, load

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import arcmerge
 import tiny
-from arcmerge.merging.execution.native import measured
+from arcmerge.merging.execution.cpu.native import measured
 from arcmerge.merging.methods.measure import Counts, Divergences, Statistic
 from arcmerge.merging.methods.method import Arguments
 from arcmerge.merging.methods.registry import get

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.execution.cpu import CpuProcessor
-from arcmerge.merging.execution.masks import MaskStore
+from arcmerge.merging.execution.cpu.masks import MaskStore
+from arcmerge.merging.execution.cpu.processor import CpuProcessor
 from arcmerge.merging.execution.processor import Processor
 from arcmerge.merging.plan.plan import Plan
 from arcmerge.merging.prepare import Prepared

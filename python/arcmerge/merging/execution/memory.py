@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 from arcmerge.checkpoint.writer import address_of, aligned_buffer
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.choose import aligned_rows, processor_for
-from arcmerge.merging.execution.cpu import CpuProcessor
+from arcmerge.merging.execution.cpu.processor import CpuProcessor
 from arcmerge.merging.execution.gpu.processor import GpuProcessor
 from arcmerge.merging.execution.gpu.slots import Slot, SlotPool, slot_bytes, slot_count
 from arcmerge.merging.execution.processor import FillTask, Processor

@@ -1,4 +1,4 @@
-"""The contract between a merge and the hardware that computes it: the CPU (cpu.py) or a GPU (gpu/processor.py)."""
+"""The contract between a merge and the hardware that computes it: cpu/processor.py or gpu/processor.py."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from arcmerge.dtypes import F32
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.execution.cpu import CpuProcessor
+from arcmerge.merging.execution.cpu.processor import CpuProcessor
 from arcmerge.merging.execution.gpu.slots import Slot, SlotPool, slot_bytes, slot_count
 from arcmerge.merging.execution.processor import FillTask, Request
 from arcmerge.merging.execution.work_units import Piece

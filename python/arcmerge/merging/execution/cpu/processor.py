@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from arcmerge import _C
 from arcmerge.dtypes import F32, DType
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.execution.masks import MaskStore
-from arcmerge.merging.execution.native import measured, write
+from arcmerge.merging.execution.cpu.masks import MaskStore
+from arcmerge.merging.execution.cpu.native import measured, write
 from arcmerge.merging.execution.nonfinite import not_finite
 from arcmerge.merging.execution.processor import FillTask, Request
 from arcmerge.merging.execution.work_units import Piece
@@ -143,8 +143,18 @@ class CpuProcessor:
             if self._masks is None or not isinstance(rule, Consensus):
                 return write(rule, address, dtype.native, operands, base, row, piece.first, piece.count)
             return sum(
-                write(rule, start + first * dtype.itemsize, dtype.native, operands, base, row, first, count, masks)
-                for first, count, masks in self._masks.parts(piece, rule.selection)
+                write(
+                    rule,
+                    start + part.first * dtype.itemsize,
+                    dtype.native,
+                    operands,
+                    base,
+                    row,
+                    part.first,
+                    part.count,
+                    part.masks,
+                )
+                for part in self._masks.parts(piece, rule.selection)
             )
         values = rule.values
         if values.ndim == 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +32,8 @@ class _Masks:
         return [mask.ctypes.data - first // 8 for mask in self.bits]
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A part of a piece, and the addresses of the masks of its inputs (_C.Selection.masks), if there are any."""
 
     first: int

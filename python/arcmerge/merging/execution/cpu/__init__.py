@@ -1,0 +1,1 @@
+"""The Processor of the CPU."""
