@@ -135,6 +135,34 @@ def merge_table() -> str:
     return "\n".join(lines)
 
 
+def methods_table() -> str:
+    """Medians of each method, the ratio of its wall time to multislerp's, and mergekit's time, each of the last run."""
+    path = RESULTS / "merge_methods.csv"
+    if not path.exists():
+        return NO_ROWS
+    with path.open(newline="") as file:
+        providers = dict.fromkeys(row["provider"] for row in csv.DictReader(file))
+    runs = {provider: newest("merge_methods", provider=provider) for provider in providers}
+    ours = {name: rows for name, rows in runs.items() if not name.startswith("mergekit ")}
+    theirs = {name.removeprefix("mergekit "): rows for name, rows in runs.items() if name not in ours}
+    multislerp = statistics.median(float(row["seconds"]) for row in ours["multislerp"])
+    lines = [
+        "| method | wall time | ratio to multislerp | CPU time | peak anonymous memory | mergekit 0.1.5 | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in sorted(ours, key=lambda name: float(medians(ours[name], "seconds")[name][0])):
+        seconds, cpu, memory = medians(ours[name], "seconds", "cpu_seconds", "peak_anonymous_mb")[name]
+        other = statistics.median(float(row["seconds"]) for row in theirs[name]) if name in theirs else None
+        compared = ["", ""] if other is None else [f"{other:,.0f} s", f"{other / seconds:,.0f} x"]
+        cells = [f"{seconds:.1f} s", f"{seconds / multislerp:.2f} x", f"{cpu:.1f} s", f"{memory:,.0f} MB", *compared]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    count = len(ours["multislerp"])
+    lines += ["", f"arcmerge: medians of {count} interleaved runs. {origin(ours['multislerp'])}"]
+    if theirs:
+        lines += ["", f"mergekit: one run of each. {origin(next(iter(theirs.values())))}"]
+    return "\n".join(lines)
+
+
 def gemma2_table() -> str:
     """The figures of each provider in each task, from the newest run of the task."""
     runs = {task: newest("gemma2", task=task) for task in ("speed", "memory", "score")}
@@ -255,13 +283,17 @@ def lm_eval_table() -> str:
 def ops_table() -> str:
     """GB/s of each implementation of an op, and its share of the rate of memcpy on the same thread."""
     lines = ["| op | implementation | GB/s (20th to 80th percentile) | share of a copy |", "|---|---|---:|---:|"]
-    rows: Rows = []
-    for op in ("gram", "combine"):
+    origins: dict[str, list[str]] = {}
+    for op in ("gram", "combine", "magnitude_histogram", "consensus_combine"):
         rows = newest(op)
+        if rows:
+            origins.setdefault(origin(rows), []).append(f"`{op}`")
         for row in rows:
             spread = f"{row['gb_per_s_median']} ({row['gb_per_s_p20']} to {row['gb_per_s_p80']})"
             lines.append(f"| `{op}` | {row['provider']} | {spread} | {row['percent_of_copy']} % |")
-    return "\n".join([*lines, "", origin(rows)]) if rows else NO_ROWS
+    for where, ops in origins.items():
+        lines += ["", f"{', '.join(ops)}: {where}"]
+    return "\n".join(lines) if origins else NO_ROWS
 
 
 def origin(rows: Rows) -> str:
@@ -288,6 +320,7 @@ PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
     HOUSE / "README.md": {"figures table": readme_table},
     HOUSE / "docs" / "performance.md": {
         "merge table": merge_table,
+        "methods table": methods_table,
         "ops table": ops_table,
         "gemma2 table": gemma2_table,
         "gemma2 ops table": gemma2_ops_table,

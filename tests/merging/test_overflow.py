@@ -100,7 +100,7 @@ def test_rows_that_are_matched_by_token(make: Callable[..., None], monkeypatch: 
 
 def test_through_the_slots_of_a_gpu(make: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     make(-1e5)
-    monkeypatch.setattr(choose, "CpuProcessor", lambda jobs, rows: GpuProcessor(jobs, rows, "cpu", 1))
+    monkeypatch.setattr(choose, "CpuProcessor", lambda jobs, rows, _: GpuProcessor(jobs, rows, "cpu", 1))
     sentence = refusal({**SLERP, "dtype": "float16"})
     assert sentence == CAST_TO_FLOAT16
 

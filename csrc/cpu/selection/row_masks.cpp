@@ -1,8 +1,11 @@
 #include "cpu/selection/row_masks.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <utility>
 
+#include "cpu/selection/mask_bits.h"
 #include "cpu/selection/uniform16.h"
 #include "cpu/simd/variant.h"
 
@@ -11,7 +14,36 @@ namespace {
 
 constexpr std::int64_t kCodes = 1 << 15;
 // More elements than this are ranked in one go.
-constexpr std::int64_t kFew = 16;
+constexpr std::int64_t kFew = 64;
+
+// The codes of differences of bf16 operands in place. Two elements share a 32-bit word, the even one in the lower half.
+template <class Isa>
+ARCMERGE_INLINE void codes_of_bf16_body(const char* x, const char* base, std::int64_t count, std::uint16_t* codes) {
+  using F32 = typename Vector<Isa>::F32;
+  using U32 = typename Vector<Isa>::U32;
+  typedef std::int16_t I16 __attribute__((vector_size(Isa::kBytes)));
+  constexpr std::int64_t kStep = Isa::kBytes / 2;
+  const auto step = [](const char* x, const char* base) ARCMERGE_LAMBDA {
+    U32 x_words, base_words;
+    std::memcpy(&x_words, x, sizeof x_words);
+    std::memcpy(&base_words, base, sizeof base_words);
+    const U32 even = (U32)((F32)(x_words << 16) - (F32)(base_words << 16)) & 0x7fffffffu;
+    const U32 odd = (U32)((F32)(x_words & 0xffff0000u) - (F32)(base_words & 0xffff0000u)) & 0x7fffffffu;
+    const I16 found = (I16)(nearest_bf16(even) >> 16 | (nearest_bf16(odd) & 0xffff0000u));
+    return found > std::int16_t(0x7f80) ? I16{} + std::int16_t(0x7fc0) : found;  // one code for all NaNs
+  };
+  std::int64_t e = 0;
+  for (; e + kStep <= count; e += kStep) {
+    const I16 found = step(x + 2 * e, base + 2 * e);
+    std::memcpy(codes + e, &found, sizeof found);
+  }
+  if (e == count) return;
+  char last_x[2 * kStep] = {}, last_base[2 * kStep] = {};
+  std::memcpy(last_x, x + 2 * e, 2 * (count - e));
+  std::memcpy(last_base, base + 2 * e, 2 * (count - e));
+  const I16 found = step(last_x, last_base);
+  std::memcpy(codes + e, &found, 2 * (count - e));
+}
 
 template <class>
 ARCMERGE_INLINE void halve_body(const std::uint32_t* codes, std::int64_t count, std::uint16_t* halves) {
@@ -30,29 +62,53 @@ ARCMERGE_INLINE void range_of_body(const std::uint16_t* codes, std::int64_t coun
   range[1] = largest;
 }
 
-// The rank from which on an element of each number is kept, +-1.
+// kept: kKept for numbers below `first`; open: the same for those from it on to `last`. A range of zero elements has
+// first > last.
 template <class>
-ARCMERGE_INLINE void thresholds_of_body(const std::uint16_t* numbers, std::int64_t count, float scale, float offset,
-                                        std::int32_t* thresholds) {
-  for (std::int64_t e = 0; e < count; ++e)
-    thresholds[e] = std::int32_t(float(std::int32_t(numbers[e])) * scale - offset);
+ARCMERGE_INLINE void divide_body(const std::uint16_t* numbers, std::int32_t first, std::int32_t last,
+                                 std::int64_t count, std::uint16_t* kept, std::uint16_t* open) {
+  const auto width = std::uint16_t(last - first);
+  const auto low = std::uint16_t(first);
+  const std::uint16_t all = first > 0xffff ? kKept : 0, some = first > last ? 0 : kKept;
+  for (std::int64_t e = 0; e < count; ++e) {
+    kept[e] = numbers[e] < low ? kKept : all;
+    open[e] = std::uint16_t(numbers[e] - low) <= width ? some : 0;
+  }
+}
+
+template <class>
+ARCMERGE_INLINE void add_and_clear_body(std::int32_t* first, std::int32_t* second, std::int64_t count,
+                                        std::int32_t* sums) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    sums[i] = first[i] + second[i];
+    first[i] = second[i] = 0;
+  }
 }
 
 template <class>
 ARCMERGE_INLINE std::int32_t count_equal16_body(const std::uint16_t* codes, std::uint16_t code, std::int64_t count) {
   std::int32_t equal = 0;
-  for (std::int64_t e = 0; e < count; ++e) equal += codes[e] == code;
+  for (std::int64_t done = 0; done < count; done += 0x8000) {
+    std::uint16_t some = 0;
+    for (std::int64_t e = done; e < std::min<std::int64_t>(count, done + 0x8000); ++e) some += codes[e] == code;
+    equal += some;
+  }
   return equal;
 }
 
+ARCMERGE_VARIANTS(void, codes_of_bf16, (const char* x, const char* base, std::int64_t count, std::uint16_t* codes),
+                  (x, base, count, codes))
 ARCMERGE_VARIANTS(void, halve, (const std::uint32_t* codes, std::int64_t count, std::uint16_t* halves),
                   (codes, count, halves))
 ARCMERGE_VARIANTS(void, range_of, (const std::uint16_t* codes, std::int64_t count, std::uint16_t* range),
                   (codes, count, range))
-ARCMERGE_VARIANTS(void, thresholds_of,
-                  (const std::uint16_t* numbers, std::int64_t count, float scale, float offset,
-                   std::int32_t* thresholds),
-                  (numbers, count, scale, offset, thresholds))
+ARCMERGE_VARIANTS(void, divide,
+                  (const std::uint16_t* numbers, std::int32_t first, std::int32_t last, std::int64_t count,
+                   std::uint16_t* kept, std::uint16_t* open),
+                  (numbers, first, last, count, kept, open))
+ARCMERGE_VARIANTS(void, add_and_clear,
+                  (std::int32_t* first, std::int32_t* second, std::int64_t count, std::int32_t* sums),
+                  (first, second, count, sums))
 ARCMERGE_VARIANTS(std::int32_t, count_equal16, (const std::uint16_t* codes, std::uint16_t code, std::int64_t count),
                   (codes, code, count))
 
@@ -70,7 +126,13 @@ bool RowMasks::has(const Selection& selection) {
 }
 
 RowMasks::RowMasks(const std::vector<Operand>& operands, const Operand& base, const Selection& selection)
-    : selection_(selection), differences_(operands, base, selection), rows_(operands.size()) {}
+    : operands_(operands),
+      base_(base),
+      selection_(selection),
+      in_place_(!selection.joint && !selection.row_scales && is_plain_bf16(base) &&
+                std::all_of(operands.begin(), operands.end(), is_plain_bf16)),
+      differences_(operands, base, selection),
+      rows_(operands.size()) {}
 
 const std::uint16_t* RowMasks::of(std::size_t i, std::int64_t row) {
   if (row != row_) read(row);
@@ -85,7 +147,10 @@ void RowMasks::read(std::int64_t row) {
     each.kept.resize(columns);
     each.masked = false;
   }
-  for (std::int64_t done = 0; done < columns; done += kTile) {
+  for (std::size_t i = 0; in_place_ && i < rows_.size(); ++i)
+    codes_of_bf16(operands_[i].address + 2 * row * columns, base_.address + 2 * row * columns, columns,
+                  rows_[i].codes.data());
+  for (std::int64_t done = 0; !in_place_ && done < columns; done += kTile) {
     const std::int64_t size = std::min(kTile, columns - done);
     differences_.read(row * columns + done, size);
     for (std::size_t i = 0; i < rows_.size(); ++i) halve(differences_.codes(i), size, rows_[i].codes.data() + done);
@@ -109,16 +174,13 @@ void RowMasks::count(const std::vector<std::uint16_t>& codes) {
   if (size % 2) ++second[codes[size - 1]];
   std::uint16_t range[2];
   range_of(codes.data(), size, range);
-  std::int32_t total = 0;
-  const auto add = [&](std::int64_t code) {
-    firsts_[code] = total;
-    total += first[code] + second[code];
-    first[code] = second[code] = 0;
-  };
-  add(0);
-  firsts_[1] = total;
-  for (std::int64_t code = std::int64_t(range[0]) + 1; code <= range[1]; ++code) add(code);
-  firsts_[range[1] + 1] = total;
+  const std::int64_t smallest = std::int64_t(range[0]) + 1, after = std::int64_t(range[1]) + 1;
+  add_and_clear(first, second, 1, firsts_.data());
+  if (smallest < after) add_and_clear(first + smallest, second + smallest, after - smallest, firsts_.data() + smallest);
+  std::int32_t total = std::exchange(firsts_[0], 0);
+  if (smallest > 1) firsts_[1] = total;
+  for (std::int64_t code = smallest; code < after; ++code) total += std::exchange(firsts_[code], total);
+  firsts_[after] = total;
 }
 
 void RowMasks::mask(std::size_t i, std::int64_t row) {
@@ -129,23 +191,30 @@ void RowMasks::mask(std::size_t i, std::int64_t row) {
   const std::uint16_t* const numbers = uniform16(selection_.keys[i], row * columns, columns, numbers_);
   const auto [smallest, largest] = selection_.probabilities[i];
   const double step = (largest - smallest) / double(columns - 1);
-  thresholds_.resize(columns);
+  // An element of rank r is kept if its number u has u + 0.5 < 65536 (smallest + step * r).
+  const auto limit = [&](std::int64_t rank) { return 65536 * (smallest + step * double(rank)); };
+  const auto kept_below = [&](std::int64_t rank) { return std::int32_t(std::ceil(limit(rank) - 0.5)); };
+  const std::int64_t padded = (columns + 63) / 64 * 64;
+  open_.assign(padded, 0);
   undecided_.resize(columns + 1);
-  // u + 0.5 < 65536 (smallest + step * rank)
-  thresholds_of(numbers, columns, float(1 / (65536 * step)), float((smallest - 0.5 / 65536) / step),
-                thresholds_.data());
+  divide(numbers, std::max(kept_below(0), 0), std::min(kept_below(columns - 1), 0x10000) - 1, columns, here.kept.data(),
+         open_.data());
+  // The rank from which on a number is kept, +-1.
+  const auto scale = float(1 / (65536 * step)), offset = float((smallest - 0.5 / 65536) / step);
   std::int64_t undecided = 0;
-  for (std::int64_t e = 0; e < columns; ++e) {
-    std::int32_t ranks[2];
-    std::memcpy(ranks, firsts_.data() + codes[e], sizeof ranks);
-    const bool keeps = ranks[0] > thresholds_[e] + 2, drops = ranks[1] < thresholds_[e] - 1;
-    here.kept[e] = std::uint16_t(keeps << 15);
-    undecided_[undecided] = std::int32_t(e);
-    undecided += !keeps & !drops;
-  }
+  for (std::int64_t done = 0; done < padded; done += 64)
+    for (std::uint64_t bits = highest_bits(open_.data() + done); bits != 0; bits &= bits - 1) {
+      const std::int64_t e = done + __builtin_ctzll(bits);
+      const auto threshold = std::int32_t(float(std::int32_t(numbers[e])) * scale - offset);
+      std::int32_t ranks[2];
+      std::memcpy(ranks, firsts_.data() + codes[e], sizeof ranks);
+      const bool keeps = ranks[0] > threshold + 2, drops = ranks[1] < threshold - 1;
+      here.kept[e] = std::uint16_t(keeps << 15);
+      undecided_[undecided] = std::int32_t(e);
+      undecided += !keeps & !drops;
+    }
   const auto decide = [&](std::int64_t e, std::int32_t rank) {
-    const double limit = 65536 * (smallest + step * double(rank));
-    here.kept[e] = double(std::int32_t(numbers[e])) + 0.5 < limit ? kKept : 0;
+    here.kept[e] = double(std::int32_t(numbers[e])) + 0.5 < limit(rank) ? kKept : 0;
   };
   if (undecided <= kFew) {
     for (std::int64_t n = 0; n < undecided; ++n) {

@@ -9,8 +9,8 @@
 
 namespace arcmerge {
 
-// A random number decides an element unless its code has ranks on both sides of the number's own rank, from which on
-// elements are kept. Such elements, about one in a row, take their rank from the equal ones before them.
+// Most random numbers keep an element of any rank, or of none. Others keep it from a rank on, which the number of
+// smaller codes decides. Where equal codes have ranks on both sides of that one, equal ones before the element count.
 class RowMasks {
  public:
   RowMasks(const std::vector<Operand>& operands, const Operand& base, const Selection& selection);
@@ -32,13 +32,16 @@ class RowMasks {
   void count(const std::vector<std::uint16_t>& codes);
   void mask(std::size_t i, std::int64_t row);
 
+  const std::vector<Operand>& operands_;
+  const Operand& base_;
   const Selection& selection_;
+  const bool in_place_;
   Differences differences_;
   std::int64_t row_ = -1;
   std::vector<Row> rows_;
-  std::vector<std::uint16_t> numbers_;
+  std::vector<std::uint16_t> numbers_, open_;
   // firsts_[c]: the rank of the first element of code c, as the one of the next code if there is none.
-  std::vector<std::int32_t> counts_, firsts_, thresholds_, undecided_;
+  std::vector<std::int32_t> counts_, firsts_, undecided_;
 };
 
 }  // namespace arcmerge
