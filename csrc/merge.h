@@ -86,9 +86,9 @@ struct Selection {
   std::int64_t columns = 0;                              // the length of a row
   bool joint = false, rounded = false;
   const float* row_scales = nullptr;  // one for each row of the whole tensors, if any
-  // If any, for each input the bits of all elements, element e in bit e % 8 of byte e / 8, with 8 bytes after the last;
-  // null for one that has none. magnitude_histogram sets the bits of elements that random numbers keep, from a multiple
-  // of 8 on; others read them in place of drawing numbers.
+  // If any, for each input the bits of all elements, 32 bytes for each 256 of them (mask_bits.h); null for an input
+  // that has none. magnitude_histogram sets the bits of elements that random numbers keep, from a multiple of 256 on;
+  // others read them in place of drawing numbers.
   std::vector<std::uint8_t*> masks;
 };
 

@@ -97,9 +97,9 @@ class Selection:
         joint: whether magnitudes are the variance over the operands.
         rounded: whether magnitudes are rounded to bfloat16.
         row_scales: 0, or the address of float32, one for each row of the whole tensors.
-        masks: for each operand the address of the bits of all elements of the tensor that random numbers keep, or 0,
-            with 8 bytes after the last: element e has bit e % 8 of byte e // 8. magnitude_histogram sets them, from a
-            multiple of 8 elements on; the others read them. Empty for none.
+        masks: for each operand the address of bits of all elements of the tensor, 32 bytes for each 256 of them, or 0.
+            magnitude_histogram sets those of elements that random numbers keep, from a multiple of 256 elements on; the
+            others read them in place of drawing numbers. Empty for none.
     """
 
     def __init__(

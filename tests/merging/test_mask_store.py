@@ -19,7 +19,7 @@ OTHER = Selection((NO_CUT,) * 2, (1, 3), ((0.5, 0.5),) * 2, rounded=True)
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work_units, "PIECE_ELEMENTS", 64)
+    monkeypatch.setattr(work_units, "PIECE_ELEMENTS", 256)
 
 
 def parts(store, first, count, selection=HALF):
@@ -28,36 +28,36 @@ def parts(store, first, count, selection=HALF):
 
 def test_a_piece_is_cut_where_masks_begin():
     store = MaskStore()
-    assert store.new(Piece(0, 64, 64), HALF)
-    assert parts(store, 10, 150) == [(10, 54, False), (64, 64, True), (128, 32, False)]
+    assert store.new(Piece(0, 256, 256), HALF)
+    assert parts(store, 10, 600) == [(10, 246, False), (256, 256, True), (512, 98, False)]
 
 
 def test_masks_are_dropped_once_all_elements_were_read():
     store = MaskStore()
-    store.new(Piece(0, 0, 64), HALF)
+    store.new(Piece(0, 0, 256), HALF)
     assert parts(store, 0, 40) == [(0, 40, True)]
-    assert parts(store, 40, 24) == [(40, 24, True)]
-    assert parts(store, 0, 64) == [(0, 64, False)]
+    assert parts(store, 40, 216) == [(40, 216, True)]
+    assert parts(store, 0, 256) == [(0, 256, False)]
 
 
 def test_masks_of_other_random_numbers_are_not_read():
     store = MaskStore()
-    store.new(Piece(0, 0, 64), HALF)
-    assert parts(store, 0, 64, OTHER) == [(0, 64, False)]
+    store.new(Piece(0, 0, 256), HALF)
+    assert parts(store, 0, 256, OTHER) == [(0, 256, False)]
 
 
 def test_a_piece_that_finds_no_room_has_no_masks(monkeypatch):
-    monkeypatch.setattr(masks, "MASK_BYTES", 40)
+    monkeypatch.setattr(masks, "MASK_BYTES", 100)
     store = MaskStore()
-    assert store.new(Piece(0, 0, 64), HALF)
-    assert not store.new(Piece(0, 64, 64), HALF)
-    assert parts(store, 0, 128) == [(0, 64, True), (64, 64, False)]
-    assert store.new(Piece(0, 64, 64), HALF)  # now there is room
+    assert store.new(Piece(0, 0, 256), HALF)
+    assert not store.new(Piece(0, 256, 256), HALF)
+    assert parts(store, 0, 512) == [(0, 256, True), (256, 256, False)]
+    assert store.new(Piece(0, 256, 256), HALF)  # now there is room
 
 
 def test_a_selection_without_random_numbers_has_no_masks():
     plain = Selection((NO_CUT,), (0,), ((1.0, 1.0),), rounded=True)
-    assert not MaskStore().new(Piece(0, 0, 64), plain)
+    assert not MaskStore().new(Piece(0, 0, 256), plain)
     assert parts(MaskStore(), 0, 200, plain) == [(0, 200, False)]
 
 

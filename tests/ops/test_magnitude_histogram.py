@@ -89,11 +89,12 @@ def differences_of(kind: str, rows: int, columns: int) -> torch.Tensor:
         "few": noise.sign() * 2.0 ** torch.randint(-3, 3, (rows, columns), generator=draw),
         "wide": noise * 2.0 ** torch.randint(-120, 120, (rows, columns), generator=draw).float(),
         "largest": noise.sign() * 3e38,
+        "smallest": noise.sign() * torch.randint(0, 3, (rows, columns), generator=draw) * 2.0**-133,
     }[kind].to(BF16)
 
 
 @every_variant
-@pytest.mark.parametrize("kind", ["noise", "equal", "zero", "sparse", "few", "wide", "largest"])
+@pytest.mark.parametrize("kind", ["noise", "equal", "zero", "sparse", "few", "wide", "largest", "smallest"])
 @pytest.mark.parametrize("columns", [2, 3, 17, 255, 2304])
 def test_probabilities_by_rank(variant, kind, columns):
     # The last pair is of a smaller range than thresholds in float32 can tell apart.
@@ -109,7 +110,7 @@ def test_probabilities_by_rank(variant, kind, columns):
 
 
 @every_variant
-@pytest.mark.parametrize("first", [0, 1, 5, 8, 63])
+@pytest.mark.parametrize("first", [0, 1, 63, 256, 300])
 @pytest.mark.parametrize("probability", [(0.3, 0.3), (0.2, 0.7)])
 def test_masks_that_are_written_are_the_ones_that_are_drawn(variant, first, probability):
     size, k = 5000, 2
@@ -117,7 +118,7 @@ def test_masks_that_are_written_are_the_ones_that_are_drawn(variant, first, prob
     case = plain_case(tensors, base)
     case.probabilities = [probability] * k
     operands, native_base, selection = case.native()
-    bits = torch.full((k, size // 8 + 8), 255, dtype=torch.uint8)
+    bits = torch.full((k, -(-size // 256) * 32), 255, dtype=torch.uint8)
     masked = _C.Selection(
         case.cuts, case.keys, case.probabilities, size, rounded=True, masks=[row.data_ptr() for row in bits]
     )

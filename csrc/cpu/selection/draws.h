@@ -45,7 +45,7 @@ class Draws {
   bool drops(std::size_t i) const { return by_rank(i) || probability(i) < 1; }
 
   // kept[e] = kKept if element first + e is kept, else 0. Returns `kept`, or a constant tile if all are kept. With
-  // writes_masks `first` is a multiple of 8.
+  // writes_masks `first` is a multiple of 256.
   const std::uint16_t* draw(std::size_t i, std::int64_t first, std::int64_t count, std::uint16_t* kept);
 
   // out[e] = 1 / the probability of element first + e.

@@ -1,5 +1,6 @@
 #include "cpu/selection/mask_bits.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/selection/selection.h"
@@ -8,48 +9,67 @@
 namespace arcmerge {
 namespace {
 
-// shift: the bit of the first element in the first byte.
+typedef std::uint16_t U16 __attribute__((vector_size(32)));
+constexpr std::int64_t kBlock = 256;
+static_assert(kKept == 0x8000, "shifts move the highest bit");
+
 template <class>
-ARCMERGE_INLINE void read_bits_body(const std::uint8_t* bits, int shift, std::int64_t count, std::uint16_t* kept) {
-  typedef std::uint16_t U16 __attribute__((vector_size(32)));
-  constexpr U16 kBits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-  const auto read = [&](std::int64_t e) ARCMERGE_LAMBDA {
-    std::uint32_t word;
-    std::memcpy(&word, bits + e / 8, sizeof word);
-    return (U16)(((U16{} + std::uint16_t(word >> shift)) & kBits) == kBits) & kKept;
-  };
-  std::int64_t e = 0;
-  for (; e + 16 <= count; e += 16) {
-    const U16 planes = read(e);
-    std::memcpy(kept + e, &planes, sizeof planes);
+ARCMERGE_INLINE void read_blocks_body(const std::uint8_t* bits, std::int64_t blocks, std::uint16_t* kept) {
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    U16 words;
+    std::memcpy(&words, bits + sizeof words * block, sizeof words);
+    for (int place = 0; place < 16; ++place) {
+      const U16 planes = words << (15 - place) & kKept;
+      std::memcpy(kept + kBlock * block + 16 * place, &planes, sizeof planes);
+    }
   }
-  if (e == count) return;
-  const U16 planes = read(e);
-  std::memcpy(kept + e, &planes, 2 * (count - e));
 }
 
-ARCMERGE_VARIANTS(void, read_bits, (const std::uint8_t* bits, int shift, std::int64_t count, std::uint16_t* kept),
-                  (bits, shift, count, kept))
+template <class>
+ARCMERGE_INLINE void write_blocks_body(const std::uint16_t* kept, std::int64_t blocks, std::uint8_t* bits) {
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    U16 words{};
+    for (int place = 0; place < 16; ++place) {
+      U16 planes;
+      std::memcpy(&planes, kept + kBlock * block + 16 * place, sizeof planes);
+      words |= planes >> (15 - place);
+    }
+    std::memcpy(bits + sizeof words * block, &words, sizeof words);
+  }
+}
+
+ARCMERGE_VARIANTS(void, read_blocks, (const std::uint8_t* bits, std::int64_t blocks, std::uint16_t* kept),
+                  (bits, blocks, kept))
+ARCMERGE_VARIANTS(void, write_blocks, (const std::uint16_t* kept, std::int64_t blocks, std::uint8_t* bits),
+                  (kept, blocks, bits))
 
 }  // namespace
 
 void read_mask(const std::uint8_t* bits, std::int64_t first, std::int64_t count, std::uint16_t* kept) {
-  read_bits(bits + first / 8, int(first % 8), count, kept);
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t before = (first + done) % kBlock, whole = (count - done) / kBlock;
+    const std::uint8_t* const from = bits + sizeof(U16) * ((first + done) / kBlock);
+    if (before == 0 && whole > 0) {
+      read_blocks(from, whole, kept + done);
+      done += whole * kBlock;
+    } else {
+      std::uint16_t block[kBlock];
+      read_blocks(from, 1, block);
+      const std::int64_t size = std::min(kBlock - before, count - done);
+      std::copy_n(block + before, size, kept + done);
+      done += size;
+    }
+  }
 }
 
 void write_mask(const std::uint16_t* kept, std::int64_t first, std::int64_t count, std::uint8_t* bits) {
-  static_assert(kKept == 0x8000, "the highest bit of a lane is taken");
-  bits += first / 8;
-  std::int64_t e = 0;
-  for (; e + 64 <= count; e += 64) {
-    const std::uint64_t word = highest_bits(kept + e);
-    std::memcpy(bits + e / 8, &word, sizeof word);
-  }
-  if (e == count) return;
-  std::uint16_t last[64] = {};
-  std::memcpy(last, kept + e, 2 * (count - e));
-  const std::uint64_t word = highest_bits(last);
-  std::memcpy(bits + e / 8, &word, (count - e + 7) / 8);
+  bits += sizeof(U16) * (first / kBlock);
+  const std::int64_t whole = count / kBlock;
+  write_blocks(kept, whole, bits);
+  if (whole * kBlock == count) return;
+  std::uint16_t last[kBlock] = {};
+  std::copy(kept + whole * kBlock, kept + count, last);
+  write_blocks(last, 1, bits + sizeof(U16) * whole);
 }
 
 }  // namespace arcmerge

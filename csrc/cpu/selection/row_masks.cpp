@@ -5,14 +5,27 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu/selection/mask_bits.h"
 #include "cpu/selection/uniform16.h"
 #include "cpu/simd/variant.h"
 
 namespace arcmerge {
 namespace {
 
+// The highest bits of 64 lanes, the first of which is the lowest one of the result.
+std::uint64_t highest_bits(const std::uint16_t* lanes) {
+  std::uint64_t bits = 0;
+  for (int group = 0; group < 16; ++group) {
+    std::uint64_t four;
+    std::memcpy(&four, lanes + 4 * group, sizeof four);
+    // The product has the bits of the four lanes in bits 48 to 51.
+    bits |= ((four >> 15 & 0x0001000100010001) * 0x0001000200040008 >> 48 & 15) << 4 * group;
+  }
+  return bits;
+}
+
 constexpr std::int64_t kCodes = 1 << 15;
+// Not a multiple of 4096 bytes, because a load waits for a store to an address with equal last bits.
+constexpr std::int64_t kStride = kCodes + 272;
 // More elements than this are ranked in one go.
 constexpr std::int64_t kFew = 64;
 
@@ -76,13 +89,25 @@ ARCMERGE_INLINE void divide_body(const std::uint16_t* numbers, std::int32_t firs
   }
 }
 
+// Adds up the counts of four quarters, of which the last become 0.
 template <class>
-ARCMERGE_INLINE void add_and_clear_body(std::int32_t* first, std::int32_t* second, std::int64_t count,
-                                        std::int32_t* sums) {
+ARCMERGE_INLINE void accumulate_body(std::int32_t* counts, std::int64_t stride, std::int64_t count,
+                                     std::int32_t* sums) {
+  std::int32_t *const second = counts + stride, *const third = second + stride, *const last = third + stride;
   for (std::int64_t i = 0; i < count; ++i) {
-    sums[i] = first[i] + second[i];
-    first[i] = second[i] = 0;
+    second[i] += counts[i];
+    third[i] += second[i];
+    sums[i] = third[i] + last[i];
+    last[i] = 0;
   }
+}
+
+// The rank from which on an element of each number is kept, +-1.
+template <class>
+ARCMERGE_INLINE void thresholds_of_body(const std::uint16_t* numbers, std::int64_t count, float scale, float offset,
+                                        std::int32_t* thresholds) {
+  for (std::int64_t e = 0; e < count; ++e)
+    thresholds[e] = std::int32_t(float(std::int32_t(numbers[e])) * scale - offset);
 }
 
 template <class>
@@ -106,9 +131,12 @@ ARCMERGE_VARIANTS(void, divide,
                   (const std::uint16_t* numbers, std::int32_t first, std::int32_t last, std::int64_t count,
                    std::uint16_t* kept, std::uint16_t* open),
                   (numbers, first, last, count, kept, open))
-ARCMERGE_VARIANTS(void, add_and_clear,
-                  (std::int32_t* first, std::int32_t* second, std::int64_t count, std::int32_t* sums),
-                  (first, second, count, sums))
+ARCMERGE_VARIANTS(void, accumulate, (std::int32_t* counts, std::int64_t stride, std::int64_t count, std::int32_t* sums),
+                  (counts, stride, count, sums))
+ARCMERGE_VARIANTS(void, thresholds_of,
+                  (const std::uint16_t* numbers, std::int64_t count, float scale, float offset,
+                   std::int32_t* thresholds),
+                  (numbers, count, scale, offset, thresholds))
 ARCMERGE_VARIANTS(std::int32_t, count_equal16, (const std::uint16_t* codes, std::uint16_t code, std::int64_t count),
                   (codes, code, count))
 
@@ -158,36 +186,48 @@ void RowMasks::read(std::int64_t row) {
   row_ = row;
 }
 
-// Counts all codes in firsts_. The two halves of a row have counters of their own, because an addition in memory waits
-// for the one before it in the same place.
+// Counts all codes. The quarters of a row have counters of their own, because an addition in memory waits for the one
+// before it in the same place, and because equal elements before an element are counted from its quarter on.
 void RowMasks::count(const std::vector<std::uint16_t>& codes) {
   if (counts_.empty()) {
-    counts_.assign(2 * kCodes + 16, 0);
+    counts_.assign(4 * kStride, 0);
     firsts_.assign(kCodes + 2, 0);
   }
-  const std::int64_t size = std::int64_t(codes.size()), half = size / 2;
-  std::int32_t *const first = counts_.data(), *const second = first + kCodes + 16;
-  for (std::int64_t e = 0; e < half; ++e) {
-    ++first[codes[e]];
-    ++second[codes[half + e]];
+  for (std::int64_t quarter = 0; quarter < 3; ++quarter) {
+    std::int32_t* const last = counts_.data() + quarter * kStride;
+    last[0] = 0;
+    std::fill(last + smallest_, last + after_, 0);
   }
-  if (size % 2) ++second[codes[size - 1]];
+  const std::int64_t size = std::int64_t(codes.size()), length = size / 4;
+  std::int32_t* const counts = counts_.data();
+  for (std::int64_t e = 0; e < length; ++e)
+    for (std::int64_t quarter = 0; quarter < 4; ++quarter) ++counts[quarter * kStride + codes[quarter * length + e]];
+  for (std::int64_t e = 4 * length; e < size; ++e) ++counts[3 * kStride + codes[e]];
   std::uint16_t range[2];
   range_of(codes.data(), size, range);
-  const std::int64_t smallest = std::int64_t(range[0]) + 1, after = std::int64_t(range[1]) + 1;
-  add_and_clear(first, second, 1, firsts_.data());
-  if (smallest < after) add_and_clear(first + smallest, second + smallest, after - smallest, firsts_.data() + smallest);
+  after_ = std::int64_t(range[1]) + 1;
+  smallest_ = std::min(std::int64_t(range[0]) + 1, after_);
+  accumulate(counts, kStride, 1, firsts_.data());
+  accumulate(counts + smallest_, kStride, after_ - smallest_, firsts_.data() + smallest_);
   std::int32_t total = std::exchange(firsts_[0], 0);
-  if (smallest > 1) firsts_[1] = total;
-  for (std::int64_t code = smallest; code < after; ++code) total += std::exchange(firsts_[code], total);
-  firsts_[after] = total;
+  if (smallest_ > 1) firsts_[1] = total;
+  for (std::int64_t code = smallest_; code < after_; ++code) total += std::exchange(firsts_[code], total);
+  firsts_[after_] = total;
+}
+
+// How many elements before element e of the row that was counted last have its code.
+std::int32_t RowMasks::equal_before(const std::vector<std::uint16_t>& codes, std::int64_t e) const {
+  const std::int64_t length = std::int64_t(codes.size()) / 4;
+  const std::int64_t quarter = length ? std::min<std::int64_t>(e / length, 3) : 3;
+  const std::int32_t found = quarter ? counts_[(quarter - 1) * kStride + codes[e]] : 0;
+  return found + count_equal16(codes.data() + quarter * length, codes[e], e - quarter * length);
 }
 
 void RowMasks::mask(std::size_t i, std::int64_t row) {
   const std::int64_t columns = selection_.columns;
   Row& here = rows_[i];
-  const std::uint16_t* const codes = rows_[selection_.joint ? 0 : i].codes.data();
-  count(rows_[selection_.joint ? 0 : i].codes);
+  const std::vector<std::uint16_t>& codes = rows_[selection_.joint ? 0 : i].codes;
+  count(codes);
   const std::uint16_t* const numbers = uniform16(selection_.keys[i], row * columns, columns, numbers_);
   const auto [smallest, largest] = selection_.probabilities[i];
   const double step = (largest - smallest) / double(columns - 1);
@@ -197,15 +237,16 @@ void RowMasks::mask(std::size_t i, std::int64_t row) {
   const std::int64_t padded = (columns + 63) / 64 * 64;
   open_.assign(padded, 0);
   undecided_.resize(columns + 1);
+  thresholds_.resize(columns);
   divide(numbers, std::max(kept_below(0), 0), std::min(kept_below(columns - 1), 0x10000) - 1, columns, here.kept.data(),
          open_.data());
-  // The rank from which on a number is kept, +-1.
-  const auto scale = float(1 / (65536 * step)), offset = float((smallest - 0.5 / 65536) / step);
+  thresholds_of(numbers, columns, float(1 / (65536 * step)), float((smallest - 0.5 / 65536) / step),
+                thresholds_.data());
   std::int64_t undecided = 0;
   for (std::int64_t done = 0; done < padded; done += 64)
     for (std::uint64_t bits = highest_bits(open_.data() + done); bits != 0; bits &= bits - 1) {
       const std::int64_t e = done + __builtin_ctzll(bits);
-      const auto threshold = std::int32_t(float(std::int32_t(numbers[e])) * scale - offset);
+      const std::int32_t threshold = thresholds_[e];
       std::int32_t ranks[2];
       std::memcpy(ranks, firsts_.data() + codes[e], sizeof ranks);
       const bool keeps = ranks[0] > threshold + 2, drops = ranks[1] < threshold - 1;
@@ -219,7 +260,7 @@ void RowMasks::mask(std::size_t i, std::int64_t row) {
   if (undecided <= kFew) {
     for (std::int64_t n = 0; n < undecided; ++n) {
       const std::int32_t e = undecided_[n];
-      decide(e, firsts_[codes[e]] + count_equal16(codes, codes[e], e));
+      decide(e, firsts_[codes[e]] + equal_before(codes, e));
     }
   } else {
     for (std::int64_t e = 0, n = 0; n < undecided; ++e) {

@@ -30,6 +30,7 @@ class RowMasks {
 
   void read(std::int64_t row);
   void count(const std::vector<std::uint16_t>& codes);
+  std::int32_t equal_before(const std::vector<std::uint16_t>& codes, std::int64_t e) const;
   void mask(std::size_t i, std::int64_t row);
 
   const std::vector<Operand>& operands_;
@@ -40,8 +41,11 @@ class RowMasks {
   std::int64_t row_ = -1;
   std::vector<Row> rows_;
   std::vector<std::uint16_t> numbers_, open_;
-  // firsts_[c]: the rank of the first element of code c, as the one of the next code if there is none.
-  std::vector<std::int32_t> counts_, firsts_, undecided_;
+  // Of the row that was counted last: [quarters][codes], the counts of the first quarter, of the first two and of the
+  // first three; and the rank of the first element of a code, where it has none that of the next code.
+  std::vector<std::int32_t> counts_, firsts_;
+  std::int64_t smallest_ = 0, after_ = 0;  // its codes that are not 0
+  std::vector<std::int32_t> thresholds_, undecided_;
 };
 
 }  // namespace arcmerge

@@ -15,13 +15,13 @@ from arcmerge.merging.methods.measure import Selection
 
 # Two masks of the embedding of Gemma-2 2B take 147 MB. Pieces that find no room are drawn twice.
 MASK_BYTES = 192 << 20
-# What native code may read after the last bit.
-_PADDING = 8
+# Elements whose bits lie together, and the bytes of these bits (_C.Selection.masks).
+_BLOCK, _BLOCK_BYTES = 256, 32
 
 
 @dataclass
 class _Masks:
-    """The masks of the inputs of a piece, uint8 (inputs, bytes): element e of it has bit e % 8 of byte e // 8."""
+    """The masks of the inputs of a piece, uint8 (inputs, bytes)."""
 
     selection: Selection
     bits: NDArray[np.uint8]
@@ -29,7 +29,7 @@ class _Masks:
 
     def addresses(self, first: int) -> list[int]:
         """The addresses at which the masks of whole tensors would start."""
-        return [mask.ctypes.data - first // 8 for mask in self.bits]
+        return [mask.ctypes.data - first // _BLOCK * _BLOCK_BYTES for mask in self.bits]
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class MaskStore:
 
     def new(self, piece: Piece, selection: Selection) -> list[int]:
         """The addresses to which the masks of a piece are to be written; none if they are not to be kept."""
-        if not selection.random or piece.first % 8 or piece.first % work_units.PIECE_ELEMENTS:
+        if not selection.random or piece.first % _BLOCK or piece.first % work_units.PIECE_ELEMENTS:
             return []
-        size = -(-piece.count // 8) + _PADDING
+        size = -(-piece.count // _BLOCK) * _BLOCK_BYTES
         bits = np.empty((len(selection.keys), size), np.uint8)
         with self._lock:
             self._drop((piece.job, piece.first))
