@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from arcmerge.merging.execution.cpu.native import measured, write
 from arcmerge.merging.execution.statistics_pass import added_up
 from arcmerge.merging.execution.work_units import cut
 from arcmerge.merging.methods import registry
-from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Measure, Statistic, Sums
+from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Measure, Statistic
 from arcmerge.merging.methods.method import Arguments, Method, copy_of
 from arcmerge.merging.methods.rule import Coefficients, Rule
 from arcmerge.merging.recipe.parameters import REQUIRED, Scalar, finite
@@ -322,10 +323,8 @@ def _measured(job: _Job, measure: Measure) -> Statistic:
     }
     if isinstance(measure, Divergences):
         return Statistic(measure, np.concatenate([*found.values()]))
-    total = functools.reduce(np.add, found.values())
-    if isinstance(measure, Sums):
-        return Statistic(measure, total)
-    return Statistic(measure, Counts.of(total), {first: Counts.of(share) for first, share in found.items()})
+    total = functools.reduce(operator.add, found.values())
+    return Statistic(measure, total, {first: share for first, share in found.items() if isinstance(share, Counts)})
 
 
 def _row(tensor: Tensor) -> int:

@@ -82,7 +82,7 @@ def statistics(method: str, x: Tensor, base: Tensor, arguments: Arguments) -> li
     found: list[Statistic] = []
     while (measure := get(method).measure(found, arguments)) is not None:
         counts = measured(measure, [operand(base), operand(x)], 0, len(x), 0, len(x))
-        found.append(Statistic(measure, Counts.of(counts), {0: Counts.of(counts)}))
+        found.append(Statistic(measure, counts, {0: counts} if isinstance(counts, Counts) else {}))
     return found
 
 
@@ -160,5 +160,5 @@ def test_the_sum_of_many_magnitudes_is_rounded_once() -> None:
     base = torch.zeros_like(values)
     selection = Selection((NO_CUT,), (0,), ((1.0, 1.0),))
     counts = measured(Histogram(selection), [operand(base), operand(values)], 0, len(values), 0, len(values))
-    found = Order([Statistic(Histogram(selection), Counts.of(counts), {})], 0)
+    found = Order([Statistic(Histogram(selection), counts, {})], 0)
     assert found.sum(0, found.count) == math.fsum(values.double().tolist())

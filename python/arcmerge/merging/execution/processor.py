@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.work_units import Piece
-from arcmerge.merging.methods.measure import Measure
+from arcmerge.merging.methods.measure import Counts, Measure
 from arcmerge.merging.methods.rule import Rule
 
 
@@ -36,13 +36,14 @@ Request = tuple[Piece, Measure]
 class Processor(Protocol):
     """Computes pieces of the jobs of one plan. Every method may be called from several threads at once."""
 
-    def measure(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+    def measure(self, requests: Sequence[Request]) -> Sequence[NDArray[Any] | Counts]:
         """Measure the inputs of each piece.
 
         Returns:
             For each piece its share of what the measure finds: for a Gram matrix float64 (k, k), where k is the number
             of inputs (less the base, for methods that subtract it), or with one matrix per row or column all of them,
-            (vectors, k, k); for other measures as they say, of the elements of the piece.
+            (vectors, k, k); for a histogram its counts, dense (int64) or as Counts; for other measures as they say, of
+            the elements of the piece.
         """
         ...
 

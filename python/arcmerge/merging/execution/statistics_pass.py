@@ -132,8 +132,9 @@ class StatisticsPass:
             ArcmergeError: a job has NaN or infinity, or the method has no result for it.
         """
         requests = [(piece, self._pending[piece.job].measure) for piece in batch]
-        for piece, dense in zip(batch, self._processor.measure(requests), strict=True):
-            share = Counts.of(dense) if dense.dtype == np.int64 else dense
+        for piece, share in zip(batch, self._processor.measure(requests), strict=True):
+            if not isinstance(share, Counts) and share.dtype == np.int64:
+                share = Counts.of(share)
             with self._lock:
                 pending = self._pending[piece.job]
                 pending.add(piece.first, share)

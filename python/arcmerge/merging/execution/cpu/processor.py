@@ -16,7 +16,7 @@ from arcmerge.merging.execution.cpu.native import measured, write
 from arcmerge.merging.execution.nonfinite import not_finite
 from arcmerge.merging.execution.processor import FillTask, Request
 from arcmerge.merging.execution.work_units import Piece
-from arcmerge.merging.methods.measure import Gram, Histogram, Measure
+from arcmerge.merging.methods.measure import Counts, Gram, Histogram, Measure
 from arcmerge.merging.methods.rule import Coefficients, Consensus
 from arcmerge.merging.plan.tensor_job import Input, Job
 from arcmerge.merging.vocabulary.embedding_rows import RowAddresses
@@ -45,7 +45,7 @@ class CpuProcessor:
         self._masks = masks
         self._parts: dict[int, list[list[_C.Operand]]] = {}
 
-    def measure(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+    def measure(self, requests: Sequence[Request]) -> list[NDArray[Any] | Counts]:
         """See Processor.measure."""
         return [self._measure(piece, measure) for piece, measure in requests]
 
@@ -95,7 +95,7 @@ class CpuProcessor:
         first = piece.first // row * row
         return Piece(piece.job, first, -(-(piece.first + piece.count) // row) * row - first)
 
-    def _measure(self, piece: Piece, measure: Measure) -> NDArray[Any]:
+    def _measure(self, piece: Piece, measure: Measure) -> NDArray[Any] | Counts:
         job = self._jobs[piece.job]
         operands, _memory = self._operands(piece)
         if isinstance(measure, Gram):

@@ -26,7 +26,7 @@ from arcmerge.merging.execution.cpu.processor import CpuProcessor
 from arcmerge.merging.execution.gpu.slots import Slot, SlotPool, slot_bytes, slot_count
 from arcmerge.merging.execution.processor import FillTask, Request
 from arcmerge.merging.execution.work_units import Piece
-from arcmerge.merging.methods.measure import Gram, Histogram, Selection
+from arcmerge.merging.methods.measure import Counts, Gram, Histogram, Selection
 from arcmerge.merging.methods.rule import Coefficients, Consensus
 from arcmerge.merging.plan.tensor_job import Job
 
@@ -62,11 +62,11 @@ class GpuProcessor:
         self._launching = threading.Lock()
         self._slots = SlotPool(torch.device(device), slot_bytes(jobs), slot_count(threads))
 
-    def measure(self, requests: Sequence[Request]) -> list[NDArray[Any]]:
+    def measure(self, requests: Sequence[Request]) -> list[NDArray[Any] | Counts]:
         """See Processor.measure. Gram matrices of the same number of inputs share a launch."""
         from arcmerge.kernels.gram import gram
 
-        shares: dict[Piece, NDArray[Any]] = {}
+        shares: dict[Piece, NDArray[Any] | Counts] = {}
         alike_by: dict[tuple[int, bool], list[Piece]] = {}
         for piece, measure in requests:
             if isinstance(measure, Histogram) and has_kernel(measure.selection, piece.first):
