@@ -63,15 +63,14 @@ def main() -> None:
         Provider(f"mergekit {name}", [f"{SCRIPTS}/mergekit-yaml", f"{recipes[name]}", f"{out}"], out)
         for name in arguments.mergekit
     ]
-    rows = []
+    origin, rows = {**provenance("arcmerge", "mergekit", "torch"), "file_system": file_system(folder)}, []
     for number, provider in [*interleaved(ours, arguments.rounds), *((0, one) for one in theirs)]:
         usage = measure(provider, inputs)
         remove(provider.out)
         print(f"round {number + 1}  {provider.name:<20}{usage.seconds:8.2f} s", flush=True)
         rows.append(
             {
-                **provenance("arcmerge", "mergekit", "torch"),
-                "file_system": file_system(folder),
+                **origin,
                 "model": model,
                 "provider": provider.name,
                 "seconds": round(usage.seconds, 3),

@@ -158,8 +158,8 @@ def methods_table() -> str:
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     count = len(ours["multislerp"])
     lines += ["", f"arcmerge: medians of {count} interleaved runs. {origin(ours['multislerp'])}"]
-    if theirs:
-        lines += ["", f"mergekit: one run of each. {origin(next(iter(theirs.values())))}"]
+    for name, rows in theirs.items():
+        lines += ["", f"mergekit's `{name}`: one run. {origin(rows)}"]
     return "\n".join(lines)
 
 

@@ -4,7 +4,8 @@
 // functions that it calls, for every instruction set, and defines a function `name` that calls the chosen variant.
 // Bodies fix the order of all sums, and the compiler may neither fuse nor reorder operations (setup.py), so that all
 // variants of merge operations give the same bits. Matrix products and the softmax of a network use the best
-// instructions of a processor, and differ between variants in the last bits.
+// instructions of a processor, and differ between variants in the last bits. GCC's -Wvector-operation-performance names
+// operations that it takes apart for lack of an instruction.
 #pragma once
 
 #include <cstdint>
