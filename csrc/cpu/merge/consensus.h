@@ -112,9 +112,12 @@ struct Elected {
   }
 };
 
-// The sum of values / the sum of shares. Parts that a rule does not need may be left out: the choice of `alone`,
-// the division, and the floor of the sum of shares.
-template <class Isa, Election election, bool alone, bool divides, bool floors, class Rule, class Difference>
+// What a rule needs: the sum of values alone; also the division by the sum of shares; or also the floor of that, and
+// the factors of inputs that are alone.
+enum class Needs { sum, quotient, all };
+
+// The sum of values / the sum of shares.
+template <class Isa, Election election, Needs needs, class Rule, class Difference>
 ARCMERGE_INLINE typename Vector<Isa>::F32 added_to_base(const Rule& rule, const Difference& difference) {
   using F32 = typename Vector<Isa>::F32;
   using I32 = typename Vector<Isa>::I32;
@@ -125,14 +128,14 @@ ARCMERGE_INLINE typename Vector<Isa>::F32 added_to_base(const Rule& rule, const 
     const F32 x = difference(i);
     const I32 mask = elected.agrees(x, factors.vote);
     F32 value = broadcast<Isa>(factors.value);
-    if constexpr (alone) value = elected.agreeing == 1 ? broadcast<Isa>(factors.alone) : value;
+    if constexpr (needs == Needs::all) value = elected.agreeing == 1 ? broadcast<Isa>(factors.alone) : value;
     const F32 added = where<Isa>(mask, value * x);
     const F32 shared = where<Isa>(mask, broadcast<Isa>(factors.share));
     numerator = i == 0 ? added : numerator + added;
     denominator = i == 0 ? shared : denominator + shared;
   }
-  if constexpr (!divides) return numerator;
-  if constexpr (floors) {
+  if constexpr (needs == Needs::sum) return numerator;
+  if (needs == Needs::all && rule.floor != 0) {
     const F32 floor = broadcast<Isa>(rule.floor);
     return numerator / (denominator < floor ? floor : denominator);
   }
@@ -148,13 +151,10 @@ struct InPlace {
   std::int64_t with_upper, with_lower;  // the results
 };
 
-// Whether combine_in_place has this rule: none that counts votes, has a floor, or treats inputs that are alone in a way
-// of their own.
 constexpr std::size_t kMostInPlace = 3;
-bool is_in_place(const Consensus& consensus);
-
-// The whole of consensus_combine for up to kMostInPlace bf16 inputs and bf16 results. count: a multiple of kInPlace.
-// Returns false, with any results, where a difference or a result is not finite.
+// The whole of consensus_combine for up to kMostInPlace bf16 inputs and bf16 results, without `inverse` and without
+// counts of votes. count: a multiple of kInPlace. Returns false, with any results, where a difference or a result is
+// not finite.
 constexpr std::int64_t kInPlace = 128;
 bool combine_in_place(InPlace* inputs, const char* base, bool rounded, const Consensus& consensus, std::int64_t count,
                       char* out);

@@ -58,7 +58,7 @@ ARCMERGE_INLINE auto differences_at(const Chosen& chosen, std::int64_t e) {
 }
 
 // out = the result. invalid: the bits of a NaN where a difference is not finite, else 0.
-template <class Isa, Election election, bool floors, int known>
+template <class Isa, Election election, int known>
 ARCMERGE_INLINE void add_values(const Chosen& chosen, const float* base, const std::uint32_t* invalid, float* out) {
   const Rule<known> rule(chosen.consensus);
   const std::int64_t count = chosen.count;
@@ -68,7 +68,7 @@ ARCMERGE_INLINE void add_values(const Chosen& chosen, const float* base, const s
     load(from, base + e);
     load(wrong, invalid + e);
     const auto difference = differences_at<Isa>(chosen, e);
-    const auto result = from + added_to_base<Isa, election, true, true, floors>(rule, difference);
+    const auto result = from + added_to_base<Isa, election, Needs::all>(rule, difference);
     store(out + e, (typename Vector<Isa>::I32)result | wrong);
   }
 }
@@ -106,12 +106,8 @@ ARCMERGE_INLINE void count_roles(const Chosen& chosen, Roles* roles, Lanes& bala
 template <class Isa>
 ARCMERGE_INLINE void add_values_any_body(const Chosen& chosen, const float* base, const std::uint32_t* invalid,
                                          float* out) {
-  with_rule(chosen.consensus, [&](auto election, auto known) ARCMERGE_LAMBDA {
-    if (chosen.consensus.floor != 0)
-      add_values<Isa, election, true, known>(chosen, base, invalid, out);
-    else
-      add_values<Isa, election, false, known>(chosen, base, invalid, out);
-  });
+  with_rule(chosen.consensus, [&](auto election, auto known)
+                                  ARCMERGE_LAMBDA { add_values<Isa, election, known>(chosen, base, invalid, out); });
 }
 
 template <class Isa>
@@ -173,7 +169,8 @@ class Selected {
   std::int64_t combine(std::int64_t first, std::int64_t count, DType dtype, char* out) {
     const bool is_plain = dtype == DType::bf16 && cuts_.size() <= kMostInPlace && is_plain_bf16(base_) &&
                           std::all_of(operands_.begin(), operands_.end(), is_plain_bf16);
-    const bool is_simple = !selection_.joint && !selection_.row_scales && is_in_place(consensus_);
+    const bool is_simple =
+        !selection_.joint && !selection_.row_scales && !consensus_.inverse && consensus_.election != Election::count;
     if (is_plain && is_simple && count % kInPlace == 0 && combine_in_place(first, count, out)) return 0;
     read(first, count);
     Tile<float> result;

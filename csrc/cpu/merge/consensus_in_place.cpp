@@ -78,7 +78,7 @@ struct Codes<Isa, By::rounded> {
   }
 };
 
-template <class Isa, Election election, int known, By by, bool divides>
+template <class Isa, Election election, int known, By by, Needs needs>
 ARCMERGE_INLINE bool combine(InPlace* inputs, const char* base, const Consensus& consensus, std::int64_t count,
                              char* out) {
   using F32 = typename Vector<Isa>::F32;
@@ -121,7 +121,7 @@ ARCMERGE_INLINE bool combine(InPlace* inputs, const char* base, const Consensus&
     }
     for (int step = 0; step < kSteps; ++step) {
       const auto added = [&](const F32* x) ARCMERGE_LAMBDA {
-        return added_to_base<Isa, election, false, divides, false>(rule, [x](int i) ARCMERGE_LAMBDA { return x[i]; });
+        return added_to_base<Isa, election, needs>(rule, [x](int i) ARCMERGE_LAMBDA { return x[i]; });
       };
       quotients[step][0] = added(even[step]);
       quotients[step][1] = added(odd[step]);
@@ -155,13 +155,21 @@ template <class Isa>
 ARCMERGE_INLINE bool combine_any_body(InPlace* inputs, const char* base, By by, const Consensus& consensus,
                                       std::int64_t count, char* out) {
   bool finite = false;
-  const bool divides = std::any_of(consensus.factors.begin(), consensus.factors.end(),
-                                   [](const Consensus::Factors& factors) { return factors.share != 0; });
+  const auto any = [&](const auto& has) {
+    return std::any_of(consensus.factors.begin(), consensus.factors.end(), has);
+  };
+  Needs needs = Needs::sum;
+  if (any([](const Consensus::Factors& factors) { return factors.share != 0; })) needs = Needs::quotient;
+  if (consensus.floor != 0 || any([](const Consensus::Factors& factors) { return factors.alone != factors.value; }))
+    needs = Needs::all;
   with_constant<Election, Election::none, Election::sum>(consensus.election, [&](auto election) ARCMERGE_LAMBDA {
     with_constant<int, 1, int(kMostInPlace)>(int(consensus.factors.size()), [&](auto known) ARCMERGE_LAMBDA {
       with_constant<By, By::nothing, By::whole>(by, [&](auto by) ARCMERGE_LAMBDA {
-        with_constant<bool, false, true>(divides, [&](auto divides) ARCMERGE_LAMBDA {
-          finite = combine<Isa, election, known, by, divides>(inputs, base, consensus, count, out);
+        with_constant<Needs, Needs::sum, Needs::all>(needs, [&](auto needs) ARCMERGE_LAMBDA {
+          // No method has other rules, which the general code is for.
+          constexpr bool exists =
+              needs == Needs::all ? by == By::nothing : needs == Needs::sum || election != Election::none;
+          if constexpr (exists) finite = combine<Isa, election, known, by, needs>(inputs, base, consensus, count, out);
         });
       });
     });
@@ -175,13 +183,6 @@ ARCMERGE_VARIANTS(bool, combine_any,
                   (inputs, base, by, consensus, count, out))
 
 }  // namespace
-
-bool is_in_place(const Consensus& consensus) {
-  return consensus.factors.size() <= kMostInPlace && consensus.election != Election::count && consensus.floor == 0 &&
-         !consensus.inverse &&
-         std::all_of(consensus.factors.begin(), consensus.factors.end(),
-                     [](const Consensus::Factors& factors) { return factors.value == factors.alone; });
-}
 
 bool combine_in_place(InPlace* inputs, const char* base, bool rounded, const Consensus& consensus, std::int64_t count,
                       char* out) {
