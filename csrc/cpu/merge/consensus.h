@@ -154,7 +154,7 @@ struct InPlace {
 constexpr std::size_t kMostInPlace = 3;
 // The whole of consensus_combine for up to kMostInPlace bf16 inputs and bf16 results, without `inverse` and without
 // counts of votes. count: a multiple of kInPlace. Returns false, with any results, where a difference or a result is
-// not finite.
+// not finite, and for rules that no method has.
 constexpr std::int64_t kInPlace = 128;
 bool combine_in_place(InPlace* inputs, const char* base, bool rounded, const Consensus& consensus, std::int64_t count,
                       char* out);

@@ -24,12 +24,6 @@ ARCMERGE_INLINE std::int64_t sum(const I16& counters) {
   return std::accumulate(std::begin(lanes), std::end(lanes), std::int64_t(0));
 }
 
-// The upper halves of two registers, in words.
-template <class U32>
-ARCMERGE_INLINE U32 upper_halves(const U32& even, const U32& odd) {
-  return even >> 16 | (odd & 0xffff0000u);
-}
-
 // How elements are selected by magnitude: not at all, by codes of magnitudes that are rounded to bf16, or by whole
 // ones.
 enum class By { nothing, rounded, whole };
@@ -144,7 +138,7 @@ ARCMERGE_INLINE bool combine(InPlace* inputs, const char* base, const Consensus&
   return sum((I16)(nonfinite != 0)) == 0;
 }
 
-// Calls f(constant) with the constant that `value` is, among those from `first` to `last`.
+// Calls f(constant) with the constant that `value` is, among those from `from` to `to`.
 template <class T, T from, T to, class F>
 ARCMERGE_INLINE void with_constant(T value, const F& f) {
   if (value == from) return f(std::integral_constant<T, from>{});

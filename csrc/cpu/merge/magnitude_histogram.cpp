@@ -57,19 +57,15 @@ constexpr std::int64_t kApart = 32;
 
 template <class Isa, bool drops>
 struct Bins {
-  using F32 = typename Vector<Isa>::F32;
   using U32 = typename Vector<Isa>::U32;
   typedef std::uint16_t U16 __attribute__((vector_size(Isa::kBytes)));
   static constexpr std::int64_t kStep = Isa::kBytes / 2;
 
-  // Two elements share a 32-bit word, the even one in the lower half.
   static ARCMERGE_INLINE void read(const char* x, const char* base, const std::uint16_t* kept, std::uint16_t* bins) {
     U32 x_words, base_words;
     std::memcpy(&x_words, x, sizeof x_words);
     std::memcpy(&base_words, base, sizeof base_words);
-    const U32 even = (U32)((F32)(x_words << 16) - (F32)(base_words << 16)) & 0x7fffffffu;
-    const U32 odd = (U32)((F32)(x_words & 0xffff0000u) - (F32)(base_words & 0xffff0000u)) & 0x7fffffffu;
-    U16 codes = (U16)(nearest_bf16(even) >> 16 | (nearest_bf16(odd) & 0xffff0000u));
+    U16 codes = (U16)rounded_codes_of_words<Isa>(x_words, base_words);
     if constexpr (drops) {
       U16 planes;
       std::memcpy(&planes, kept, sizeof planes);

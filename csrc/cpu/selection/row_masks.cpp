@@ -29,10 +29,9 @@ constexpr std::int64_t kStride = kCodes + 272;
 // More elements than this are ranked in one go.
 constexpr std::int64_t kFew = 64;
 
-// The codes of differences of bf16 operands in place. Two elements share a 32-bit word, the even one in the lower half.
+// The codes of differences of bf16 operands in place.
 template <class Isa>
 ARCMERGE_INLINE void codes_of_bf16_body(const char* x, const char* base, std::int64_t count, std::uint16_t* codes) {
-  using F32 = typename Vector<Isa>::F32;
   using U32 = typename Vector<Isa>::U32;
   typedef std::int16_t I16 __attribute__((vector_size(Isa::kBytes)));
   constexpr std::int64_t kStep = Isa::kBytes / 2;
@@ -40,9 +39,7 @@ ARCMERGE_INLINE void codes_of_bf16_body(const char* x, const char* base, std::in
     U32 x_words, base_words;
     std::memcpy(&x_words, x, sizeof x_words);
     std::memcpy(&base_words, base, sizeof base_words);
-    const U32 even = (U32)((F32)(x_words << 16) - (F32)(base_words << 16)) & 0x7fffffffu;
-    const U32 odd = (U32)((F32)(x_words & 0xffff0000u) - (F32)(base_words & 0xffff0000u)) & 0x7fffffffu;
-    const I16 found = (I16)(nearest_bf16(even) >> 16 | (nearest_bf16(odd) & 0xffff0000u));
+    const I16 found = (I16)rounded_codes_of_words<Isa>(x_words, base_words);
     return found > std::int16_t(0x7f80) ? I16{} + std::int16_t(0x7fc0) : found;  // one code for all NaNs
   };
   std::int64_t e = 0;

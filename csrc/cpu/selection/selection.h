@@ -40,6 +40,24 @@ ARCMERGE_INLINE typename Vector<Isa>::U32 rounded_code(const typename Vector<Isa
   return nearest_bf16(code<Isa>(magnitude));
 }
 
+// The upper halves of two registers in words, that of `even` in the lower half of a word.
+template <class U32>
+ARCMERGE_INLINE U32 upper_halves(const U32& even, const U32& odd) {
+  return even >> 16 | (odd & 0xffff0000u);
+}
+
+// The rounded codes of differences of bf16 values, of which a word has two, the even one in the lower half. That of a
+// NaN may be any above that of infinity.
+template <class Isa>
+ARCMERGE_INLINE typename Vector<Isa>::U32 rounded_codes_of_words(const typename Vector<Isa>::U32& x,
+                                                                 const typename Vector<Isa>::U32& base) {
+  using F32 = typename Vector<Isa>::F32;
+  using U32 = typename Vector<Isa>::U32;
+  const U32 even = (U32)((F32)(x << 16) - (F32)(base << 16)) & 0x7fffffffu;
+  const U32 odd = (U32)((F32)(x & 0xffff0000u) - (F32)(base & 0xffff0000u)) & 0x7fffffffu;
+  return upper_halves(nearest_bf16(even), nearest_bf16(odd));
+}
+
 // Differences of tiles of all inputs from the base, and their codes.
 class Differences {
  public:
