@@ -85,6 +85,7 @@ def test_results_do_not_depend_on_masks_that_are_kept(
 
     monkeypatch.setattr(MaskStore, "parts", counting)
     arcmerge.merge(recipe, tmp_path / "with", device="cpu", threads=2)
+    assert used
     assert all(used)
     monkeypatch.setattr(masks, "MASK_BYTES", 0)
     used.clear()

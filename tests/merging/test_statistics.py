@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import tiny
 from arcmerge.errors import ArcmergeError
+from arcmerge.merging.execution.cpu.native import measured
 from arcmerge.merging.execution.processor import FillTask, Request
 from arcmerge.merging.execution.statistics_cache import StatisticsCache
 from arcmerge.merging.execution.statistics_pass import StatisticsPass, added_up, measure_all
@@ -33,6 +35,7 @@ from arcmerge.merging.methods.rule import Coefficients
 from arcmerge.merging.options import Options
 from arcmerge.merging.plan.tensor_job import Job
 from arcmerge.merging.prepare import Prepared, prepare
+from operands import BF16, operand
 
 SELECTION = Selection((NO_CUT,), (0,), ((1.0, 1.0),), rounded=True)
 
@@ -277,3 +280,19 @@ def test_gram_matrices_alone_are_saved(prepared: Prepared) -> None:
     assert again.get(job, histogram()) is None
     assert again.get(job, Gram(centered=True)) is None
     assert again.get(job, Divergences()) is None
+
+
+def test_a_histogram_after_an_interrupted_one_starts_from_zero(monkeypatch):
+    values, base = torch.ones(1000, dtype=BF16), torch.zeros(1000, dtype=BF16)
+    measure = Histogram(Selection((NO_CUT,), (0,), ((1.0, 1.0),), rounded=True))
+
+    def ones() -> int:
+        counts = measured(measure, [operand(base), operand(values)], 0, 1000, 0, 1000)
+        return counts.at(0, 1, 0x3F80)
+
+    assert ones() == 1000
+    with monkeypatch.context() as patch:
+        patch.setattr(Counts, "of", lambda dense: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            ones()
+    assert ones() == 1000
