@@ -137,6 +137,11 @@ void magnitude_histogram_within(Address out, const std::vector<Operand>& operand
   arcmerge::magnitude_histogram_within(at<Count>(out), operands, base, selection, prefixes, first, count);
 }
 
+void l1_norms(Address out, const std::vector<Operand>& operands, const Operand& base,
+              const arcmerge::Selection& selection, Count first, Count count) {
+  arcmerge::l1_norms(at<Count>(out), operands, base, selection, first, count);
+}
+
 Count consensus_combine(Address out, int out_dtype, const std::vector<Operand>& operands, const Operand& base,
                         const arcmerge::Selection& selection, const arcmerge::Consensus& consensus,
                         const std::vector<arcmerge::EqualsBefore>& before, Count first, Count count) {
@@ -192,6 +197,7 @@ void bind_merge(py::module_& module) {
              "count"_a, no_gil);
   module.def("magnitude_histogram_within", &magnitude_histogram_within, "out"_a, "operands"_a, "base"_a, "selection"_a,
              "prefixes"_a, "first"_a, "count"_a, no_gil);
+  module.def("l1_norms", &l1_norms, "out"_a, "operands"_a, "base"_a, "selection"_a, "first"_a, "count"_a, no_gil);
   module.def("consensus_combine", &consensus_combine, "out"_a, "out_dtype"_a, "operands"_a, "base"_a, "selection"_a,
              "consensus"_a, "before"_a, "first"_a, "count"_a, no_gil);
   module.def("consensus_sums", &consensus_sums, "operands"_a, "base"_a, "selection"_a, "consensus"_a, "before"_a,

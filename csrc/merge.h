@@ -87,8 +87,8 @@ struct Selection {
   bool joint = false, rounded = false;
   const float* row_scales = nullptr;  // one for each row of the whole tensors, if any
   // If any, for each input the bits of all elements, 32 bytes for each 256 of them (mask_bits.h); null for an input
-  // that has none. magnitude_histogram sets the bits of elements that random numbers keep, from a multiple of 256 on;
-  // others read them in place of drawing numbers.
+  // that has none. l1_norms sets the bits of elements that random numbers keep, from a multiple of 256 on; others read
+  // them in place of drawing numbers.
   std::vector<std::uint8_t*> masks;
 };
 
@@ -118,6 +118,12 @@ void magnitude_histogram(std::int64_t* out, const std::vector<Operand>& operands
 void magnitude_histogram_within(std::int64_t* out, const std::vector<Operand>& operands, const Operand& base,
                                 const Selection& selection, const std::vector<std::vector<std::int64_t>>& prefixes,
                                 std::int64_t first, std::int64_t count);
+
+// Adds to out, [k][2][256], the sums of the magnitudes of elements that random numbers drop and of those that they
+// keep: whole numbers n_e for which the sum of n_e * 2^(max(e, 1) - 150) over e < 255 is that of the finite magnitudes.
+// n_255 is not 0 if a magnitude is infinite or NaN. Cuts are ignored.
+void l1_norms(std::int64_t* out, const std::vector<Operand>& operands, const Operand& base, const Selection& selection,
+              std::int64_t first, std::int64_t count);
 
 // out[e] = base + the sum of values / the sum of shares, over the inputs whose element is selected and agrees. Returns
 // the number of outputs that are not finite.

@@ -49,7 +49,7 @@ MAY_IMPORT = {
 # The largest number of lines: of a file, and of all files in a part of the product.
 MAX_FILE_LINES = 400
 MAX_LINES = {
-    "csrc": 6_800,
+    "csrc": 7_000,
     "kernels": 2_900,
     "python/arcmerge/checkpoint": 1_400,
     "python/arcmerge/cli": 900,

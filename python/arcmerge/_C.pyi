@@ -98,8 +98,8 @@ class Selection:
         rounded: whether magnitudes are rounded to bfloat16.
         row_scales: 0, or the address of float32, one for each row of the whole tensors.
         masks: for each operand the address of bits of all elements of the tensor, 32 bytes for each 256 of them, or 0.
-            magnitude_histogram sets those of elements that random numbers keep, from a multiple of 256 elements on; the
-            others read them in place of drawing numbers. Empty for none.
+            l1_norms sets those of elements that random numbers keep, from a multiple of 256 elements on; the others
+            read them in place of drawing numbers. Empty for none.
     """
 
     def __init__(
@@ -152,6 +152,15 @@ def magnitude_histogram_within(
     count: int,
 ) -> None:
     """Add the counts by the lower 16 bits of codes to out: int64 [k][P][65536]. prefixes: [k][P]."""
+
+def l1_norms(
+    out: int, operands: Sequence[Operand], base: Operand, selection: Selection, first: int, count: int
+) -> None:
+    """Add the sums of the magnitudes of elements [first, first + count) to out: int64 [k][2][256].
+
+    [0] is of elements that random numbers drop, [1] of those that they keep. Each sum is that of n[e] *
+    2^(max(e, 1) - 150) over e < 255; n[255] is not 0 if a magnitude is not finite. Cuts are ignored.
+    """
 
 def consensus_combine(
     out: int,

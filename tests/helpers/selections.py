@@ -67,6 +67,20 @@ class Case:
         ]
 
 
+def plain_case(
+    tensors: list[Tensor],
+    base: Tensor,
+    probability: float = 1.0,
+    bounds: list[int] | None = None,
+    *,
+    rounded: bool = True,
+) -> Case:
+    """A case without cuts, in which all elements of all tensors are kept with one probability."""
+    k = len(tensors)
+    chances, bounds = [(probability, probability)] * k, bounds or [0, base.numel()]
+    return Case(tensors, base, [NO_CUT] * k, list(range(k)), chances, None, joint=False, rounded=rounded, bounds=bounds)
+
+
 def random_cut(row: Tensor, draw: random.Random) -> Sequence[int]:
     """Between two elements of the order, or around it."""
     if not len(row) or draw.random() < 0.2:

@@ -40,6 +40,15 @@ def test_masks_are_dropped_once_all_elements_were_read():
     assert parts(store, 0, 256) == [(0, 256, False)]
 
 
+def test_masks_that_are_kept_can_be_read_again_until_others_are_drawn():
+    store = MaskStore(10_000, keeps=True)
+    store.new(Piece(0, 0, 256), HALF)
+    assert parts(store, 0, 256) == parts(store, 0, 256) == [(0, 256, True)]
+    store.new(Piece(0, 0, 256), OTHER)
+    assert parts(store, 0, 256) == [(0, 256, False)]
+    assert parts(store, 0, 256, OTHER) == [(0, 256, True)]
+
+
 def test_masks_of_other_random_numbers_are_not_read():
     store = MaskStore()
     store.new(Piece(0, 0, 256), HALF)

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from arcmerge import _C
 from arcmerge.errors import ArcmergeError
 from arcmerge.ops import magnitude_histogram
-from arcmerge.ops.selection import NO_CUT
 from operands import BF16, F16, F32, any_bits, at_offset, every_variant, normal, operand, using
-from selections import Case, cases
+from selections import Case, cases, plain_case
 
 REFERENCE = magnitude_histogram.implementations["reference"]
 
@@ -54,13 +53,6 @@ def test_codes_within_prefixes_are_counted_as_by_the_reference(variant, case, da
     prefixes = [[data.draw(some), data.draw(some)] for _ in case.tensors]
     with using(variant):
         assert torch.equal(native(case, prefixes), expected(case, prefixes))
-
-
-def plain_case(tensors, base, probability=1.0, bounds=None):
-    k = len(tensors)
-    keys, probabilities = list(range(k)), [(probability, probability)] * k
-    bounds = bounds or [0, base.numel()]
-    return Case(tensors, base, [NO_CUT] * k, keys, probabilities, None, joint=False, rounded=True, bounds=bounds)
 
 
 @every_variant
@@ -107,40 +99,6 @@ def test_probabilities_by_rank(variant, kind, columns):
         case.probabilities = [probability] * 2
         with using(variant):
             assert torch.equal(native(case), expected(case))
-
-
-@every_variant
-@pytest.mark.parametrize("first", [0, 1, 63, 256, 300])
-@pytest.mark.parametrize("probability", [(0.3, 0.3), (0.2, 0.7)])
-def test_masks_that_are_written_are_the_ones_that_are_drawn(variant, first, probability):
-    size, k = 5000, 2
-    tensors, base = [normal(size, seed=seed) for seed in (1, 2)], normal(size, seed=3)
-    case = plain_case(tensors, base)
-    case.probabilities = [probability] * k
-    operands, native_base, selection = case.native()
-    bits = torch.full((k, -(-size // 256) * 32), 255, dtype=torch.uint8)
-    masked = _C.Selection(
-        case.cuts, case.keys, case.probabilities, size, rounded=True, masks=[row.data_ptr() for row in bits]
-    )
-    counts = torch.zeros(k, 2, 32768, dtype=torch.int64)
-    consensus = _C.Consensus([(1.0, 1.0, 0.0, 1.0)] * k, 1)
-    with using(variant):
-        for start, end in ((0, 1024), (1024, size)):
-            _C.magnitude_histogram(counts.data_ptr(), operands, native_base, masked, start, end - start)
-        assert torch.equal(counts, expected(case))
-        out = [torch.empty(size, dtype=BF16) for _ in range(2)]
-        for result, chosen in zip(out, (selection, masked), strict=True):
-            address = result.data_ptr() + 2 * first
-            _C.consensus_combine(
-                address, 0, operands, native_base, chosen, consensus, [(0, 0)] * k, first, size - first
-            )
-        assert torch.equal(out[0][first:], out[1][first:])
-    # Masks are read in place of drawing numbers.
-    bits.zero_()
-    result = torch.empty(size, dtype=BF16)
-    with using(variant):
-        _C.consensus_combine(result.data_ptr(), 0, operands, native_base, masked, consensus, [(0, 0)] * k, 0, size)
-    assert torch.equal(result, base)
 
 
 @every_variant

@@ -24,6 +24,15 @@ ARCMERGE_INLINE std::int64_t sum(const I16& counters) {
   return std::accumulate(std::begin(lanes), std::end(lanes), std::int64_t(0));
 }
 
+// Whether any bit is set. (Some compilers take comparisons with AVX-512 apart.)
+template <class I16>
+ARCMERGE_INLINE bool any(const I16& bits) {
+  std::uint64_t words[sizeof bits / 8], all = 0;
+  store(words, bits);
+  for (const std::uint64_t word : words) all |= word;
+  return all != 0;
+}
+
 // How elements are selected by magnitude: not at all, by codes of magnitudes that are rounded to bf16, or by whole
 // ones.
 enum class By { nothing, rounded, whole };
@@ -84,7 +93,7 @@ ARCMERGE_INLINE bool combine(InPlace* inputs, const char* base, const Consensus&
   const Rule<known> rule(consensus);
   InPlace from[known];
   std::copy_n(inputs, known, from);
-  I16 with_upper[known] = {}, with_lower[known] = {}, nonfinite{};
+  I16 with_upper[known] = {}, with_lower[known] = {}, nonfinite{}, infinite{};
   // In loops over some registers, each of which depends on few operations, so that more of them overlap.
   constexpr int kSteps = kInPlace / kStep;
   F32 even[kSteps][known], odd[kSteps][known], quotients[kSteps][2];
@@ -127,15 +136,15 @@ ARCMERGE_INLINE bool combine(InPlace* inputs, const char* base, const Consensus&
       const auto y = (U32)((F32)(words & 0xffff0000u) + quotients[step][1]);
       const U32 result = upper_halves(nearest_bf16(x), nearest_bf16(y));
       store(out + 2 * e + step * Isa::kBytes, result);
-      // The NaN of finite values has the exponent of infinity when it is rounded too.
-      nonfinite |= ((I16)result & kInfinite) == kInfinite;
+      // The NaN of finite values has the exponent of infinity when it is rounded too. The sign bit is set for those.
+      infinite |= ((I16)result & std::int16_t(0x7fff)) + std::int16_t(0x8000 - kInfinite);
     }
   }
   for (int i = 0; i < known; ++i) {
     inputs[i].with_upper = sum(with_upper[i]);
     inputs[i].with_lower = sum(with_lower[i]);
   }
-  return sum((I16)(nonfinite != 0)) == 0;
+  return !any(nonfinite) && !any((I16)(infinite & std::int16_t(-0x8000)));
 }
 
 // Calls f(constant) with the constant that `value` is, among those from `from` to `to`.

@@ -260,7 +260,7 @@ void magnitude_histogram(std::int64_t* out, const std::vector<Operand>& operands
   const bool is_fast = count > kFew && selection.rounded && !selection.joint && !selection.row_scales &&
                        is_plain_bf16(base) && std::all_of(operands.begin(), operands.end(), is_plain_bf16);
   Differences differences(operands, base, selection);
-  Draws draws(operands, base, selection, true);
+  Draws draws(operands, base, selection, false);
   std::vector<Counts> counts;
   for (std::size_t i = 0; i < k; ++i)
     counts.emplace_back(out + std::int64_t(i) * (selection.rounded ? kBins : 2 * kBins), selection.rounded, count);

@@ -12,11 +12,19 @@ from arcmerge.merging.vocabulary.embedding_rows import RowAddresses, Table, alig
 from arcmerge.merging.vocabulary.vocabulary import Vocabulary
 
 
-def processor_for(prepared: Prepared) -> Processor:
-    """The processor for the device of a merge. Raises ArcmergeError for a device that does not exist."""
+def processor_for(prepared: Prepared, masks: MaskStore | None = None) -> Processor:
+    """The processor for the device of a merge.
+
+    Args:
+        prepared: the merge.
+        masks: keeps random masks from one merge to the next on the CPU; None to keep them during this one.
+
+    Raises:
+        ArcmergeError: the device does not exist.
+    """
     options, rows = prepared.options, aligned_rows(prepared.plan, prepared.vocabulary)
     if (device := options.resolved_device) == "cpu":
-        return CpuProcessor(prepared.plan.jobs, rows, MaskStore())
+        return CpuProcessor(prepared.plan.jobs, rows, masks if masks is not None else MaskStore())
     from arcmerge.merging.execution.gpu.processor import GpuProcessor
 
     return GpuProcessor(prepared.plan.jobs, rows, device, options.thread_count)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 from arcmerge.checkpoint.writer import address_of, aligned_buffer
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.choose import aligned_rows, processor_for
+from arcmerge.merging.execution.cpu.masks import MaskStore
 from arcmerge.merging.execution.cpu.processor import CpuProcessor
 from arcmerge.merging.execution.gpu.processor import GpuProcessor
 from arcmerge.merging.execution.gpu.slots import Slot, SlotPool, slot_bytes, slot_count
@@ -28,6 +29,8 @@ Key = TypeVar("Key", bound=Hashable)
 
 # Tensors start at multiples of so many bytes, which covers the cache lines of all processors.
 ALIGNMENT = 256
+# Random masks take up to this part of the size of the result, which is enough for those of four models in bfloat16.
+_MASK_SHARE = 4
 # GPU memory that is left free for the KV cache and the activations of a model that runs.
 _FREE_BYTES = 1 << 30
 # A launch of so many pieces keeps a GPU busy while the next launch is prepared.
@@ -89,7 +92,9 @@ class CpuMemory:
     batch_size = 1
 
     def __init__(self, nbytes: int) -> None:
-        _require_memory("memory", nbytes, available_memory(), "the merged weights", "merge to disk")
+        free = available_memory()
+        _require_memory("memory", nbytes, free, "the merged weights", "merge to disk")
+        self._masks = MaskStore(min(nbytes // _MASK_SHARE, (free - nbytes) // 2), keeps=True)
         self._memory = aligned_buffer(nbytes)
         self.address = address_of(self._memory)
 
@@ -101,7 +106,7 @@ class CpuMemory:
 
     def processor(self, prepared: Prepared) -> Processor:
         """See Memory.processor."""
-        return processor_for(prepared)
+        return processor_for(prepared, self._masks)
 
     def wait(self) -> None:
         """Do nothing: operations on the CPU have ended when they return."""

@@ -42,8 +42,8 @@ class Processor(Protocol):
         Returns:
             For each piece its share of what the measure finds: for a Gram matrix float64 (k, k), where k is the number
             of inputs (less the base, for methods that subtract it), or with one matrix per row or column all of them,
-            (vectors, k, k); for a histogram its counts, dense (int64) or as Counts; for other measures as they say, of
-            the elements of the piece.
+            (vectors, k, k); for a histogram its counts, dense (int64) or as Counts; for norms int64 (k, 2, 256), as
+            _C.l1_norms has them; for other measures as they say, of the elements of the piece.
         """
         ...
 

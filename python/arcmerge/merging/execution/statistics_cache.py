@@ -1,8 +1,9 @@
-"""Statistics that are kept: Gram matrices from one run to the next, in a small file next to a parent, and histograms.
+"""Statistics that are kept: Gram matrices from one run to the next, in a small file next to a parent; others in memory.
 
 A Gram matrix depends on tensors alone, so every `t` of a recipe has the same one, and so does a histogram of all
-elements for every `density`. The file names the shards that its matrices were computed from, by size, modification time
-and header; if a shard has changed, the file is not used.
+elements for every `density`. The norms of random masks are kept for every seed and density. The file names the shards
+that its matrices were computed from, by size, modification time and header; if a shard has changed, the file is not
+used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcmerge.checkpoint.reader import Checkpoint
-from arcmerge.merging.methods.measure import Gram, Histogram, Measure, Statistic
+from arcmerge.merging.methods.measure import Gram, Histogram, Measure, Norms, Statistic
 from arcmerge.merging.plan.tensor_job import Job
 
 _FORMAT = 1
@@ -52,16 +53,16 @@ class StatisticsCache:
         if isinstance(measure, Gram):
             gram = self._grams.get(self._key(job, measure)) if measure.dim is None else None
             return None if gram is None else Statistic(measure, gram)
-        if not isinstance(measure, Histogram):
+        if not isinstance(measure, Histogram | Norms):
             return None
-        statistic = self._counts.get(_counts_key(job, measure))
+        statistic = self._counts.get(_key_of(job, measure))
         return replace(statistic, measure=measure) if statistic and _same(statistic.measure, measure) else None
 
     def add(self, job: Job, statistic: Statistic) -> None:
         """Keep a statistic, unless it is large, cheap, or has NaN or infinity, which JSON cannot hold."""
         measure = statistic.measure
-        if isinstance(measure, Histogram):
-            self._counts[_counts_key(job, measure)] = statistic
+        if isinstance(measure, Histogram | Norms):
+            self._counts[_key_of(job, measure)] = statistic
         elif isinstance(measure, Gram) and measure.dim is None and statistic.finite:
             key = self._key(job, measure)
             self._grams[key] = statistic.total
@@ -103,22 +104,22 @@ class StatisticsCache:
         return json.dumps([inputs, job.base if measure.centered else None, job.vocabulary])
 
 
-def _counts_key(job: Job, measure: Histogram) -> Hashable:
-    """A key of a job's histograms. Of those that depend on random numbers only the latest is kept."""
+def _key_of(job: Job, measure: Histogram | Norms) -> Hashable:
+    """A key of what a measure finds for a job: cuts and the scales of rows play no part."""
     inputs = tuple((item.checkpoint.folder, item.info.name, item.dtype) for item in job.inputs)
-    selection, kept_apart = measure.selection, (measure.prefixes is not None, measure.together is not None)
-    return job.output.name, inputs, job.base, selection.joint, selection.rounded, selection.random, kept_apart
+    selection = measure.selection
+    drawn = (selection.keys, selection.probabilities) if selection.random else None
+    key = (type(measure), job.output.name, inputs, job.base, selection.joint, selection.rounded, drawn)
+    return key if isinstance(measure, Norms) else (*key, measure.prefixes is None, measure.together is None)
 
 
-def _same(a: Measure, b: Histogram) -> bool:
-    """Whether two histograms of one job count the same: cuts play no part."""
-    if not isinstance(a, Histogram) or a.prefixes != b.prefixes:
+def _same(a: Measure, b: Histogram | Norms) -> bool:
+    """Whether two measures of one key find the same. Of histograms of some bins only the latest is kept."""
+    if isinstance(a, Histogram) and isinstance(b, Histogram) and a.prefixes != b.prefixes:
         return False
+    assert isinstance(a, Histogram | Norms)
     scales = a.selection.row_scales, b.selection.row_scales
-    if any(one is not None for one in scales) and scales[0] is not scales[1]:
-        return False
-    drawn = [(each.keys, each.probabilities) if each.random else None for each in (a.selection, b.selection)]
-    return drawn[0] == drawn[1]
+    return scales[0] is scales[1]
 
 
 def _is_gram(gram: NDArray[np.float64]) -> bool:

@@ -17,7 +17,8 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.processor import Processor
 from arcmerge.merging.execution.work_units import Piece, batches_of, cut
 from arcmerge.merging.execution.workers import drain
-from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Histogram, Measure, Statistic
+from arcmerge.merging.methods.magnitudes import norms_of
+from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Histogram, Measure, Norms, Statistic
 from arcmerge.merging.methods.rule import Rule
 from arcmerge.merging.options import Progress
 from arcmerge.merging.plan.tensor_job import Job
@@ -67,7 +68,8 @@ class _Pending:
         shares = [self._shares[first] for first in sorted(self._shares)]
         if isinstance(self.measure, Divergences):
             return Statistic(self.measure, np.concatenate(shares))
-        return Statistic(self.measure, functools.reduce(np.add, shares, np.zeros(())))
+        total = functools.reduce(np.add, shares)
+        return Statistic(self.measure, norms_of(total) if isinstance(self.measure, Norms) else total)
 
 
 class StatisticsPass:
@@ -132,8 +134,8 @@ class StatisticsPass:
             ArcmergeError: a job has NaN or infinity, or the method has no result for it.
         """
         requests = [(piece, self._pending[piece.job].measure) for piece in batch]
-        for piece, share in zip(batch, self._processor.measure(requests), strict=True):
-            if not isinstance(share, Counts) and share.dtype == np.int64:
+        for (piece, measure), share in zip(requests, self._processor.measure(requests), strict=True):
+            if isinstance(measure, Histogram) and not isinstance(share, Counts):
                 share = Counts.of(share)
             with self._lock:
                 pending = self._pending[piece.job]

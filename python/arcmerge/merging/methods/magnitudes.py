@@ -159,9 +159,26 @@ def _added(lines: Sequence[tuple[NDArray[np.intp], NDArray[np.int64]]]) -> tuple
     return places, total
 
 
-def plane_sum(counts: Counts, index: int, *, dropped: bool) -> float:
-    """The sum of the finite magnitudes of the kept elements of an input in a first histogram, rounded once.
+def norms_of(sums: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The result of the measure `Norms`.
 
-    With `dropped` it includes those of the dropped elements.
+    Args:
+        sums: (k, 2, 256), as _C.l1_norms has them.
     """
-    return math.fsum(_Bins(counts, index, (0, 1) if dropped else (1,)).terms())
+    rows = [(_norm(dropped + kept), _norm(kept), float(dropped[-1] + kept[-1])) for dropped, kept in sums]
+    return np.array(rows)
+
+
+def _norm(sums: NDArray[np.int64]) -> float:
+    """The sum of magnitudes by exponent: 256 whole numbers in units of 2^(max(e, 1) - 150)."""
+    numbers: list[int] = sums[:-1].tolist()
+    total = sum(number << max(exponent - 1, 0) for exponent, number in enumerate(numbers))
+    return total / (1 << 149)  # a quotient of whole numbers is rounded once
+
+
+def sums_by_exponent(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sums of _C.l1_norms from a first histogram of all bins, (k, planes, 32768)."""
+    by_exponent = counts.reshape(*counts.shape[:2], 256, 128)
+    significands = np.where(np.arange(256)[:, None] > 0, 128, 0) + np.arange(128)
+    sums: NDArray[np.int64] = (by_exponent[:, :2] * significands).sum(-1) << 16
+    return sums + by_exponent[:, 2:].sum(-1) if counts.shape[1] == 4 else sums

@@ -79,6 +79,21 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class Norms:
+    """The sums of the finite magnitudes of each input but the base, each rounded once.
+
+    The result is float64 (k, 3): the sum of all elements, that of those which random numbers keep, and 0 unless a
+    magnitude is not finite.
+
+    Args:
+        selection: what selects elements; the cuts play no part.
+    """
+
+    selection: Selection
+    together: ClassVar[None] = None
+
+
+@dataclass(frozen=True)
 class Sums:
     """Sums over the elements that a rule uses, float64 (3 k + 1,) for k inputs but the base.
 
@@ -104,7 +119,7 @@ class Divergences:
     together: ClassVar[None] = None
 
 
-Measure = Gram | Histogram | Sums | Divergences
+Measure = Gram | Histogram | Norms | Sums | Divergences
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,4 +195,4 @@ class Statistic:
             planes = self.total.shape[1]
             bins, plane = self.total.index % 32768, self.total.index // 32768 % planes
             return not ((bins >= INFINITE_BIN) & (plane < 2)).any()
-        return bool(np.isfinite(self.total).all())
+        return bool(np.isfinite(self.total).all()) and not (isinstance(self.measure, Norms) and self.total[:, 2].any())

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import ClassVar
 
 from arcmerge.merging.methods.linear import TaskArithmetic
-from arcmerge.merging.methods.magnitudes import Order, plane_sum
+from arcmerge.merging.methods.magnitudes import Order
 from arcmerge.merging.methods.masks import mask_key
-from arcmerge.merging.methods.measure import NO_CUT, Histogram, Measure, Selection, Statistic, Sums
+from arcmerge.merging.methods.measure import NO_CUT, Histogram, Measure, Norms, Selection, Statistic, Sums
 from arcmerge.merging.methods.method import Arguments
 from arcmerge.merging.methods.rule import Coefficients, Consensus
 from arcmerge.merging.recipe.parameters import Parameter
@@ -236,14 +236,12 @@ class _Masked(TaskVectors):
         masked = any(0 < density < 1 for density in self._densities(arguments))
         if found or not masked or not arguments.shared["rescale"] or self._paper(arguments):
             return None
-        return Histogram(self.selection(arguments))
+        return Norms(self.selection(arguments))
 
     def rule(self, found: Sequence[Statistic], arguments: Arguments) -> Consensus:
         ratios = [1.0] * len(self.others(arguments))
         for statistic in found:
-            for index in range(len(ratios)):
-                all_, kept = (plane_sum(statistic.total, index, dropped=dropped) for dropped in (True, False))
-                ratios[index] = _ratio(all_, kept)
+            ratios = [_ratio(all_, kept) for all_, kept, _ in statistic.total.tolist()]
         rule = self.consensus(self.selection(arguments), ratios, arguments)
         return replace(rule, inverse=self._paper(arguments) and arguments.shared["rescale"])
 

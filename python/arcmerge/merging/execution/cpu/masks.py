@@ -1,4 +1,4 @@
-"""Random masks that the statistics pass drew, kept as bits for the pass that writes, which need not draw them again."""
+"""Random masks that the statistics pass drew, kept as bits for passes that write, which need not draw them again."""
 
 from __future__ import annotations
 
@@ -42,11 +42,18 @@ class Part:
 
 
 class MaskStore:
-    """The masks of pieces of up to PIECE_ELEMENTS elements, from multiples of it on. Any thread may call it."""
+    """The masks of pieces of up to PIECE_ELEMENTS elements, from multiples of it on. Any thread may call it.
 
-    def __init__(self) -> None:
+    Args:
+        room: the bytes of all masks together; None for MASK_BYTES.
+        keeps: whether masks stay for further passes; otherwise they are dropped once all elements of theirs have been
+            part of a piece.
+    """
+
+    def __init__(self, room: int | None = None, *, keeps: bool = False) -> None:
         self._of: dict[tuple[int, int], _Masks] = {}
-        self._room = MASK_BYTES
+        self._room = MASK_BYTES if room is None else room
+        self._keeps = keeps
         self._lock = threading.Lock()
 
     def new(self, piece: Piece, selection: Selection) -> list[int]:
@@ -64,7 +71,7 @@ class MaskStore:
         return masks.addresses(piece.first)
 
     def parts(self, piece: Piece, selection: Selection) -> Iterator[Part]:
-        """The parts of a piece, whose masks are dropped once all elements of theirs have been part of a piece."""
+        """The parts of a piece, each with its masks if the selection draws the same ones."""
         first, end = piece.first, piece.first + piece.count
         while first < end:
             start = first // work_units.PIECE_ELEMENTS * work_units.PIECE_ELEMENTS
@@ -73,7 +80,7 @@ class MaskStore:
                 masks = self._of.get((piece.job, start))
             known = masks is not None and _draws_alike(masks.selection, selection)
             yield Part(first, count, masks.addresses(start) if masks is not None and known else [])
-            if masks is not None:
+            if masks is not None and not self._keeps:
                 with self._lock:
                     masks.missing -= count
                     if masks.missing <= 0 and self._of.get((piece.job, start)) is masks:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcmerge import _C
-from arcmerge.merging.methods.measure import Counts, Divergences, Histogram, Selection, Sums
+from arcmerge.merging.methods.measure import Counts, Divergences, Histogram, Norms, Selection, Sums
 from arcmerge.merging.methods.rule import Consensus, Elementwise
 
 _ELECTIONS = ("none", "sum", "count")
@@ -19,7 +19,7 @@ _memory = threading.local()
 
 
 def measured(
-    measure: Histogram | Sums | Divergences,
+    measure: Histogram | Norms | Sums | Divergences,
     operands: list[_C.Operand],
     base: int,
     row: int,
@@ -36,7 +36,7 @@ def measured(
         row: the number of elements of a row.
         first: the first element.
         count: the number of elements.
-        masks: addresses to which a histogram writes its random masks (see _C.Selection).
+        masks: addresses to which random masks are written (see _C.Selection).
     """
     others = [operand for index, operand in enumerate(operands) if index != base]
     if isinstance(measure, Divergences):
@@ -51,6 +51,10 @@ def measured(
         )
         return np.array([*squares, *alone, *shared, votes], np.float64)
     selection = _selection(measure.selection, row, masks)
+    if isinstance(measure, Norms):
+        sums = np.zeros((len(others), 2, 256), np.int64)
+        _C.l1_norms(sums.ctypes.data, others, operands[base], selection, first, count)
+        return sums
     planes = 2 if measure.selection.rounded else 4
     shape = (len(others), planes, 32768) if measure.prefixes is None else (len(others), len(measure.prefixes[0]), 65536)
     memory = _take_zeros(math.prod(shape))

@@ -16,7 +16,7 @@ from arcmerge.merging.execution.cpu.native import measured, write
 from arcmerge.merging.execution.nonfinite import not_finite
 from arcmerge.merging.execution.processor import FillTask, Request
 from arcmerge.merging.execution.work_units import Piece
-from arcmerge.merging.methods.measure import Counts, Gram, Histogram, Measure
+from arcmerge.merging.methods.measure import Counts, Gram, Measure, Norms
 from arcmerge.merging.methods.rule import Coefficients, Consensus
 from arcmerge.merging.plan.tensor_job import Input, Job
 from arcmerge.merging.vocabulary.embedding_rows import RowAddresses
@@ -100,7 +100,7 @@ class CpuProcessor:
         operands, _memory = self._operands(piece)
         if isinstance(measure, Gram):
             return self._gram(piece, measure, operands)
-        masks = self._masks.new(piece, measure.selection) if self._masks and isinstance(measure, Histogram) else []
+        masks = self._masks.new(piece, measure.selection) if self._masks and isinstance(measure, Norms) else []
         return measured(measure, operands, job.base or 0, job.row, piece.first, piece.count, masks)
 
     def _gram(self, piece: Piece, measure: Gram, operands: list[_C.Operand]) -> NDArray[np.float64]:

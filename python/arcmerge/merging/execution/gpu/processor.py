@@ -26,7 +26,8 @@ from arcmerge.merging.execution.cpu.processor import CpuProcessor
 from arcmerge.merging.execution.gpu.slots import Slot, SlotPool, slot_bytes, slot_count
 from arcmerge.merging.execution.processor import FillTask, Request
 from arcmerge.merging.execution.work_units import Piece
-from arcmerge.merging.methods.measure import Counts, Gram, Histogram, Selection
+from arcmerge.merging.methods.magnitudes import sums_by_exponent
+from arcmerge.merging.methods.measure import Counts, Gram, Histogram, Norms, Selection
 from arcmerge.merging.methods.rule import Coefficients, Consensus
 from arcmerge.merging.plan.tensor_job import Job
 
@@ -69,8 +70,9 @@ class GpuProcessor:
         shares: dict[Piece, NDArray[Any] | Counts] = {}
         alike_by: dict[tuple[int, bool], list[Piece]] = {}
         for piece, measure in requests:
-            if isinstance(measure, Histogram) and has_kernel(measure.selection, piece.first):
-                shares[piece] = self._histogram(piece, measure)
+            if isinstance(measure, Histogram | Norms) and has_kernel(measure.selection, piece.first):
+                counts = self._histogram(piece, Histogram(measure.selection) if isinstance(measure, Norms) else measure)
+                shares[piece] = sums_by_exponent(counts) if isinstance(measure, Norms) else counts
             elif isinstance(measure, Gram) and measure.dim is None:
                 alike_by.setdefault((len(self._jobs[piece.job].inputs), measure.centered), []).append(piece)
             else:
