@@ -173,8 +173,10 @@ TILES = {
 FLOAT32 = Tile(16, 16, 4, 1)
 
 
-def _tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    return FLOAT32 if dtype == torch.float32 else configuration(TILES[128 if head_dim <= 128 else 256])
+def _tile(states: Tensor, head_dim: int) -> Tile:
+    if states.dtype == torch.float32:
+        return FLOAT32
+    return configuration(TILES[128 if head_dim <= 128 else 256], states.device)
 
 
 def attention(
@@ -194,7 +196,7 @@ def attention(
     heads, head_dim = query.shape[1:]
     sequences, key_value_heads, slots, _ = key_cache.shape
     group = heads // key_value_heads
-    tile = _tile(head_dim, query.dtype)
+    tile = _tile(query, head_dim)
     tokens = tile.block_m // group
     factor, ceiling = exponents(scale, softcap)
     _attention_kernel[(key_value_heads, triton.cdiv(max_seqlen_q, tokens), sequences)](

@@ -234,8 +234,10 @@ TILES = {
 FLOAT32 = Tile(16, 4, 1)
 
 
-def _tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    return FLOAT32 if dtype == torch.float32 else configuration(TILES[128 if head_dim <= 128 else 256])
+def _tile(states: Tensor, head_dim: int) -> Tile:
+    if states.dtype == torch.float32:
+        return FLOAT32
+    return configuration(TILES[128 if head_dim <= 128 else 256], states.device)
 
 
 def keys_per_split(key_value_heads: int) -> int:
@@ -297,7 +299,7 @@ def attention_decode(
     sequences, key_value_heads, slots, head_dim = key_cache.shape
     group = heads // key_value_heads
     count = splits(slots, key_value_heads)
-    tile = _tile(head_dim, qkv.dtype)
+    tile = _tile(qkv, head_dim)
     factor, ceiling = exponents(scale, softcap)
     _attention_decode_kernel[(count, key_value_heads, sequences)](
         qkv,

@@ -68,6 +68,6 @@ def geglu(out: Tensor, gate: Tensor, up: Tensor, stepwise: bool) -> None:
         up.stride(0),
         STEPWISE=stepwise,
         BLOCK=BLOCK,
-        num_warps=configuration(WARPS),
+        num_warps=configuration(WARPS, out.device),
         enable_fp_fusion=False,
     )

@@ -118,7 +118,7 @@ def _linear_kernel(
 
 def tiling(x: Tensor, weights: Sequence[Tensor], rows: int) -> dict[str, int | bool]:
     """The meta-parameters and options of a kernel that calls `products`, by the rows of a program."""
-    nvidia = configuration({"sm_80": True, "gfx942": False})
+    nvidia = configuration({"sm_80": True, "gfx942": False}, x.device)
     # mma has at least 8 columns, mfma 16; with 8, mfma would become scalar products, in 296 registers.
     padded_tokens = 8 if nvidia and x.shape[0] <= 8 else 16
     # Asynchronous copies and vector loads need aligned rows. Other rows are loaded element by element, into registers,
@@ -132,7 +132,7 @@ def tiling(x: Tensor, weights: Sequence[Tensor], rows: int) -> dict[str, int | b
         # Shared memory is swizzled along the rows of a tile, and free of bank conflicts, only if all warps together
         # copy fewer rows at a time than the tile has: 2 warps copy 4 rows of 128 columns, 4 warps copy 8.
         "num_warps": 2 if streamed and padded_tokens == 8 else 4,
-        "num_stages": configuration(STAGES)[rows],
+        "num_stages": configuration(STAGES, x.device)[rows],
         "enable_fp_fusion": False,
     }
     if nvidia:

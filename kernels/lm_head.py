@@ -268,7 +268,8 @@ class Scores(NamedTuple):
     def blocks(self) -> dict[str, int | bool]:
         rows, ids, inner, warps, stages = self.tile
         sizes = {"BLOCK_T": rows, "BLOCK_V": ids, "BLOCK_K": inner}
-        return {**sizes, "num_warps": warps, "num_stages": configuration(stages), "enable_fp_fusion": False}
+        stages_here = configuration(stages, self.x.device)
+        return {**sizes, "num_warps": warps, "num_stages": stages_here, "enable_fp_fusion": False}
 
 
 def argmax(out: Tensor, scores: Scores, *, seed: int = 0, steps: Tensor | None = None) -> None:

@@ -170,7 +170,7 @@ def magnitude_histogram(
         prefixes: [G, P] int64, the bins to count by the lower 16 bits of their codes; None for all bins.
     """
     table = INCREMENTING if tuple(map(int, triton.__version__.split(".")[:2])) >= FIRST_INCREMENTING else COMPARING
-    window, elements, warps = configuration(table)
+    window, elements, warps = configuration(table, out.device)
     operands = [(*group, base) for group, base in zip(groups, bases, strict=True)]
     for dtypes, rows, _ in launches(operands, interleaved=True):
         # Differences of several inputs need the registers of half of the elements.

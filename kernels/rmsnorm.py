@@ -19,10 +19,10 @@ from .target import configuration
 LANES_OF_A_WARP = {"sm_80": 16 * 32, "gfx942": 16 * 64}
 
 
-def row_launch(columns: int) -> dict[str, int]:
-    """BLOCK and num_warps of a program that holds a row."""
-    block = triton.next_power_of_2(columns)
-    return {"BLOCK": block, "num_warps": min(max(block // configuration(LANES_OF_A_WARP), 1), 16)}
+def row_launch(x: Tensor) -> dict[str, int]:
+    """BLOCK and num_warps of a program that holds a row of x [T, D]."""
+    block = triton.next_power_of_2(x.shape[1])
+    return {"BLOCK": block, "num_warps": min(max(block // configuration(LANES_OF_A_WARP, x.device), 1), 16)}
 
 
 @triton.jit
@@ -45,4 +45,4 @@ def _rmsnorm_kernel(out_ptr, x_ptr, weight_ptr, eps, COLUMNS: tl.constexpr, BLOC
 def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """Fill out [T, D] from x [T, D] and weight [D]; all contiguous, each bf16 or f32."""
     rows, columns = x.shape
-    _rmsnorm_kernel[(rows,)](out, x, weight, eps, COLUMNS=columns, enable_fp_fusion=False, **row_launch(columns))
+    _rmsnorm_kernel[(rows,)](out, x, weight, eps, COLUMNS=columns, enable_fp_fusion=False, **row_launch(x))

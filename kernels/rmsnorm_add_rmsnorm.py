@@ -66,5 +66,5 @@ def rmsnorm_add_rmsnorm(
         eps,
         COLUMNS=columns,
         enable_fp_fusion=False,
-        **row_launch(columns),
+        **row_launch(branch),
     )

@@ -128,7 +128,7 @@ def rope_cache(
     tokens, heads, head_dim = query.shape
     key_value_heads, slots = key_cache.shape[1:3]
     block_key_value_heads = triton.next_power_of_2(key_value_heads)
-    warps = block_key_value_heads * head_dim // 2 // configuration(ELEMENTS_OF_A_WARP)
+    warps = block_key_value_heads * head_dim // 2 // configuration(ELEMENTS_OF_A_WARP, out.device)
     _rope_cache_kernel[(tokens,)](
         out,
         query,

@@ -5,26 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+import torch
 import triton
 
 Configuration = TypeVar("Configuration")
 
 
-def architecture() -> str:
-    """The architecture of the active driver: "sm_80" and so on, or "gfx942"; "sm_80" in the interpreter."""
+def architecture(device: torch.device) -> str:
+    """The architecture of a device: "sm_80" and so on, or "gfx942".
+
+    It is that of the device which holds the tensors of a launch, because a machine can have unlike GPUs. Launches on
+    CPU tensors are interpreted, as on "sm_80", or compiled for the target of Triton's active driver.
+    """
     if triton.knobs.runtime.interpret:
         return "sm_80"
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).partition(":")[0]
+    if device.type == "cpu":
+        target = triton.runtime.driver.active.get_current_target()
+        return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).partition(":")[0]
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
-def configuration(table: Mapping[str, Configuration], name: str | None = None) -> Configuration:
-    """The row of a launcher's table for an architecture, by default the active one.
+def configuration(table: Mapping[str, Configuration], device: torch.device) -> Configuration:
+    """The row of a launcher's table for the architecture of a device.
 
     A row is also for newer GPUs of NVIDIA, up to the next row; sm_80 is the oldest architecture that the kernels
     support. All GPUs of AMD take the row of gfx942.
     """
-    name = name or architecture()
+    name = architecture(device)
     if not name.startswith("sm_"):
         return table["gfx942"]
     rows = sorted((int(row[3:]), row) for row in table if row.startswith("sm_"))

@@ -9,6 +9,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, ParamSpec, TypeVar, get_type_hints
 
 import torch
@@ -98,6 +99,8 @@ class Op(Generic[Parameters, Result]):
     def _runner(self, device: str) -> Implementation:
         name, defaults, implementations = self.name, self._defaults, self.implementations
         by_reference = self._stepwise_by_reference
+        guard: Callable[[tuple[Any, ...]], AbstractContextManager[object]]
+        guard = _on_device if device == "cuda" else nullcontext
 
         def run(*arguments: Any, **named: Any) -> Any:
             if defaults:
@@ -110,9 +113,10 @@ class Op(Generic[Parameters, Result]):
                 else:
                     del named["stepwise"]
             function = implementations[backend]
-            if (recording := current()) is not None:
-                return recording.call(name, function, arguments, named)
-            return function(*arguments, **named)
+            with guard(arguments):
+                if (recording := current()) is not None:
+                    return recording.call(name, function, arguments, named)
+                return function(*arguments, **named)
 
         return run
 
@@ -120,6 +124,16 @@ class Op(Generic[Parameters, Result]):
         named = self._defaults | named
         self._check(*arguments, **named)
         return self._fake(*arguments, **named)
+
+
+def _on_device(arguments: tuple[Any, ...]) -> torch.cuda.device:
+    """A context in which the current CUDA device is that of the first tensor.
+
+    Triton launches on the current device and its stream, and the dispatcher of PyTorch does not change the device for
+    an implementation in Python.
+    """
+    first = arguments[0]
+    return torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device)
 
 
 OPS: dict[str, Op[Any, Any]] = {}
