@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -99,3 +103,70 @@ def test_a_recording_of_a_copy_is_not_whole(strided: str) -> None:
     with recorded() as recording:
         ops.linear(x, [weight])
     assert not recording.whole
+
+
+class Recorded:
+    """torch.cuda's part in a capture: a log of what is called, in order, and the current stream of each device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple[object, ...]] = []
+        self.stream = "default"
+        monkeypatch.setattr(torch.cuda, "device", lambda device: self._within("device", device))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: FakeStream(f"side of {device}", self))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: FakeStream(self.stream, self))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: self._within("stream", stream.name))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
+        monkeypatch.setattr(torch.cuda, "graph", self._capture)
+
+    @contextmanager
+    def _within(self, kind: str, name: object) -> Iterator[None]:
+        before = self.stream
+        self.stream = str(name) if kind == "stream" else before
+        self.log.append((kind, str(name)))
+        yield
+        self.stream = before
+
+    def _capture(
+        self, graph: FakeGraph, stream: FakeStream | None = None, capture_error_mode: str = "global"
+    ) -> AbstractContextManager[None]:
+        self.log.append(("capture", capture_error_mode))
+        return self._within("stream", stream.name if stream else "shared by all devices")
+
+
+class FakeStream(NamedTuple):
+    name: str
+    recorded: Recorded
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.recorded.log.append(("wait", self.name, other.name))
+
+
+class FakeGraph(NamedTuple):
+    recorded: Recorded
+
+    def replay(self) -> None:
+        self.recorded.log.append(("replay", self.recorded.stream))
+
+
+def test_a_graph_is_captured_on_a_stream_of_its_own_and_replayed(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = DecodeGraph(network, filled(network), 2)
+    recorded = Recorded(monkeypatch)
+    layers = network.layers
+    monkeypatch.setattr(
+        network, "layers", lambda *args: (recorded.log.append(("layers", recorded.stream)), layers(*args))[1]
+    )
+    step._captured()
+    side = "side of cpu"
+    assert recorded.log == [
+        ("device", "cpu"),
+        ("wait", side, "default"),
+        ("stream", side),
+        ("layers", side),
+        ("wait", "default", side),
+        ("capture", "thread_local"),
+        ("stream", side),
+        ("layers", side),
+        ("replay", "default"),
+    ]

@@ -77,16 +77,19 @@ class DecodeGraph:
         return hidden
 
     def _captured(self) -> Tensor:
+        device = self._residual.device
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._residual.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.device(device):
+            # By default torch captures every graph on one stream, which is on the device of the first graph.
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
             # Compiles the kernels, which is not allowed in a capture. The replay writes the same values to the cache.
             with torch.cuda.stream(side):
                 self._layers()
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
+            torch.cuda.current_stream(device).wait_stream(side)
+            # In this mode other threads may allocate and synchronize during the capture.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 hidden = self._layers()
-        self._replay = graph.replay
-        graph.replay()
+            self._replay = graph.replay
+            graph.replay()
         return hidden
