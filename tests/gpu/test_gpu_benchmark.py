@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from cases import SMALL, Call, Case, Draw
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,26 @@ def test_a_dry_run_goes_through_all_parts(tmp_path: Path) -> None:
     assert (report["failures"], report["not_reached"]) == ([], [])
     for each in measured:
         assert each["op"] in ended.stdout
+
+
+def test_the_capture_of_a_graph_is_timed_apart_from_the_steps(
+    gpu_run: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, seen, decode = [0.0], set(), DecodeGraph.__call__
+
+    def step(self: DecodeGraph, *arguments: Any) -> Any:
+        now[0] += 1.0 if self in seen else 100.0
+        seen.add(self)
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(DecodeGraph, "__call__", step)
+    monkeypatch.setattr(gpu_run.jobs.time, "perf_counter", lambda: now[0])
+    measured = gpu_run.jobs.decode()
+    assert {case: each["seconds"] for case, each in measured.items()} == {
+        "first step, which captures": 100.0,
+        "step by step": 1.0,
+        "without waiting": 1.0,
+    }
 
 
 class Here:
