@@ -32,7 +32,11 @@ def examine() -> Mapping[str, Any]:
             "variants": _C.variants(),
         },
         "gpu": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
-        "merge device": "cuda" if cuda else "cpu",
+        # As Options resolves "auto".
+        "device": {
+            "of a merge to disk": "cpu",
+            "of a model in memory": f"cuda:{torch.cuda.current_device()}" if cuda else "cpu",
+        },
         "ops": {f"on {device}": backends(device) for device in ("cpu", "cuda")},
     }
 

@@ -30,9 +30,7 @@ _SWITCH = argparse.BooleanOptionalAction
 
 def add_merge_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the commands that read parents: merge, plan and inspect."""
-    parser.add_argument(
-        "--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N (default: CUDA if there is one)"
-    )
+    parser.add_argument("--device", type=device, default="auto", help="auto (the CPU), cpu, cuda or cuda:N")
     parser.add_argument("--cuda", action=_SWITCH, default=None, help="same as --device cuda, or cpu")
     parser.add_argument("--gpu-rich", action=_SWITCH, default=None, help="same as --cuda")
     _add_threads(parser)
@@ -68,7 +66,7 @@ def merge_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the commands that run a model: sweep, generate and chat."""
-    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", type=device, default="auto", help="auto (a GPU, else the CPU), cpu, cuda or cuda:N")
     _add_threads(parser)
     parser.add_argument("--numerics", choices=["default", "hf"], default="default", help="hf rounds like transformers")
     parser.add_argument("--quiet", "-q", action="store_true", help="no progress and no summary")

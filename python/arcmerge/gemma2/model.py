@@ -90,7 +90,7 @@ class Gemma2:
 
         Args:
             path: a folder with safetensors files, or the name of a model on the hub.
-            device: "auto" (the first GPU, or else the CPU), a name, a torch.device, or the index of a GPU.
+            device: "auto" (the current GPU, or else the CPU), a name, a torch.device, or the index of a GPU.
             dtype: bfloat16 or float32, as a torch.dtype or a name, or "auto": the dtype in which most bytes are stored,
                 float32 for float16. On the CPU, weights that are stored in it are mapped from the files; others are
                 converted.

@@ -47,8 +47,8 @@ def merge(
     Args:
         config: path of a YAML file, YAML text, or the configuration as a mapping.
         out: the folder of the result.
-        device: "cpu", "cuda", "cuda:N", or "auto" for CUDA if there is a GPU, else the CPU. The bits of the result do
-            not depend on the number of threads.
+        device: "cpu", "cuda", "cuda:N", or "auto" for the CPU. The bits of the result do not depend on the number of
+            threads.
         threads: number of compute threads. Default: `arcmerge.get_num_threads()`.
         out_shard_size: maximum bytes of a file of weights, as a number or as text such as "5B" or "500M".
         copy_tokenizer: copy the tokenizer files of the base model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Options:
     """Options of a merge that are not part of the recipe.
 
     Args:
-        device: "cpu", "cuda", "cuda:N", or "auto" for CUDA if there is a GPU, else the CPU.
+        device: "cpu", "cuda", "cuda:N", or "auto": see `merge_device` and `resolved_device`.
         threads: number of compute threads; None for `arcmerge.get_num_threads()`.
         out_shard_size: maximum bytes of a file of weights, as a number or as text such as "5B" or "500M".
         copy_tokenizer: copy the tokenizer files of the base model.
@@ -81,20 +82,37 @@ class Options:
         return self.threads or get_num_threads()
 
     @property
+    def merge_device(self) -> str:
+        """The device that reads checkpoints and merges them to disk: `resolved_device`, but "auto" is the CPU.
+
+        On the way through a GPU the CPU copies every byte of the parents twice and every byte of the result once, which
+        takes it longer than computing the result.
+        """
+        return "cpu" if self.device == "auto" else self.resolved_device
+
+    @property
     def resolved_device(self) -> str:
-        """The device with "auto" resolved to "cpu" or "cuda"; ArcmergeError for a device that does not exist."""
+        """The device of a model in memory, "cpu" or "cuda:N".
+
+        "auto" is the current CUDA device of the calling thread, or the CPU if there is none; "cuda" is the current one.
+        A name without an index would mean another device in another thread.
+
+        Raises:
+            ArcmergeError: the device does not exist.
+        """
         if self.device == "cpu" or (self.device == "auto" and not any(Path(name).exists() for name in _DRIVERS)):
             return "cpu"  # without a driver, torch is not even imported
         import torch
 
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        if not self.device.startswith("cuda"):
+        if self.device == "auto" and not torch.cuda.is_available():
+            return "cpu"
+        named = re.fullmatch(r"auto|cuda(?::(\d+))?", self.device)
+        if named is None:
             raise ArcmergeError(f"'device' must be auto, cpu, cuda or cuda:N, got '{self.device}'")
-        index = self.device.removeprefix("cuda").removeprefix(":") or "0"
-        if not index.isdigit() or int(index) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if int(named[1] or 0) >= count:
             raise ArcmergeError(
-                f"'device' must be one of the {torch.cuda.device_count()} CUDA devices of this machine, "
-                f"got '{self.device}'; use device 'cpu'"
+                f"'device' must be one of the {count} CUDA devices of this machine, got '{self.device}'; use device "
+                "'cpu'"
             )
-        return self.device
+        return f"cuda:{torch.cuda.current_device() if named[1] is None else int(named[1])}"

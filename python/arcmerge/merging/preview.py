@@ -71,7 +71,7 @@ def inspect(
     Args:
         a: folder of a model or its name on the hub.
         b: folder of another model or its name on the hub.
-        device: "cpu", "cuda", "cuda:N", or "auto" for CUDA if there is a GPU, else the CPU.
+        device: "cpu", "cuda", "cuda:N", or "auto" for the CPU.
         threads: number of compute threads. Default: `arcmerge.get_num_threads()`.
         allow_crimes: accept models of different architectures.
         unsafe_truncate_embeddings: truncate vocabularies of different sizes to the smallest one.

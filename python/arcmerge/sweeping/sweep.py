@@ -138,7 +138,7 @@ def sweep(
             numbers that the configuration has for a parameter are varied, or one if it has none.
         bounds: the lowest and the highest value where `vary` names none, (0, 1) by default.
         sampler: the optimizer; None for "nsga2" with `also`, or else "cma" for several values and "tpe" for one.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto" (the current GPU, or else the CPU), "cpu", "cuda" or "cuda:N".
         numerics: "default", or "hf" to round as transformers does.
         threads: the number of threads; None for :func:`arcmerge.get_num_threads`.
         ray: whether the workers of a Ray cluster score the candidates.

@@ -13,7 +13,7 @@ from arcmerge.merging.vocabulary.vocabulary import Vocabulary
 
 
 def processor_for(prepared: Prepared, masks: MaskStore | None = None) -> Processor:
-    """The processor for the device of a merge.
+    """The processor of a merge to disk, or of a comparison.
 
     Args:
         prepared: the merge.
@@ -23,7 +23,7 @@ def processor_for(prepared: Prepared, masks: MaskStore | None = None) -> Process
         ArcmergeError: the device does not exist.
     """
     options, rows = prepared.options, aligned_rows(prepared.plan, prepared.vocabulary)
-    if (device := options.resolved_device) == "cpu":
+    if (device := options.merge_device) == "cpu":
         return CpuProcessor(prepared.plan.jobs, rows, masks if masks is not None else MaskStore())
     from arcmerge.merging.execution.gpu.processor import GpuProcessor
 
