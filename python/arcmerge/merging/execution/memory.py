@@ -33,6 +33,8 @@ ALIGNMENT = 256
 _MASK_SHARE = 4
 # GPU memory that is left free for the KV cache and the activations of a model that runs.
 _FREE_BYTES = 1 << 30
+# So many threads at once copy parents to pinned memory, each through a slot of 16 MB.
+_LOADING_SLOTS = 8
 # A launch of so many pieces keeps a GPU busy while the next launch is prepared.
 _GPU_BATCH_SIZE = 64
 
@@ -186,7 +188,8 @@ class GpuMemory:
         memory = self._torch.frombuffer(aligned_buffer(nbytes), dtype=self._torch.uint8)
         if self._device.type == "cuda":
             runtime = self._torch.cuda.cudart()
-            error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+            with self._torch.cuda.device(self._device):  # on another device it would make a context
+                error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
             if error != runtime.cudaError.success:
                 raise ArcmergeError(
                     f"'ulimit -l' must allow {nbytes / 1e9:.1f} GB of pinned memory, got {error}; raise it, or use "
@@ -202,7 +205,8 @@ class GpuMemory:
             for key, parent in parents.items()
             for piece in cut(parent.job_index, parent.job.count)
         ]
-        slots = SlotPool(self._device, PIECE_ELEMENTS * 4, 0 if self.streamed else threads)
+        slots = SlotPool(self._device, PIECE_ELEMENTS * 4, min(threads, _LOADING_SLOTS))
+        self.wait()  # work of the caller's stream may still use the memory that the allocator gave
 
         def load(task: _LoadTask) -> None:
             parent, piece, target = task
@@ -212,7 +216,7 @@ class GpuMemory:
                 with slots.take() as slot:
                     staged = slot.allocate(piece.count, target.dtype)
                     parent.reader.stage(piece, parent.input_index, staged.pinned.data_ptr())
-                    target.copy_(staged.pinned, non_blocking=True)
+                    slot.copy(staged.pinned, target)
 
         drain(tasks, load, lambda task: task.target.nbytes, threads, progress)
 
@@ -234,7 +238,7 @@ class _GpuMemoryProcessor(GpuProcessor):
         if not self._memory.streamed:
             return part
         on_gpu = slot.allocate(piece.count, part.dtype).gpu
-        on_gpu.copy_(part, non_blocking=True)
+        slot.copy(part, on_gpu)
         return on_gpu
 
     def _output(self, slot: Slot, task: FillTask) -> tuple[None, torch.Tensor]:
@@ -250,12 +254,12 @@ class _GpuMemoryProcessor(GpuProcessor):
             parent = self._memory.parent(self._prepared, piece.job, 0) if self._jobs[piece.job].copied else None
             if parent is not None:
                 _, out = self._output(slot, task)
-                out.copy_(parent[piece.first : piece.first + piece.count], non_blocking=True)
+                slot.copy(parent[piece.first : piece.first + piece.count], out)
                 return int((~out.isfinite()).sum())
             on_gpu = self._bytes(task)
             staged = slot.allocate(on_gpu.numel(), on_gpu.dtype)
             (count,) = self._cpu.fill([FillTask(piece, task.rule, staged.pinned.data_ptr())])
-            on_gpu.copy_(staged.pinned, non_blocking=True)
+            slot.copy(staged.pinned, on_gpu)
             return count
 
     def _bytes(self, task: FillTask) -> torch.Tensor:
@@ -314,10 +318,13 @@ def _require_memory(memory: str, nbytes: int, free: int, content: str, advice: s
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a device."""
+    """Bytes that can be allocated on a device, with those that torch's allocator holds free."""
     import torch
 
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if device.type != "cuda":
+        return available_memory()
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def available_memory() -> int:

@@ -144,7 +144,7 @@ class GpuProcessor:
             with self._launching:
                 not_finite = consensus(rule, on_gpu, inputs, base, job.row, piece.first)
             if pinned is not None:
-                pinned.copy_(on_gpu, non_blocking=True)
+                slot.copy(on_gpu, pinned)
             count = int(not_finite.item())  # waits for the stream
             if pinned is not None:
                 ctypes.memmove(task.address, pinned.data_ptr(), pinned.numel() * pinned.element_size())
@@ -163,7 +163,7 @@ class GpuProcessor:
                 combine([on_gpu for _, on_gpu in outputs], groups, coefficients, not_finite)
             for pinned, on_gpu in outputs:
                 if pinned is not None:
-                    pinned.copy_(on_gpu, non_blocking=True)
+                    slot.copy(on_gpu, pinned)
             counts: list[int] = not_finite.tolist()  # waits for the stream
             for task, (pinned, _) in zip(tasks, outputs, strict=True):
                 if pinned is not None:
@@ -172,7 +172,8 @@ class GpuProcessor:
 
     def _output(self, slot: Slot, task: FillTask) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The pinned memory that the result is copied to, None if it stays on the GPU, and the kernel's output."""
-        return slot.allocate(task.piece.count, self._dtypes[self._jobs[task.piece.job].output.dtype.name])
+        staged = slot.allocate(task.piece.count, self._dtypes[self._jobs[task.piece.job].output.dtype.name])
+        return staged.pinned, staged.gpu
 
     def _fill_without_kernel(self, tasks: Sequence[FillTask]) -> list[int]:
         return self._cpu.fill(tasks)
@@ -184,7 +185,7 @@ class GpuProcessor:
     def _input(self, slot: Slot, piece: Piece, index: int) -> torch.Tensor:
         staged = slot.allocate(piece.count, self._dtypes[self._jobs[piece.job].inputs[index].dtype.name])
         self._cpu.stage(piece, index, staged.pinned.data_ptr())
-        staged.gpu.copy_(staged.pinned, non_blocking=True)
+        slot.copy(staged.pinned, staged.gpu)
         return staged.gpu
 
 

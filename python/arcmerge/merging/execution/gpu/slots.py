@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from arcmerge.dtypes import F32
+from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.work_units import PIECE_ELEMENTS
 from arcmerge.merging.plan.tensor_job import Job
 
@@ -29,31 +32,61 @@ def slot_bytes(jobs: Sequence[Job]) -> int:
     return (1 + max(widths, default=0)) * PIECE_ELEMENTS
 
 
-class Staged(NamedTuple):
-    """The same range of a slot in pinned memory and in GPU memory."""
+@dataclass(frozen=True)
+class Staged:
+    """A range of a slot, `count` elements of `dtype` from byte `start` on, in pinned memory and in GPU memory."""
 
-    pinned: torch.Tensor
-    gpu: torch.Tensor
+    slot: Slot
+    start: int
+    count: int
+    dtype: torch.dtype
+
+    @property
+    def pinned(self) -> torch.Tensor:
+        return self._part(self.slot.pinned)
+
+    @property
+    def gpu(self) -> torch.Tensor:
+        return self._part(self.slot.gpu)
+
+    def _part(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory[self.start : self.start + self.count * self.dtype.itemsize].view(self.dtype)
 
 
 class Slot:
-    """Pinned memory, GPU memory of the same size, and a stream, for one batch of pieces at a time."""
+    """Pinned memory, GPU memory of the same size, and a stream, for one batch of pieces at a time.
+
+    Each memory is allocated when it is used first: a copy of a parent needs no GPU memory of a slot, and a parent in
+    pinned memory no pinned memory of a slot.
+    """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         import torch
 
         self.device = device
-        cuda = device.type == "cuda"
-        self._stream: torch.cuda.Stream | None = torch.cuda.Stream(device) if cuda else None
-        self._pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=cuda)
-        self._gpu = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._torch = torch
+        self._nbytes = nbytes
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._used = 0
 
-    def stream(self) -> AbstractContextManager[object]:
-        """A context in which torch uses the slot's stream."""
-        import torch
+    @cached_property
+    def pinned(self) -> torch.Tensor:
+        """The pinned memory, uint8 (nbytes,)."""
+        return self._torch.empty(self._nbytes, dtype=self._torch.uint8, pin_memory=self._stream is not None)
 
-        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+    @cached_property
+    def gpu(self) -> torch.Tensor:
+        """The GPU memory, uint8 (nbytes,).
+
+        It is allocated on the slot's stream: the allocator could give that of another stream while kernels of that
+        stream still use it.
+        """
+        with self.stream():
+            return self._torch.empty(self._nbytes, dtype=self._torch.uint8, device=self.device)
+
+    def stream(self) -> AbstractContextManager[object]:
+        """A context in which the slot's device and stream are torch's current ones."""
+        return nullcontext() if self._stream is None else self._torch.cuda.stream(self._stream)
 
     def clear(self) -> None:
         """Wait for the slot's stream and free all memory."""
@@ -62,11 +95,20 @@ class Slot:
         self._used = 0
 
     def allocate(self, count: int, dtype: torch.dtype) -> Staged:
-        """The next `count` elements, at a multiple of 256 bytes."""
-        start, nbytes = self._used, count * dtype.itemsize
-        self._used += -(-nbytes // 256) * 256
-        pinned, gpu = (memory[start : start + nbytes].view(dtype) for memory in (self._pinned, self._gpu))
-        return Staged(pinned, gpu)
+        """The next `count` elements, at a multiple of 256 bytes. Raises ArcmergeError where the slot is full."""
+        start, end = self._used, self._used + count * dtype.itemsize
+        if end > self._nbytes:
+            raise ArcmergeError(f"'pieces' must fit into a slot of {self._nbytes} bytes, got {end}; use --device cpu")
+        self._used = -(-end // 256) * 256
+        return Staged(self, start, count, dtype)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy on the slot's stream, between pinned memory and the slot's device; `clear` waits for it."""
+        for tensor in (source, target):
+            # A copy to another device would run on a stream of that one, for which `clear` does not wait.
+            assert tensor.device in (self.device, self._torch.device("cpu")), (tensor.device, self.device)
+        with self.stream():
+            target.copy_(source, non_blocking=True)
 
 
 class SlotPool:
@@ -85,5 +127,7 @@ class SlotPool:
             with slot.stream():
                 yield slot
         finally:
-            slot.clear()
-            self._free.put(slot)
+            try:
+                slot.clear()
+            finally:
+                self._free.put(slot)  # also after an error of the GPU, or other threads would wait for ever
