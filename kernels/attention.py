@@ -32,6 +32,8 @@ from .target import configuration
 LOG2_E = tl.constexpr(math.log2(math.e))
 # The logarithm of a weight of 0: below any other, but finite, because NEVER - NEVER must be 0.
 NEVER = tl.constexpr(-1e30)
+# A ring buffer has a multiple of so many slots, so that no tile of keys runs past its end, into the next head.
+RING_SLOTS = tl.constexpr(64)
 
 
 @triton.jit
@@ -70,6 +72,7 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    tl.static_assert(RING_SLOTS % BLOCK_N == 0, "a tile of keys must not run past the end of a ring buffer")
     key_value_head = tl.program_id(0)
     # The last tokens see the most keys: their programs start first, and short programs fill the gaps at the end.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -149,8 +152,8 @@ class Tile(NamedTuple):
 
 
 # The comments give registers a thread and KB of shared memory, as compiled by Triton 3.9; nothing spills. A tile has at
-# most 64 keys, because ring buffers have a multiple of 64 slots. With two stages, the next keys are loaded when the
-# previous are used up: for two programs on a multiprocessor, or where shared memory has no room for a third stage.
+# most RING_SLOTS keys. With two stages, the next keys are loaded when the previous are used up: for two programs on a
+# multiprocessor, or where shared memory has no room for a third stage.
 TILES = {
     256: {
         "sm_80": Tile(64, 32, 4, 2),  # 255, 70: two programs a multiprocessor. 128 by 64 fits once, 148 KB

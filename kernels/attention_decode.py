@@ -63,29 +63,36 @@ def _combine(
     splits,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The output of one key-value head, from its active splits. `.cg` reads from the L2 cache, which programs share."""
+    """The output of one key-value head, from its active splits, CHUNK of them at a time.
+
+    The number of splits is no constant of the kernel: a cache that grows would compile it again. `.cg` reads from the
+    L2 cache, which programs share.
+    """
     column = tl.arange(0, HEAD_DIM)
-    every = tl.arange(0, BLOCK_SPLITS)
-    present = _is_active(every, first_split, active, splits)
+    lane = tl.arange(0, CHUNK)
     for member in tl.static_range(GROUP):
-        statistics = statistics_ptr + (every * GROUP + member) * 2
-        maximum = tl.load(statistics, mask=present, other=NEVER, cache_modifier=".cg")
-        totals = tl.load(statistics + 1, mask=present, other=0.0, cache_modifier=".cg")
-        overall = tl.max(maximum, axis=0)
-        total = tl.sum(totals * tl.exp2(maximum - overall), axis=0)
+        maxima = tl.full((CHUNK,), NEVER, tl.float32)
+        for start in range(0, splits, CHUNK):
+            split = start + lane
+            inside = _is_active(split, first_split, active, splits)
+            statistics = statistics_ptr + (split * GROUP + member) * 2
+            maxima = tl.maximum(maxima, tl.load(statistics, mask=inside, other=NEVER, cache_modifier=".cg"))
+        maximum = tl.max(maxima, axis=0)
+        totals = tl.zeros((CHUNK,), tl.float32)
         weighted = tl.zeros((CHUNK, HEAD_DIM), tl.float32)
         for start in range(0, splits, CHUNK):
-            split = start + tl.arange(0, CHUNK)
+            split = start + lane
             inside = _is_active(split, first_split, active, splits)
             row = split * GROUP + member
-            decay = tl.load(statistics_ptr + row * 2, mask=inside, other=NEVER, cache_modifier=".cg") - overall
+            decay = tl.exp2(tl.load(statistics_ptr + row * 2, mask=inside, other=NEVER, cache_modifier=".cg") - maximum)
+            total = tl.load(statistics_ptr + row * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
             offsets = row[:, None] * HEAD_DIM + column[None, :]
             partial = tl.load(partial_ptr + offsets, mask=inside[:, None], other=0.0, cache_modifier=".cg")
-            weighted += partial * tl.exp2(decay)[:, None]
-        result = tl.sum(weighted, axis=0) / total
+            totals += total * decay
+            weighted += partial * decay[:, None]
+        result = tl.sum(weighted, axis=0) / tl.sum(totals, axis=0)
         tl.store(out_ptr + member * HEAD_DIM + column, result.to(out_ptr.dtype.element_ty))
 
 
@@ -112,7 +119,6 @@ def _attention_decode_kernel(
     HEAD_DIM: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     split = tl.program_id(0)
@@ -208,7 +214,6 @@ def _attention_decode_kernel(
             splits,
             GROUP,
             HEAD_DIM,
-            BLOCK_SPLITS,
             CHUNK,
         )
         tl.store(counters_ptr + head, 0)
@@ -223,13 +228,15 @@ class Tile(NamedTuple):
 
 
 # By the size of a head, so that with three stages 64 KB of keys and values are in flight in each program; 25 KB a
-# multiprocessor would suffice for the 3.35 TB/s of an H100 at a latency of 1 us. As compiled by Triton 3.9: at most 199
+# multiprocessor would suffice for the 3.35 TB/s of an H100 at a latency of 1 us. As compiled by Triton 3.9: at most 202
 # registers, no spills and 68 KB of shared memory, so one program a multiprocessor on sm_86, sm_89 and sm_120, two or
 # three on the others.
 TILES = {
     256: {"sm_80": Tile(32, 4, 3), "gfx942": Tile(32, 4, 2)},
     128: {"sm_80": Tile(64, 4, 3), "gfx942": Tile(32, 4, 2)},
 }
+# Splits that are combined at a time.
+CHUNK = 8
 # Without tensor cores: 32 keys spill 900 words with heads of 256.
 FLOAT32 = Tile(16, 4, 1)
 
@@ -250,7 +257,7 @@ def splits(slots: int, key_value_heads: int) -> int:
     return -(-slots // keys_per_split(key_value_heads))
 
 
-# Counters by cache. Every launch leaves them zero, and a captured CUDA graph keeps their address.
+# Counters by cache: a captured CUDA graph keeps their address.
 _counters = WeakTensorKeyDictionary()
 
 
@@ -260,19 +267,24 @@ def scratch(key_cache: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         partial: [B, Hkv, splits, H / Hkv, Dh] float32, weighted sums of values.
         statistics: [B, Hkv, splits, H / Hkv, 2] float32, maxima and sums of weights.
-        counters: [B, Hkv] int32 zeros, the splits that are done. Two launches at a time may not share a cache.
+        counters: [B, Hkv] int32 zeros, the splits that are done. Two launches at a time may not share a cache. Every
+            launch leaves zeros, for the next replay of a CUDA graph; one that was interrupted may not, so that they are
+            cleared before every launch outside of a capture.
     """
     sequences, key_value_heads, slots, head_dim = key_cache.shape
     shape = (sequences, key_value_heads, splits(slots, key_value_heads), heads // key_value_heads)
     partial = torch.empty(*shape, head_dim, dtype=torch.float32, device=key_cache.device)
     statistics = torch.empty(*shape, 2, dtype=torch.float32, device=key_cache.device)
     counters = _counters.get(key_cache)
+    capturing = key_cache.is_cuda and torch.cuda.is_current_stream_capturing()
     if counters is None:
         with torch.inference_mode(False):  # calls outside of that mode use them too
             counters = torch.zeros(sequences, key_value_heads, dtype=torch.int32, device=key_cache.device)
         # In a capture, filling with zeros becomes a part of the graph, so that only its replays may use the tensor.
-        if not (key_cache.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not capturing:
             _counters[key_cache] = counters
+    elif not capturing:
+        counters.zero_()
     return partial, statistics, counters
 
 
@@ -323,8 +335,7 @@ def attention_decode(
         HEAD_DIM=head_dim,
         KEYS=keys_per_split(key_value_heads),
         BLOCK_N=tile.block_n,
-        BLOCK_SPLITS=triton.next_power_of_2(count),
-        CHUNK=min(8, triton.next_power_of_2(count)),
+        CHUNK=CHUNK,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=False,

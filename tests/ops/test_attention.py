@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.ops.attention import attend, attention
+from arcmerge.kernels import attention as kernels
+from arcmerge.ops.attention import RING_SLOTS, attend, attention
 from cases import attention as cases
 from cases.attention import exact_attention
 from cases.case import Case, Random, disagreement
@@ -176,3 +177,24 @@ def test_errors_say_what_is_wrong(changed: dict[str, Any], sentence: str) -> Non
     call: Callable[..., Tensor] = attention
     with pytest.raises(ArcmergeError, match=re.escape(sentence)):
         call(**arguments, scale=0.3, softcap=50.0)
+
+
+def test_no_tile_of_keys_runs_past_the_end_of_a_ring(draw: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [tile for table in kernels.TILES.values() for tile in table.values()]
+    assert kernels.RING_SLOTS.value == RING_SLOTS
+    assert all(RING_SLOTS % tile.block_n == 0 for tile in (*rows, kernels.FLOAT32))
+    monkeypatch.setattr(kernels, "_tile", lambda *_: kernels.Tile(64, 128, 4, 2))
+    query, keys = draw.normal(20, 4, 32), draw.normal(1, 2, 192, 32)
+    given = whole(20, 300).values()
+    with pytest.raises(Exception, match="must not run past the end of a ring buffer"):
+        kernels.attention(
+            torch.empty_like(query),
+            query,
+            keys,
+            keys,
+            *list(given)[:2],
+            max_seqlen_q=20,
+            scale=0.2,
+            softcap=0.0,
+            window=8,
+        )

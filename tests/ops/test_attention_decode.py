@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
 from arcmerge.errors import ArcmergeError
+from arcmerge.kernels import attention_decode as kernels
 from arcmerge.kernels.attention_decode import scratch
 from arcmerge.ops.attention_decode import attention_decode
 from cases import attention_decode as cases
@@ -132,6 +133,42 @@ def test_counters_of_a_cache_are_kept_and_zero_again(draw: Random, monkeypatch: 
     # A CUDA graph of the launch finds them where they were.
     assert scratch(key, 4)[2] is counters
     assert scratch(value, 4)[2] is not counters
+
+
+def test_an_interrupted_launch_does_not_spoil_the_next(draw: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
+    qkv, caches = draw.normal(3, 8 * 16), draw.normal(2, 3, 2, 300, 16)
+
+    key, value = caches
+
+    def step() -> Tensor:
+        return attention_decode(qkv, key, value, integers(300, 0, 200), heads=4, scale=0.3)
+
+    expected, counters = step(), scratch(key, 4)[2]
+    counters.fill_(1)  # as if one of the splits had ended
+    assert torch.equal(step(), expected)
+    assert not counters.any()
+
+
+class Launch:
+    """Replaces a kernel: keeps its grid and the constants for which it would be compiled."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, dict[str, Any]]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *_, **constants: self.launches.append((grid, constants))
+
+
+def test_a_cache_that_grows_compiles_no_other_kernel(draw: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Launch()
+    monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
+    monkeypatch.setattr(kernels, "_attention_decode_kernel", kernel)
+    for slots in (16, 128, 256, 1040, 4096):
+        key, value = draw.normal(2, 1, 2, slots, 16)
+        attention_decode(draw.normal(1, 8 * 16), key, value, integers(9), heads=4, scale=0.3)
+    assert [grid for grid, _ in kernel.launches] == [(splits, 2, 1) for splits in (1, 1, 2, 9, 32)]
+    assert all(constants == kernel.launches[0][1] for _, constants in kernel.launches)
 
 
 @pytest.mark.usefixtures("backend")

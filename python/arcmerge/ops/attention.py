@@ -21,6 +21,8 @@ from arcmerge.dispatch.checks import (
 from arcmerge.dispatch.native import native_cache
 from arcmerge.dispatch.registry import op
 
+# A ring buffer has a multiple of so many slots, a multiple of every tile of keys.
+RING_SLOTS = 64
 # Queries that the reference takes at a time: its scores are [H, 256, visible keys].
 CHUNK = 256
 
@@ -152,8 +154,8 @@ def _check_lengths(tokens: int, slots: int, starts: list[int], lengths: list[int
         if length < count:
             require(False, f"seqlens_k[{index}]", f"include the {count} queries of the sequence", length)
     require_slots(slots, max(lengths, default=0), window, max_new)
-    if slots % 64 and max(lengths, default=0) > slots:
-        require(False, "key_cache", "have a multiple of 64 slots as a ring buffer", slots)
+    if slots % RING_SLOTS and max(lengths, default=0) > slots:
+        require(False, "key_cache", f"have a multiple of {RING_SLOTS} slots as a ring buffer", slots)
 
 
 @attention.fake
