@@ -55,7 +55,7 @@ MAX_LINES = {
     "python/arcmerge/cli": 900,
     "python/arcmerge/dispatch": 650,
     "python/arcmerge/gemma2": 3_300,
-    "python/arcmerge/integrations": 1_600,
+    "python/arcmerge/integrations": 1_650,
     "python/arcmerge/merging": 9_400,
     "python/arcmerge/ops": 2_600,
     "python/arcmerge/sweeping": 2_000,

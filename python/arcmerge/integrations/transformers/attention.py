@@ -7,7 +7,8 @@ padding at the ends; the eager attention of the model's own architecture handles
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from arcmerge import ops
 from arcmerge.dispatch.checks import HEAD_DIMS
 from arcmerge.errors import needed
 from arcmerge.integrations.transformers.conditions import ops_apply
+from arcmerge.integrations.transformers.masks import MaskRuns, once_a_forward
 
 with needed("transformers", by="arcmerge.integrations.transformers", extra="transformers"):
     from transformers.utils.generic import TransformersKwargs
@@ -31,9 +33,19 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function; also takes boolean masks, True where a query sees a key, as sdpa does."""
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        hidden = torch.finfo(query.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, hidden)
+        make = partial(_scores, attention_mask, query.dtype)
+        attention_mask = once_a_forward(attention_mask, _layer(module), query.dtype, make)
     return eager_attention(module, query, key, value, attention_mask, **named)
+
+
+def _layer(module: nn.Module) -> int | None:
+    index: int | None = getattr(module, "layer_idx", None)
+    return index
+
+
+def _scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What eager attention adds to the scores for a boolean mask."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def eager_attention(
@@ -59,23 +71,25 @@ def eager_attention(
     """
     runs = None
     if _is_common(query, key, value, module, named) and ops_apply(module, query, (key, value), attention_mask):
-        runs = _MaskRuns.of(attention_mask, query, key, sliding_window)
+        find = partial(MaskRuns.of, attention_mask, query, key, sliding_window)
+        shape = query.shape[0], query.shape[2], key.shape[2], sliding_window
+        runs = find() if attention_mask is None else once_a_forward(attention_mask, _layer(module), shape, find)
     if runs is None:
         given = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, **named}
         return _eager(module, query, key, value, attention_mask, given)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     options = {"scale": scale, "softcap": softcap or 0.0, "window": runs.window}
-    attended, inside = _attend(query, key, value, runs, options)
-    if not inside.all():
+    attended = _attend(query, key, value, runs, options)
+    if runs.queries is not None:
         # Eager attention of a query that sees no key is the mean of all values, as all scores are equal.
         mean = value.mean(dim=2, keepdim=True).transpose(1, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=2)
-        attended = torch.where(inside[:, :, None, None], attended, mean)
-        after = runs.slots >= runs.end[:, None]
-        if columns := after.any(dim=0).nonzero().flatten().tolist():
+        attended = torch.where(runs.inside[:, :, None, None], attended, mean)
+        if (late := runs.late) < query.shape[2]:
             assert attention_mask is not None
             given = {"scaling": scale, "softcap": softcap}
-            rest, _ = _eager(module, query[:, :, columns], key, value, attention_mask[:, :, columns], given)
-            attended[:, columns] = torch.where(after[:, columns, None, None], rest, attended[:, columns])
+            rest, _ = _eager(module, query[:, :, late:], key, value, attention_mask[:, :, late:], given)
+            behind = (runs.slots[late:] >= runs.end[:, None])[:, :, None, None]
+            attended[:, late:] = torch.where(behind, rest, attended[:, late:])
     return attended, None
 
 
@@ -103,75 +117,25 @@ def _eager(
     return attended
 
 
-def hides_no_key(mask: Tensor | None, keys: int) -> bool:
-    """Whether a mask of eager attention lets a single query see all keys."""
-    return mask is None or (mask.shape == (1, 1, 1, keys) and mask.is_floating_point() and not mask.any())
-
-
-class _MaskRuns(NamedTuple):
-    """A mask as intervals: query t of sequence b sees the slots from first[b] to end[b], up to its own slot.
-
-    first, end: [B] int64. slots: [T], the slot of each query's own key. window: how many slots up to its own a query
-    sees; 0: all.
-    """
-
-    first: Tensor
-    end: Tensor
-    slots: Tensor
-    window: int
-
-    @classmethod
-    def of(cls, mask: Tensor | None, query: Tensor, key: Tensor, window: int | None) -> _MaskRuns | None:
-        """The intervals of a mask; None for any other mask."""
-        (batch, _, tokens, _), count, device = query.shape, key.shape[2], key.device
-        if mask is None:
-            ends = torch.tensor([[0], [count]], device=device).expand(2, batch)
-            return cls(ends[0], ends[1], torch.tensor([count - 1], device=device), 0) if tokens == 1 else None
-        if not mask.is_floating_point() or mask.shape not in ((batch, 1, tokens, count), (1, 1, tokens, count)):
-            return None
-        visible = mask[:, 0] == 0
-        if not (visible | (mask[:, 0] == torch.finfo(mask.dtype).min)).all():
-            return None
-        used, indices = visible.any(dim=1).to(torch.uint8), torch.arange(count, device=device)
-        first, end = used.argmax(dim=1), count - used.flip(1).argmax(dim=1)
-        end = end.where(used.any(dim=1).to(torch.bool), first)
-        run = (indices >= first[:, None]) & (indices < end[:, None])
-        # The newest key is in the last slot, or, where a cache has free slots, in the last one that a sequence sees.
-        for after in dict.fromkeys((count, int(end.max()))):
-            slots = torch.arange(after - tokens, after, device=device)
-            seen = indices <= slots[:, None]
-            if window:
-                seen &= indices > slots[:, None] - window
-            if after >= tokens and torch.equal(seen & run[:, None], visible):
-                return cls(first.expand(batch), end.expand(batch), slots, window or 0)
-        return None
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, runs: _MaskRuns, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """The output [B, T, H, Dh], and which queries are inside the run of their sequence [B, T]; others are not set."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, runs: MaskRuns, options: dict[str, Any]) -> Tensor:
+    """The output [B, T, H, Dh], not set for queries outside of the interval of their sequence."""
     batch, _, tokens, head_dim = query.shape
-    rows, inside = query.transpose(1, 2), (runs.slots >= runs.first[:, None]) & (runs.slots < runs.end[:, None])
-    lengths = (runs.end - runs.first).to(torch.int32)
-    if runs.first.any():
+    rows, lengths = query.transpose(1, 2), (runs.end - runs.first).to(torch.int32)
+    if runs.moved:
         # The op expects the tokens of a sequence from slot 0 on.
         slots = torch.arange(key.shape[2], device=key.device)
         order = ((slots + runs.first[:, None]) % len(slots))[:, None, :, None].expand(key.shape)
         key, value = key.gather(2, order), value.gather(2, order)
     key, value = key.contiguous(), value.contiguous()
     if tokens == 1:
-        return _decode(rows[:, 0], key, value, lengths * inside[:, 0], options), inside
+        return _decode(rows[:, 0], key, value, lengths * runs.inside[:, 0], options)
     starts = torch.zeros(batch + 1, dtype=torch.int32, device=key.device)
-    starts[1:] = inside.sum(dim=1).cumsum(dim=0)
-    if inside.all():
-        packed = rows.reshape(-1, rows.shape[2], head_dim)
-        return ops.attention(packed, key, value, starts, lengths, max_seqlen_q=tokens, **options).view(
-            rows.shape
-        ), inside
-    out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-    out[inside] = ops.attention(rows[inside], key, value, starts, lengths, max_seqlen_q=tokens, **options)
-    return out, inside
+    starts[1:] = runs.inside.sum(dim=1).cumsum(dim=0)
+    packed = rows.reshape(-1, rows.shape[2], head_dim)
+    if runs.queries is None:
+        return ops.attention(packed, key, value, starts, lengths, max_seqlen_q=tokens, **options).view(rows.shape)
+    inside = ops.attention(packed[runs.queries], key, value, starts, lengths, max_seqlen_q=tokens, **options)
+    return torch.zeros_like(packed).index_copy(0, runs.queries, inside).view(rows.shape)
 
 
 def _decode(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, options: dict[str, Any]) -> Tensor:

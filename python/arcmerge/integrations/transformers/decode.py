@@ -21,7 +21,7 @@ from arcmerge import ops
 from arcmerge.dispatch.recording import recorded
 from arcmerge.gemma2.runtime.decoder_layer import attention_block, decoder_layer
 from arcmerge.gemma2.weights import LayerWeights
-from arcmerge.integrations.transformers.attention import hides_no_key
+from arcmerge.integrations.transformers.masks import hides_no_key
 
 # Tokens by which the buffers of keys and values grow: 0.5 MB per layer of 2.6B.
 _GROWTH = 128
@@ -44,7 +44,10 @@ class RotaryTable:
         cosine, sine = embeddings
         if self._written is None or self._written[0] is not cosine or self._written[1] != position:
             head_dim = cosine.shape[2]
-            if self._table.shape != (self.positions, head_dim) or self._table.dtype != cosine.dtype:
+            if cosine.device.type != "cpu":
+                # A new table for each step: on another stream, a kernel may still read the last one.
+                self._table = cosine.new_empty(self.positions, head_dim)
+            elif self._table.shape != (self.positions, head_dim) or self._table.dtype != cosine.dtype:
                 with torch.inference_mode(False):  # steps outside of that mode could not write to an inference tensor
                     self._table = torch.zeros(self.positions, head_dim, dtype=cosine.dtype)
             torch.cat([cosine[0, 0, : head_dim // 2], sine[0, 0, : head_dim // 2]], out=self._table[position])
@@ -114,7 +117,8 @@ class DecodeStep:
             return False
         keys = cached.keys
         is_complete = keys.shape[2] + 1 == length <= self._rotary.positions
-        return is_complete and keys.dtype == x.dtype and len(keys) == 1 and hides_no_key(mask, length)
+        is_alike = keys.dtype == x.dtype and keys.device == x.device and len(keys) == 1
+        return is_complete and is_alike and hides_no_key(mask, length, index)
 
     def __call__(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: DynamicCache) -> Tensor:
         """[1, 1, D]: the residual stream x [1, 1, D] after the layer; appends its key and value to the cache."""
@@ -125,20 +129,28 @@ class DecodeStep:
                 buffers = self._buffers[cached] = _Buffers.copied_from(cached)
             length = cached.keys.shape[2] + 1
             table = self._rotary.at(position_embeddings, length - 1)
-            tensors = [*self._weights(), table, *buffers.both]
-            # A recording holds addresses, which parameters that were replaced or moved have left.
-            memory = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
-            if (state := [x.dtype, self._eps(), *self._constants().values(), *memory]) != self._recorded:
-                self._record(x, length, table, buffers)
-                self._recorded = state
-            self._x.copy_(x[0])
-            self._length.fill_(length)
-            if self._recording.whole:
-                self._recording.replay()
+            if x.device.type == "cpu":
+                out = self._replayed(x, length, table, buffers)
             else:
-                self._out = self._run(table, buffers)
+                lengths = torch.full((1,), length, dtype=torch.int32, device=x.device)
+                out = self._run(x[0], lengths, table, buffers)
             buffers.show(cached, length)
-            return self._out.clone()[None]
+            return out[None]
+
+    def _replayed(self, x: Tensor, length: int, table: Tensor, buffers: _Buffers) -> Tensor:
+        tensors = [*self._weights(), table, *buffers.both]
+        # A recording holds addresses, which parameters that were replaced or moved have left.
+        memory = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+        if (state := [x.dtype, self._eps(), *self._constants().values(), *memory]) != self._recorded:
+            self._record(x, length, table, buffers)
+            self._recorded = state
+        self._x.copy_(x[0])
+        self._length.fill_(length)
+        if self._recording.whole:
+            self._recording.replay()
+        else:
+            self._out = self._run(self._x, self._length, table, buffers)
+        return self._out.clone()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -146,7 +158,7 @@ class DecodeStep:
         self._x = x[0].clone()
         self._length = torch.full((1,), length, dtype=torch.int32)
         with recorded() as self._recording:
-            self._out = self._run(table, buffers)
+            self._out = self._run(self._x, self._length, table, buffers)
 
     def _weights(self) -> list[Tensor]:
         weights: list[Tensor] = self._layer.weights()
@@ -161,18 +173,16 @@ class DecodeStep:
         attention = self._layer.self_attn
         return {"scale": attention.scaling, "softcap": attention.attn_logit_softcapping or 0.0}
 
-    def _run(self, table: Tensor, buffers: _Buffers) -> Tensor:
+    def _run(self, x: Tensor, lengths: Tensor, table: Tensor, buffers: _Buffers) -> Tensor:
         weights, eps = LayerWeights(*self._weights()), self._eps()
 
         def attend(qkv: Tensor) -> Tensor:
             heads = len(weights.q_proj) // self._layer.self_attn.head_dim
-            return ops.attention_decode(
-                qkv, *buffers.both, self._length, heads=heads, cos_sin=table, **self._constants()
-            )
+            return ops.attention_decode(qkv, *buffers.both, lengths, heads=heads, cos_sin=table, **self._constants())
 
-        normed = ops.rmsnorm(self._x, weights.input_layernorm, eps=eps)
+        normed = ops.rmsnorm(x, weights.input_layernorm, eps=eps)
         attention = partial(attention_block, weights, attend=attend)
         # transformers' next layer applies its own norm. The one that is computed here, with any weight of this size,
         # takes 15 us.
         unused = weights.post_feedforward_layernorm
-        return decoder_layer(weights, self._x, normed, attention, unused, eps)[0]
+        return decoder_layer(weights, x, normed, attention, unused, eps)[0]
