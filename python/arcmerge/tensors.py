@@ -13,7 +13,7 @@ import numpy as np
 
 from arcmerge.errors import ArcmergeError, first_of
 from arcmerge.merging.execution.cpu.native import measured, write
-from arcmerge.merging.execution.statistics_pass import added_up
+from arcmerge.merging.execution.statistics_pass import added_up, joined
 from arcmerge.merging.execution.work_units import cut
 from arcmerge.merging.methods import registry
 from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Measure, Statistic
@@ -314,17 +314,17 @@ def _measured(job: _Job, measure: Measure) -> Statistic:
             gram([vector[piece] for vector in flat], base=None if base is None else base[piece]).numpy(force=True)
             for piece in pieces
         ]
-        return Statistic(measure, functools.reduce(np.add, shares, np.zeros(())))
+        return joined(measure, shares)
     on_cpu = [tensor.cpu().contiguous() for tensor in tensors]
     operands = [operand(tensor) for tensor in on_cpu]
     found = {
         piece.first: measured(measure, operands, base_index, row, piece.first, piece.count)
         for piece in cut(0, tensors[0].numel(), row if isinstance(measure, Divergences) else 1)
     }
-    if isinstance(measure, Divergences):
-        return Statistic(measure, np.concatenate([*found.values()]))
-    total = functools.reduce(operator.add, found.values())
-    return Statistic(measure, total, {first: share for first, share in found.items() if isinstance(share, Counts)})
+    counts = {first: share for first, share in found.items() if isinstance(share, Counts)}
+    if not counts:
+        return joined(measure, [share for share in found.values() if not isinstance(share, Counts)])
+    return Statistic(measure, functools.reduce(operator.add, counts.values()), counts)
 
 
 def _row(tensor: Tensor) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import arcmerge
 from arcmerge.merging.execution.cpu.native import measured
+from arcmerge.merging.execution.statistics_pass import joined
 from arcmerge.merging.methods.magnitudes import Order
 from arcmerge.merging.methods.measure import NO_CUT, Counts, Histogram, Selection, Statistic
 from arcmerge.merging.methods.method import Arguments
@@ -81,8 +82,9 @@ def tensors_of(kind: str, number: int, count: int) -> tuple[Tensor, Tensor]:
 def statistics(method: str, x: Tensor, base: Tensor, arguments: Arguments) -> list[Statistic]:
     found: list[Statistic] = []
     while (measure := get(method).measure(found, arguments)) is not None:
-        counts = measured(measure, [operand(base), operand(x)], 0, len(x), 0, len(x))
-        found.append(Statistic(measure, counts, {0: counts} if isinstance(counts, Counts) else {}))
+        share = measured(measure, [operand(base), operand(x)], 0, len(x), 0, len(x))
+        is_histogram = isinstance(share, Counts)
+        found.append(Statistic(measure, share, {0: share}) if is_histogram else joined(measure, [share]))
     return found
 
 

@@ -27,6 +27,7 @@ from arcmerge.merging.methods.measure import (
     Gram,
     Histogram,
     Measure,
+    Norms,
     Selection,
     Statistic,
 )
@@ -252,6 +253,19 @@ def test_histograms_without_masks_are_known_for_any_key(prepared: Prepared) -> N
     assert total_of(known) is together.total
     assert known is not None
     assert known.measure.together == "y"
+
+
+def test_norms_are_known_for_every_mask(prepared: Prepared) -> None:
+    cache, (job, other, *_) = cache_of(prepared), prepared.plan.jobs
+    masks = [(1, 0.5), (1, 0.25), (2, 0.5)]
+    measures = [Norms(histogram(key=key, probability=probability).selection) for key, probability in masks]
+    totals = [np.array([[2.0, 1.0 / number, 0.0]]) for number in (1, 2, 3)]
+    for measure, total in zip(measures, totals, strict=True):
+        cache.add(job, Statistic(measure, total))
+    for measure, total in zip(measures, totals, strict=True):
+        assert total_of(cache.get(job, measure)) is total
+        assert cache.get(other, measure) is None
+    assert cache.get(job, Norms(histogram(key=3, probability=0.5).selection)) is None
 
 
 def test_prefixes_are_known_for_themselves_alone(prepared: Prepared) -> None:

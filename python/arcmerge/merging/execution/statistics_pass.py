@@ -62,14 +62,10 @@ class _Pending:
             self._shares[first] = share
 
     def statistic(self) -> Statistic:
-        """What the measure found, once no share is missing. Shares are added, or concatenated, in order."""
+        """What the measure found, once no share is missing."""
         if isinstance(self.measure, Histogram):
             return Statistic(self.measure, Counts.of(self._total.reshape(self._shape)), self._counts)
-        shares = [self._shares[first] for first in sorted(self._shares)]
-        if isinstance(self.measure, Divergences):
-            return Statistic(self.measure, np.concatenate(shares))
-        total = functools.reduce(np.add, shares)
-        return Statistic(self.measure, norms_of(total) if isinstance(self.measure, Norms) else total)
+        return joined(self.measure, [self._shares[first] for first in sorted(self._shares)])
 
 
 class StatisticsPass:
@@ -184,6 +180,14 @@ class StatisticsPass:
                 self._found[index].append(total)
             pieces = [*pieces, *(piece for index in found for piece in self._next(index))]
         self.batches.extendleft(reversed([*batches_of(pieces)]))
+
+
+def joined(measure: Measure, shares: Sequence[NDArray[Any]]) -> Statistic:
+    """What a measure other than a histogram found in all pieces, from their shares in order."""
+    if isinstance(measure, Divergences):
+        return Statistic(measure, np.concatenate(shares))
+    total = functools.reduce(np.add, shares)
+    return Statistic(measure, norms_of(total) if isinstance(measure, Norms) else total)
 
 
 def is_measured(job: Job) -> bool:
