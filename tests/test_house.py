@@ -218,6 +218,12 @@ def test_the_makefile_names_tests_that_exist():
     assert not [name for name in named if not any(HOUSE.glob(name))]
 
 
+def test_the_tests_see_no_gpu_unless_they_are_told_to():
+    if os.environ.get("ARCMERGE_GPU") != "1":
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == os.environ["HIP_VISIBLE_DEVICES"] == ""
+        assert os.environ["TRITON_INTERPRET"] == "1"
+
+
 # ---- the shape of files
 
 

@@ -46,7 +46,7 @@ def _pytest(chosen: Sequence[str], done: Sequence[str], report: Path, seconds: f
     command += [f"{FILE}::{name}" for name in chosen] or [FILE]
     command += [f"--deselect={FILE}::{name}" for name in done]
     # Unbuffered, the last line names the test that was under way if time ran out.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "ARCMERGE_GPU": "1", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     try:
         ended = subprocess.run(
             command, cwd=ROOT, env=environment, timeout=max(seconds, 1), capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""The code of the GPU on CPU tensors: the Triton interpreter runs the kernels, everything else is as on a GPU."""
+"""The code of the GPU. On CPU tensors the Triton interpreter runs the kernels, and everything else is as on a GPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from arcmerge.merging.execution.choose import aligned_rows
 from arcmerge.merging.execution.memory import GpuMemory
 from arcmerge.merging.prepare import Prepared
 
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 MODELS = ("gemma-a", "gemma-b", "gemma-c", "gemma-b-f32", "gemma-b-vocabulary")
 # Changes to a plain slerp of two models; each case needs more than kernels and plain copies to the GPU.
 CASES: dict[str, dict[str, Any]] = {
@@ -109,7 +110,7 @@ def test_the_gpu_gives_the_result_of_the_cpu(
 
     def on_device(prepared: Prepared) -> GpuProcessor:
         rows = aligned_rows(prepared.plan, prepared.vocabulary)
-        return GpuProcessor(prepared.plan.jobs, rows, "cpu", prepared.options.thread_count)
+        return GpuProcessor(prepared.plan.jobs, rows, DEVICE, prepared.options.thread_count)
 
     monkeypatch.setattr("arcmerge.merging.merge.processor_for", on_device)
     # The interpreter replaces parts of triton while a kernel runs, so only one thread may use it.
@@ -147,7 +148,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 
 def merge_in_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        in_memory, "allocate", lambda plans, nbytes, progress: GpuMemory(plans, nbytes, "cpu", progress)
+        in_memory, "allocate", lambda plans, nbytes, progress: GpuMemory(plans, nbytes, DEVICE, progress)
     )
 
 
@@ -160,13 +161,14 @@ def test_a_merge_in_gpu_memory_has_the_weights_of_one_on_the_cpu(
     on_cpu = arcmerge.Gemma2.from_merge(config, "cpu")
     monkeypatch.setattr(memory, "must_stream", lambda *_: streamed)
     merge_in_gpu_memory(monkeypatch)
-    on_gpu = arcmerge.Gemma2.from_merge(config, "cpu", threads=1)
+    on_gpu = arcmerge.Gemma2.from_merge(config, DEVICE, threads=1)
+    assert str(on_gpu.device) == DEVICE
     before = [tensor.data_ptr() for tensor in on_gpu.network.weights.tensors]
 
     def compare() -> None:
         pairs = zip(on_gpu.network.weights.tensors, on_cpu.network.weights.tensors, strict=True)
         for ours, expected in pairs:
-            assert_alike(ours, expected)
+            assert_alike(ours.cpu(), expected)
 
     compare()
     for parameters in (OTHERWISE.get(case, {"t": [0, 1, 0.25]}), OTHERWISE.get(case, {"t": 1})):
@@ -183,7 +185,7 @@ def test_copies_on_the_gpu_that_are_not_finite_are_refused(tmp_path: Path, monke
     config = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "gemma-a")}]}
     merge_in_gpu_memory(monkeypatch)
     with pytest.raises(arcmerge.ArcmergeError, match=r"model\.norm\.weight: weights must be finite"):
-        arcmerge.Gemma2.from_merge(config, "cpu", threads=1)
+        arcmerge.Gemma2.from_merge(config, DEVICE, threads=1)
 
 
 def test_missing_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
