@@ -28,7 +28,9 @@ from cases.gemma import GEMMA_2
 from random_network import TINY, config_of, random_network
 
 DRY = os.environ.get("ARCMERGE_DRY") == "1"
-DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+# The last GPU, which is not the current one where there are several.
+LAST = max(torch.cuda.device_count() - 1, 0)
+DEVICE = torch.device("cpu") if os.environ.get("TRITON_INTERPRET") == "1" else torch.device("cuda", LAST)
 PROMPT_TOKENS, STEPS = (18, 2) if DRY else (700, 3)  # past the window
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu" and not DRY, reason="needs a GPU")]
@@ -41,6 +43,7 @@ def _context_of_the_gpu() -> Iterator[None]:
     if DEVICE.type == "cuda":
         try:
             torch.cuda.synchronize()
+            torch.cuda.synchronize(DEVICE)
         except RuntimeError as error:
             pytest.exit(f"the context of the GPU is lost: {error}")
 

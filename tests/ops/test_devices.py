@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 import arcmerge.ops  # noqa: F401, registers them
 from arcmerge.dispatch.registry import OPS
+from arcmerge.gemma2.runtime import bandwidth
 from arcmerge.kernels import target
 
 CALLS: dict[str, tuple[Callable[[Callable[..., Tensor]], list[Any]], dict[str, Any]]] = {
@@ -47,6 +48,32 @@ def test_an_op_runs_with_the_device_of_its_tensors_as_the_current_one(
         given = arguments(lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="cuda:1"))
         OPS[name]._runner("cuda")(*given, **named)
     assert (seen, gpus.current) == ([1], 0)
+
+
+class Event:
+    """An event that knows on which device it was recorded."""
+
+    recorded: ClassVar[list[int]] = []
+    gpus: ClassVar[Gpus]
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.recorded.append(self.gpus.current)
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Event) -> float:
+        return 2000.0
+
+
+def test_a_tensor_is_read_between_events_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Event, "gpus", Gpus(monkeypatch), raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    with FakeTensorMode():
+        assert bandwidth._seconds_on_gpu(torch.empty(8, device="cuda:1")) == 2.0
+    assert Event.recorded == [1, 1]
 
 
 class Properties(NamedTuple):

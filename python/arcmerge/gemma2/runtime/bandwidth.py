@@ -24,12 +24,18 @@ def read_bandwidth(weights: Weights) -> float:
 def _read(tensor: Tensor) -> float:
     nbytes = tensor.numel() * tensor.element_size()
     if tensor.is_cuda:
+        return nbytes / _seconds_on_gpu(tensor)
+    started = perf_counter()
+    _C.read(tensor.data_ptr(), nbytes)
+    return nbytes / (perf_counter() - started)
+
+
+def _seconds_on_gpu(tensor: Tensor) -> float:
+    """Seconds of reading a tensor, by events of its device: those of the current one would not enclose the kernel."""
+    with torch.cuda.device(tensor.device):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32).max()
         end.record()
         end.synchronize()
-        return float(nbytes / (start.elapsed_time(end) / 1e3))
-    started = perf_counter()
-    _C.read(tensor.data_ptr(), nbytes)
-    return nbytes / (perf_counter() - started)
+        return start.elapsed_time(end) / 1e3
