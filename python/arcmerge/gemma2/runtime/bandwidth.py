@@ -38,4 +38,4 @@ def _seconds_on_gpu(tensor: Tensor) -> float:
         tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32).max()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end) / 1e3)
