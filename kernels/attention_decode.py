@@ -120,6 +120,7 @@ def _attention_decode_kernel(
     KEYS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    WAITS_FOR_STORES: tl.constexpr,
 ):
     split = tl.program_id(0)
     splits = tl.num_programs(0)
@@ -202,7 +203,12 @@ def _attention_decode_kernel(
     tl.store(partial_ptr + rows[:, None] * HEAD_DIM + column, weighted, mask=(row < GROUP)[:, None])
     tl.store(statistics_ptr + rows * 2, maximum, mask=row < GROUP)
     tl.store(statistics_ptr + rows * 2 + 1, total, mask=row < GROUP)
-    # All threads of a program must have stored before one of them increments the counter.
+    # All threads of a program must have stored before one of them increments the counter. AMD's barrier does not wait
+    # for stores to global memory, and the thread that counts waits for those of its own wave only.
+    if WAITS_FOR_STORES:
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v,~{memory}", [row], dtype=tl.int32, is_pure=False, pack=1
+        )
     tl.debug_barrier()
     if tl.atomic_add(counters_ptr + head, 1, sem="acq_rel") == active - 1:
         _combine(
@@ -336,6 +342,7 @@ def attention_decode(
         KEYS=keys_per_split(key_value_heads),
         BLOCK_N=tile.block_n,
         CHUNK=CHUNK,
+        WAITS_FOR_STORES=configuration({"sm_80": False, "gfx942": True}, qkv.device),
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=False,

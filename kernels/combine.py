@@ -64,7 +64,7 @@ def _combine_kernel(
     found = tl.sum(nonfinite, axis=0)
     if found > 0:
         # The sum of integers does not depend on the order of the programs.
-        tl.atomic_add(nonfinite_ptr + vector, found.to(tl.int64))
+        tl.atomic_add(nonfinite_ptr + vector, found.to(tl.int64), sem="relaxed")
 
 
 def combine(

@@ -220,7 +220,7 @@ def _consensus_kernel(
     total = tl.sum(nonfinite, axis=0)
     if total > 0:
         # The sum of integers does not depend on the order of the programs.
-        tl.atomic_add(nonfinite_ptr + group, total.to(tl.int64))
+        tl.atomic_add(nonfinite_ptr + group, total.to(tl.int64), sem="relaxed")
 
 
 def consensus_combine(

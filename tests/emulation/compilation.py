@@ -78,6 +78,7 @@ class Facts:
         in_flight: bytes that a block requests from global memory before it waits (NVIDIA).
         fused: float32 multiply-adds that round once.
         float_atomics: atomic operations on floating point.
+        early_releases: atomic operations that release stores of the whole block, but wait for those of one wave (AMD).
     """
 
     kernel: str
@@ -99,6 +100,7 @@ class Facts:
     in_flight: int
     fused: int
     float_atomics: int
+    early_releases: int
 
     def faults(self) -> list[str]:
         """The reasons why a launcher must not choose this configuration."""
@@ -108,6 +110,7 @@ class Facts:
             f"{self.shared} bytes of shared memory, the limit is {limit}": self.shared > limit,
             "matrices are multiplied without matrix instructions": self.matrix_due and self.matrix == 0,
             f"{self.float_atomics} atomic operations on floating point": self.float_atomics > 0,
+            f"{self.early_releases} releases of stores that other waves have not finished": self.early_releases > 0,
         }
         return [fault for fault, found in verdicts.items() if found]
 
@@ -180,6 +183,7 @@ def _nvidia(kernel: CompiledKernel, target: str) -> dict[str, Any]:
         "in_flight": _in_flight(ptx, kernel.metadata),
         "fused": _count(ptx, r"\bfma\.rn\S*\.f32"),
         "float_atomics": _count(ptx, r"\b(?:atom|red)\.\S*\.b?f(?:16|32|64)"),
+        "early_releases": 0,  # a release after a barrier is one for the block
     }
 
 
@@ -227,7 +231,27 @@ def _amd(assembly: str) -> dict[str, Any]:
         "in_flight": 0,
         "fused": _count(assembly, r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)(?:_mix\w*)?_f(?:16|32)"),
         "float_atomics": _count(assembly, r"_atomic_(?:pk_)?(?:add|min|max)_f"),
+        "early_releases": _early_releases(assembly),
     }
+
+
+def _early_releases(assembly: str) -> int:
+    """Atomic operations with a release (buffer_wbl2) after a barrier that a wave can reach with stores on their way.
+
+    Without `s_waitcnt vmcnt(0)` a barrier of gfx942 does not wait for stores to global memory, and that of the release
+    covers the wave which releases.
+    """
+    count, stored, passed = 0, False, False
+    for line in map(str.strip, assembly.splitlines()):
+        if re.match(r"(?:global|buffer|flat)_store", line):
+            stored = True
+        elif re.match(r"s_waitcnt\b.*\bvmcnt\(0\)", line):
+            stored = False
+        elif line.startswith("s_barrier"):
+            passed = stored
+        elif line.startswith("buffer_wbl2"):
+            count, stored, passed = count + passed, False, False
+    return count
 
 
 # Instructions that move 16 bytes or more: in PTX, also asynchronously and by tiles (bulk). In AMD's assembly 8 bytes or

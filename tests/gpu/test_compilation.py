@@ -46,6 +46,14 @@ def _add_atomically(x_ptr, sum_ptr, BLOCK: tl.constexpr):
     tl.atomic_add(sum_ptr + tl.arange(0, BLOCK) % 4, tl.load(x_ptr + tl.arange(0, BLOCK)))
 
 
+@triton.jit
+def _publish(x_ptr, out_ptr, count_ptr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, tl.load(x_ptr + offsets))
+    tl.debug_barrier()
+    tl.atomic_add(count_ptr, 1, sem="acq_rel")
+
+
 def product(
     m: int, n: int, k: int, warps: int, stages: int, dtype: torch.dtype = BF16, precision: str = "tf32"
 ) -> None:
@@ -65,6 +73,10 @@ def combine() -> None:
     combine([tensor], [[tensor, tensor]], torch.empty(1, 2), torch.zeros(1, dtype=torch.int64))
 
 
+def publish() -> None:
+    _publish[(1,)](torch.empty(1024), torch.empty(1024), torch.zeros(1, dtype=torch.int32), 1024)
+
+
 def add_atomically(dtype: torch.dtype) -> None:
     _add_atomically[(1,)](torch.empty(128, dtype=dtype), torch.empty(4, dtype=dtype), 128)
 
@@ -82,6 +94,7 @@ PLANTED = {
     "combine": combine,
     "float atomics": lambda: add_atomically(torch.float32),
     "integer atomics": lambda: add_atomically(torch.int32),
+    "counted after a barrier": publish,
 }
 
 
@@ -191,3 +204,9 @@ def test_combine_rounds_every_product_in_the_instructions_of_the_machine(
 
 if __name__ == "__main__":
     compile_planted()
+
+
+@every_target
+def test_a_count_that_overtakes_stores_is_named(target: str, planted: dict[tuple[str, str], dict[str, Any]]) -> None:
+    found = re.search("1 releases of stores", " ".join(planted["counted after a barrier", target]["faults"]))
+    assert (found is not None) == (target == "gfx942")

@@ -29,7 +29,7 @@ A100 = MACHINES[0]
 FACTS = Facts(
     "kernel", "sm_80", "", 4, 2, registers=32, stack=0, spills=0, shared=0, wide_loads=1, narrow_loads=0, wide_stores=1,
     narrow_stores=0, matrix=0, matrix_instruction="mma.sync", matrix_due=False, in_flight=8192,
-    fused=0, float_atomics=0,
+    fused=0, float_atomics=0, early_releases=0,
 )  # fmt: skip
 IDLE = Work(blocks=108 * 16, l2_bytes=0, tensor=0, fp32=0, fp64=0, special=0, issue=0, shared=0)
 
