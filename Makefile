@@ -32,7 +32,7 @@ torture: $(DEV)
 # Interpret and emulate the kernels with the oldest supported Triton, which hides the one in .venv.
 test-oldest-triton: $(DEV) .venv/triton-$(OLDEST_TRITON)
 	PYTHONPATH=.venv/triton-$(OLDEST_TRITON) $(BIN)/python -m pytest -q -n 2 --dist loadfile \
-		$(addprefix tests/gpu/,test_*_kernels.py test_interpreter*.py test_traffic.py test_kernels.py test_ptx.py) \
+		$(addprefix tests/gpu/,test_*_kernels.py test_interpreter*.py test_traffic.py test_kernels.py test_ptx*.py) \
 		$(addprefix tests/ops/, \
 		test_rmsnorm*.py test_geglu.py test_rope_cache.py test_linear*.py test_lm_head.py test_attention*.py)
 

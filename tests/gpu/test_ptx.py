@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,138 +9,9 @@ import pytest
 import torch
 
 from emulation.ptx import machine
-from emulation.ptx.counts import Counts
-from emulation.ptx.formats import Array, dtype_of
-from emulation.ptx.machine import Machine
-from emulation.ptx.memory import GlobalMemory
-from emulation.ptx.program import Fault, Unsupported, parse
-
-REGISTERS = """
-    .reg .pred %p<8>; .reg .b16 %h<32>; .reg .b32 %r<32>; .reg .b64 %d<32>;
-"""
-
-
-def run(body: str, *arrays: Array, threads: int = 32, blocks: int = 1, shared: int = 0) -> Counts:
-    """Run statements with the addresses of `arrays` in %d0, %d1, ... and the index of the thread in %r0."""
-    parameters = ", ".join(f".param .u64 p{i}" for i in range(len(arrays)))
-    loads = "".join(f"ld.param.b64 %d{i}, [p{i}];\n" for i in range(len(arrays)))
-    program = parse(
-        f".visible .entry test({parameters})\n.reqntid {threads}\n{{{REGISTERS}{loads}mov.u32 %r0, %tid.x;{body}ret;}}"
-    )
-    tensors = [torch.from_numpy(array) for array in arrays]
-    addresses = {f"p{i}": np.uint64(tensor.data_ptr()) for i, tensor in enumerate(tensors)}
-    counts = Counts()
-    memory = GlobalMemory((f"array {i}", tensor) for i, tensor in enumerate(tensors))
-    runner = Machine(program, (blocks, 1, 1), addresses, memory, shared, counts, blocks)
-    runner.run([(x, 0, 0) for x in range(blocks)])
-    return counts
-
-
-def register(kind: str, number: int) -> str:
-    return f"%{ {1: 'h', 2: 'h', 4: 'r', 8: 'd'}[dtype_of(kind).itemsize] }{number}"
-
-
-def evaluate(instruction: str, result: str, kinds: Sequence[str], *operands: Any) -> Array:
-    """The results of an instruction, whose operands $1, $2, ... come from memory and whose result $0 goes there."""
-    columns = [np.atleast_1d(np.asarray(o)).astype(dtype_of(k)) for o, k in zip(operands, kinds, strict=True)]
-    size = max(map(len, columns))
-    threads = -(-size // 32) * 32
-    columns = [np.resize(column, threads) for column in columns]
-    out = np.zeros(threads, dtype_of(result))
-    body = ""
-    for i, (kind, column) in enumerate(zip(kinds, columns, strict=True)):
-        body += f"mad.wide.u32 %d20, %r0, {column.itemsize}, %d{i};"
-        body += f"ld.global.b{8 * column.itemsize} {register(kind, i + 8)}, [%d20];"
-        instruction = instruction.replace(f"${i + 1}", register(kind, i + 8))
-    body += instruction.replace("$0", register(result, 31)) + ";"
-    body += f"mad.wide.u32 %d20, %r0, {out.itemsize}, %d{len(columns)};"
-    body += f"st.global.b{8 * out.itemsize} [%d20], {register(result, 31)};"
-    run(body, *columns, out, threads=threads)
-    return out[:size]
-
-
-def bits(*codes: int) -> Array:
-    return np.array(codes, np.uint32).view(np.float32)
-
-
-def nasty_floats() -> Array:
-    """Pairs of these have ties, cancellations, subnormals, and results that overflow."""
-    generator = np.random.default_rng(1)
-    significands = generator.choice([0, 1, 2, 0x400000, 0x7FFFFF, 0x000800, 0x7FF800, 0x000801], 2048)
-    exponents = generator.choice([0, 1, 2, 103, 104, 126, 127, 128, 139, 150, 151, 253, 254], 2048)
-    signs = generator.integers(0, 2, 2048)
-    codes = signs << 31 | exponents << 23 | significands
-    return codes.astype(np.uint32).view(np.float32)
-
-
-def rounded(exact: Fraction, mode: str, precision: int, smallest: int, largest: Fraction) -> Fraction | float:
-    """`exact` to `precision` bits, none below 2^smallest, in the direction of `mode`."""
-    if exact == 0:
-        return exact
-    bits_before_point = exact.numerator.bit_length() - exact.denominator.bit_length()
-    bits_before_point += abs(exact) >= Fraction(2) ** bits_before_point
-    exponent = max(bits_before_point - precision, smallest)
-    unit = Fraction(2) ** exponent
-    whole, rest = divmod(exact / unit, 1)
-    up = {"rn": rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2 == 1), "rm": False, "rp": rest > 0}
-    up["rz"] = exact < 0 and rest > 0
-    result = (whole + up[mode]) * unit
-    if abs(result) <= largest:
-        return result
-    toward_zero = mode == "rz" or (mode == "rm" and exact > 0) or (mode == "rp" and exact < 0)
-    sign = 1 if exact > 0 else -1
-    return sign * largest if toward_zero else sign * float("inf")
-
-
-LARGEST = Fraction(float(np.finfo(np.float32).max))
-FORMULAS: dict[str, Callable[..., Fraction]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "fma": lambda a, b, c: a * b + c,
-}
-
-
-@pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
-@pytest.mark.parametrize("name", FORMULAS)
-def test_float32_arithmetic_rounds_exactly(name: str, mode: str) -> None:
-    values = nasty_floats()
-    operands = [np.roll(values, shift) for shift in (0, 7, 40)][: 3 if name == "fma" else 2]
-    arguments = ", ".join(f"${i + 1}" for i in range(len(operands)))
-    found = evaluate(f"{name}.{mode}.f32 $0, {arguments}", "f32", ["f32"] * len(operands), *operands)
-    for result, *numbers in zip(found.tolist(), *(operand.tolist() for operand in operands), strict=True):
-        exact = FORMULAS[name](*map(Fraction, numbers))
-        assert result == rounded(exact, mode, 24, -149, LARGEST), (numbers, result)
-
-
-def test_fused_float64_rounds_once() -> None:
-    a, b, c = 1 + 2.0**-52, 1 - 2.0**-52, -1.0
-    assert evaluate("fma.rn.f64 $0, $1, $2, $3", "f64", ["f64"] * 3, a, b, c)[0] == -(2.0**-104)
-
-
-def test_bfloat16_conversions_of_every_code_and_of_ties() -> None:
-    codes = np.arange(1 << 16, dtype=np.uint32)
-    # Every bfloat16, and the values just below, at and above the middle to the next one.
-    for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
-        values = (codes << 16 | low).astype(np.uint32).view(np.float32)
-        expected = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        expected = np.where(np.isnan(values), 0x7FFF, expected)
-        for start in range(0, 1 << 16, 1 << 12):
-            part = slice(start, start + (1 << 12))
-            found = evaluate("cvt.rn.bf16.f32 $0, $1", "b16", ["f32"], values[part])
-            np.testing.assert_array_equal(found, expected[part])
-
-
-@pytest.mark.parametrize(("kind", "precision", "smallest", "largest"), [("f16", 11, -24, 65504), ("bf16", 8, -133, 0)])
-@pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
-def test_conversions_to_halves(kind: str, precision: int, smallest: int, largest: int, mode: str) -> None:
-    limit = Fraction(largest) if largest else Fraction(float(bits(0x7F7F0000)[0]))
-    values = np.concatenate([nasty_floats(), np.float32([1e-7, -1e-7, 65519, 65520, -65536, 3e-8, 2.9e-8])])
-    codes = evaluate(f"cvt.{mode}.{kind}.f32 $0, $1", "b16", ["f32"], values)
-    back = codes.view(np.float16).astype(float) if kind == "f16" else (codes.astype(np.uint32) << 16).view(np.float32)
-    for value, result in zip(values.tolist(), back.tolist(), strict=True):
-        assert result == rounded(Fraction(value), mode, precision, smallest, limit), (value, result)
-
+from emulation.ptx.formats import dtype_of
+from emulation.ptx.program import Fault, Unsupported
+from ptx_programs import bits, evaluate, run
 
 # A result is compared by its bits. The last of the types is the result's.
 CASES: list[tuple[str, str, list[Any], Any]] = [
@@ -167,6 +36,8 @@ CASES: list[tuple[str, str, list[Any], Any]] = [
     ("add.f32 $0, $1, $2", "f32 f32 b32", [bits(0x7F800000, 0x7FC00001), bits(0xFF800000, 0)], [0x7FFFFFFF] * 2),
     ("add.ftz.f32 $0, $1, $2", "f32 f32 b32", [bits(0x00000001, 0x80000001), bits(0, 0x80000000)], [0, 0x80000000]),
     ("min.f32 $0, $1, $2", "f32 f32 f32", [[np.nan, 0.0, -1.0], [3.0, -0.0, -2.0]], [3.0, -0.0, -2.0]),
+    ("sub.rn.f32.bf16 $0, $1, $2", "b16 f32 f32", [[0x4040], [1.5]], [1.5]),
+    ("add.sat.f32.f16 $0, $1, $2", "b16 f32 f32", [[0x3C00, 0x3C00], [0.5, -0.5]], [1.0, 0.5]),
     ("max.NaN.f32 $0, $1, $2", "f32 f32 b32", [[np.nan], [3.0]], [0x7FFFFFFF]),
     ("max.f32 $0, $1, $2", "f32 f32 f32", [[-0.0, 5.0], [0.0, 4.0]], [0.0, 5.0]),
     ("fma.rn.relu.bf16 $0, $1, $2, $3", "b16 b16 b16 b16", [[0x3F80], [0xBF80], [0]], [0]),

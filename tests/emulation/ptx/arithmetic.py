@@ -43,6 +43,8 @@ def operation(parts: tuple[str, ...]) -> Operation | None:
     if kind in PACKED:
         single = operation((mnemonic, *modifiers, PACKED[kind]))
         return single and Operation(_lifted(single.function, kind), kind, (kind,))
+    if mnemonic in _MIXED and kind in ("f16", "bf16") and modifiers[-1:] == ["f32"]:
+        return _mixed(mnemonic, modifiers, kind)
     if is_float(kind) and (mnemonic in FLOATS or mnemonic in APPROXIMATIONS or mnemonic == "fma"):
         _require_known(parts, modifiers, _FLOAT_MODIFIERS)
         return Operation(_float_function(mnemonic, modifiers, kind), kind, (kind,))
@@ -100,6 +102,8 @@ _AS_FUSED: dict[str, Function] = {
     "mul": lambda a, b: a * b,
     "fma": fused,
 }
+# How many of the operands may be halves where the last one and the result are float32 (PTX ISA 8.6, sm_100).
+_MIXED = {"add": 1, "sub": 1, "fma": 2}
 APPROXIMATIONS: dict[str, Function] = {
     "ex2": np.exp2,
     "lg2": np.log2,
@@ -134,6 +138,18 @@ def _float_function(mnemonic: str, modifiers: list[str], kind: str) -> Function:
     if "sat" in modifiers or "relu" in modifiers:
         function = partial(_limited, function, kind, "sat" in modifiers)
     return function
+
+
+def _mixed(mnemonic: str, modifiers: list[str], kind: str) -> Operation:
+    """add.f32.bf16 and the like: halves become float32, which is exact, and all else is done in float32."""
+    single = operation((mnemonic, *modifiers))
+    assert single is not None
+
+    def function(*operands: Array) -> Array:
+        *halves, last = operands
+        return single.function(*(decode(half, kind).astype(np.float32) for half in halves), last)
+
+    return Operation(function, "f32", (kind,) * _MIXED[mnemonic] + ("f32",))
 
 
 def _through_float64(function: Function, kind: str, mode: str) -> Function:
