@@ -53,11 +53,12 @@ cache without limits: bytes that a real cache evicts between two programs are re
 just pass, and where equal bits are demanded it is 0. Tolerances are derived in `tests/cases` from the rounding of the
 output and of float32 sums; the reference is computed in float64. The interpreter runs the source of a kernel. The
 emulator runs the PTX that the compiler made of it: registers, predicates, loops, shuffles, shared memory,
-asynchronous copies that complete as late as they may, matrix instructions. It stops at accesses that are out of
-bounds or misaligned, and where a warp reads from shared memory what another warp wrote without a barrier in between.
+asynchronous copies and products that complete as late as they may, matrix instructions. It stops at accesses that are
+out of bounds or misaligned, where a warp reads from shared memory what another warp wrote without a barrier in
+between, and where a product of a warpgroup lacks a fence or a wait.
 The brackets show how many cases ran, of all; then how many have the bits of the interpreter, of those with the same
-order of operations. The emulator does not know `wgmma`, `tcgen05`, bulk copies and AMD's code. Cases with these are
-compiled and interpreted but not executed, and do not count as run.
+order of operations. The emulator does not know `tcgen05`, bulk copies and AMD's code. Cases with these are compiled
+and interpreted but not executed, and do not count as run.
 
 **What neither can show.** Races between blocks: here blocks run one after another or in step (two programs that store
 to one address are noticed). Deadlocks, and everything else that depends on time. The last bits of `ex2`, `tanh`,

@@ -70,13 +70,20 @@ def test_the_interpreter_agrees_with_the_truth_and_counts_the_stated_traffic(
 def test_the_code_for_sm_80_agrees_with_the_truth_and_the_interpreter(
     case: Case, facts: Facts, background: Background
 ) -> None:
-    record = record_of(facts, "emulated", op=case.op, case=case.name)
+    record = record_of(facts, "emulated", op=case.op, case=case.name, target="sm_80")
     assert "error" in record, record
     assert record["error"] <= 1
     if case.exact:
         outputs = torch.load(background[1] / record["file"])
         assert set(outputs) == set(evidence(case).outputs)
         assert [name for name, got in outputs.items() if not same_values(got, evidence(case).outputs[name])] == []
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case.op in prover.BY_WARPGROUPS], ids=str)
+def test_the_code_for_sm_90_agrees_with_the_truth(case: Case, facts: Facts) -> None:
+    record = record_of(facts, "emulated", op=case.op, case=case.name, target="sm_90")
+    assert "error" in record, record
+    assert record["error"] <= 1
 
 
 @pytest.mark.parametrize("target", prover.QUICK_TARGETS)

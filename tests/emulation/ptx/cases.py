@@ -220,7 +220,7 @@ def cases() -> dict[str, Callable[[], dict[str, Any]]]:
         found[f"gram mixed {target}"] = partial(run_gram, target, 4100, [F32, F16, BF16])
         found[f"softmax {target}"] = partial(run_softmax, target)
         found[f"sum {target}"] = partial(run_sum, target)
-    for target in ("sm_80", "sm_86", "sm_89", "sm_120"):
+    for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"):
         for dtype in (BF16, F16, F32):
             found[f"matmul {str(dtype)[6:]} {target}"] = partial(run_matmul, target, dtype)
     strided = random(5, 512)[:, :401]
@@ -240,7 +240,10 @@ def cases() -> dict[str, Callable[[], dict[str, Any]]]:
         "fault: no barriers, softmax": partial(run_softmax, edit=without(barrier)),
         "fault: no barriers, matmul": partial(run_matmul, "sm_80", edit=without(barrier)),
         "fault: first barrier": partial(run_softmax, edit=without(barrier, 0)),
-        "unsupported: wgmma": partial(run_matmul, "sm_90"),
+        "fault: no wait for products": partial(run_matmul, "sm_90", edit=without(r"wgmma\.wait_group[^;]*;")),
+        "fault: no fence of products": partial(run_matmul, "sm_90", edit=without(r"wgmma\.fence[^;]*;")),
+        "fault: no fence of proxies": partial(run_matmul, "sm_90", edit=without(r"fence\.proxy\.async[^;]*;")),
+        "fault: no barriers, products": partial(run_matmul, "sm_90", edit=without(barrier)),
         "unsupported: tcgen05": partial(run_matmul, "sm_100"),
     }
     return found

@@ -63,6 +63,11 @@ class Counts:
         self.shared_wavefronts += wavefronts
         self.shared_ideal += ideal
 
+    def count_units(self, size: int) -> None:
+        """Bytes of shared memory that a product of a warpgroup reads, without conflicts."""
+        self.shared_wavefronts += size // 128
+        self.shared_ideal += size // 128
+
 
 @lru_cache(maxsize=4096)
 def _distinct(keys: bytes) -> int:

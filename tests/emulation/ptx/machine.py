@@ -17,9 +17,11 @@ from .arithmetic import operation
 from .counts import Counts
 from .formats import Array, dtype_of
 from .matrix import MATRIX
-from .memory import GlobalMemory, SharedMemory
+from .memory import GlobalMemory
 from .program import Address, Fault, Instruction, Operand, Program, Unsupported
+from .shared import SharedMemory
 from .transfers import TRANSFERS
+from .warpgroups import WGMMA, WarpGroups
 from .warps import WARPS
 
 Block = tuple[int, int, int]
@@ -65,7 +67,6 @@ class Machine:
         self.program, self.parameters, self.memory, self.counts = program, parameters, memory, counts
         self.blocks = min(blocks, max(1, LANES // program.threads))
         self.lanes = self.blocks * program.threads
-        self.shared = SharedMemory(self.blocks, shared_bytes, program.threads)
         self._registers = {
             name: np.empty(self.lanes, self._register_type(kind)) for name, kind in program.registers.items()
         }
@@ -79,6 +80,8 @@ class Machine:
         for axis, size in zip("xyz", grid, strict=True):
             self._special[f"%ctaid.{axis}"] = np.zeros_like(lane)
             self._special[f"%nctaid.{axis}"] = zero + np.uint32(size)
+        self.warpgroups = WarpGroups(self, program.instructions)
+        self.shared = SharedMemory(self.blocks, shared_bytes, program.threads, proxies=bool(self.warpgroups))
         self._running: Sequence[Block] = ()
         self._issued = [0] * len(program.instructions)
         self._code = [self._decode(instruction) for instruction in program.instructions]
@@ -159,14 +162,18 @@ class Machine:
             kind = "barrier"
         else:
             kind, action = "plain", self._plain(instruction)
+            if mnemonic != "wgmma":
+                action = self.warpgroups.watched(instruction, action)
         return kind, action, predicate, instruction.negated
 
     def _plain(self, instruction: Instruction) -> Execute:
         parts = instruction.parts
         try:
-            for special in (WARPS, TRANSFERS, MATRIX):
+            for special in (WARPS, TRANSFERS, MATRIX, WGMMA):
                 if parts[0] in special:
                     return special[parts[0]](self, instruction)
+            if parts[:3] == ("fence", "proxy", "async"):
+                return lambda where: self.shared.fence_proxy(np.broadcast_to(where, self.lanes))
             if parts[0] in _NOTHING_TO_DO or parts[:2] == ("bar", "warp"):
                 return lambda where: None
             if parts[0] == "mov" and any(isinstance(operand, tuple) for operand in instruction.operands):
@@ -232,6 +239,7 @@ class Machine:
             for axis, index in zip("xyz", block, strict=True):
                 self._special[f"%ctaid.{axis}"][self._block_of == number] = index
         self.shared.reset()
+        self.warpgroups.reset()
         groups = [_Group(0, self._block_of < len(self._running))]
         steps = 0
         with np.errstate(all="ignore"):

@@ -105,9 +105,9 @@ def _mma(machine: Machine, instruction: Instruction) -> Execute:
     def execute(where: Where) -> None:
         warps = _whole_warps(where, machine.lanes)
         # Registers of a: rows 0 to 7, rows 8 to 15, then both again for the upper half of the columns.
-        parts = [_elements(values, kind) for values in a_registers]
+        parts = [elements(values, kind) for values in a_registers]
         left = np.concatenate([np.concatenate(parts[row::2], axis=2) for row in range(2)], axis=1)
-        right = np.concatenate([_elements(values, kind) for values in b_registers], axis=2)
+        right = np.concatenate([elements(values, kind) for values in b_registers], axis=2)
         start = [np.stack(c_registers[row : row + 2], axis=1).reshape(-1, 8, 8) for row in (0, 2)]
         total = np.matmul(left, right.swapaxes(1, 2)) + np.concatenate(start, axis=1)
         result = total.astype(np.float32).reshape(-1, 2, 32, 2)
@@ -128,7 +128,7 @@ _DEPTH = {
 }
 
 
-def _elements(values: Array, kind: str) -> Array:
+def elements(values: Array, kind: str) -> Array:
     """(warps, 8, columns) float64: lane l holds what is in row l // 4, one or two columns of it."""
     if kind == "tf32":
         # The tensor cores look at 10 bits of the fraction.
