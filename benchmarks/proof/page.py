@@ -54,14 +54,14 @@ just pass, and where equal bits are demanded it is 0. Tolerances are derived in 
 output and of float32 sums; the reference is computed in float64. The interpreter runs the source of a kernel. The
 emulator runs the PTX that the compiler made of it: registers, predicates, loops, shuffles, shared memory,
 asynchronous copies and products that complete as late as they may, matrix instructions. It stops at accesses that are
-out of bounds or misaligned, where a warp reads from shared memory what another warp wrote without a barrier in
-between, and where a product of a warpgroup lacks a fence or a wait.
+out of bounds or misaligned, where a warp reads what another warp wrote without a barrier, or a release and an acquire,
+in between, and where a product of a warpgroup lacks a fence or a wait. Blocks start in random order, and go on in
+random order where they communicate.
 The brackets show how many cases ran, of all; then how many have the bits of the interpreter, of those with the same
 order of operations. The emulator does not know `tcgen05`, bulk copies and AMD's code. Cases with these are compiled
 and interpreted but not executed, and do not count as run.
 
-**What neither can show.** Races between blocks: here blocks run one after another or in step (two programs that store
-to one address are noticed). Deadlocks, and everything else that depends on time. The last bits of `ex2`, `tanh`,
+**What neither can show.** Deadlocks, and everything else that depends on time. The last bits of `ex2`, `tanh`,
 `rcp`, `rsqrt` and the like, which a GPU approximates and the emulator computes exactly, and the order in which matrix
 units add. What ptxas makes of the PTX: a GPU runs SASS. Mistakes of the interpreter and of the emulator themselves,
 although both are tested, on arithmetic that is written another way and on planted faults.

@@ -50,6 +50,7 @@ def emulating(
     ctas: Callable[[Block], Collection[Block]] | None = None,
     reachable: Sequence[torch.Tensor] = (),
     edit: Callable[[str], str] | None = None,
+    seed: int = 0,
 ) -> Iterator[list[Execution]]:
     """Context manager: launches run as PTX for `target`; yields a list, to which the execution of each is added.
 
@@ -57,9 +58,10 @@ def emulating(
     emulated.
 
     Args:
-        ctas: takes a grid and returns the blocks to run, instead of all.
+        ctas: takes a grid and returns the blocks to run, instead of all. Nothing then watches who owns global memory.
         reachable: tensors that kernels reach by addresses in tables; those that are passed to a launch are known.
         edit: changes the PTX, to test that a mistake is found.
+        seed: of the order in which blocks run.
     """
     executions: list[Execution] = []
     compile_or_run = JITFunction.run
@@ -83,7 +85,17 @@ def emulating(
             tables = [(f"reachable tensor {number}", tensor) for number, tensor in enumerate(reachable)]
             memory = GlobalMemory([*tensors, *tables])
             parameters = _parameters(program, values)
-            machine = Machine(program, whole, parameters, memory, kernel.metadata.shared, execution.counts, len(blocks))
+            machine = Machine(
+                program,
+                whole,
+                parameters,
+                memory,
+                kernel.metadata.shared,
+                execution.counts,
+                len(blocks),
+                owned=ctas is None,
+                seed=seed,
+            )
             machine.run(blocks)
             execution.blocks = len(blocks)
         return kernel

@@ -71,7 +71,7 @@ def test_a_part_of_the_grid_runs_alone(executed: dict[str, dict[str, Any]]) -> N
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("gap", r"out of bounds, 5 lanes: 4 bytes at byte 1604 of 'x_ptr'.*softmax_kernel.*block \(0, 0, 0\), thread"),
+        ("gap", r"out of bounds, 5 lanes: .*(1604|3652|5700|7748) of 'x_ptr'.*softmax_kernel.*block \(\d, 0, 0\)"),
         ("mask", "out of bounds, 1 lanes: 4 bytes at byte 8020 of 'x_ptr'"),
         ("misaligned", "misaligned: 16 bytes at byte 2 of 'x_ptr'"),
         ("one element of another tensor", "4 bytes at byte 796 of 'out_ptr', which has 796"),
@@ -84,6 +84,8 @@ def test_a_part_of_the_grid_runs_alone(executed: dict[str, dict[str, Any]]) -> N
         ("no wait for products", r"wgmma\.wait_group is missing"),
         ("no fence of products", r"without wgmma\.fence"),
         ("no fence of proxies", r"without fence\.proxy\.async"),
+        ("count without an order", "global memory read that another warp has written"),
+        ("count without a barrier", "global memory read that another warp has written"),
         ("no barriers, products", "read by a product before a barrier"),
     ],
 )  # fmt: skip
@@ -97,6 +99,7 @@ def test_what_is_right_is_no_fault(executed: dict[str, dict[str, Any]]) -> None:
     for case in ("copy to the end", "table, none short", "softmax of strided rows"):
         assert "problem" not in executed[case], case
     assert executed["copy to the end"]["equal"]
+    assert max(executed[f"decode, seed {seed}"]["error"] for seed in (1, 2)) <= 1
 
 
 def test_what_is_not_emulated_is_named(executed: dict[str, dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ REGISTERS = """
 """
 
 
-def run(body: str, *arrays: Array, threads: int = 32, blocks: int = 1, shared: int = 0) -> Counts:
+def run(body: str, *arrays: Array, threads: int = 32, blocks: int = 1, shared: int = 0, seed: int = 0) -> Counts:
     """Run statements with the addresses of `arrays` in %d0, %d1, ... and the index of the thread in %r0."""
     parameters = ", ".join(f".param .u64 p{i}" for i in range(len(arrays)))
     loads = "".join(f"ld.param.b64 %d{i}, [p{i}];\n" for i in range(len(arrays)))
@@ -30,7 +30,7 @@ def run(body: str, *arrays: Array, threads: int = 32, blocks: int = 1, shared: i
     addresses = {f"p{i}": np.uint64(tensor.data_ptr()) for i, tensor in enumerate(tensors)}
     counts = Counts()
     memory = GlobalMemory((f"array {i}", tensor) for i, tensor in enumerate(tensors))
-    runner = Machine(program, (blocks, 1, 1), addresses, memory, shared, counts, blocks)
+    runner = Machine(program, (blocks, 1, 1), addresses, memory, shared, counts, blocks, seed=seed)
     runner.run([(x, 0, 0) for x in range(blocks)])
     return counts
 

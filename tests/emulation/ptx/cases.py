@@ -21,6 +21,7 @@ from torch import Tensor
 
 from arcmerge.kernels.combine import combine
 from arcmerge.kernels.gram import gram
+from cases import SMALL, Random, disagreement
 from emulation.emulator import Execution, emulating
 from emulation.ptx.program import Fault, Unsupported
 
@@ -189,6 +190,31 @@ def run_combine_past_the_end(short: int) -> dict[str, Any]:
     return {}
 
 
+def run_decode(target: str, **options: Any) -> dict[str, Any]:
+    """Attention of one token, whose splits meet in the last block of a head."""
+    case = next(case for case in SMALL if case.op == "attention_decode")
+    call = case.build(Random())
+    truths = call.expected()
+    with emulating(target, **options):
+        call.launch()
+    return {"error": max(disagreement(call.outputs[name], truth) for name, truth in truths.items())}
+
+
+def unordered(text: str) -> str:
+    """The splits that are done are counted without an order."""
+    assert "gpu.acq_rel" in text
+    return text.replace("gpu.acq_rel", "gpu.relaxed")
+
+
+def unmet(text: str) -> str:
+    """The threads of a block do not meet between their stores and the count, neither by the kernel nor by Triton."""
+    before, count, after = text.partition("atom.global")
+    for _ in range(2):
+        before, _, rest = before.rpartition("bar.sync")
+        before += rest.partition(";")[2]
+    return before + count + after
+
+
 def without(pattern: str, which: int | None = None) -> Callable[[str], str]:
     """An edit that removes instructions: all, or one of them."""
 
@@ -244,6 +270,10 @@ def cases() -> dict[str, Callable[[], dict[str, Any]]]:
         "fault: no fence of products": partial(run_matmul, "sm_90", edit=without(r"wgmma\.fence[^;]*;")),
         "fault: no fence of proxies": partial(run_matmul, "sm_90", edit=without(r"fence\.proxy\.async[^;]*;")),
         "fault: no barriers, products": partial(run_matmul, "sm_90", edit=without(barrier)),
+        "decode, seed 1": partial(run_decode, "sm_80", seed=1),
+        "decode, seed 2": partial(run_decode, "sm_80", seed=2),
+        "fault: count without an order": partial(run_decode, "sm_80", edit=unordered),
+        "fault: count without a barrier": partial(run_decode, "sm_80", edit=unmet),
         "unsupported: tcgen05": partial(run_matmul, "sm_100"),
     }
     return found

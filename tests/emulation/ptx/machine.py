@@ -1,14 +1,8 @@
-"""Execution: blocks of threads side by side in numpy vectors, a lane a thread.
-
-Lanes that go different ways are groups with a program counter each. The group that is furthest behind goes next, and
-groups that meet go on together: what the compiler joins again after a branch joins again here. At a barrier a group
-waits until nothing else can run.
-"""
+"""Execution: blocks of threads side by side in numpy vectors, a lane a thread."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,9 +12,11 @@ from .counts import Counts
 from .formats import Array, dtype_of
 from .matrix import MATRIX
 from .memory import GlobalMemory
+from .owners import Nobody, Owners
 from .program import Address, Fault, Instruction, Operand, Program, Unsupported
+from .schedule import WARP, Group, Schedule
 from .shared import SharedMemory
-from .transfers import TRANSFERS
+from .transfers import TRANSFERS, is_strong
 from .warpgroups import WGMMA, WarpGroups
 from .warps import WARPS
 
@@ -29,7 +25,6 @@ Block = tuple[int, int, int]
 Where = Any
 Execute = Callable[[Where], None]
 
-WARP = 32
 # Lanes at once: beyond this numpy's time goes with the lanes and no longer with the calls.
 LANES = 1024
 # A kernel that waits for what another block must do first waits for ever here.
@@ -38,21 +33,8 @@ ENDLESS = 20_000_000
 _NOTHING_TO_DO = {"membar", "fence", "nanosleep", "griddepcontrol", "prefetch", "createpolicy"}
 
 
-@dataclass
-class _Group:
-    """Lanes at one place of the program; warps: how many have a lane among them."""
-
-    counter: int
-    mask: Array
-    waiting: bool = False
-
-    def __post_init__(self) -> None:
-        self.size = int(np.count_nonzero(self.mask))
-        self.warps = int(np.count_nonzero(self.mask.reshape(-1, WARP).any(axis=1)))
-
-
 class Machine:
-    """Runs the blocks of one launch, several at a time."""
+    """Runs the blocks of one launch, several at a time. owned: watch who owns global memory. seed: of the order."""
 
     def __init__(
         self,
@@ -63,6 +45,8 @@ class Machine:
         shared_bytes: int,
         counts: Counts,
         blocks: int,
+        owned: bool = True,
+        seed: int = 0,
     ) -> None:
         self.program, self.parameters, self.memory, self.counts = program, parameters, memory, counts
         self.blocks = min(blocks, max(1, LANES // program.threads))
@@ -80,6 +64,8 @@ class Machine:
         for axis, size in zip("xyz", grid, strict=True):
             self._special[f"%ctaid.{axis}"] = np.zeros_like(lane)
             self._special[f"%nctaid.{axis}"] = zero + np.uint32(size)
+        self.owners = Owners(memory.extents(), blocks * program.threads // WARP, self.lanes) if owned else Nobody()
+        self._schedule = Schedule(self._block_of, seed)
         self.warpgroups = WarpGroups(self, program.instructions)
         self.shared = SharedMemory(self.blocks, shared_bytes, program.threads, proxies=bool(self.warpgroups))
         self._running: Sequence[Block] = ()
@@ -87,9 +73,13 @@ class Machine:
         self._code = [self._decode(instruction) for instruction in program.instructions]
 
     def run(self, blocks: Sequence[Block]) -> None:
-        """Run all `blocks`, in order."""
+        """Run all `blocks`."""
+        warps = self.program.threads // WARP
+        order = self._schedule.order(len(blocks))
         for first in range(0, len(blocks), self.blocks):
-            self._running = blocks[first : first + self.blocks]
+            chosen = order[first : first + self.blocks]
+            self._running = [blocks[number] for number in chosen]
+            self.owners.start((chosen[:, None] * warps + np.arange(warps)).reshape(-1))
             self._start()
         for instruction, issued in zip(self.program.instructions, self._issued, strict=True):
             if issued:
@@ -162,6 +152,8 @@ class Machine:
             kind = "barrier"
         else:
             kind, action = "plain", self._plain(instruction)
+            if mnemonic in TRANSFERS and "global" in instruction.parts and is_strong(instruction.parts):
+                kind = "strong"
             if mnemonic != "wgmma":
                 action = self.warpgroups.watched(instruction, action)
         return kind, action, predicate, instruction.negated
@@ -174,6 +166,8 @@ class Machine:
                     return special[parts[0]](self, instruction)
             if parts[:3] == ("fence", "proxy", "async"):
                 return lambda where: self.shared.fence_proxy(np.broadcast_to(where, self.lanes))
+            if parts[0] in ("fence", "membar") and not {"cta", "proxy"} & set(parts):
+                return lambda where: self.owners.fence(self.active(where))
             if parts[0] in _NOTHING_TO_DO or parts[:2] == ("bar", "warp"):
                 return lambda where: None
             if parts[0] == "mov" and any(isinstance(operand, tuple) for operand in instruction.operands):
@@ -240,31 +234,23 @@ class Machine:
                 self._special[f"%ctaid.{axis}"][self._block_of == number] = index
         self.shared.reset()
         self.warpgroups.reset()
-        groups = [_Group(0, self._block_of < len(self._running))]
+        groups = [Group(0, self._block_of < len(self._running))]
         steps = 0
         with np.errstate(all="ignore"):
             while groups:
-                groups = self._release(groups) if all(group.waiting for group in groups) else groups
-                group = min((group for group in groups if not group.waiting), key=lambda group: group.counter)
-                groups = self._merge(group, groups)
-                bound = min((other.counter for other in groups if not other.waiting), default=len(self._code))
+                if not any(group.running for group in groups):
+                    opening, groups = self._schedule.stopped(groups)
+                    groups = groups + self._release(opening)
+                    continue
+                group, groups, bound = self._schedule.next_of(groups)
                 try:
-                    steps += self._advance(group, bound, groups)
+                    steps += self._advance(group, len(self._code) if bound is None else bound, groups)
                 except Fault as fault:
                     raise self._located(fault, group.counter) from None
                 if steps >= ENDLESS:
                     raise Fault(f"{self.program.name} does not end")
 
-    def _merge(self, group: _Group, groups: list[_Group]) -> list[_Group]:
-        """Take up into `group` those that are at its place; the others."""
-        others = [other for other in groups if other is not group]
-        for other in [other for other in others if not other.waiting and other.counter == group.counter]:
-            group.mask = group.mask | other.mask
-            others.remove(other)
-        group.__post_init__()
-        return others
-
-    def _advance(self, group: _Group, bound: int, groups: list[_Group]) -> int:
+    def _advance(self, group: Group, bound: int, groups: list[Group]) -> int:
         """Run `group` until it splits, waits, ends, or comes to where another one is; append what is left to `groups`.
 
         How many instructions that were.
@@ -275,7 +261,9 @@ class Machine:
             kind, action, predicate, negated = self._code[group.counter]
             self._issued[group.counter] += group.warps
             steps += 1
-            if kind == "plain":
+            if kind == "strong" and self._schedule.holds(group, groups):
+                return steps
+            if kind in ("plain", "strong"):
                 if predicate is None:
                     action(True if whole else group.mask)
                 else:
@@ -284,6 +272,7 @@ class Machine:
                     if size:
                         action(True if size == self.lanes else lanes)
                 group.counter += 1
+                group.due = group.due and kind != "strong"
             elif kind == "barrier":
                 group.counter += 1
                 group.waiting = True
@@ -305,13 +294,13 @@ class Machine:
                     warps = taken.reshape(-1, WARP).any(axis=1) & rest.reshape(-1, WARP).any(axis=1)
                     self.counts.divergent_branches += int(np.count_nonzero(warps))
                     if kind == "branch":
-                        groups.append(_Group(action, taken))
-                    groups.append(_Group(group.counter + 1, rest))
+                        groups.append(Group(action, taken))
+                    groups.append(Group(group.counter + 1, rest))
                     return steps
         groups.append(group)
         return steps
 
-    def _release(self, groups: list[_Group]) -> list[_Group]:
+    def _release(self, groups: list[Group]) -> list[Group]:
         """Nothing but barriers is left to do: they open, if every thread that a block still has is at the same one."""
         for block in range(len(self._running)):
             places = {group.counter for group in groups if group.mask[self._block_of == block].any()}
@@ -322,6 +311,9 @@ class Machine:
             blocks = np.unique(self._block_of[group.mask])
             self.counts.barriers += blocks.size
             self.shared.barrier(blocks)
+            for block in blocks:
+                warps = self.program.threads // WARP
+                self.owners.barrier(slice(int(block) * warps, (int(block) + 1) * warps))
             group.waiting = False
         return groups
 

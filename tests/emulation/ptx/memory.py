@@ -18,6 +18,7 @@ class _Region(NamedTuple):
     name: str
     start: int
     end: int
+    element: int
     strides: tuple[int, ...]
     sizes: tuple[int, ...]
     run: int
@@ -59,6 +60,17 @@ class GlobalMemory:
             where = self._describe(int(addresses[position]))
             raise Fault(f"out of bounds, {int((~inside).sum())} lanes: {width} bytes at {where}", position)
 
+    def extents(self) -> list[tuple[int, int, int]]:
+        """(start, end, bytes of the smallest element) of all memory that is reachable, in order, none overlapping."""
+        merged: list[tuple[int, int, int]] = []
+        for region in sorted(self._regions, key=lambda region: region.start):
+            start, end, size = region.start, region.end, region.element
+            if merged and start < merged[-1][1]:
+                start, end, size = merged[-1][0], max(end, merged[-1][1]), min(size, merged[-1][2])
+                merged.pop()
+            merged.append((start, end, size))
+        return merged
+
     def load(self, addresses: Array, itemsize: int, element: int) -> Array:
         """The element with that index at addresses that were checked, as unsigned integers."""
         return self._views[itemsize][(addresses - self._low) // itemsize + element]
@@ -99,7 +111,7 @@ def _region(name: str, tensor: torch.Tensor) -> _Region:
             sizes.append(size)
     start = tensor.data_ptr()
     end = start + run + sum(stride * (size - 1) for stride, size in zip(strides, sizes, strict=True))
-    return _Region(name, start, end, tuple(reversed(strides)), tuple(reversed(sizes)), run)
+    return _Region(name, start, end, tensor.element_size(), tuple(reversed(strides)), tuple(reversed(sizes)), run)
 
 
 class _Bytes:

@@ -38,6 +38,32 @@ def elements_of(operand: Operand) -> tuple[str, ...]:
     return operand if isinstance(operand, tuple) else (str(operand),)
 
 
+_ORDERS = ("relaxed", "acquire", "release", "acq_rel")
+Owned = Callable[[Array, Array, int], None]
+
+
+def is_strong(parts: tuple[str, ...]) -> bool:
+    """Whether blocks may wait for what an access does."""
+    return parts[0] == "atom" or any(order in parts for order in _ORDERS)
+
+
+def _owned(machine: Machine, parts: tuple[str, ...], weak: Owned) -> Owned:
+    """What an access to global memory means for its owners. weak: what it is if it has no order."""
+    owners = machine.owners
+    if not any(order in parts for order in _ORDERS) and parts[0] not in ("atom", "red"):
+        return weak
+    # Within a block, barriers order the accesses.
+    acquires, releases = (
+        "cta" not in parts and ("acq_rel" in parts or order in parts) for order in ("acquire", "release")
+    )
+
+    def strong(places: Array, lanes: Array, width: int) -> None:
+        owners.update(places, lanes, width)
+        owners.synchronise(places, lanes, acquires, releases)
+
+    return strong
+
+
 def _locator(machine: Machine, parts: tuple[str, ...], operand: Operand, width: int) -> Callable[[Array], Array]:
     """From lanes to places that were checked: addresses in global memory, offsets in shared memory."""
     if _space(parts) == "global":
@@ -65,13 +91,14 @@ def _ld(machine: Machine, instruction: Instruction) -> Execute:
     dtype = dtype_of(kind)
     targets = [machine.target(name, kind) for name in elements_of(registers)]
     width = dtype.itemsize * len(targets)
-    locate = _locator(machine, parts, address, width)
+    locate, owned = _locator(machine, parts, address, width), _owned(machine, parts, machine.owners.read)
 
     def execute(where: Where) -> None:
         lanes = machine.active(where)
         with on_lanes(lanes):
             places = locate(lanes)
             if space == "global":
+                owned(places, lanes, width)
                 machine.counts.count_global(machine.counts.loads, places, lanes, width)
             else:
                 machine.counts.count_shared(places, lanes, width)
@@ -100,13 +127,14 @@ def _st(machine: Machine, instruction: Instruction) -> Execute:
     sources = [machine.source(name, bits) for name in elements_of(registers)]
     itemsize = dtype_of(kind).itemsize
     width = itemsize * len(sources)
-    locate = _locator(machine, parts, address, width)
+    locate, owned = _locator(machine, parts, address, width), _owned(machine, parts, machine.owners.write)
 
     def execute(where: Where) -> None:
         lanes = machine.active(where)
         with on_lanes(lanes):
             places = locate(lanes)
             if space == "global":
+                owned(places, lanes, width)
                 machine.counts.count_global(machine.counts.stores, places, lanes, width)
             else:
                 machine.counts.count_shared(places, lanes, width)
@@ -134,7 +162,7 @@ def _atom(machine: Machine, instruction: Instruction) -> Execute:
     target = machine.target(target_name, kind)
     # A last operand may be a hint for the cache.
     sources = [machine.source(operand, kind) for operand in operands[: 2 if name == "cas" else 1]]
-    locate = _locator(machine, parts, address, dtype.itemsize)
+    locate, owned = _locator(machine, parts, address, dtype.itemsize), _owned(machine, parts, machine.owners.update)
     update = _update(name, kind)
 
     def execute(where: Where) -> None:
@@ -144,6 +172,7 @@ def _atom(machine: Machine, instruction: Instruction) -> Execute:
         with on_lanes(lanes):
             places = locate(lanes)
             if space == "global":
+                owned(places, lanes, dtype.itemsize)
                 machine.counts.global_atomics += lanes.size
             else:
                 machine.counts.count_shared(places, lanes, dtype.itemsize)
@@ -210,6 +239,7 @@ def _cp(machine: Machine, instruction: Instruction) -> Execute:
         with on_lanes(readers):
             addresses = base[readers] + offset
             machine.memory.check(addresses, width)
+            machine.owners.read(addresses, readers, width)
         if readers.size:
             machine.counts.count_global(machine.counts.loads, addresses, readers, width)
             itemsize = min(width, 8)

@@ -1,0 +1,100 @@
+"""The order in which lanes at different places of a program go on.
+
+Lanes that go different ways are groups with a program counter each. The group that is furthest behind goes next, and
+groups that meet go on together: what the compiler joins again after a branch joins again here. At a barrier a group
+waits until nothing else can run.
+
+Blocks start in random order. Before an access by which blocks may wait for each other, such as an atomic, some of them
+are held, at random, while others go on, to their end or to the next such access. What happens in between is the same in
+every order, or else a fault, see owners.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .formats import Array
+
+WARP = 32
+
+
+@dataclass(eq=False)
+class Group:
+    """Lanes at one place of the program.
+
+    waiting: at a barrier. held: before an access to memory by which blocks communicate. due: held before, and no more.
+    warps: how many have a lane among them.
+    """
+
+    counter: int
+    mask: Array
+    waiting: bool = False
+    held: bool = False
+    due: bool = False
+
+    def __post_init__(self) -> None:
+        self.size = int(np.count_nonzero(self.mask))
+        self.warps = int(np.count_nonzero(self.mask.reshape(-1, WARP).any(axis=1)))
+
+    @property
+    def running(self) -> bool:
+        return not self.waiting and not self.held
+
+
+class Schedule:
+    """block_of: the block of each lane."""
+
+    def __init__(self, block_of: Array, seed: int) -> None:
+        self._block_of = block_of
+        self._random = np.random.default_rng(seed)
+
+    def order(self, blocks: int) -> Array:
+        return self._random.permutation(blocks)
+
+    def next_of(self, groups: list[Group]) -> tuple[Group, list[Group], int | None]:
+        """The group that goes next, the others, and where the first of these is, which it must not pass.
+
+        The group takes up those that are at its place.
+        """
+        group = min((group for group in groups if group.running), key=lambda group: group.counter)
+        here = [other for other in groups if other.running and other.counter == group.counter]
+        for other in here:
+            group.mask = group.mask | other.mask
+        group.__post_init__()
+        others = [other for other in groups if other not in here]
+        return group, others, min((other.counter for other in others if other.running), default=None)
+
+    def holds(self, group: Group, groups: list[Group]) -> bool:
+        """Hold some of the blocks of a group that is not due. If so, `groups`, the others, gets its parts."""
+        blocks = np.unique(self._block_of[group.mask])
+        if group.due or (blocks.size == 1 and not groups):
+            return False
+        held = self._random.random(blocks.size) < 0.5
+        if not held.any():
+            return False
+        later = group.mask & np.isin(self._block_of, blocks[held])
+        groups.append(Group(group.counter, later, held=True))
+        if not held.all():
+            groups.append(Group(group.counter, group.mask & ~later, due=True))
+        return True
+
+    def stopped(self, groups: list[Group]) -> tuple[list[Group], list[Group]]:
+        """Every group waits or is held: those whose barriers open, and the others, of which one may go on.
+
+        Barriers may open for blocks of which no lane is held.
+        """
+        held = [group for group in groups if group.held]
+        if not held:
+            return groups, []
+        waiting = [group for group in groups if group.waiting]
+        stopped = np.isin(self._block_of, np.unique(self._block_of[np.any([group.mask for group in held], axis=0)]))
+        ready = [part for group in waiting if (part := Group(group.counter, group.mask & ~stopped, True)).size]
+        if ready and self._random.random() < 0.5:
+            return ready, held + [
+                part for group in waiting if (part := Group(group.counter, group.mask & stopped, True)).size
+            ]
+        chosen = held[self._random.integers(len(held))]
+        chosen.held, chosen.due = False, True
+        return [], groups
