@@ -10,7 +10,8 @@ were infinite. Fault is raised for:
 
 - an access outside the elements of these tensors, gaps of strided ones included (but neighbours in memory look like
   one tensor);
-- a byte that two programs of a launch store, with any values, unless by atomics.
+- a byte that two programs of a launch store, with any values, unless by atomics;
+- a load of what another program stored, unless it was released and acquired (visibility.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -30,21 +31,14 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpr
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .intervals import Intervals, of_accesses, union
+from .visibility import Visibility
+
 Program = tuple[int, int, int]
 
 
 class Fault(AssertionError):
     """An access that no correct kernel makes."""
-
-
-class Intervals(NamedTuple):
-    """Ranges of addresses [starts[i], ends[i]), ascending and not adjacent."""
-
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-
-    def bytes(self) -> int:
-        return int((self.ends - self.starts).sum())
 
 
 @dataclass
@@ -86,6 +80,7 @@ class Traffic:
         watch(InterpreterBuilder, "create_masked_store", self._store)
         watch(InterpreterBuilder, "create_atomic_rmw", self._atomic)
         watch(InterpreterBuilder, "create_atomic_cas", self._compare_and_swap)
+        watch(InterpreterBuilder, "create_barrier", self._barrier)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,6 +92,7 @@ class Traffic:
         self._reach = _Reach([(name, tensor) for name, tensor in tensors if tensor.numel()])
         self._loads: list[Intervals] = []
         self._stores: dict[Program, list[Intervals]] = defaultdict(list)
+        self._visibility = Visibility()
         self.kernels.append(Launch(executor.fn.__name__))
         try:
             stock(executor, *arguments, **named)
@@ -111,11 +107,16 @@ class Traffic:
 
     def _finish(self, launch: Launch) -> None:
         launch.programs = int(np.prod(interpreter_builder.grid_dim))
-        launch.loaded = _union(self._loads).bytes()
-        written = {program: _union(stores) for program, stores in self._stores.items()}
-        launch.stored = _union(list(written.values())).bytes()
+        launch.loaded = union(self._loads).bytes()
+        written = {program: union(stores) for program, stores in self._stores.items()}
+        launch.stored = union(list(written.values())).bytes()
         if launch.stored < sum(intervals.bytes() for intervals in written.values()):
             raise Fault(f"{launch.kernel}: {self._first_race(written)}")
+        if launch.stored and union(self._loads).shared(union(list(written.values()))):
+            for reader, writer, intervals in self._visibility.early():
+                place = self._reach.place(int(intervals.starts[0]))
+                what = f"program {reader} reads what {writer} stored, not released and acquired, near {place}"
+                raise Fault(f"{launch.kernel}: {what}")
 
     def _first_race(self, written: dict[Program, Intervals]) -> str:
         programs = list(written)
@@ -135,27 +136,35 @@ class Traffic:
         requested, intervals = self._access("load", builder, pointers, mask)
         self.kernels[-1].requested_loaded += requested
         self._loads.append(intervals)
+        self._visibility.load(builder.grid_idx, intervals)
         return stock(builder, pointers, mask, *rest, **named)
 
     def _store(self, stock: Callable[..., Any], builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         requested, intervals = self._access("store", builder, pointers, mask)
         self.kernels[-1].requested_stored += requested
         self._stores[builder.grid_idx].append(intervals)
+        self._visibility.store(builder.grid_idx, intervals)
         return stock(builder, pointers, value, mask, *rest)
 
     def _atomic(
         self, stock: Callable[..., Any], builder: Any, kind: Any, pointers: Any, value: Any, mask: Any, *rest: Any
     ) -> Any:
-        requested, _ = self._access("atomic", builder, pointers, mask)
+        requested, touched = self._access("atomic", builder, pointers, mask)
         self.kernels[-1].atomics += requested // value.data.itemsize
+        self._visibility.atomic(builder.grid_idx, touched, rest[0])
         return stock(builder, kind, pointers, value, mask, *rest)
 
     def _compare_and_swap(
         self, stock: Callable[..., Any], builder: Any, pointers: Any, expected: Any, value: Any, *rest: Any
     ) -> Any:
-        requested, _ = self._access("atomic", builder, pointers, None)
+        requested, touched = self._access("atomic", builder, pointers, None)
         self.kernels[-1].atomics += requested // value.data.itemsize
+        self._visibility.atomic(builder.grid_idx, touched, rest[0])
         return stock(builder, pointers, expected, value, *rest)
+
+    def _barrier(self, stock: Callable[..., Any], builder: Any) -> Any:
+        self._visibility.barrier(builder.grid_idx)
+        return stock(builder)
 
     def _access(self, kind: str, builder: InterpreterBuilder, pointers: Any, mask: Any) -> tuple[int, Intervals]:
         """The bytes of all lanes, and their addresses. Raises Fault for bytes outside of all tensors."""
@@ -164,7 +173,7 @@ class Traffic:
         if mask is not None:
             addresses = addresses[np.broadcast_to(np.asarray(mask.data), pointers.data.shape).ravel()]
         addresses = addresses.astype(np.int64)
-        intervals = _intervals(addresses, itemsize)
+        intervals = of_accesses(addresses, itemsize)
         if stray := self._reach.stray(intervals, addresses, itemsize):
             raise Fault(f"{kind} by program {builder.grid_idx} of {self.kernels[-1].kernel}: {stray}")
         return addresses.size * itemsize, intervals
@@ -175,7 +184,7 @@ class _Reach:
 
     def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self._elements = {name: _elements(tensor) for name, tensor in tensors}
-        self._all = _union(list(self._elements.values()))
+        self._all = union(list(self._elements.values()))
 
     def stray(self, intervals: Intervals, addresses: NDArray[np.int64], itemsize: int) -> str | None:
         if self._holds(intervals).all():
@@ -222,23 +231,4 @@ def _elements(tensor: torch.Tensor) -> Intervals:
             run *= size
         elif step and size > 1:
             starts = (np.arange(size)[:, None] * step + starts).ravel()
-    return _union([Intervals(starts, starts + run)])
-
-
-def _intervals(addresses: NDArray[np.int64], itemsize: int) -> Intervals:
-    """The ranges of accesses of `itemsize` bytes. Those of a block are mostly adjacent and ascending."""
-    if addresses.size > 1 and (addresses[1:] - addresses[:-1] == itemsize).all():
-        return Intervals(addresses[:1], addresses[-1:] + itemsize)
-    return _union([Intervals(addresses, addresses + itemsize)])
-
-
-def _union(parts: Sequence[Intervals]) -> Intervals:
-    """The union of the parts, which need not be in order; each must start before it ends."""
-    empty = np.zeros(0, np.int64)
-    starts = np.concatenate([empty, *(part.starts for part in parts)])
-    ends = np.concatenate([empty, *(part.ends for part in parts)])
-    order = np.argsort(starts, kind="stable")
-    starts, ends = starts[order], np.maximum.accumulate(ends[order])
-    opens = np.ones(starts.shape, bool)
-    opens[1:] = starts[1:] > ends[:-1]
-    return Intervals(starts[opens], ends[np.append(opens[1:], True)] if starts.size else ends)
+    return union([Intervals(starts, starts + run)])

@@ -239,3 +239,41 @@ def _failing(out_ptr):
 def test_kernels_that_fail_otherwise_raise_what_they_raise() -> None:
     with Traffic(), pytest.raises(InterpreterError, match="has no attribute 'nothing'"):
         _failing[(1,)](torch.empty(1))
+
+
+@triton.jit
+def _last_program(
+    x_ptr, partial_ptr, done_ptr, out_ptr, BLOCK: tl.constexpr, ORDER: tl.constexpr, BARRIER: tl.constexpr
+):
+    column = tl.arange(0, BLOCK)
+    tl.store(partial_ptr + tl.program_id(0) * BLOCK + column, tl.load(x_ptr + column) * tl.program_id(0))
+    if BARRIER:
+        tl.debug_barrier()
+    programs = tl.num_programs(0)
+    if tl.atomic_add(done_ptr, 1, sem=ORDER) == programs - 1:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for program in range(programs):
+            total += tl.load(partial_ptr + program * BLOCK + column)
+        tl.store(out_ptr + column, total)
+
+
+@pytest.mark.parametrize(
+    ("order", "barrier", "right"),
+    [
+        ("acq_rel", True, True),
+        ("acq_rel", False, False),
+        ("relaxed", True, False),
+        ("acquire", True, False),
+        ("release", True, False),
+    ],
+)
+def test_a_program_reads_what_another_one_released_and_it_acquired(order: str, barrier: bool, right: bool) -> None:
+    x, out = torch.randn(64), torch.empty(64)
+    partial, done = torch.empty(4, 64), torch.zeros(1, dtype=torch.int32)
+    if right:
+        with Traffic():
+            _last_program[(4,)](x, partial, done, out, BLOCK=64, ORDER=order, BARRIER=barrier)
+        assert torch.equal(out, x * 6)
+        return
+    with Traffic(), pytest.raises(Fault, match=r"program \(3, 0, 0\) reads what \(0, 0, 0\) stored, .* near byte 0 of"):
+        _last_program[(4,)](x, partial, done, out, BLOCK=64, ORDER=order, BARRIER=barrier)
