@@ -11,6 +11,7 @@ were infinite. Fault is raised for:
 - an access outside the elements of these tensors, gaps of strided ones included (but neighbours in memory look like
   one tensor);
 - a byte that two programs of a launch store, with any values, unless by atomics;
+- a pointer that is not as aligned or contiguous as the kernel promises (tl.multiple_of with tl.max_contiguous);
 - a load of what another program stored, unless it was released and acquired (visibility.py).
 """
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from triton.runtime.errors import InterpreterError
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
 from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -81,6 +82,7 @@ class Traffic:
         watch(InterpreterBuilder, "create_atomic_rmw", self._atomic)
         watch(InterpreterBuilder, "create_atomic_cas", self._compare_and_swap)
         watch(InterpreterBuilder, "create_barrier", self._barrier)
+        watch(TensorHandle, "set_attr", self._promise)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -165,6 +167,17 @@ class Traffic:
     def _barrier(self, stock: Callable[..., Any], builder: Any) -> Any:
         self._visibility.barrier(builder.grid_idx)
         return stock(builder)
+
+    def _promise(self, stock: Callable[..., Any], handle: Any, name: str, values: Any) -> None:
+        stock(handle, name, values)
+        known = [handle.attr.get(f"tt.{each}") for each in ("divisibility", "contiguity")]
+        if None in known or handle.data.ndim != 1:
+            return
+        (divisor,), (length,) = known
+        size = handle.get_element_ty().primitive_bitwidth // 8 if hasattr(handle.dtype, "element_ty") else 1
+        runs = handle.data.astype(np.int64).reshape(-1, length)
+        if (runs[:, 0] % divisor != 0).any() or (np.diff(runs) != size).any():
+            raise Fault(f"{self.kernels[-1].kernel}: not runs of {length}, aligned to {divisor}, as promised")
 
     def _access(self, kind: str, builder: InterpreterBuilder, pointers: Any, mask: Any) -> tuple[int, Intervals]:
         """The bytes of all lanes, and their addresses. Raises Fault for bytes outside of all tensors."""

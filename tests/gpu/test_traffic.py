@@ -277,3 +277,21 @@ def test_a_program_reads_what_another_one_released_and_it_acquired(order: str, b
         return
     with Traffic(), pytest.raises(Fault, match=r"program \(3, 0, 0\) reads what \(0, 0, 0\) stored, .* near byte 0 of"):
         _last_program[(4,)](x, partial, done, out, BLOCK=64, ORDER=order, BARRIER=barrier)
+
+
+@triton.jit
+def _copy_runs(x_ptr, out_ptr, shift, stride, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    pointers = tl.max_contiguous(tl.multiple_of(x_ptr + shift + offsets * stride, 16), 4)
+    tl.store(out_ptr + offsets, tl.load(pointers))
+
+
+def test_promises_of_alignment_are_kept() -> None:
+    x, out = torch.randn(128), torch.empty(32)
+    assert x.data_ptr() % 16 == 0
+    with Traffic():
+        _copy_runs[(1,)](x, out, 4, 1, BLOCK=32)
+    assert torch.equal(out, x[4:36])
+    for shift, stride in ((2, 1), (0, 2)):
+        with Traffic(), pytest.raises(Fault, match="_copy_runs: not runs of 4, aligned to 16, as promised"):
+            _copy_runs[(1,)](x, out, shift, stride, BLOCK=32)
