@@ -56,7 +56,8 @@ emulator runs the PTX that the compiler made of it: registers, predicates, loops
 asynchronous copies and products that complete as late as they may, matrix instructions. It stops at accesses that are
 out of bounds or misaligned, where a warp reads what another warp wrote without a barrier, or a release and an acquire,
 in between, and where a product of a warpgroup lacks a fence or a wait. Blocks start in random order, and go on in
-random order where they communicate.
+random order where they communicate. Of launches with more elements than 32 bits can count, the last blocks run too:
+136 sequences of 8192 tokens of the 9B, whose memory exists only where it is touched.
 The brackets show how many cases ran, of all; then how many have the bits of the interpreter, of those with the same
 order of operations. The emulator does not know `tcgen05`, bulk copies and AMD's code. Cases with these are compiled
 and interpreted but not executed, and do not count as run.

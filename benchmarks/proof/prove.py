@@ -26,20 +26,25 @@ from page import page
 from _bench import RESULTS, provenance
 from cases import SMALL, Case
 from emulation import interpreter, prover
-from emulation.evidence import Evidence, interpreted, same_values
+from emulation.compilation import TARGETS
+from emulation.evidence import Evidence, interpreted, same_values, targets_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "proof.md"
 Record = dict[str, Any]
 
 
 def interpret(case: Case) -> tuple[Record, Evidence | None]:
-    """A case in the interpreter; without evidence if it raises, as for an access out of bounds."""
+    """A case in the interpreter, with the tiles of every architecture, whose worst results count.
+
+    Without evidence if one raises, as for an access out of bounds. The evidence is that of the tiles for sm_80.
+    """
     record: Record = {"op": case.op, "case": case.name, "stated_ratio": case.traffic}
     try:
-        evidence = interpreted(case)
+        found = [interpreted(case, target) for target in targets_of(case, list(TARGETS))]
     except Exception as error:
         return {**record, "failed": f"{type(error).__name__}: {error}"[:2000]}, None
-    return {**record, "error": evidence.error, "ratio": evidence.ratio}, evidence
+    ratios = [each.ratio for each in found if each.ratio is not None]
+    return {**record, "error": max(each.error for each in found), "ratio": max(ratios, default=None)}, found[0]
 
 
 def compare(record: Record, case: Case, evidence: Evidence | None, folder: Path) -> Record:
@@ -69,7 +74,7 @@ def shortcomings(proof: dict[str, Any]) -> list[Record]:
             missing(record, "", f"interpreted, {record['error']:.3g} times the tolerance from the truth")
         if record["stated_ratio"] is not None and abs(record["ratio"] - record["stated_ratio"]) > 1e-12:
             missing(record, "", f"moves {record['ratio']!r} of the minimum, {record['stated_ratio']!r} is stated")
-    for record in proof["emulated"]:
+    for record in proof["emulated"] + proof["corners"]:
         if record.get("error", 0.0) > 1:
             missing(record, record["target"], f"emulated, {record['error']:.3g} times the tolerance from the truth")
         if record.get("same_bits_due") and not record["same_bits"]:

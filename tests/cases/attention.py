@@ -161,6 +161,8 @@ def _case(name: str, *arguments: object, **named: object) -> Case:
     return Case("attention", name, build_case, exact=False, traffic=1.0)
 
 
+ROUND_TILES = {"window": 70, "positive": True, "loud": 0.2}
+
 SMALL = [
     # In bfloat16, a tile has 32 tokens, and 32 keys for heads of 256, 64 for others.
     _case("heads of 256", ((33, 33), (0, 5), (1, 40), (31, 65)), (2, 1), 256, loud=30.0),
@@ -168,6 +170,13 @@ SMALL = [
     _case("heads of 256, a window of 70", ((32, 161),), (2, 1), 256, window=70),
     _case("heads of 128, 2 of keys", ((32, 64), (34, 97), (1, 1)), (4, 2), 128, loud=300.0),
     _case("heads of 128, a window of 33 in a ring", ((33, 300), (1, 128)), (2, 1), 128, slots=128, window=33, loud=5.0),
+    # The first key that the last token does not see any more begins a tile, of 32 or 64 keys, and the first that the
+    # first token does not see yet ends one.
+    _case("heads of 256, a window of 70, round tiles", ((1, 135), (3, 199), (5, 131)), (2, 1), 256, **ROUND_TILES),
+    _case("heads of 128, a window of 70, round tiles", ((1, 135), (3, 199), (5, 131)), (4, 2), 128, **ROUND_TILES),
+    # Three tiles of 64 keys, but not a whole count of any larger ones.
+    _case("heads of 256, a ring of 192", ((40, 600), (3, 200)), (2, 1), 256, slots=192, window=100, loud=2.0),
+    _case("heads of 128, a ring of 192", ((40, 600), (3, 200)), (2, 1), 128, slots=192, window=100, loud=2.0),
     _case("positive values", ((3, 500),), (2, 1), 64, positive=True),
     _case("f32 heads of 64, no softcap", ((17, 18), (3, 33)), (2, 2), 64, F32, softcap=0.0, loud=5.0),
     _case(

@@ -45,6 +45,7 @@ def _case(name: str, *arguments: object, traffic: float | None = None) -> Case:
 SMALL = [
     _case("2 bf16, of many lengths", (16384 + 2061, 1, 7, 0, 2048), (BF16, BF16), BF16),
     _case("2 bf16, misaligned", (2061, 9), (BF16, BF16), BF16, 1),
+    _case("2 bf16, 8 bytes past", (2061,), (BF16, BF16), BF16, 4),
     # In addition the table: 40 bytes for each of three segments, two float32 coefficients for each of two groups.
     _case("2 bf16, whole segments", (32768, 16384), (BF16, BF16), BF16, traffic=1 + (3 * 40 + 2 * 8) / (6 * 49152)),
     _case("bf16 and f32 to f16", (2057,), (BF16, F32), F16),

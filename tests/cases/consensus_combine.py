@@ -139,6 +139,7 @@ RANKS = 6 * 49152 + 3 * 56 + 2 * (32 + 8) + 3 * (32 + 32)
 SMALL = [
     _case("2 bf16, of many lengths", (16384 + 2061, 1, 7, 0, 2048), PAIR, BF16, BF16, awkward=True),
     _case("2 bf16, misaligned", (2061, 9), PAIR, BF16, BF16, skip=1, kept=0.5, ranked=True, rounded=True),
+    _case("2 bf16, 8 bytes past", (2061,), PAIR, BF16, BF16, skip=4, kept=0.5, ranked=True, rounded=True),
     _case("2 bf16, whole segments", (32768, 16384), PAIR, BF16, BF16, traffic=1 + TABLES / (8 * 49152)),
     _case(
         "2 bf16, cuts among equals",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from arcmerge.kernels.geglu import geglu
 from cases.case import Call, Case, Draw, Expected
@@ -12,6 +13,20 @@ from cases.gemma import GEMMA_2
 from cases.rmsnorm import half_unit
 
 BF16, F32 = torch.bfloat16, torch.float32
+
+
+def due(gate: Tensor, up: Tensor, stepwise: bool) -> Expected:
+    dtype, exact_gate, exact_up = gate.dtype, gate.double(), up.double()
+    inner = math.sqrt(2 / math.pi) * (exact_gate + 0.044715 * exact_gate**3)
+    activated = exact_gate * torch.sigmoid(2 * inner)
+    # The bound of the kernel: where z > 0, a relative error of z becomes one of 2^z.
+    error = 2.0**-22 * (2 + 2 * math.log2(math.e) * (-inner).clamp(min=0))
+    if stepwise:
+        # Equal bits, except where float32 errors can cross a tie. Rounding is monotonic.
+        ends = [((activated * (1 + side * error)).to(dtype).double() * exact_up).to(dtype).double() for side in (-1, 1)]
+        return Expected(ends[0], (ends[0] - ends[1]).abs())
+    truth = activated * exact_up
+    return Expected(truth, truth.abs() * (half_unit(dtype) + error))
 
 
 def build(
@@ -25,25 +40,10 @@ def build(
         gate, up = draw.normal(rows, 2 * columns, dtype=dtype, scale=scale).split(columns, 1)
     out = draw.empty(rows, columns, dtype=dtype)
 
-    def expected() -> dict[str, Expected]:
-        exact_gate, exact_up = gate.double(), up.double()
-        inner = math.sqrt(2 / math.pi) * (exact_gate + 0.044715 * exact_gate**3)
-        activated = exact_gate * torch.sigmoid(2 * inner)
-        # The bound of the kernel: where z > 0, a relative error of z becomes one of 2^z.
-        error = 2.0**-22 * (2 + 2 * math.log2(math.e) * (-inner).clamp(min=0))
-        if stepwise:
-            # Equal bits, except where float32 errors can cross a tie. Rounding is monotonic.
-            ends = [
-                ((activated * (1 + side * error)).to(dtype).double() * exact_up).to(dtype).double() for side in (-1, 1)
-            ]
-            return {"out": Expected(ends[0], (ends[0] - ends[1]).abs())}
-        truth = activated * exact_up
-        return {"out": Expected(truth, truth.abs() * (half_unit(dtype) + error))}
-
     return Call(
         launch=lambda: geglu(out, gate, up, stepwise),
         outputs={"out": out},
-        expected=expected,
+        expected=lambda: {"out": due(gate, up, stepwise)},
         minimum_bytes=3 * rows * columns * dtype.itemsize,
     )
 

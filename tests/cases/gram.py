@@ -53,6 +53,7 @@ def _case(name: str, *arguments: object, traffic: float | None = None, access_by
 SMALL = [
     _case("2 bf16, of many lengths", (16384 + 2061, 1, 7, 0, 2048), (BF16, BF16)),
     _case("2 bf16, misaligned", (2061, 9), (BF16, BF16), None, 1),
+    _case("2 bf16, 8 bytes past", (2061,), (BF16, BF16), None, 4),
     # In addition, for each of three segments, 32 bytes of the table and 4 partial sums, written and read; for each of
     # two groups, 24 bytes of the second kernel's table and 4 sums.
     _case(

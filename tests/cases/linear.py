@@ -55,6 +55,7 @@ SMALL = [
     _case("7 tokens, 2 weights, misaligned", 7, 515, (15, 18), BF16, 1),
     _case("8 tokens, an aligned tail", 8, 1040, (16,), BF16),
     _case("8 tokens, misaligned, aligned columns", 8, 144, (17,), BF16, 1),
+    _case("8 tokens, 8 bytes past, aligned columns", 8, 144, (17,), BF16, 4),
     _case("9 tokens, 3 weights", 9, 512, (16, 1, 16), BF16),
     _case("16 tokens, odd columns", 16, 1033, (19,), BF16),
     _case("3 tokens, 3 weights, f32", 3, 70, (5, 18, 16), F32),

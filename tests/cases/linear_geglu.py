@@ -87,6 +87,7 @@ SMALL = [
     _case("8 tokens, stepwise, odd columns", 8, 257, 35),
     _case("9 tokens, an aligned tail", 9, 1040, 16, BF16),
     _case("10 tokens, misaligned, aligned columns", 10, 144, 17, BF16, 1),
+    _case("10 tokens, 8 bytes past, aligned columns", 10, 144, 17, BF16, 4),
     _case("16 tokens, stepwise", 16, 272, 18),
     _case("11 tokens, stepwise, odd columns", 11, 77, 5),
     _case("2 tokens, f32", 2, 70, 18, F32),

@@ -93,6 +93,7 @@ TABLES = 3 * 40 + 2 * 12
 SMALL = [
     _case("1 bf16, of many lengths", (16384 + 2061, 1, 7, 0, 2048), (BF16,), BF16, awkward=True),
     _case("1 bf16, misaligned", (8201, 9), (BF16,), BF16, skip=1, kept=0.5, rounded=True),
+    _case("1 bf16, 8 bytes past", (8201,), (BF16,), BF16, skip=4, kept=0.5, rounded=True),
     _case(
         "1 bf16, whole segments", (32768, 16384), (BF16,), BF16, rounded=True, traffic=1 + (3 * 40 + 2 * 12) / 196608
     ),

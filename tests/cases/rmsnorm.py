@@ -28,6 +28,11 @@ def half_unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def due(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Expected:
+    truth = exact(x, weight)
+    return Expected(truth, truth.abs() * (half_unit(dtype) + FLOAT32_ERROR))
+
+
 def build(
     draw: Draw, rows: int, columns: int, dtype: torch.dtype, out: torch.dtype, scale: float = 1.0, skip: int = 0
 ) -> Call:
@@ -37,14 +42,10 @@ def build(
     weight = draw.normal(columns + skip, dtype=out, scale=0.5)[skip:]
     filled = draw.empty(rows * columns + skip, dtype=out)[skip:].view(rows, columns)
 
-    def expected() -> dict[str, Expected]:
-        truth = exact(x, weight)
-        return {"out": Expected(truth, truth.abs() * (half_unit(out) + FLOAT32_ERROR))}
-
     return Call(
         launch=lambda: rmsnorm(filled, x, weight, EPSILON),
         outputs={"out": filled},
-        expected=expected,
+        expected=lambda: {"out": due(x, weight, out)},
         minimum_bytes=rows * columns * (dtype.itemsize + out.itemsize) + columns * out.itemsize,
     )
 

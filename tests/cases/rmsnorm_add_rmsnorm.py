@@ -28,6 +28,17 @@ def exact_total(branch: Tensor, residual: Tensor, post_weight: Tensor) -> Expect
     return Expected(ends[0], (ends[0] - ends[1]).abs())
 
 
+def due(branch: Tensor, residual: Tensor, post_weight: Tensor, pre_weight: Tensor) -> dict[str, Expected]:
+    total = exact_total(branch, residual, post_weight)
+    truth = exact(total.value, pre_weight)
+    # An error of the sum changes its own element of the norm and, by the length of the row, all others.
+    value, error = total.value, torch.as_tensor(total.tolerance)
+    length = (value * error).abs().sum(-1, keepdim=True) / value.square().sum(-1, keepdim=True)
+    share = error / value.abs().clamp(min=1e-30) + length
+    tolerance = truth.abs() * (half_unit(branch.dtype) + FLOAT32_ERROR + share)
+    return {"total": total, "normed": Expected(truth, tolerance)}
+
+
 def build(
     draw: Draw,
     rows: int,
@@ -50,20 +61,10 @@ def build(
     post_weight, pre_weight = (draw.normal(columns + skip, dtype=dtype, scale=0.5)[skip:] for _ in range(2))
     total, normed = empty(stream), empty(dtype)
 
-    def expected() -> dict[str, Expected]:
-        due = exact_total(branch, residual, post_weight)
-        truth = exact(due.value, pre_weight)
-        # An error of the sum changes its own element of the norm and, by the length of the row, all others.
-        value, error = due.value, torch.as_tensor(due.tolerance)
-        length = (value * error).abs().sum(-1, keepdim=True) / value.square().sum(-1, keepdim=True)
-        share = error / value.abs().clamp(min=1e-30) + length
-        tolerance = truth.abs() * (half_unit(dtype) + FLOAT32_ERROR + share)
-        return {"total": due, "normed": Expected(truth, tolerance)}
-
     return Call(
         launch=lambda: rmsnorm_add_rmsnorm(total, normed, branch, residual, post_weight, pre_weight, EPSILON),
         outputs={"total": total, "normed": normed},
-        expected=expected,
+        expected=lambda: due(branch, residual, post_weight, pre_weight),
         minimum_bytes=2 * rows * columns * (dtype.itemsize + stream.itemsize) + 2 * columns * dtype.itemsize,
     )
 

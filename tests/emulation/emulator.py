@@ -75,10 +75,10 @@ def emulating(
         program = parse(edit(text) if edit else text)
         execution = Execution(kernel.metadata.name, whole, kernel)
         executions.append(execution)
-        blocks = [(x, y, z) for z, y, x in product(*map(range, reversed(whole)))]
-        if ctas is not None:
-            chosen = set(ctas(whole))
-            blocks = [block for block in blocks if block in chosen]
+        if ctas is None:
+            blocks = [(x, y, z) for z, y, x in product(*map(range, reversed(whole)))]
+        else:
+            blocks = sorted(set(ctas(whole)), key=lambda block: block[::-1])
         if blocks:
             values = list(_values(kernel.src.signature, bound))
             tensors = [(name, value) for name, _, value in values if isinstance(value, torch.Tensor)]

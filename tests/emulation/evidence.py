@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
+from triton.runtime.interpreter import interpreter_builder as builder
 
-from cases import Call, Case, Random, disagreement
+from arcmerge.kernels import target as kernels_target
+from cases import Blank, Call, Case, Random, disagreement
+from cases.corners import Corner
 
 from .traffic import Traffic
 
@@ -25,12 +31,73 @@ class Evidence:
     ratio: float | None = None
 
 
-def interpreted(case: Case) -> Evidence:
-    """Run a case in the interpreter of this process, which raises a fault for accesses outside of tensors."""
+def targets_of(case: Case, targets: Sequence[str]) -> list[str]:
+    """Those of `targets` for which the launcher chooses another grid, or other constants, than for the ones before."""
+    chosen: dict[tuple[Any, ...], str] = {}
+    for target in targets:
+        launches: list[Any] = []
+
+        def note(executor: Any, *arguments: Any, launches: list[Any] = launches, **named: Any) -> None:
+            passed = {**dict(zip(executor.arg_names, arguments, strict=False)), **named}
+            grid = executor.grid(passed) if callable(executor.grid) else executor.grid
+            constants = [(name, repr(passed[name])) for name in executor.constexprs if name in passed]
+            launches.append((executor.fn.__name__, tuple(grid), tuple(constants)))
+
+        with _architecture(target), mock.patch.object(GridExecutor, "__call__", note):
+            case.build(Blank()).launch()
+        chosen.setdefault(tuple(launches), target)
+    return list(chosen.values())
+
+
+@contextmanager
+def _architecture(target: str) -> Iterator[None]:
+    with mock.patch.object(kernels_target, "architecture", return_value=target):
+        yield
+
+
+def interpreted(case: Case, target: str = "sm_80") -> Evidence:
+    """Run a case in the interpreter of this process, which raises a fault for accesses outside of tensors.
+
+    target: the architecture whose tiles the launcher takes.
+    """
     call = case.build(Random())
-    traffic, error = _run(call, Traffic(*call.reachable))
+    with _architecture(target):
+        traffic, error = _run(call, Traffic(*call.reachable))
     moved = traffic.loaded + traffic.stored
     return Evidence(dict(call.outputs), error, moved / call.minimum_bytes if call.minimum_bytes else None)
+
+
+@contextmanager
+def _only(blocks: Callable[[tuple[int, int, int]], list[tuple[int, int, int]]]) -> Iterator[None]:
+    """Context manager: the interpreter runs these blocks of every grid."""
+    stock, set_size, set_index = GridExecutor.__call__, builder.set_grid_dim, builder.set_grid_idx
+
+    def run(executor: Any, *arguments: Any, **named: Any) -> None:
+        whole = (*executor.grid, 1, 1)[:3]
+        chosen = blocks(whole)
+        executor.grid = (len(chosen), 1, 1)
+        size = mock.patch.object(builder, "set_grid_dim", side_effect=lambda *_: set_size(*whole))
+        index = mock.patch.object(builder, "set_grid_idx", side_effect=lambda number, *_: set_index(*chosen[number]))
+        with size, index:
+            stock(executor, *arguments, **named)
+
+    with mock.patch.object(GridExecutor, "__call__", run):
+        yield
+
+
+def interpreted_corner(corner: Corner, target: str = "sm_80") -> float:
+    """The error of the last blocks of a launch, in the interpreter."""
+    call = corner.build()
+    with _architecture(target), _only(corner.blocks):
+        return _run(call, Traffic(*call.reachable))[1]
+
+
+def emulated_corner(corner: Corner, target: str) -> float:
+    """The same as compiled code, in a process that does not interpret."""
+    from .emulator import emulating
+
+    call = corner.build()
+    return _run(call, emulating(target, ctas=corner.blocks))[1]
 
 
 def emulated(case: Case, target: str) -> Evidence:

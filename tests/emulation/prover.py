@@ -26,11 +26,12 @@ from typing import Any
 import torch
 
 from cases import MODELS, SMALL, Blank, Case
+from cases.corners import CORNERS
 from paths import PYTHONPATH, ROOT
 
 from .compilation import GROUP_INSTRUCTIONS, TARGETS, Facts, as_json, compiling_for, describe, narrowed
 from .emulator import Execution, emulating
-from .evidence import emulated
+from .evidence import emulated, emulated_corner
 from .ptx.program import Fault, Unsupported
 from .resources import MACHINES, Machine
 from .roofline import MOST_INSTRUCTIONS, SAMPLES, predict_call, roof, sampled, work
@@ -142,6 +143,18 @@ def emulate_case(op: str, name: str, target: str, file: Path) -> Record:
     return {**record, "error": evidence.error, "file": file.name}
 
 
+def emulate_corner(op: str, name: str, target: str) -> Record:
+    """The error of the last blocks of a large launch."""
+    (corner,) = (corner for corner in CORNERS if (corner.op, corner.name) == (op, name))
+    record = {"op": op, "case": name, "target": target}
+    try:
+        return {**record, "error": emulated_corner(corner, target)}
+    except Unsupported as refusal:
+        return {**record, "unsupported": str(refusal)}
+    except Fault as fault:
+        return {**record, "fault": str(fault)}
+
+
 def predict_case(op: str, name: str) -> Record:
     """Predicted times of a case on every machine, from a few emulated blocks of its launches."""
     case = _case(op, name)
@@ -251,6 +264,9 @@ def prove(mode: str, folder: Path) -> dict[str, list[Record]]:
             partial(compile_op, op, target, [case.name for case in compiled if case.op == op])
             for target in (QUICK_TARGETS if quick else TARGETS)
             for op in ops
+        ],
+        "corners": [
+            partial(emulate_corner, corner.op, corner.name, target) for target in emulated_on for corner in CORNERS
         ],
         "predicted": [] if quick else [partial(predict_case, case.op, case.name) for case in MODELS],
     }

@@ -19,8 +19,10 @@ import pytest
 import torch
 
 from cases import MODELS, SMALL, Case
+from cases.corners import CORNERS, Corner
 from emulation import prover
-from emulation.evidence import Evidence, interpreted, same_values
+from emulation.compilation import TARGETS
+from emulation.evidence import Evidence, interpreted, same_values, targets_of
 from emulation.prover import Record
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU")
@@ -47,8 +49,8 @@ def facts(background: Background) -> Facts:
 
 
 @cache
-def evidence(case: Case) -> Evidence:
-    return interpreted(case)
+def evidence(case: Case, target: str = "sm_80") -> Evidence:
+    return interpreted(case, target)
 
 
 def record_of(facts: Facts, kind: str, **fields: str) -> Record:
@@ -57,13 +59,14 @@ def record_of(facts: Facts, kind: str, **fields: str) -> Record:
 
 
 @every_case
-def test_the_interpreter_agrees_with_the_truth_and_counts_the_stated_traffic(
+def test_the_interpreter_agrees_with_the_truth_with_the_tiles_of_every_architecture(
     case: Case, background: Background
 ) -> None:
-    found = evidence(case)
-    assert found.error <= 1
-    if case.traffic is not None:
-        assert found.ratio == pytest.approx(case.traffic, rel=1e-12)
+    for target in targets_of(case, list(TARGETS)):
+        found = evidence(case, target)
+        assert found.error <= 1, target
+        if case.traffic is not None:
+            assert found.ratio == pytest.approx(case.traffic, rel=1e-12), target
 
 
 @every_case
@@ -82,6 +85,14 @@ def test_the_code_for_sm_80_agrees_with_the_truth_and_the_interpreter(
 @pytest.mark.parametrize("case", [case for case in SMALL if case.op in prover.BY_WARPGROUPS], ids=str)
 def test_the_code_for_sm_90_agrees_with_the_truth(case: Case, facts: Facts) -> None:
     record = record_of(facts, "emulated", op=case.op, case=case.name, target="sm_90")
+    assert "error" in record, record
+    assert record["error"] <= 1
+
+
+@pytest.mark.parametrize("target", prover.QUICK_TARGETS)
+@pytest.mark.parametrize("corner", CORNERS, ids=str)
+def test_the_code_for_the_far_corner_of_a_large_launch_is_right(corner: Corner, target: str, facts: Facts) -> None:
+    record = record_of(facts, "corners", op=corner.op, case=corner.name, target=target)
     assert "error" in record, record
     assert record["error"] <= 1
 
