@@ -5,7 +5,8 @@ Each other file of this folder lists the cases of an op, in two groups:
     SMALL    short, awkward shapes: run in the interpreter, as emulated PTX, and on a GPU; compared with the truth
     MODELS   every launch that a Gemma-2 of 2.6B, 9B or 27B parameters makes: compiled, predicted, and timed on a GPU
 
-Together they reach every configuration that the launcher can choose; both groups are compiled.
+Together they reach every configuration that the launcher can choose; both groups are compiled. corners.py has the last
+blocks of launches that are too large to run.
 """
 
 from __future__ import annotations

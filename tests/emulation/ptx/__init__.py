@@ -3,7 +3,8 @@
 program: the text, taken apart. machine: registers, predicates, branches, barriers; several blocks of threads go side by
 side in one numpy vector, a lane a thread. Instructions are closures over that machine's registers, made once each:
 arithmetic (values to values, in formats), warps (shuffles and votes), transfers (loads, stores, atomics, cp.async),
-matrix (ldmatrix, mma). memory: which addresses exist, what shared memory holds and who wrote it. counts: what ran.
+matrix (ldmatrix, mma), warpgroups (wgmma). memory: which addresses exist; owners: who wrote and read them; shared: what
+shared memory holds and who wrote it. schedule: which lanes go next. counts: what ran.
 
 Sources: PTX ISA 8.8 to 9.0, sections 9.7.1 to 9.7.14, https://docs.nvidia.com/cuda/parallel-thread-execution.
 """
