@@ -189,7 +189,7 @@ SMALL = [
         window=8,
         loud=30.0,
     ),
-    _case("3 heads a group, misaligned", ((11, 20), (12, 12)), (3, 1), 32, softcap=0.0, scale=0.2, skip=1),
+    _case("3 heads a group, misaligned", ((11, 20), (45, 50)), (3, 1), 32, softcap=0.0, scale=0.2, skip=1),
 ]
 
 MODELS = [

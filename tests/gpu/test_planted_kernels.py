@@ -31,6 +31,7 @@ def corner(op: str) -> Callable[[], float]:
 
 
 LONG = ".to(tl.int64)"
+MOVED = "+ moved\n    token = first_token + row // GROUP\n    present = "
 PLANTED: dict[str, tuple[Any, ...]] = {
     # 64-bit offsets.
     "attention, cache": ("attention", f"key_value_head){LONG} * slots", "key_value_head) * slots", corner("attention")),
@@ -66,6 +67,13 @@ PLANTED: dict[str, tuple[Any, ...]] = {
             ("diagonal", "(low + 1) // BLOCK_N", "(low + 2) // BLOCK_N"),
         ]
     },
+    # Rows of a tile that belong to the next one, where a group does not divide it.
+    "rows": (
+        "attention",
+        f"{MOVED}((token < tokens) & (row < TOKENS * GROUP))",
+        f"{MOVED}(token < tokens)",
+        small("attention", "3 heads a group, misaligned"),
+    ),
     # Vectors of 16 bytes.
     **{
         f"alignment, {op}": ("segments", "address % 16", "address % 8", small(op, "2 bf16, 8 bytes past"), op)
