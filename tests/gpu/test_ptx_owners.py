@@ -20,6 +20,8 @@ FIRST_WARP = "setp.lt.u32 %p0, %r0, 32;"
     ("body", "message"),
     [
         ("st.global.b32 [%d8], %r0; ld.global.b32 %r2, [%d8];", None),
+        ("ld.global.nc.b32 %r2, [%d8];", None),
+        ("st.global.b32 [%d8], %r0; ld.global.nc.b32 %r2, [%d8];", "read as a constant"),
         ("st.global.b32 [%d8], %r0; ld.global.b32 %r2, [%d9];", "read that another warp has written"),
         ("st.global.b32 [%d8], %r0; bar.sync 0; ld.global.b32 %r2, [%d9];", None),
         ("st.global.b32 [%d8], %r0; bar.sync 0; st.global.b32 [%d8], %r0; ld.global.b32 %r2, [%d9];", "has written"),

@@ -65,6 +65,15 @@ class Owners:
         self._refuse(self._writer[elements], lanes, "read", "written")
         self._reader[elements] = self._tags(lanes)[:, None]
 
+    def read_constant(self, addresses: Array, lanes: Array, width: int) -> None:
+        """By a load with .nc, which may find what a cache kept from before the launch, whoever wrote since then."""
+        written = self._writer[self._elements(addresses, width)].any(axis=1)
+        if written.any():
+            raise Fault(
+                "global memory read as a constant, with .nc, that the launch has written", int(written.argmax())
+            )
+        self.read(addresses, lanes, width)
+
     def write(self, addresses: Array, lanes: Array, width: int) -> None:
         elements = self._elements(addresses, width)
         self._refuse(self._writer[elements], lanes, "written", "written")
@@ -161,6 +170,9 @@ class Nobody(Owners):
         pass
 
     def read(self, addresses: Array, lanes: Array, width: int) -> None:
+        pass
+
+    def read_constant(self, addresses: Array, lanes: Array, width: int) -> None:
         pass
 
     def write(self, addresses: Array, lanes: Array, width: int) -> None:

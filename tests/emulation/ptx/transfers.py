@@ -91,7 +91,8 @@ def _ld(machine: Machine, instruction: Instruction) -> Execute:
     dtype = dtype_of(kind)
     targets = [machine.target(name, kind) for name in elements_of(registers)]
     width = dtype.itemsize * len(targets)
-    locate, owned = _locator(machine, parts, address, width), _owned(machine, parts, machine.owners.read)
+    weak = machine.owners.read_constant if "nc" in parts else machine.owners.read
+    locate, owned = _locator(machine, parts, address, width), _owned(machine, parts, weak)
 
     def execute(where: Where) -> None:
         lanes = machine.active(where)

@@ -214,10 +214,10 @@ def _matrix(data: Array, kind: str, transposed: bool) -> Array:
         codes = data.view(np.uint16).swapaxes(2, 3).reshape(groups, eights * 8, columns)
     else:
         codes = data.reshape(*data.shape[:2], DEPTH).view(f"u{_SIZES[kind]}")
-    return decode_elements(codes, kind)
+    return _decoded(codes, kind)
 
 
-def decode_elements(codes: Array, kind: str) -> Array:
+def _decoded(codes: Array, kind: str) -> Array:
     if kind == "tf32":
         return (codes & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
     return decode(codes, kind)
