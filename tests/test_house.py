@@ -24,7 +24,7 @@ README = HOUSE / "README.md"
 HEAVY = {"torch", "triton", "transformers"}
 
 # Every module may import these.
-SHARED = {"dtypes", "errors", "interrupts", "threads"}
+SHARED = {"dtypes", "errors", "geometry", "interrupts", "threads"}
 # The rooms and modules that each room of the package may import, in addition to itself and the shared modules.
 MAY_IMPORT = {
     "kernels": set(),
@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "tensors": {"merging", "ops", "dispatch", "_C"},
     "dtypes": set(),
     "errors": set(),
+    "geometry": set(),
     "interrupts": set(),
     "threads": {"_C"},
 }

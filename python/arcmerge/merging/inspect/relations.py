@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arcmerge.geometry import NEARLY_PARALLEL
 from arcmerge.merging.execution.statistics_pass import StatisticsPass
-from arcmerge.merging.methods.spherical import Slerp
 from arcmerge.merging.plan.plan import Plan
 from arcmerge.merging.plan.tensor_names import place
 
@@ -80,7 +80,7 @@ def relation(pairs: Iterable[Pair]) -> Relation:
     elements = sum(pair.elements for pair in pairs)
     a, b = math.sqrt(float(gram[0, 0])), math.sqrt(float(gram[1, 1]))
     cosine = float(gram[0, 1]) / (a * b) if a and b else math.nan
-    collinear = sum(pair.elements for pair in pairs if abs(pair.cosine) > Slerp.THRESHOLD)
+    collinear = sum(pair.elements for pair in pairs if abs(pair.cosine) > NEARLY_PARALLEL)
     return Relation(
         angle=math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) if not math.isnan(cosine) else math.nan,
         ratio=b / a if a else math.nan,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from arcmerge.merging.methods.geometry import length_of_sum, squared_lengths
+from arcmerge.geometry import length_of_sum, squared_lengths
 from arcmerge.merging.methods.method import Arguments, Method
 from arcmerge.merging.methods.rule import Array, Coefficients
 from arcmerge.merging.recipe.parameters import Parameter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from arcmerge.merging.methods.geometry import squared_lengths
+from arcmerge.geometry import squared_lengths
 from arcmerge.merging.methods.method import Arguments, Method, copy_of
 from arcmerge.merging.methods.rule import Array, Coefficients
 from arcmerge.merging.recipe.parameters import Parameter

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from arcmerge.merging.methods.geometry import squared_lengths
+from arcmerge.geometry import squared_lengths
 from arcmerge.merging.methods.method import Arguments, Method, combination, zero_sum
 from arcmerge.merging.methods.rule import Array, Coefficients
 from arcmerge.merging.recipe.parameters import Parameter

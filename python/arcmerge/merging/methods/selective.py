@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from arcmerge.merging.methods.geometry import squared_lengths
+from arcmerge.geometry import squared_lengths
 from arcmerge.merging.methods.magnitudes import Order
 from arcmerge.merging.methods.measure import NO_CUT, Divergences, Gram, Histogram, Measure, Selection, Statistic, Sums
 from arcmerge.merging.methods.method import Arguments, Method

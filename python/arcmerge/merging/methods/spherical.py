@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.merging.methods.geometry import cosines_of, length_of_sum, slerp_weights, squared_lengths
+from arcmerge.geometry import cosines_of, length_of_sum, slerp_coefficients, slerp_weights, squared_lengths
 from arcmerge.merging.methods.method import Arguments, Method, copy_of, zero_sum
 from arcmerge.merging.methods.rule import Array, Coefficients
 from arcmerge.merging.recipe.parameters import Parameter
@@ -40,28 +40,12 @@ class Slerp(Method):
     base = "required"
     maximum = 1
 
-    THRESHOLD: ClassVar[float] = 0.9995
-    ZERO: ClassVar[float] = 1e-8
-
     def constant(self, arguments: Arguments) -> Coefficients | None:
         return super().constant(arguments) or _end(arguments.shared["t"], self._ends(arguments), arguments)
 
     def formula(self, gram: Array, arguments: Arguments) -> Coefficients:
-        t, ends = arguments.shared["t"], self._ends(arguments)
-        gram = gram[..., ends][..., ends, :]
-        lengths = np.sqrt(squared_lengths(gram))
-        cosines = cosines_of(gram, np.where(lengths > self.ZERO, squared_lengths(gram), 1.0))
-        cosine = cosines[..., 0, 1]
-        linear = np.abs(cosine) > self.THRESHOLD
-        # A mixture of two bf16 values with a decimal t often lies halfway between two bf16 values. With mergekit's
-        # weights to the bit, 1 - t of the float32 t, both programs round it the same way.
-        straight = [float(np.float32(1) - np.float32(t)), float(np.float32(t))]
-        weights = np.where(linear[..., None], straight, slerp_weights(cosine, t, linear))
-        if arguments.shared["slerp_normalize"]:
-            length = (1 - t) * lengths[..., 0] + t * lengths[..., 1]
-            weights = (length / length_of_sum(weights, cosines))[..., None] * weights / lengths
-            linear = (cosine < -self.THRESHOLD) | (lengths <= self.ZERO).any(axis=-1)
-            weights = np.where(linear[..., None], straight, weights)
+        ends, shared = self._ends(arguments), arguments.shared
+        weights, linear = slerp_coefficients(gram[..., ends][..., ends, :], shared["t"], shared["slerp_normalize"])
         # The permutation of two indices is its own inverse.
         return Coefficients(weights[..., ends], _branch(linear, self.name))
 
