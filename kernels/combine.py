@@ -20,9 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor, cat, empty_like, float32, ones_like, zeros_like
 
-from .segments import launches, load, read_row, store
+from .segments import Launch, launches, load, read_row, store
 
 MOST = 8  # inputs of a launch
+
+
+@triton.jit
+def _weighted(values, coefficient, SKIP_ZEROS: tl.constexpr):
+    product = values * coefficient
+    if SKIP_ZEROS:
+        # x + -0 has the bits of x, also where x is +0 or NaN. A constant -0.0 would be +0 in Triton.
+        negative_zero = tl.full((), 1, tl.int32) << 31
+        product = tl.where(coefficient == 0, negative_zero.to(tl.float32, bitcast=True), product)
+    return product
 
 
 @triton.jit
@@ -34,12 +44,13 @@ def _write_tile(
     DTYPES: tl.constexpr,
     K: tl.constexpr,
     TILE: tl.constexpr,
+    SKIP_ZEROS: tl.constexpr,
     VECTORED: tl.constexpr,
 ):
     offsets = start + tl.arange(0, TILE)
-    total = load(addresses[0], offsets, count, DTYPES[0], VECTORED) * coefficients[0]
+    total = _weighted(load(addresses[0], offsets, count, DTYPES[0], VECTORED), coefficients[0], SKIP_ZEROS)
     for i in tl.static_range(1, K):
-        total += load(addresses[i], offsets, count, DTYPES[i], VECTORED) * coefficients[i]
+        total += _weighted(load(addresses[i], offsets, count, DTYPES[i], VECTORED), coefficients[i], SKIP_ZEROS)
     return store(addresses[K], offsets, count, total, DTYPES[K], VECTORED)
 
 
@@ -51,6 +62,7 @@ def _combine_kernel(
     DTYPES: tl.constexpr,
     K: tl.constexpr,
     TILE: tl.constexpr,
+    SKIP_ZEROS: tl.constexpr,
 ):
     addresses, count, vectored, vector = read_row(table_ptr + tl.program_id(0).to(tl.int64) * (K + 4), K + 1, TILE)
     coefficients = ()
@@ -58,9 +70,9 @@ def _combine_kernel(
         coefficients += (tl.load(coefficients_ptr + vector * K + i),)
     nonfinite = tl.zeros((TILE,), tl.int32)
     for start in range(0, vectored, TILE):
-        nonfinite += _write_tile(addresses, coefficients, start, count, DTYPES, K, TILE, True)
+        nonfinite += _write_tile(addresses, coefficients, start, count, DTYPES, K, TILE, SKIP_ZEROS, True)
     for start in range(vectored, count, TILE):
-        nonfinite += _write_tile(addresses, coefficients, start, count, DTYPES, K, TILE, False)
+        nonfinite += _write_tile(addresses, coefficients, start, count, DTYPES, K, TILE, SKIP_ZEROS, False)
     found = tl.sum(nonfinite, axis=0)
     if found > 0:
         # The sum of integers does not depend on the order of the programs.
@@ -91,17 +103,30 @@ def combine(
             vectors = slice(index * rows, (index + 1) * rows)
             _combine_many(out, group, coefficients[vectors], nonfinite[vectors], rows)
         return
-    for dtypes, table, _ in launches([(*group, out) for group, out in zip(groups, outs, strict=True)], rows):
-        _combine_kernel[(len(table),)](
-            table,
-            coefficients,
-            nonfinite,
-            DTYPES=dtypes,
-            K=len(dtypes) - 1,
-            TILE=2048,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+    for launch in launches([(*group, out) for group, out in zip(groups, outs, strict=True)], rows):
+        combine_segments(launch, coefficients, nonfinite)
+
+
+def combine_segments(launch: Launch, coefficients: Tensor, nonfinite: Tensor, *, skip_zeros: bool = False) -> None:
+    """Fill the last operand of each segment with the weighted sum of the others.
+
+    Args:
+        launch: a table of k + 1 operands, k at most MOST.
+        coefficients: [vectors, k] float32.
+        nonfinite: [vectors] int64; the count of values written that are infinite or NaN is added to it.
+        skip_zeros: whether an input with the coefficient zero has no effect, whatever values it has.
+    """
+    _combine_kernel[(len(launch.table),)](
+        launch.table,
+        coefficients,
+        nonfinite,
+        DTYPES=launch.dtypes,
+        K=len(launch.dtypes) - 1,
+        TILE=2048,
+        SKIP_ZEROS=skip_zeros,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
 
 
 def _combine_many(out: Tensor, group: Sequence[Tensor], coefficients: Tensor, nonfinite: Tensor, rows: int) -> None:

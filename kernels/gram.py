@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty, float64
 
-from .segments import launches, load, read_row
+from .segments import Launch, launches, load, read_row
 
 WARPS = 4
 MOST = 8  # inputs of a launch
@@ -97,8 +97,8 @@ def _segments_kernel(
     WIDE: tl.constexpr,
     LEVELS: tl.constexpr,
     TILE: tl.constexpr,
+    OPERANDS: tl.constexpr,
 ):
-    OPERANDS: tl.constexpr = K + BASE
     segment = tl.program_id(0).to(tl.int64)
     addresses, count, vectored, _ = read_row(table_ptr + segment * (OPERANDS + 3), OPERANDS, TILE)
     sums = ()
@@ -118,18 +118,26 @@ def _segments_kernel(
 
 
 @triton.jit
-def _vectors_kernel(runs_ptr, partial_ptr, out_ptr, ENTRIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    runs_ptr += tl.program_id(0).to(tl.int64) * 3
-    first = tl.load(runs_ptr)
-    last = tl.load(runs_ptr + 1)
-    vector = tl.load(runs_ptr + 2)
+def sum_segments(run_ptr, partial_ptr, ENTRIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A vector, by a row of `runs`, and the sums of its segments' entries."""
+    first = tl.load(run_ptr)
+    last = tl.load(run_ptr + 1)
+    vector = tl.load(run_ptr + 2)
     entry = tl.arange(0, COLUMNS)
     sums = tl.zeros((ROWS, COLUMNS), tl.float64)
     for start in range(first, last, ROWS):
         segment = start + tl.arange(0, ROWS)
         inside = (segment < last)[:, None] & (entry < ENTRIES)[None, :]
         sums += tl.load(partial_ptr + segment[:, None] * ENTRIES + entry[None, :], mask=inside, other=0.0)
-    tl.store(out_ptr + vector * ENTRIES + entry, tl.sum(sums, axis=0), mask=entry < ENTRIES)
+    return vector, tl.sum(sums, axis=0)
+
+
+@triton.jit
+def _vectors_kernel(runs_ptr, partial_ptr, out_ptr, ENTRIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    run_ptr = runs_ptr + tl.program_id(0).to(tl.int64) * 3
+    vector, sums = sum_segments(run_ptr, partial_ptr, ENTRIES, ROWS, COLUMNS)
+    entry = tl.arange(0, COLUMNS)
+    tl.store(out_ptr + vector * ENTRIES + entry, sums, mask=entry < ENTRIES)
 
 
 def gram(
@@ -157,30 +165,11 @@ def gram(
                 out[:, i, j] = both[:, from_i, from_j]
         return
     operands = groups if bases is None else [(*group, base) for group, base in zip(groups, bases, strict=True)]
-    for dtypes, table, runs in launches(operands, rows):
-        crowded = len(dtypes) > 4
-        wide = bases is not None or tl.float32 in dtypes or crowded
-        # A thread loads 16 bytes of an input at a time, twice that where inputs are few, and sums runs of these 16
-        # bytes: longer runs would cross threads. More than four operands and their sums would not fit into registers.
-        # Their runs have four elements, in float64, which has no errors to keep (up to 226 registers).
-        levels = 2 if tl.float32 in dtypes or crowded else 3
-        tile = 32 * WARPS * 2**levels * (2 if k <= 2 else 1)
-        partial = empty((len(table), k * k), dtype=float64, device=out.device)
-        _segments_kernel[(len(table),)](
-            table,
-            partial,
-            DTYPES=dtypes,
-            K=k,
-            BASE=bases is not None,
-            WIDE=wide,
-            LEVELS=levels,
-            TILE=tile,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
+    for launch in launches(operands, rows):
+        partial = partial_grams(launch, k, bases is not None)
         columns = triton.next_power_of_2(k * k)
-        _vectors_kernel[(len(runs),)](
-            runs,
+        _vectors_kernel[(len(launch.runs),)](
+            launch.runs,
             partial,
             out,
             ENTRIES=k * k,
@@ -189,3 +178,34 @@ def gram(
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
+
+
+def partial_grams(launch: Launch, k: int, base: bool = False) -> Tensor:
+    """The Gram matrix of the first k operands in each segment, [segments, k * k] float64.
+
+    Args:
+        launch: a table of at least k operands; operand k is the base, if there is one.
+        k: at most MOST.
+        base: whether a base is subtracted.
+    """
+    dtypes = launch.dtypes[: k + base]
+    crowded = len(dtypes) > 4
+    # A thread loads 16 bytes of an input at a time, twice that where inputs are few, and sums runs of these 16 bytes:
+    # longer runs would cross threads. More than four operands and their sums would not fit into registers. Their runs
+    # have four elements, in float64, which has no errors to keep (up to 226 registers).
+    levels = 2 if tl.float32 in dtypes or crowded else 3
+    partial = empty((len(launch.table), k * k), dtype=float64, device=launch.table.device)
+    _segments_kernel[(len(launch.table),)](
+        launch.table,
+        partial,
+        DTYPES=dtypes,
+        K=k,
+        BASE=base,
+        WIDE=base or tl.float32 in dtypes or crowded,
+        LEVELS=levels,
+        TILE=32 * WARPS * 2**levels * (2 if k <= 2 else 1),
+        OPERANDS=len(launch.dtypes),
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+    return partial

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 SEGMENT = 16384
+_ROWS = 1024  # of a table that a program makes
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -35,7 +36,8 @@ class Launch(NamedTuple):
     Args:
         dtypes: of the operands, in order.
         table: [segments, operands + 3] int64, rows as above.
-        runs: [vectors, 3] int64: the first segment of a vector, one past its last, and the index of the vector.
+        runs: [vectors, 3] int64, the rows at any distance: the first segment of a vector, one past its last, and the
+            index of the vector.
     """
 
     dtypes: tuple[tl.dtype, ...]
@@ -53,15 +55,91 @@ def launches(groups: Sequence[Sequence[Tensor]], rows: int = 1, *, interleaved: 
         interleaved: order segments by their first elements, so that groups with a tensor in common read it at about
             the same time, from memory once. `runs` then means nothing.
     """
-    alike: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for index, group in enumerate(groups):
-        alike.setdefault(tuple(operand.dtype for operand in group), []).append(index)
-    for dtypes, indices in alike.items():
+    for dtypes, indices in _alike(groups).items():
         table, runs = _cut([groups[index] for index in indices], torch.tensor(indices), rows)
         if interleaved:
             table = table[table[:, -1].argsort(stable=True)]
         device = groups[0][0].device
         yield Launch(tuple(DTYPES[dtype] for dtype in dtypes), _to_device(table, device), _to_device(runs, device))
+
+
+def tabulated(groups: Sequence[Sequence[Tensor]], origin: Tensor) -> Iterator[Launch]:
+    """The same with tables that the GPU makes, by a launch each, from a row a group.
+
+    The rows, 7 int64 for three operands, are copied from pinned memory. So nothing waits, and a graph can capture it:
+    the host's allocator of torch 2.10 and newer keeps pinned memory that a captured copy reads.
+
+    Args:
+        groups: as in `launches`. Every group is one vector, with its index.
+        origin: any tensor in the memory of the last operands. They may be far from one another.
+    """
+    for dtypes, indices in _alike(groups).items():
+        rows, first = [], 0
+        for index in indices:
+            *others, last = groups[index]
+            addresses = [*(operand.data_ptr() for operand in others), last.data_ptr() - origin.data_ptr()]
+            end = first + max(1, -(-last.numel() // SEGMENT))
+            rows.append([*addresses, last.numel(), first, end, index])
+            first = end
+        of_groups = _to_device(torch.tensor(rows), origin.device)
+        table = torch.empty((first, len(dtypes) + 3), dtype=torch.int64, device=origin.device)
+        _table_kernel[(triton.cdiv(first, _ROWS),)](
+            table,
+            of_groups,
+            origin,
+            len(rows),
+            first,
+            OPERANDS=len(dtypes),
+            SIZES=tuple(dtype.itemsize for dtype in dtypes),
+            STEPS=len(rows).bit_length(),
+            SEGMENT=SEGMENT,
+            ROWS=_ROWS,
+            num_warps=4,
+        )
+        yield Launch(tuple(DTYPES[dtype] for dtype in dtypes), table, of_groups[:, -3:])
+
+
+def _alike(groups: Sequence[Sequence[Tensor]]) -> dict[tuple[torch.dtype, ...], list[int]]:
+    """The indices of the groups of each combination of dtypes."""
+    alike: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for index, group in enumerate(groups):
+        alike.setdefault(tuple(operand.dtype for operand in group), []).append(index)
+    return alike
+
+
+@triton.jit
+def _table_kernel(
+    table_ptr,
+    rows_ptr,
+    origin_ptr,
+    groups,
+    segments,
+    OPERANDS: tl.constexpr,
+    SIZES: tl.constexpr,
+    STEPS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    WIDTH: tl.constexpr = OPERANDS + 4
+    segment = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = segment < segments
+    # The group of a segment is the last that starts at it or before, by bisection.
+    group = tl.zeros((ROWS,), tl.int64)
+    for step in tl.static_range(STEPS):
+        probe = group + (1 << (STEPS - 1 - step))
+        starts = tl.load(rows_ptr + probe * WIDTH + OPERANDS + 1, mask=probe < groups, other=0)
+        group = tl.where((probe < groups) & (starts <= segment), probe, group)
+    rows_ptr += group * WIDTH
+    first = (segment - tl.load(rows_ptr + OPERANDS + 1)) * SEGMENT
+    table_ptr += segment * (OPERANDS + 3)
+    for operand in tl.static_range(OPERANDS):
+        address = tl.load(rows_ptr + operand) + first * SIZES[operand]
+        if operand == OPERANDS - 1:
+            address += origin_ptr.to(tl.int64)
+        tl.store(table_ptr + operand, address, mask=inside)
+    tl.store(table_ptr + OPERANDS, tl.minimum(tl.load(rows_ptr + OPERANDS) - first, SEGMENT), mask=inside)
+    tl.store(table_ptr + OPERANDS + 1, tl.load(rows_ptr + OPERANDS + 3), mask=inside)
+    tl.store(table_ptr + OPERANDS + 2, first, mask=inside)
 
 
 def _cut(groups: Sequence[Sequence[Tensor]], indices: Tensor, rows: int) -> tuple[Tensor, Tensor]:

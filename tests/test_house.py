@@ -51,7 +51,7 @@ MAY_IMPORT = {
 MAX_FILE_LINES = 400
 MAX_LINES = {
     "csrc": 7_000,
-    "kernels": 2_900,
+    "kernels": 3_150,
     "python/arcmerge/checkpoint": 1_400,
     "python/arcmerge/cli": 900,
     "python/arcmerge/dispatch": 650,

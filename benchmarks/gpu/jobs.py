@@ -30,8 +30,6 @@ from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.weights import tensor_shapes
 from arcmerge.kernels.combine import combine
 from arcmerge.kernels.gram import gram
-from arcmerge.merging.methods.method import Arguments
-from arcmerge.merging.methods.registry import METHODS
 from cases import MODELS, SMALL, Blank, Case
 from cases.gemma import GEMMA_2
 from random_network import TINY, config_of, random_network
@@ -160,24 +158,19 @@ def _config() -> Gemma2Config:
 
 
 def merge() -> dict[str, Measurement]:
-    """A slerp of two models in memory into a third, by the clock of the host; and its two launches alone."""
+    """A slerp of two models in memory into a third, by the clock of the host; and its two large launches alone."""
     counts = [torch.Size(shape).numel() for shape in tensor_shapes(_config()).values()]
     groups = [[OnDevice().normal(count) for _ in range(2)] for count in counts]
     outs = [OnDevice().empty(count) for count in counts]
     matrices = torch.empty(len(counts), 2, 2, dtype=torch.float64, device=device().memory)
     nonfinite = torch.zeros(len(counts), dtype=torch.int64, device=device().memory)
-    method, arguments = METHODS["slerp"], Arguments(count=2, base=0, shared={"t": 0.3, "slerp_normalize": False})
-
-    def coefficients() -> Tensor:
-        values = [method.coefficients(matrix, arguments).values.tolist() for matrix in matrices.numpy(force=True)]
-        return torch.tensor(values, dtype=torch.float32).to(device().memory)
+    factors = torch.ones(len(counts), 2, device=device().memory)
+    a, b = ([group[side] for group in groups] for side in (0, 1))
 
     def whole() -> None:
-        gram(groups, matrices)
-        combine(outs, groups, coefficients(), nonfinite)
+        ops.slerp(a, b, 0.3, nonfinite=nonfinite)
 
     merged = device().wall_seconds(whole, 1.0)
-    factors = coefficients()
     timed = {
         "of 2, whole": (merged, 6),
         "of 2, gram": (device().seconds(lambda: gram(groups, matrices), 1.0), 4),

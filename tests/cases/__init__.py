@@ -16,12 +16,14 @@ from cases import (
     rmsnorm,
     rmsnorm_add_rmsnorm,
     rope_cache,
+    slerp,
 )
 from cases.case import Blank, Call, Case, Draw, Expected, Random, disagreement
 
 OPS = (
     gram,
     combine,
+    slerp,
     magnitude_histogram,
     consensus_combine,
     rmsnorm,

@@ -143,7 +143,10 @@ def test_ops_agree_with_their_references(network: Network) -> None:
         steps = torch.zeros_like(token)
         ops.lm_head_sample(hidden, head, steps, seed=1, temperature=0.8, top_k=50, top_p=0.9, softcap=softcap)
         ops.geglu(layer.gate_proj, layer.up_proj)
-        slerp(layer.gate_proj, layer.up_proj, 0.3)
+        pair = [layer.gate_proj, layer.up_proj]
+        ops.combine(pair, ops.gram(pair)[0])
+        slerp(*({"w": tensor} for tensor in pair), 0.3)
+        ops.slerp(pair[:1], pair[1:], 0.3, normalize=True)
         select(layer.gate_proj, layer.up_proj)
     assert both.compared >= {name for name, op in OPS.items() if "triton" in op.implementations}
 
@@ -159,3 +162,21 @@ def test_replayed_steps_give_the_tokens_of_plain_calls(network: Network) -> None
         hidden = network(Batch.of([plain[-1:]], [len(prompt) + step], DEVICE), cache)
         plain.append(ops.lm_head_argmax(hidden, head, softcap=softcap).item())
     assert answer == plain
+
+
+@torch.inference_mode()
+def test_a_captured_slerp_reads_inputs_and_t_anew() -> None:
+    if DRY:
+        pytest.skip("graphs need a GPU")
+    a, b = ([torch.randn(count, device=DEVICE).bfloat16() for count in (70_000, 5)] for _ in range(2))
+    t = torch.tensor([0.25], dtype=torch.float64, device=DEVICE)
+    ops.slerp(a, b, t)  # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.slerp(a, b, t), ops.slerp(a, b, 0.75)
+    for position in (0.5, 1.0):
+        t.fill_(position)
+        a[0].normal_()
+        graph.replay()
+        for found, expected in zip(captured, (ops.slerp(a, b, t), ops.slerp(a, b, 0.75)), strict=True):
+            assert all(map(torch.equal, found, expected))

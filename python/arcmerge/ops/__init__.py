@@ -1,6 +1,6 @@
 """The ops on torch tensors that everything else is made of; also torch.ops.arcmerge.<name>.
 
-gram, combine, magnitude_histogram and consensus_combine merge; the others run a Gemma-2.
+gram, combine, slerp, magnitude_histogram and consensus_combine merge; the others run a Gemma-2.
 """
 
 from arcmerge.ops.attention import attention
@@ -17,6 +17,7 @@ from arcmerge.ops.magnitude_histogram import magnitude_histogram
 from arcmerge.ops.rmsnorm import rmsnorm
 from arcmerge.ops.rmsnorm_add_rmsnorm import rmsnorm_add_rmsnorm
 from arcmerge.ops.rope_cache import rope_cache
+from arcmerge.ops.slerp import slerp
 
 __all__ = [
     "attention",
@@ -35,4 +36,5 @@ __all__ = [
     "rmsnorm",
     "rmsnorm_add_rmsnorm",
     "rope_cache",
+    "slerp",
 ]
