@@ -41,6 +41,9 @@ def slerp(
 ) -> Tensor | dict[str, Tensor]:
     """Interpolate spherically from `a` (t = 0) to `b` (t = 1), as the merge method `slerp` does.
 
+    On a GPU the tensors are merged together, by four kernels for each combination of dtypes, and the host does not
+    wait: see `arcmerge.ops.slerp`.
+
     Args:
         a: a tensor (*) in bfloat16, float16 or float32, or a state dict of such tensors.
         b: a tensor of the same shape and device, or a state dict with the same names.
@@ -48,7 +51,8 @@ def slerp(
         slerp_normalize: interpolate the directions on the arc and the lengths linearly.
 
     Returns:
-        New tensors of the promoted dtype, rounded once. t = 0 and t = 1 copy every bit.
+        New tensors of the promoted dtype, rounded once. t = 0 and t = 1 copy every bit. On a GPU, tensors of one call
+        share an allocation, and the payload of a NaN may change.
 
     Raises:
         ArcmergeError: for shapes, devices or names that do not match.
@@ -61,10 +65,12 @@ def slerp(
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         if unmatched := sorted(a.keys() ^ b.keys()):
             raise ArcmergeError(f"'b' must have the names of 'a', got {first_of(unmatched)} in one of them only")
-        return {name: _slerp(a[name], b[name], t(name) if callable(t) else t, slerp_normalize, name) for name in a}
+        return _slerp(
+            {name: _slerp_job(a[name], b[name], t(name) if callable(t) else t, slerp_normalize, name) for name in a}
+        )
     if isinstance(a, Mapping) or isinstance(b, Mapping) or callable(t):
         raise _mismatch(a, b, t)
-    return _slerp(a, b, t, slerp_normalize, "b")
+    return _slerp({"b": _slerp_job(a, b, t, slerp_normalize, "b")})["b"]
 
 
 def merge_state_dicts(
@@ -332,7 +338,7 @@ def _row(tensor: Tensor) -> int:
     return tensor.shape[-1] if tensor.ndim > 1 else max(tensor.numel(), 1)
 
 
-def _slerp(a: Tensor, b: Tensor, t: float, slerp_normalize: bool, name: str) -> Tensor:
+def _slerp_job(a: Tensor, b: Tensor, t: float, slerp_normalize: bool, name: str) -> _Job:
     import torch
 
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
@@ -344,7 +350,33 @@ def _slerp(a: Tensor, b: Tensor, t: float, slerp_normalize: bool, name: str) -> 
     if a.device != b.device:
         raise ArcmergeError(f"'{name}' must be on the device of 'a' {a.device}, got {b.device}")
     shared = {"t": number, "slerp_normalize": slerp_normalize}
-    return _merge(_job([a, b], registry.get("slerp"), Arguments(count=2, base=0, shared=shared), name))
+    return _job([a, b], registry.get("slerp"), Arguments(count=2, base=0, shared=shared), name)
+
+
+def _slerp(jobs: Mapping[str, _Job]) -> dict[str, Tensor]:
+    """Merge the tensors of each GPU together, all others one by one."""
+    from arcmerge.dispatch.checks import WEIGHTS
+    from arcmerge.ops import slerp as op
+
+    merged: dict[str, Tensor] = {}
+    together: dict[torch.device, list[str]] = {}
+    for name, job in jobs.items():
+        if _on_gpu(job.tensors[0]) and all(tensor.dtype in WEIGHTS for tensor in job.tensors):
+            together.setdefault(job.tensors[0].device, []).append(name)
+        else:
+            merged[name] = _merge(job)
+    for names in together.values():
+        chosen = [jobs[name] for name in names]
+        a, b = ([job.tensors[side] for job in chosen] for side in (0, 1))
+        # Copies are ends: t is 0 or 1, or a and b are the same tensor.
+        t = [job.arguments.shared["t"] if job.constant is None else float(job.constant.values[1]) for job in chosen]
+        outs = op(a, b, t, normalize=chosen[0].arguments.shared["slerp_normalize"])
+        merged |= zip(names, outs, strict=True)
+    return {name: merged[name] for name in jobs}
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _mismatch(a: object, b: object, t: object) -> ArcmergeError:

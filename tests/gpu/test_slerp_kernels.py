@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import arcmerge
 from arcmerge import ops
 from arcmerge.dispatch.registry import OPS
 from arcmerge.geometry import NEARLY_PARALLEL, NEARLY_ZERO, slerp_coefficients
@@ -224,3 +227,57 @@ def test_traffic_is_ten_bytes_an_element() -> None:
     floor = 10 * sum(counts)
     assert floor <= traffic.loaded + traffic.stored <= 1.01 * floor
     assert (traffic.launches, traffic.atomics) == (4, 0)
+
+
+# ---- state dicts
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of tensors on a GPU, for those on the CPU too."""
+    monkeypatch.setattr("arcmerge.tensors._on_gpu", lambda tensor: True)
+    monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
+
+
+def state_dicts() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    a = {f"layer {index}": random(40 * index, seed=index) for index in range(4)}
+    a |= {"norm": random(7, F32), "half": random(20, F16), "scale": random(3), "positions": torch.arange(5)}
+    b = {name: tensor.flip(0) for name, tensor in a.items()}
+    return a, {**b, "norm": b["norm"].bfloat16(), "scale": a["scale"]}
+
+
+T = {"layer 1": 0.0, "layer 2": 1.0, "layer 3": 0.6, "positions": 0.7}
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_state_dicts_are_merged_together_with_the_bits_of_one_by_one(
+    normalize: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    a, b = state_dicts()
+    expected = arcmerge.slerp(a, b, lambda name: T.get(name, 0.3), slerp_normalize=normalize)
+    request.getfixturevalue("together")
+    found = arcmerge.slerp(a, b, lambda name: T.get(name, 0.3), slerp_normalize=normalize)
+    assert list(found) == list(a)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    assert found["layer 1"].data_ptr() != a["layer 1"].data_ptr()
+
+
+def test_tensors_alone_take_the_same_way(together: None) -> None:
+    a, b = random(50, seed=1), random(50, seed=2)
+    assert torch.equal(arcmerge.slerp(a, b, 0.3), ops.slerp([a], [b], 0.3)[0])
+
+
+@interpreted
+def test_state_dicts_take_four_launches_and_no_wait(together: None) -> None:
+    a, b = ({str(index): tensor for index, tensor in enumerate(side)} for side in model([1 + i for i in range(PAIRS)]))
+    with without_waiting() as launched:
+        arcmerge.slerp(a, b, lambda name: int(name) / (PAIRS - 1))
+    assert len(launched) == 4
+
+
+def test_a_merged_state_dict_can_be_saved(together: None, tmp_path: Path) -> None:
+    merged = arcmerge.slerp(*state_dicts(), 0.3)
+    save_file(merged, tmp_path / "model.safetensors")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in load_file(tmp_path / "model.safetensors").items())
