@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from arcmerge.merging.execution.memory import allocate, offsets_of
 from arcmerge.merging.execution.processor import FillTask, Processor
 from arcmerge.merging.execution.statistics_cache import StatisticsCache
 from arcmerge.merging.execution.statistics_pass import StatisticsPass, measure_all
-from arcmerge.merging.execution.work_units import cut
+from arcmerge.merging.execution.work_units import Piece, cut
 from arcmerge.merging.execution.workers import drain
 from arcmerge.merging.methods.rule import Coefficients, Rule
 from arcmerge.merging.options import Progress
@@ -126,24 +126,37 @@ class InMemoryMerge:
         progress: Progress,
     ) -> None:
         jobs, options, batch_size = prepared.plan.jobs, prepared.options, self._memory.batch_size
-        self._memory.wait()
-        tasks = [
-            FillTask(piece, rules.get(index), self._address(jobs[index].output, piece.first))
-            for index in changed
-            for piece in cut(index, jobs[index].count)
-        ]
+
+        def check(job: int, not_finite: int) -> None:
+            if not_finite and not options.allow_nonfinite and not jobs[job].setting:
+                raise processor.not_finite(job)
+
+        def task(piece: Piece) -> FillTask:
+            return FillTask(piece, rules.get(piece.job), self._address(jobs[piece.job].output, piece.first))
+
+        whole = [task(Piece(index, 0, jobs[index].count)) for index in changed]
+        done = self._memory.fill_whole(processor, whole)
+        for index, not_finite in done.items():
+            check(index, not_finite)
+        tasks = [task(piece) for index in changed if index not in done for piece in cut(index, jobs[index].count)]
+        if tasks:
+            self._memory.wait()
+
+        def nbytes(some: Iterable[FillTask]) -> int:
+            return sum(one.piece.count * jobs[one.piece.job].output.dtype.itemsize for one in some)
+
+        before = nbytes(one for one in whole if one.piece.job in done)
 
         def fill(batch: list[FillTask]) -> None:
-            for task, not_finite in zip(batch, processor.fill(batch), strict=True):
-                if not_finite and not options.allow_nonfinite and not jobs[task.piece.job].setting:
-                    raise processor.not_finite(task.piece.job)
+            for one, not_finite in zip(batch, processor.fill(batch), strict=True):
+                check(one.piece.job, not_finite)
 
         drain(
             [tasks[first : first + batch_size] for first in range(0, len(tasks), batch_size)],
             fill,
-            lambda batch: sum(task.piece.count * jobs[task.piece.job].output.dtype.itemsize for task in batch),
+            nbytes,
             options.thread_count,
-            progress,
+            lambda count, total: progress(before + count, before + total),
         )
 
     def _address(self, output: OutputTensor, first: int) -> int:

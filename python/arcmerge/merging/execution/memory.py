@@ -13,10 +13,12 @@ from arcmerge.merging.execution.choose import aligned_rows, processor_for
 from arcmerge.merging.execution.cpu.masks import MaskStore
 from arcmerge.merging.execution.cpu.processor import CpuProcessor
 from arcmerge.merging.execution.gpu.processor import GpuProcessor
+from arcmerge.merging.execution.gpu.resident import MOST_INPUTS, ResidentSums, WeightedSum
 from arcmerge.merging.execution.gpu.slots import Slot, SlotPool, slot_bytes, slot_count
 from arcmerge.merging.execution.processor import FillTask, Processor
 from arcmerge.merging.execution.work_units import PIECE_ELEMENTS, Piece, cut
 from arcmerge.merging.execution.workers import drain
+from arcmerge.merging.methods.rule import Coefficients
 from arcmerge.merging.options import Progress
 from arcmerge.merging.prepare import Prepared
 
@@ -67,6 +69,18 @@ class Memory(Protocol):
         """A processor for the plan of `prepared`, whose results are written to this memory."""
         ...
 
+    def fill_whole(self, processor: Processor, tasks: Sequence[FillTask]) -> dict[int, int]:
+        """Compute whole jobs at once, those that this memory can.
+
+        Args:
+            processor: that of the plan.
+            tasks: a task for each job, of all its elements.
+
+        Returns:
+            For each job that is done, by index, the number of results that are NaN or infinite.
+        """
+        ...
+
     def wait(self) -> None:
         """Wait until nothing reads the result any more."""
         ...
@@ -109,6 +123,10 @@ class CpuMemory:
     def processor(self, prepared: Prepared) -> Processor:
         """See Memory.processor."""
         return processor_for(prepared, self._masks)
+
+    def fill_whole(self, processor: Processor, tasks: Sequence[FillTask]) -> dict[int, int]:
+        """See Memory.fill_whole. Threads take jobs by pieces."""
+        return {}
 
     def wait(self) -> None:
         """Do nothing: operations on the CPU have ended when they return."""
@@ -157,6 +175,7 @@ class GpuMemory:
         self.batch_size = 1 if self.streamed else _GPU_BATCH_SIZE
         self._result = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
         self.address = self._result.data_ptr()
+        self._sums = ResidentSums(self._result)
         memory, self._parents = self._allocate_parents(end), {}
         for key, (_, job, _, index) in parents.items():
             dtype = job.inputs[index].dtype
@@ -175,6 +194,12 @@ class GpuMemory:
     def processor(self, prepared: Prepared) -> Processor:
         """See Memory.processor."""
         return _GpuMemoryProcessor(prepared, self, str(self._device))
+
+    def fill_whole(self, processor: Processor, tasks: Sequence[FillTask]) -> dict[int, int]:
+        """See Memory.fill_whole. It is in order with other work on the caller's stream."""
+        assert isinstance(processor, _GpuMemoryProcessor)
+        sums = {} if self.streamed else processor.weighted_sums(tasks)
+        return dict(zip(sums, self._sums.compute([*sums.values()]), strict=True)) if sums else {}
 
     def wait(self) -> None:
         """See Memory.wait."""
@@ -230,6 +255,25 @@ class _GpuMemoryProcessor(GpuProcessor):
         self._prepared = prepared
         self._memory = memory
 
+    def weighted_sums(self, tasks: Sequence[FillTask]) -> dict[int, WeightedSum]:
+        """The jobs, by index, that are sums of parents in GPU memory. Each task is of a whole job."""
+        sums = {}
+        for task in tasks:
+            index, job = task.piece.job, self._jobs[task.piece.job]
+            if not isinstance(task.rule, Coefficients) or not self._is_sum(task, job):
+                continue
+            inputs = [self._memory.parent(self._prepared, index, number) for number in range(len(job.inputs))]
+            if present := [each for each in inputs if each is not None]:
+                assert len(present) == len(inputs)
+                sums[index] = WeightedSum(present, task.rule.values, self._output_of(task))
+        return sums
+
+    def _is_sum(self, task: FillTask, job: Job) -> bool:
+        # 1 x has the bits of x, but for the payload of a NaN, which is refused unless it is allowed.
+        if job.copied:
+            return not self._prepared.options.allow_nonfinite and not job.setting
+        return 0 < self._kernel_inputs(task) <= MOST_INPUTS
+
     def _input(self, slot: Slot, piece: Piece, index: int) -> torch.Tensor:
         parent = self._memory.parent(self._prepared, piece.job, index)
         if parent is None:
@@ -242,7 +286,10 @@ class _GpuMemoryProcessor(GpuProcessor):
         return on_gpu
 
     def _output(self, slot: Slot, task: FillTask) -> tuple[None, torch.Tensor]:
-        return None, self._bytes(task).view(self._dtypes[self._jobs[task.piece.job].output.dtype.name])
+        return None, self._output_of(task)
+
+    def _output_of(self, task: FillTask) -> torch.Tensor:
+        return self._bytes(task).view(self._dtypes[self._jobs[task.piece.job].output.dtype.name])
 
     def _fill_without_kernel(self, tasks: Sequence[FillTask]) -> list[int]:
         return [self._copy(task) for task in tasks]

@@ -1,0 +1,92 @@
+"""Weighted sums of tensors that all lie in GPU memory, at addresses that do not change: few launches and one wait."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+    from arcmerge.kernels.segments import Launch
+
+# The kernel takes so many inputs at once.
+MOST_INPUTS = 8
+# A table has 48 bytes for 16,384 elements of a pair: 8 MB for all tensors of Gemma-2 2.6B.
+_MOST_TABLES = 4
+
+
+class WeightedSum(NamedTuple):
+    """out = the sum of coefficients[i] * inputs[i]; 1 to MOST_INPUTS inputs, all contiguous and of one length."""
+
+    inputs: Sequence[torch.Tensor]
+    coefficients: NDArray[np.float64]
+    out: torch.Tensor
+
+
+class ResidentSums:
+    """Computes weighted sums whose outputs lie in one allocation.
+
+    The kernel's tables, which hold addresses, are made on the GPU at the first call for some tensors and kept for the
+    next. Such a call copies the coefficients to the GPU, launches one kernel for each combination of dtypes, copies the
+    counts back, and waits once. All of it is on the caller's current stream, so that it is in order with work there.
+
+    Args:
+        result: the allocation, on the device of all tensors.
+    """
+
+    def __init__(self, result: torch.Tensor) -> None:
+        self._result = result
+        self._tables: OrderedDict[object, list[list[Launch]]] = OrderedDict()
+
+    def compute(self, sums: Sequence[WeightedSum]) -> list[int]:
+        """Fill the outputs; returns for each the number of elements that are NaN or infinite."""
+        import torch
+
+        from arcmerge.kernels.combine import combine_segments
+
+        on_gpu = self._result.is_cuda
+        order = sorted(range(len(sums)), key=lambda index: len(sums[index].inputs))
+        groups = [[*same] for _, same in groupby((sums[index] for index in order), lambda each: len(each.inputs))]
+        with torch.cuda.device(self._result.device) if on_gpu else nullcontext():
+            rows = np.concatenate([each.coefficients for group in groups for each in group])
+            pinned = torch.tensor(rows, dtype=torch.float32, pin_memory=on_gpu)
+            factors = pinned.to(self._result.device, non_blocking=True)
+            counts = torch.zeros(len(sums), dtype=torch.int64, device=self._result.device)
+            first = used = 0
+            for group, launches in zip(groups, self._launches(groups), strict=True):
+                k, last = len(group[0].inputs), first + len(group)
+                values = factors[used : used + k * len(group)].view(-1, k)
+                for launch in launches:
+                    combine_segments(launch, values, counts[first:last])
+                first, used = last, used + values.numel()
+            found = counts.to("cpu", non_blocking=True)
+            if on_gpu:
+                done = torch.cuda.Event()
+                done.record()
+                done.synchronize()
+        by_sum = dict(zip(order, found.tolist(), strict=True))
+        return [by_sum[index] for index in range(len(sums))]
+
+    def _launches(self, groups: Sequence[Sequence[WeightedSum]]) -> list[list[Launch]]:
+        """The launches of each group."""
+        from arcmerge.kernels.segments import tabulated
+
+        operands = [[(*each.inputs, each.out) for each in group] for group in groups]
+        key = tuple(
+            tuple((tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in each)
+            for group in operands
+            for each in group
+        )
+        if (found := self._tables.get(key)) is None:
+            found = self._tables[key] = [[*tabulated(group, self._result)] for group in operands]
+            if len(self._tables) > _MOST_TABLES:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(key)
+        return found
