@@ -163,6 +163,16 @@ def test_t_is_read_by_the_launch() -> None:
     assert torch.equal(OP(a, b, t, normalize=False)[1], a[1])
 
 
+def test_an_end_keeps_the_sign_of_zero_and_what_is_not_finite() -> None:
+    a = torch.tensor([-0.0, 0.0, 1.0, -float("inf"), float("nan"), -(2.0**-133)], dtype=BF16, device=DEVICE)
+    b = torch.tensor([2.0, -0.0, float("nan"), float("inf"), 1.0, 0.0], dtype=BF16, device=DEVICE)
+    *outs, counts = OP([a, a], [b, b], position(0.0, 1.0), normalize=False)
+    for out, end in zip(outs, (a, b), strict=True):
+        assert torch.equal(out.isnan(), end.isnan())
+        assert torch.equal(out.nan_to_num().view(torch.int16), end.nan_to_num().view(torch.int16))
+    assert counts.tolist() == [2, 2]
+
+
 def test_outputs_share_an_allocation_without_overlap() -> None:
     a, b = model([5, 0, 300, 1])
     *outs, _ = OP(a, b, position(0.5), normalize=False)
