@@ -18,7 +18,7 @@ from arcmerge.merging.execution.work_units import cut
 from arcmerge.merging.methods import registry
 from arcmerge.merging.methods.measure import Counts, Divergences, Gram, Measure, Statistic
 from arcmerge.merging.methods.method import Arguments, Method, copy_of
-from arcmerge.merging.methods.rule import Coefficients, Rule
+from arcmerge.merging.methods.rule import Array, Coefficients, Rule
 from arcmerge.merging.recipe.parameters import REQUIRED, Scalar, finite
 from arcmerge.merging.recipe.seed import read_seed
 
@@ -41,9 +41,6 @@ def slerp(
 ) -> Tensor | dict[str, Tensor]:
     """Interpolate spherically from `a` (t = 0) to `b` (t = 1), as the merge method `slerp` does.
 
-    On a GPU the tensors are merged together, by four kernels for each combination of dtypes, and the host does not
-    wait: see `arcmerge.ops.slerp`.
-
     Args:
         a: a tensor (*) in bfloat16, float16 or float32, or a state dict of such tensors.
         b: a tensor of the same shape and device, or a state dict with the same names.
@@ -51,8 +48,8 @@ def slerp(
         slerp_normalize: interpolate the directions on the arc and the lengths linearly.
 
     Returns:
-        New tensors of the promoted dtype, rounded once. t = 0 and t = 1 copy every bit. On a GPU, tensors of one call
-        share an allocation, and the payload of a NaN may change.
+        New tensors of the promoted dtype, rounded once. t = 0 and t = 1 copy every bit. On a GPU see the op `slerp`,
+        which merges all tensors together: they share an allocation, and the payload of a NaN may change.
 
     Raises:
         ArcmergeError: for shapes, devices or names that do not match.
@@ -83,7 +80,7 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merge state dicts by any merge method, one tensor at a time.
 
-    The result has the bits of `arcmerge.merge` for checkpoints with these tensors. Unlike that function, this one
+    On the CPU it has the bits of `arcmerge.merge` for checkpoints with these tensors. Unlike that function, this one
     knows nothing about architectures: tensors are matched by name, and a gradient over layers is a function of the
     name. NaN and infinity are not refused.
 
@@ -135,7 +132,8 @@ def merge_state_dicts(
             raise ArcmergeError([f"'{name}': {problem}" for problem in problems])
         jobs[name] = _job(tensors, chosen, arguments, name)
     found = _measured_together(jobs)
-    return {name: _merge(job, found[name]) for name, job in jobs.items()}
+    merged = _merged_on_gpus(jobs, found)
+    return {name: merged[name] if name in merged else _merge(job, found[name]) for name, job in jobs.items()}
 
 
 def _arguments(
@@ -251,17 +249,14 @@ def _merge(job: _Job, found: Sequence[Statistic] = ()) -> Tensor:
     from arcmerge.dispatch.native import native_dtype, operand
     from arcmerge.ops import combine
 
-    tensors, method, arguments, dtype = job.tensors, job.method, job.arguments, job.dtype
+    tensors, arguments, dtype = job.tensors, job.arguments, job.dtype
     if not dtype.is_floating_point:
         return tensors[arguments.base or 0].clone()
     if job.constant is not None:
-        # Inputs with the coefficient zero have no effect, whatever values they have.
-        constant = job.constant.values
-        kept = np.flatnonzero(constant) if constant.any() else np.array([0])
-        values, tensors = constant[kept].tolist(), [tensors[index] for index in kept]
-        if values == [1.0]:
+        tensors, values = _used(job, job.constant)
+        if values.tolist() == [1.0]:
             return tensors[0].to(dtype, copy=True)
-        return combine(tensors, values, out_dtype=dtype)
+        return combine(tensors, values.tolist(), out_dtype=dtype)
     if not tensors[0].numel():
         return torch.empty_like(tensors[0], dtype=dtype)
     rule = _rule(job, found)
@@ -273,9 +268,38 @@ def _merge(job: _Job, found: Sequence[Statistic] = ()) -> Tensor:
         return out.to(tensors[0].device)
     if rule.values.ndim == 1:
         return combine(tensors, rule.values.tolist(), out_dtype=dtype)
-    dim = method.dim(arguments)
-    matrices = _matrices(tensors, dim)
+    matrices = _matrices(tensors, dim := job.method.dim(arguments))
     return combine(matrices, torch.from_numpy(rule.values), dim=dim, out_dtype=dtype).reshape(tensors[0].shape)
+
+
+def _used(job: _Job, constant: Coefficients) -> tuple[Sequence[Tensor], Array]:
+    """The inputs and coefficients of a constant. Where one is zero, the values of its input have no effect."""
+    kept = np.flatnonzero(constant.values) if constant.values.any() else np.array([0])
+    return [job.tensors[index] for index in kept], constant.values[kept]
+
+
+def _merged_on_gpus(jobs: Mapping[str, _Job], found: Mapping[str, list[Statistic]]) -> dict[str, Tensor]:
+    """The tensors on GPUs that are weighted sums. Gram matrices of all tensors on GPUs are added to `found`."""
+    from arcmerge.tensors_on_gpu import by_gpu, can_sum, grams, weighted_sums
+
+    merged: dict[str, Tensor] = {}
+    for names in by_gpu({name: job.tensors for name, job in jobs.items()}).values():
+        whole = {}
+        for name in names:
+            measure = jobs[name].method.measure(found[name], jobs[name].arguments) if jobs[name].is_measured else None
+            if isinstance(measure, Gram) and measure.dim is None:
+                whole[name] = measure
+        groups = {name: (jobs[name].tensors, jobs[name].arguments.base or 0, whole[name].centered) for name in whole}
+        for name, gram in grams(groups).items():
+            found[name].append(Statistic(whole[name], gram))
+        parts = {}
+        for name in names:
+            rule = _rule(jobs[name], found[name]) if name in whole else jobs[name].constant
+            if isinstance(rule, Coefficients) and can_sum(rule.values):
+                inputs = (jobs[name].tensors, rule.values) if name in whole else _used(jobs[name], rule)
+                parts[name] = *inputs, jobs[name].dtype
+        merged |= weighted_sums(parts)
+    return merged
 
 
 def _matrices(tensors: Sequence[Tensor], dim: int | None) -> list[Tensor]:
@@ -355,28 +379,18 @@ def _slerp_job(a: Tensor, b: Tensor, t: float, slerp_normalize: bool, name: str)
 
 def _slerp(jobs: Mapping[str, _Job]) -> dict[str, Tensor]:
     """Merge the tensors of each GPU together, all others one by one."""
-    from arcmerge.dispatch.checks import WEIGHTS
     from arcmerge.ops import slerp as op
+    from arcmerge.tensors_on_gpu import by_gpu
 
     merged: dict[str, Tensor] = {}
-    together: dict[torch.device, list[str]] = {}
-    for name, job in jobs.items():
-        if _on_gpu(job.tensors[0]) and all(tensor.dtype in WEIGHTS for tensor in job.tensors):
-            together.setdefault(job.tensors[0].device, []).append(name)
-        else:
-            merged[name] = _merge(job)
-    for names in together.values():
+    for names in by_gpu({name: job.tensors for name, job in jobs.items()}).values():
         chosen = [jobs[name] for name in names]
         a, b = ([job.tensors[side] for job in chosen] for side in (0, 1))
         # Copies are ends: t is 0 or 1, or a and b are the same tensor.
         t = [job.arguments.shared["t"] if job.constant is None else float(job.constant.values[1]) for job in chosen]
         outs = op(a, b, t, normalize=chosen[0].arguments.shared["slerp_normalize"])
         merged |= zip(names, outs, strict=True)
-    return {name: merged[name] for name in jobs}
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
+    return {name: merged[name] if name in merged else _merge(job) for name, job in jobs.items()}
 
 
 def _mismatch(a: object, b: object, t: object) -> ArcmergeError:

@@ -245,7 +245,7 @@ def test_traffic_is_ten_bytes_an_element() -> None:
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of tensors on a GPU, for those on the CPU too."""
-    monkeypatch.setattr("arcmerge.tensors._on_gpu", lambda tensor: True)
+    monkeypatch.setattr("arcmerge.tensors_on_gpu.on_gpu", lambda tensor: True)
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
 
 

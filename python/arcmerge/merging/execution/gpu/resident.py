@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,14 +49,30 @@ class ResidentSums:
         """Fill the outputs; returns for each the number of elements that are NaN or infinite."""
         import torch
 
+        order = sorted(range(len(sums)), key=lambda index: len(sums[index].inputs))
+        with self._on_device():
+            found = self.launch([sums[index] for index in order]).to("cpu", non_blocking=True)
+            if self._result.is_cuda:
+                done = torch.cuda.Event()
+                done.record()
+                done.synchronize()
+        counts = dict(zip(order, found.tolist(), strict=True))
+        return [counts[index] for index in range(len(sums))]
+
+    def launch(self, sums: Sequence[WeightedSum]) -> torch.Tensor:
+        """The same without the wait, for sums in ascending order of their number of inputs.
+
+        Returns:
+            The counts, int64 on the device.
+        """
+        import torch
+
         from arcmerge.kernels.combine import combine_segments
 
-        on_gpu = self._result.is_cuda
-        order = sorted(range(len(sums)), key=lambda index: len(sums[index].inputs))
-        groups = [[*same] for _, same in groupby((sums[index] for index in order), lambda each: len(each.inputs))]
-        with torch.cuda.device(self._result.device) if on_gpu else nullcontext():
+        groups = [[*same] for _, same in groupby(sums, lambda each: len(each.inputs))]
+        with self._on_device():
             rows = np.concatenate([each.coefficients for group in groups for each in group])
-            pinned = torch.tensor(rows, dtype=torch.float32, pin_memory=on_gpu)
+            pinned = torch.tensor(rows, dtype=torch.float32, pin_memory=self._result.is_cuda)
             factors = pinned.to(self._result.device, non_blocking=True)
             counts = torch.zeros(len(sums), dtype=torch.int64, device=self._result.device)
             first = used = 0
@@ -66,13 +82,12 @@ class ResidentSums:
                 for launch in launches:
                     combine_segments(launch, values, counts[first:last])
                 first, used = last, used + values.numel()
-            found = counts.to("cpu", non_blocking=True)
-            if on_gpu:
-                done = torch.cuda.Event()
-                done.record()
-                done.synchronize()
-        by_sum = dict(zip(order, found.tolist(), strict=True))
-        return [by_sum[index] for index in range(len(sums))]
+        return counts
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        import torch
+
+        return torch.cuda.device(self._result.device) if self._result.is_cuda else nullcontext()
 
     def _launches(self, groups: Sequence[Sequence[WeightedSum]]) -> list[list[Launch]]:
         """The launches of each group."""
