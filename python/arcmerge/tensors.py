@@ -80,9 +80,9 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merge state dicts by any merge method, one tensor at a time.
 
-    On the CPU it has the bits of `arcmerge.merge` for checkpoints with these tensors. Unlike that function, this one
-    knows nothing about architectures: tensors are matched by name, and a gradient over layers is a function of the
-    name. NaN and infinity are not refused.
+    On the CPU the result has the bits of `arcmerge.merge` for checkpoints with these tensors. Unlike that function,
+    this one knows nothing about architectures: tensors are matched by name, and a gradient over layers is a function of
+    the name. NaN and infinity are not refused.
 
     Args:
         models: state dicts with the same names, shapes and devices. Tensors of floating point must be in bfloat16,
