@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cases.gemma import GEMMA_2, Shape
 from emulation.compilation import TARGETS
+from emulation.published import PUBLISHED
 from emulation.resources import LIMITS, MACHINES
-from emulation.roofline import ATTAINABLE_DRAM, ATTAINABLE_TENSOR, LATENCY, LAUNCH, SAMPLES
+from emulation.roofline import LATENCY, NODE, SAMPLES, SHORT
 
 Record = Mapping[str, Any]
 NAMES = [machine.name for machine in MACHINES]
@@ -20,7 +22,8 @@ Made by `make prove` from `benchmarks/results/proof.json`, not written by hand. 
 **No figure on this page was measured on a GPU.** Registers, spills and shared memory are read from compiled code.
 Traffic is counted in an interpreter. Errors come from an interpreter and from an emulator of compiled code, both of
 which run on a CPU. The column *emulated* says how many cases were executed: where it says 2 of 9, the other seven were
-compiled and interpreted, but not executed. Times are predicted, by a model that no measurement has checked. {verdict}
+compiled and interpreted, but not executed. Times are predicted, by a model whose errors are known for other kernels
+only, which others have measured: see the table of these. {verdict}
 """
 
 EXPLANATION = """
@@ -69,19 +72,26 @@ although both are tested, on arithmetic that is written another way and on plant
 
 **predicted.** The time that the contract allows at the published peaks, divided by the predicted time, for the
 launches of the models on {machines}. The former is the larger of two times: the op's bytes at the bandwidth of DRAM,
-and its operations at the rate of the matrix units. The latter comes from a model. The model takes registers and
-shared memory from the compiled code, computes how many blocks fit on a multiprocessor, and emulates {samples} blocks
-of a launch (more where blocks do little) to count their work. It then takes the longest of: DRAM ({dram:.0%} of its
-peak; less if too few bytes are in flight for a latency of {latency:.0f} ns), L2, matrix units ({tensor:.0%} of their
-peak), float32, float64, special functions, issued instructions, shared memory. An atomic operation takes as long as a
-sector of L2, even if many wait for one address. A launch that is bound by DRAM
-reaches at most {dram:.0%}. Other latencies are assumed to be hidden, caches to be cold, clocks to be at boost. A
-launch takes some {launch:.0f} us more without a CUDA graph, which no figure includes. For launches of a few
-microseconds this overhead and dependent latencies are most of the time, and the prediction means little. Counts are
+and its operations at the rate of the matrix units. The latter comes from a model (`tests/emulation/roofline.py`). It
+takes registers and shared memory from the compiled code, computes how many blocks fit on a multiprocessor, and emulates
+{samples} blocks of a launch (more where blocks do little) to count their work. A launch then takes
+
+- a node of a CUDA graph, {node:.1f} us;
+- {latency:.0f} ns for each access to global memory that waits for one before it, counted along the compiled code;
+- the longest of DRAM (less than its rate if too few bytes are in flight), L2, and the multiprocessor. There, matrix
+  units, shared memory and the other units work at the same time only as far as there are enough warps or blocks to be
+  at different places: the times of a single block add up. `wgmma` and `tcgen05` take longer where they read more from
+  shared memory than it gives in the time of the products.
+
+DRAM and matrix units reach the share of their peaks that others have measured, so that no prediction is above what was
+ever measured: {attained}. The reason for the cap on matrix units is power: the clock falls when all of them are busy.
+A call of less than {short:.0f} us is mostly launch and latency; the table calls it short and gives no share.
+
+The model assumes cold caches and boost clocks, and that an atomic operation takes as long as a sector of L2. Counts are
 of PTX, not of SASS. Where the code of a machine has the configuration of that for sm_80, or cannot be emulated, the
-counts are those of sm_80 without the work of `wgmma` and `tcgen05`; registers and shared memory are the machine's
-own. A real GPU will mostly be slower. The figures show which resource to look at, and whether anything in the code
-rules out the roof. They do not show how fast the code is.
+counts are those of sm_80 without the work of `wgmma` and `tcgen05`; registers, shared memory, latencies and the
+operands of these instructions are the machine's own. The figures show which resource to look at, and whether anything
+in the code rules out the roof. They do not show how fast the code is.
 """
 
 
@@ -98,18 +108,27 @@ def page(proof: Record) -> str:
         lines = [f"- {each['op']}, {each['target'] or 'all targets'}: {each['reason']}" for each in failures]
         parts.append("\n".join(["## What failed", "", *lines]) + "\n")
     parts.append("\n".join(["## Every op on every architecture", "", *_ops_table(proof, ops)]) + "\n")
-    parts.append("\n".join(["## Predicted times at the sizes of Gemma-2", "", *_times_table(proof)]) + "\n")
+    for title, lines in (
+        ("Predicted times at the sizes of Gemma-2", _times_table(proof)),
+        ("A decoded token, predicted", _steps_table(proof)),
+        ("Kernels that others have measured, and the model", _published_table()),
+    ):
+        parts.append("\n".join([f"## {title}", "", *lines]) + "\n")
     return "\n".join(parts).rstrip("\n") + "\n" + _explanation()
 
 
 def _explanation() -> str:
+    attained = ", ".join(
+        f"{machine.name} {machine.attained_bandwidth:.1%} of DRAM and {machine.attained_tensor:.1%} of the matrix units"
+        for machine in MACHINES
+    )
     return EXPLANATION.format(
         machines=", ".join(NAMES),
         samples=SAMPLES[0],
-        dram=ATTAINABLE_DRAM,
-        tensor=ATTAINABLE_TENSOR,
+        node=NODE * 1e6,
         latency=LATENCY * 1e9,
-        launch=LAUNCH * 1e6,
+        attained=attained,
+        short=SHORT * 1e6,
     )
 
 
@@ -194,25 +213,90 @@ def _fractions(proof: Record, op: str, target: str) -> str:
         return "no model launches it"
     spans = []
     for name in names:
-        fractions = sorted(each["machines"][name]["fraction"] for each in records)
-        spans.append(f"{_range([f'{fraction:.0%}' for fraction in fractions])} ({name})")
+        found = [each["machines"][name]["fraction"] for each in records]
+        fractions = sorted(fraction for fraction in found if fraction is not None)
+        spans.append(f"{_range([f'{fraction:.0%}' for fraction in fractions]) or 'short'} ({name})")
     return ", ".join(spans)
 
 
 def _times_table(proof: Record) -> list[str]:
-    headings = ("op", "launch", *NAMES)
     rows = []
     for record in proof["predicted"]:
         cells = (
-            [
-                f"{found['seconds'] * 1e6:,.1f} us, {found['fraction']:.0%}, {found['bound']}"
-                for found in (record["machines"][name] for name in NAMES)
-            ]
-            if "machines" in record
-            else ["**failed**"] * len(NAMES)
+            [_time(record["machines"][name]) for name in NAMES] if "machines" in record else ["**failed**"] * len(NAMES)
         )
         rows.append([f"`{record['op']}`", record["case"], *cells])
-    intro = "Predicted time without the launch, share of the roof, and the resource that bounds it. Not measured."
+    source = proof["predictions_from"]
+    intro = (
+        "Predicted time of a call in a CUDA graph, its share of the roof, and what takes the longest. Not measured. "
+        f"The work was counted {source['date'][:10]}, commit {source['commit']}; {source['versions']}."
+    )
+    return [intro, "", *_table(("op", "launch", *NAMES), rows)]
+
+
+def _time(found: Record) -> str:
+    share = "short" if found["fraction"] is None else f"{found['fraction']:.0%}"
+    return f"{found['seconds'] * 1e6:,.1f} us, {share}, {found['bound']}"
+
+
+def _steps_table(proof: Record) -> list[str]:
+    """The sums of the predicted times of all kernels of a step."""
+    times = {(each["op"], each["case"]): each["machines"] for each in proof["predicted"] if "machines" in each}
+    rows = []
+    for shape in GEMMA_2:
+        kernels = _step(shape)
+        cells = []
+        for name in NAMES:
+            if not all(kernel in times for kernel in kernels):
+                cells.append("**failed**")
+                continue
+            seconds = sum(count * times[kernel][name]["seconds"] for kernel, count in kernels.items())
+            cells.append(f"{seconds * 1e3:.2f} ms, {1 / seconds:,.0f} tokens/s")
+        rows.append([shape.name, str(sum(kernels.values())), *cells])
+    intro = (
+        "One sequence of 512 tokens, the kernels of a step one after another in a CUDA graph. Not measured, and "
+        "without what the host does between steps. For the steps of other engines the model is too fast: see the last "
+        "row of the next table."
+    )
+    return [intro, "", *_table(("model", "calls", *NAMES), rows)]
+
+
+def _step(shape: Shape) -> dict[tuple[str, str], int]:
+    """(op, case) and how often a step calls it. Every other layer has a window."""
+    windowed = (shape.layers + 1) // 2
+    return {
+        ("rmsnorm", f"{shape.name} 1 rows of float32"): 1,
+        ("linear", f"{shape.name} q|k|v, 1 tokens"): shape.layers,
+        ("attention_decode", f"{shape.name} 512 tokens, a window of {shape.sliding_window}"): windowed,
+        ("attention_decode", f"{shape.name} 512 tokens"): shape.layers - windowed,
+        ("linear", f"{shape.name} o, 1 tokens"): shape.layers,
+        ("linear_geglu", f"{shape.name} gate|up, 1 tokens"): shape.layers,
+        ("linear", f"{shape.name} down, 1 tokens"): shape.layers,
+        ("rmsnorm_add_rmsnorm", f"{shape.name} 1 rows on float32"): 2 * shape.layers,
+        ("lm_head_argmax", shape.name): 1,
+    }
+
+
+def _published_table() -> list[str]:
+    rows = [
+        [
+            f"{each.kernel}{'*' if each.sets_cap else ''}",
+            each.machine.name,
+            each.shape,
+            f"{each.measured:,.4g} {each.unit}",
+            each.source,
+            f"{each.predicted:,.4g} {each.unit}",
+            f"{round(each.error * 100) or 0:+d}%",
+        ]
+        for each in PUBLISHED
+    ]
+    intro = (
+        "The column *measured by others* is from the source that is named; no figure in it is ours. The same model "
+        "predicts each, from the tiles that the kernel's source names. Error: predicted over measured speed, less 1; "
+        "above 0 the model is too fast. The model takes a cap from the figures with a star, which therefore check "
+        "little. No constant was fitted to the others."
+    )
+    headings = ("kernel", "GPU", "shape", "measured by others", "source", "predicted", "error")
     return [intro, "", *_table(headings, rows)]
 
 

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from .dependence import dependent_loads, operand_stretch
 from .resources import LIMITS
 
 TARGETS = {
@@ -76,6 +77,7 @@ class Facts:
         matrix: matrix instructions of the kind that the target should use, `matrix_instruction`.
         matrix_due: whether the kernel multiplies matrices in a format that these take.
         in_flight: bytes that a block requests from global memory before it waits (NVIDIA).
+        dependent_loads, operand_stretch: see dependence.py (NVIDIA).
         fused: float32 multiply-adds that round once.
         float_atomics: atomic operations on floating point.
         early_releases: atomic operations that release stores of the whole block, but wait for those of one wave (AMD).
@@ -98,6 +100,8 @@ class Facts:
     matrix_instruction: str
     matrix_due: bool
     in_flight: int
+    dependent_loads: int
+    operand_stretch: float
     fused: int
     float_atomics: int
     early_releases: int
@@ -181,6 +185,8 @@ def _nvidia(kernel: CompiledKernel, target: str) -> dict[str, Any]:
         "matrix": _count(ptx, rf"\b{re.escape(instruction)}\b"),
         "matrix_instruction": instruction,
         "in_flight": _in_flight(ptx, kernel.metadata),
+        "dependent_loads": dependent_loads(ptx),
+        "operand_stretch": operand_stretch(ptx, target),
         "fused": _count(ptx, r"\bfma\.rn\S*\.f32"),
         "float_atomics": _count(ptx, r"\b(?:atom|red)\.\S*\.b?f(?:16|32|64)"),
         "early_releases": 0,  # a release after a barrier is one for the block
@@ -229,6 +235,8 @@ def _amd(assembly: str) -> dict[str, Any]:
         "matrix": _count(assembly, r"\bv_mfma"),
         "matrix_instruction": "v_mfma",
         "in_flight": 0,
+        "dependent_loads": 0,
+        "operand_stretch": 1.0,
         "fused": _count(assembly, r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)(?:_mix\w*)?_f(?:16|32)"),
         "float_atomics": _count(assembly, r"_atomic_(?:pk_)?(?:add|min|max)_f"),
         "early_releases": _early_releases(assembly),

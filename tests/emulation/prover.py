@@ -3,7 +3,8 @@
 `start` runs this module as such a process. It writes FOLDER/facts.json, and for each emulated case a file with its
 outputs. The mode "quick", for the tests, compiles the launches of Gemma-2 for two targets and emulates SMALL for
 sm_80, and for sm_90 the ops that multiply by warpgroups. "full" compiles every case for every target, emulates it for
-every target of NVIDIA whose instructions the emulator knows, and predicts its time.
+every target of NVIDIA whose instructions the emulator knows, and counts the work that its time is predicted from;
+"predictions" does the last alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,12 +31,12 @@ from cases import MODELS, SMALL, Blank, Case
 from cases.corners import CORNERS
 from paths import PYTHONPATH, ROOT
 
-from .compilation import GROUP_INSTRUCTIONS, TARGETS, Facts, as_json, compiling_for, describe, narrowed
+from .compilation import TARGETS, Facts, as_json, compiling_for, describe, narrowed
 from .emulator import Execution, emulating
 from .evidence import emulated, emulated_corner
 from .ptx.program import Fault, Unsupported
 from .resources import MACHINES, Machine
-from .roofline import MOST_INSTRUCTIONS, SAMPLES, predict_call, roof, sampled, work
+from .roofline import MOST_INSTRUCTIONS, SAMPLES, SHORT, Code, Work, predict_call, roof, sampled, work
 
 QUICK_TARGETS = ("sm_80", "sm_90")
 BY_WARPGROUPS = ("attention", "lm_head_argmax", "lm_head_logprob")
@@ -156,26 +158,33 @@ def emulate_corner(op: str, name: str, target: str) -> Record:
 
 
 def predict_case(op: str, name: str) -> Record:
-    """Predicted times of a case on every machine, from a few emulated blocks of its launches."""
+    """The code and the work of a case on every target, from a few emulated blocks of its launches, and its times."""
     case = _case(op, name)
     facts, executions = _sample(case, "sm_80")
     assert executions is not None
     accesses = [access for each in executions for access in (each.counts.loads, each.counts.stores)]
-    samples: dict[str, tuple[list[Facts], list[Execution] | None]] = {"sm_80": (facts, executions)}
-    predictions = {}
-    for machine in MACHINES:
-        if machine.target not in samples:
-            samples[machine.target] = _sample(case, machine.target, facts)
-        own_facts, own = samples[machine.target]
-        predictions[machine.name] = _prediction(case, machine, own_facts, own or executions, borrowed=own is None)
-    requests = sum(access.requests for access in accesses)
-    return {
+    launches = {"sm_80": _launches(facts, executions, "sm_80", "sm_80")}
+    for target in dict.fromkeys(machine.target for machine in MACHINES):
+        if target not in launches:
+            own_facts, own = _sample(case, target, facts)
+            launches[target] = _launches(own_facts, own or executions, target, target if own else "sm_80")
+    call = case.build(Blank())
+    record = {
         "op": op,
         "case": name,
         "access_bytes": case.access_bytes,
-        "bytes_per_request": sum(access.bytes for access in accesses) / requests,
-        "machines": predictions,
+        "bytes_per_request": sum(access.bytes for access in accesses) / sum(access.requests for access in accesses),
+        "minimum_bytes": call.minimum_bytes,
+        "operations": call.operations,
+        "traffic": case.traffic or 1.0,
+        "launches": launches,
     }
+    return {**record, "machines": predicted_times(record)}
+
+
+def predicted_times(record: Record) -> dict[str, Record]:
+    """What the model says of a record of `predict_case`, for every machine. fraction: None for short launches."""
+    return {machine.name: _prediction(machine, record) for machine in MACHINES}
 
 
 def _sample(case: Case, target: str, like: Sequence[Facts] | None = None) -> tuple[list[Facts], list[Execution] | None]:
@@ -199,28 +208,38 @@ def _sample(case: Case, target: str, like: Sequence[Facts] | None = None) -> tup
     return facts, executions
 
 
-def _prediction(
-    case: Case, machine: Machine, facts: Sequence[Facts], executions: Sequence[Execution], borrowed: bool
-) -> Record:
-    call = case.build(Blank())
-    works = [
-        work(
-            each.counts,
-            each.blocks,
-            each.grid[0] * each.grid[1] * each.grid[2],
-            by_groups=borrowed and own.matrix_instruction in GROUP_INSTRUCTIONS.values(),
-        )
-        for each, own in zip(executions, facts, strict=True)
+def _launches(facts: Sequence[Facts], executions: Sequence[Execution], target: str, counts_of: str) -> list[Record]:
+    """The code and the work of each launch, where the work may have been counted for another target."""
+    codes = [Code.of(each) for each in facts]
+    return [
+        {
+            "code": asdict(code),
+            "work": asdict(
+                work(
+                    each.counts,
+                    each.blocks,
+                    each.grid[0] * each.grid[1] * each.grid[2],
+                    by_groups=target != counts_of and code.by_groups,
+                )
+            ),
+            "counts_of": counts_of,
+        }
+        for code, each in zip(codes, executions, strict=True)
     ]
-    seconds, longest = predict_call(machine, facts, works, call.minimum_bytes * (case.traffic or 1.0))
+
+
+def _prediction(machine: Machine, record: Record) -> Record:
+    launches = record["launches"][machine.target]
+    codes = [Code(**launch["code"]) for launch in launches]
+    works = [Work(**launch["work"]) for launch in launches]
+    seconds, longest = predict_call(machine, codes, works, record["minimum_bytes"] * record["traffic"])
+    short = seconds < SHORT
     return {
         "seconds": seconds,
-        "fraction": roof(machine, call.minimum_bytes, call.operations) / seconds,
+        "fraction": None if short else roof(machine, record["minimum_bytes"], record["operations"]) / seconds,
         "bound": longest.bound,
         "resident_blocks": longest.resident,
-        "parts": dict(longest.parts),
-        "launches": len(works),
-        "counts_of": "sm_80" if borrowed else machine.target,
+        "needs": dict(longest.needs),
     }
 
 
@@ -251,8 +270,9 @@ def prove(mode: str, folder: Path) -> dict[str, list[Record]]:
     folder.mkdir(parents=True, exist_ok=True)
     ops = list(dict.fromkeys(case.op for case in SMALL + MODELS))
     quick = mode == "quick"
-    compiled = MODELS if quick else SMALL + MODELS
-    emulated_on = QUICK_TARGETS if quick else [target for target in TARGETS if target.startswith("sm_")]
+    compiled = {"quick": MODELS, "full": SMALL + MODELS, "predictions": []}[mode]
+    nvidia = [target for target in TARGETS if target.startswith("sm_")]
+    emulated_on = {"quick": QUICK_TARGETS, "full": nvidia, "predictions": []}[mode]
     jobs: dict[str, list[partial[Record]]] = {
         "emulated": [
             partial(emulate_case, case.op, case.name, target, folder / f"{case.op}-{number}-{target}.pt")
@@ -264,6 +284,7 @@ def prove(mode: str, folder: Path) -> dict[str, list[Record]]:
             partial(compile_op, op, target, [case.name for case in compiled if case.op == op])
             for target in (QUICK_TARGETS if quick else TARGETS)
             for op in ops
+            if compiled
         ],
         "corners": [
             partial(emulate_corner, corner.op, corner.name, target) for target in emulated_on for corner in CORNERS

@@ -1,20 +1,28 @@
-"""The minimum time of a launch, predicted from its compiled code: a roofline, not a measurement.
+"""The time of a launch, predicted from its compiled code: a model, not a measurement. published.py gives its errors.
 
-The time of a launch is that of the resource that it keeps busy longest:
+A launch takes a node of a CUDA graph, the latencies of accesses to global memory that wait for one another, and the
+longest of three:
 
     dram      the bytes of the contract, times the traffic that the interpreter counted
     l2        32-byte sectors that blocks request, 64 bytes a cycle for a multiprocessor; an atomic operation of a lane
               on global memory is taken for one, and that lanes and blocks wait for each other at an address is not
-    tensor    operations of matrix instructions, masked and padded ones included
-    fp32, fp64, special (ex2, rcp, rsqrt ...)    results of their units
-    issue     instructions, four a cycle for a multiprocessor
-    shared    passes over shared memory, one a cycle for a multiprocessor
+    a multiprocessor, which has stations:
+        tensor    operations of matrix instructions, masked and padded ones included. Those of groups of warps read
+                  their operands from shared memory meanwhile, and take the longer of the two
+        shared    other passes over shared memory, one a cycle
+        scalar    the longest of: results of the units of float32, float64 and special functions (ex2, rcp, rsqrt
+                  ...), and instructions issued, four a cycle
+
+A part of a block goes from station to station; while it is at one, other parts may be at the others. How well they
+overlap follows from the number of parts: mean value analysis of a closed network of queues (Reiser and Lavenberg 1980).
+One part takes the sum of its stations, many take the longest. The parts are the warps of a scheduler, but all warps of
+a block together where groups of warps multiply, as these meet at a barrier in each iteration.
 
 All multiprocessors share the DRAM; each has its own units for the rest, so the multiprocessor with the most blocks
 decides. DRAM reaches its rate only if enough bytes are in flight (Little's law): the bytes that a block requests before
-it waits, times the blocks that fit by registers, warps and shared memory (idle blocks are counted, too). Counts are
-those of emulated blocks, of PTX, not of machine instructions. Caches are cold; the time from host to GPU is left out
-(see LAUNCH); latencies other than that of DRAM are assumed to be hidden.
+it waits, times the blocks that fit by registers, warps and shared memory (idle blocks are counted, too). DRAM and
+matrix units reach the shares of their peaks that others have measured (resources.py), so no prediction can exceed
+these. Counts are those of emulated blocks, of PTX, not of machine instructions. Caches are cold.
 """
 
 from __future__ import annotations
@@ -25,17 +33,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from .compilation import Facts
+from .compilation import GROUP_INSTRUCTIONS, Facts
 from .ptx.counts import Counts
 from .resources import Limits, Machine
 
-# Of the published peaks; the rest of what kernels attain on machines of this kind: a copy of device memory 3.0 of
-# 3.35 TB/s on an H100 and 4.3 of 4.8 on an H200, products of large matrices of bfloat16 790 of 989 TFLOP/s.
-ATTAINABLE_DRAM = 0.90
-ATTAINABLE_TENSOR = 0.80
-
-LATENCY = 600e-9  # of DRAM under load, seconds; an assumption for all four machines
-LAUNCH = 3e-6  # from launch to launch of a stream, seconds, where no CUDA graph is used; in no fraction
+LATENCY = 600e-9  # of DRAM under load, seconds; an assumption for all machines
+# From kernel to kernel of a CUDA graph on an H100, seconds: "Look Ma, No Bubbles", Hazy Research, 2025-05-27.
+NODE = 1.3e-6
+# A call of less seconds is mostly launch and latencies, of which the model knows little: it has no share of the roof.
+SHORT = 5e-6
 # Blocks of a launch to emulate: more if they take few warp instructions. Idle blocks are quick.
 SAMPLES = (5, 25, 125, 625)
 MOST_INSTRUCTIONS = 20_000
@@ -82,7 +88,7 @@ def work(counts: Counts, ran: int, blocks: int, by_groups: bool = False) -> Work
     """The work of all `blocks`, from the counts of `ran` blocks that represent them.
 
     by_groups: the counts are of code for sm_80, but the code to predict multiplies by groups of warps: these read
-    shared memory themselves, at the rate of the matrix units, and one instruction does the work of many.
+    shared memory themselves (Code.operand_stretch), and one instruction does the work of many.
     """
     scale = blocks / ran
     replaced = {
@@ -101,7 +107,7 @@ def work(counts: Counts, ran: int, blocks: int, by_groups: bool = False) -> Work
         l2_bytes=(counts.loads.sectors + counts.stores.sectors + counts.global_atomics) * 32 * scale,
         tensor=counts.mma_flops * scale,
         issue=(counts.instructions.total() - sum(replaced.values())) * scale,
-        shared=(counts.shared_wavefronts - passes) * scale,
+        shared=(counts.shared_wavefronts - counts.operand_wavefronts - passes) * scale,
         **classes,
     )
 
@@ -128,52 +134,113 @@ def resident_blocks(limits: Limits, registers: int, shared: int, warps: int) -> 
 
 
 @dataclass(frozen=True)
+class Code:
+    """What decides how fast a launch does its work.
+
+    Attributes:
+        warps, registers, shared, in_flight, dependent_loads, operand_stretch: as in Facts.
+        by_groups: groups of warps multiply matrices.
+        parts: of a block, which work while others of them wait.
+    """
+
+    warps: int
+    registers: int
+    shared: int
+    in_flight: int
+    dependent_loads: int = 1
+    operand_stretch: float = 1.0
+    by_groups: bool = False
+    parts: float = 1.0
+
+    @staticmethod
+    def of(facts: Facts) -> Code:
+        by_groups = facts.matrix > 0 and facts.matrix_instruction in GROUP_INSTRUCTIONS.values()
+        return Code(
+            facts.warps,
+            facts.registers,
+            facts.shared,
+            facts.in_flight,
+            facts.dependent_loads,
+            facts.operand_stretch,
+            by_groups,
+            parts=1.0 if by_groups else max(facts.warps / 4, 1.0),
+        )
+
+
+def overlapped(stations: Sequence[float], parts: float) -> float:
+    """The seconds of work on stations with queues, if `parts` of it are under way at a time.
+
+    Exact mean value analysis: a part that arrives at a station waits for those that n - 1 parts leave there on average.
+    """
+    waiting = [0.0] * len(stations)
+    seconds = 0.0
+    for number in range(1, max(1, math.floor(parts)) + 1):
+        stays = [need * (1 + queue) for need, queue in zip(stations, waiting, strict=True)]
+        seconds = sum(stays) / number
+        waiting = [stay / seconds if seconds else 0.0 for stay in stays]
+    return seconds
+
+
+@dataclass(frozen=True)
 class Prediction:
     """A predicted time.
 
     Attributes:
-        seconds: without the time to launch.
-        parts: seconds of each resource; `bound` names the one with the maximum.
+        seconds: of the launch and all of its work.
+        bound: what takes the longest: "launch", "latency", or a resource of `needs`.
+        needs: seconds that each resource is needed.
         resident: blocks on a multiprocessor at a time.
     """
 
     seconds: float
     bound: str
-    parts: Mapping[str, float]
+    needs: Mapping[str, float]
     resident: int
 
 
-def predict(machine: Machine, facts: Facts, work: Work, dram_bytes: float) -> Prediction:
-    """Predict one launch of the code that `facts` describes, which is for the machine's target."""
-    resident = resident_blocks(machine.limits, facts.registers, facts.shared, facts.warps)
+def predict(machine: Machine, code: Code, work: Work, dram_bytes: float) -> Prediction:
+    """Predict one launch of code for the machine's target."""
+    resident = resident_blocks(machine.limits, code.registers, code.shared, code.warps)
     if resident == 0:
-        raise ValueError(f"{facts} does not fit on a {machine.name}")
-    under_way = min(work.blocks, resident * machine.multiprocessors) * max(facts.in_flight, 1)
+        raise ValueError(f"{code} does not fit on a {machine.name}")
+    under_way = min(work.blocks, resident * machine.multiprocessors) * max(code.in_flight, 1)
     # The work of all blocks is taken as that of the busiest multiprocessor, times the multiprocessors.
-    uneven = math.ceil(work.blocks / machine.multiprocessors) * machine.multiprocessors / work.blocks
-    cycles = machine.clock * machine.multiprocessors / uneven
-    parts = {
-        "dram": max(LATENCY, dram_bytes / min(ATTAINABLE_DRAM * machine.bandwidth, under_way / LATENCY)),
+    busiest = math.ceil(work.blocks / machine.multiprocessors)
+    cycles = machine.clock * work.blocks / busiest
+    tensor = machine.tensor * work.blocks / (busiest * machine.multiprocessors)
+    tensor *= (
+        machine.attained_tensor / code.operand_stretch
+        if code.by_groups
+        else min(machine.attained_tensor, machine.by_warps)
+    )
+    needs = {
+        "dram": dram_bytes / min(machine.attained_bandwidth * machine.bandwidth, under_way / LATENCY),
         "l2": work.l2_bytes / (64 * cycles),
-        "tensor": work.tensor * uneven / (ATTAINABLE_TENSOR * machine.tensor),
+        "tensor": work.tensor / tensor,
+        "shared": work.shared / cycles,
         "fp32": work.fp32 / (machine.fp32_lanes * cycles),
         "fp64": work.fp64 / (machine.fp64_lanes * cycles),
         "special": work.special / (machine.special_lanes * cycles),
         "issue": work.issue / (4 * cycles),
-        "shared": work.shared / cycles,
     }
-    bound = max(parts, key=lambda name: parts[name])
-    return Prediction(parts[bound], bound, parts, resident)
+    scalar = max(needs[name] for name in ("fp32", "fp64", "special", "issue"))
+    parts = min(resident, busiest) * code.parts
+    multiprocessor = overlapped((needs["tensor"], needs["shared"], scalar), parts)
+    # The last of the accesses that wait for one another is one of those that Little's law counts.
+    latency = max(code.dependent_loads - 1, 0) * LATENCY
+    seconds = NODE + latency + max(LATENCY, needs["dram"], needs["l2"], multiprocessor)
+    longest = {**needs, "launch": NODE, "latency": latency + LATENCY}
+    return Prediction(seconds, max(longest, key=lambda name: longest[name]), needs, resident)
 
 
 def predict_call(
-    machine: Machine, facts: Sequence[Facts], works: Sequence[Work], dram_bytes: float
+    machine: Machine, codes: Sequence[Code], works: Sequence[Work], dram_bytes: float
 ) -> tuple[float, Prediction]:
     """The seconds of all launches of a call, and the prediction of the longest. Bytes are divided by sectors."""
     asked = sum(work.l2_bytes for work in works)
     predictions = [
         predict(machine, each, work, dram_bytes * work.l2_bytes / asked)
-        for each, work in zip(facts, works, strict=True)
+        for each, work in zip(codes, works, strict=True)
     ]
     return sum(each.seconds for each in predictions), max(predictions, key=lambda each: each.seconds)
 

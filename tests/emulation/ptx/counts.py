@@ -26,7 +26,8 @@ class Requests:
 
 @dataclass
 class Counts:
-    """shared_wavefronts: passes over the 32 banks of shared memory; shared_ideal: how many without conflicts.
+    """shared_wavefronts: passes over the 32 banks of shared memory; shared_ideal: how many without conflicts;
+    operand_wavefronts: those of products of warpgroups.
     instructions: executions by warps, of each opcode. divergent_branches: times that the lanes of a warp part.
     barriers: by blocks. atomics: by lanes; global_atomics: those of global memory. Global loads include those of
     cp.async.
@@ -35,6 +36,7 @@ class Counts:
     loads: Requests = field(default_factory=Requests)
     stores: Requests = field(default_factory=Requests)
     shared_wavefronts: int = 0
+    operand_wavefronts: int = 0
     shared_ideal: int = 0
     instructions: Counter[str] = field(default_factory=Counter)
     mma_flops: int = 0
@@ -67,6 +69,7 @@ class Counts:
         """Bytes of shared memory that a product of a warpgroup reads, without conflicts."""
         self.shared_wavefronts += size // 128
         self.shared_ideal += size // 128
+        self.operand_wavefronts += size // 128
 
 
 @lru_cache(maxsize=4096)
