@@ -107,7 +107,7 @@ lint: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h') $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h tests/sanitize/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') $(wildcard tests/fuzz/*.cpp tests/fuzz/*.h tests/sanitize/*.cpp)
 
 # Benchmarks and drawings import each other from their own folder, which a safe path excludes.
 bench prove gpu figures: export PYTHONSAFEPATH :=

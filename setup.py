@@ -1,9 +1,13 @@
-"""Builds arcmerge._C: plain C++17 without torch.
+"""Builds arcmerge._C: plain C++17 without torch. Where nvcc is installed, compiles csrc/cuda to PTX, too.
 
 Compiled for the oldest processor of its kind; csrc/cpu/simd/variant.cpp picks faster code at run time.
 """
 
+import os
+import shutil
+import subprocess
 from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
@@ -11,6 +15,28 @@ from setuptools import setup
 # Every variant must give the same bits, so products and sums may neither fuse nor be reordered (no -ffast-math).
 # Ignoring errno and floating-point exceptions is what lets compilers vectorise comparisons and conversions.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"]
+
+# As in python/arcmerge/cuda/slerp.py. Products and sums may not fuse here either.
+TARGETS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ptx"]
+
+
+class Build(build_ext):
+    """Native code, then PTX beside it."""
+
+    def run(self):
+        super().run()
+        nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+        if nvcc is None:
+            return
+        package = Path(self.get_ext_fullpath("arcmerge._C")).parent
+        for target in TARGETS:
+            for source in map(Path, glob("csrc/cuda/*.cu")):
+                out = package / "cuda" / f"{source.stem}.{target}.ptx"
+                out.parent.mkdir(parents=True, exist_ok=True)
+                architecture = target.replace("sm_", "compute_")
+                subprocess.run([nvcc, *NVCC_FLAGS, f"-arch={architecture}", source, "-o", out], check=True)
+
 
 ParallelCompile(default=0).install()  # a process for each processor
 
@@ -25,5 +51,5 @@ setup(
             extra_compile_args=FLAGS,
         )
     ],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": Build},
 )

@@ -1,0 +1,111 @@
+"""Kernels in CUDA C++: compiled by nvcc, checked by ptxas, executed as PTX behind the interface of the driver."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paths import ROOT
+
+from .ptx.counts import Counts
+from .ptx.machine import Machine
+from .ptx.memory import GlobalMemory
+from .ptx.program import parse
+
+FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-ptx")
+
+
+def compiler() -> str | None:
+    """The path of nvcc, if it is installed."""
+    return os.environ.get("NVCC") or shutil.which("nvcc")
+
+
+@cache
+def ptx(source: str, target: str) -> str:
+    """The PTX of csrc/cuda/SOURCE, compiled as setup.py does."""
+    nvcc = compiler()
+    assert nvcc is not None
+    architecture = target.replace("sm_", "compute_")
+    command = [nvcc, *FLAGS, f"-arch={architecture}", str(ROOT / "csrc" / "cuda" / source), "-o", "-"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def usage(code: str, target: str, folder: Path) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack and of spills, as ptxas reports them."""
+    nvcc = compiler()
+    assert nvcc is not None
+    file = folder / f"{target}.ptx"
+    file.write_text(code)
+    ptxas = Path(nvcc).resolve().parent / "ptxas"
+    command = [str(ptxas if ptxas.exists() else "ptxas"), "-v", f"--gpu-name={target}", str(file), "-o", os.devnull]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    patterns = {
+        "registers": r"Used (\d+) registers",
+        "stack": r"(\d+) bytes stack frame",
+        "spills": r"(\d+) bytes spill stores",
+    }
+    return {name: int(found[1]) for name, pattern in patterns.items() if (found := re.search(pattern, report))}
+
+
+class FakeDriver:
+    """Executes a kernel in the emulator, behind the functions of libcuda that arcmerge.cuda.driver calls.
+
+    Attributes:
+        counts: of the last launch.
+        launches: (blocks, threads, bytes of shared memory, stream) of each launch.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], seed: int = 0) -> None:
+        """tensors: all that kernels may touch."""
+        self._memory = GlobalMemory([(f"tensor {number}", tensor) for number, tensor in enumerate(tensors)])
+        self._seed = seed
+        self.counts = Counts()
+        self.launches: list[tuple[int, int, int, int]] = []
+
+    def cuModuleLoadData(self, module: Any, image: ctypes.c_char_p) -> int:
+        assert image.value is not None
+        text = image.value.decode()
+        # nvcc states the number of threads as a maximum; a launch of this kernel always has it.
+        text = re.sub(r"\.maxntid (\d+)[^\n]*", r".reqntid \1", text)
+        self._program = parse(re.sub(r"\.minnctapersm[^\n]*", "", text))
+        return 0
+
+    def cuModuleGetFunction(self, function: Any, module: ctypes.c_void_p, name: ctypes.c_char_p) -> int:
+        return 0 if name.value == self._program.name.encode() else 500
+
+    def cuOccupancyMaxActiveBlocksPerMultiprocessor(
+        self, count: Any, function: ctypes.c_void_p, threads: ctypes.c_int, shared: ctypes.c_size_t
+    ) -> int:
+        count._obj.value = 3
+        return 0
+
+    def cuGetErrorString(self, status: ctypes.c_int, text: Any) -> int:
+        text._obj.value = b"named symbol not found"
+        return 0
+
+    def cuLaunchCooperativeKernel(self, function: ctypes.c_void_p, *rest: Any) -> int:
+        x, y, z, threads, _, _, shared, stream, pointers = rest
+        program = self._program
+        self.launches.append((x.value, threads.value, shared.value, stream.value or 0))
+        assert (y.value, z.value, threads.value) == (1, 1, program.threads)
+        parameters = {}
+        for (name, kind), pointer in zip(program.parameters.items(), pointers, strict=True):
+            size = int(kind[1:]) // 8
+            parameters[name] = np.frombuffer(ctypes.string_at(pointer, size), f"u{size}")[0]
+        self.counts = Counts()
+        machine = Machine(
+            program, (x.value, 1, 1), parameters, self._memory, shared.value, self.counts, x.value, seed=self._seed
+        )
+        assert machine.blocks == x.value, "blocks that wait for one another must run side by side"
+        machine.run([(block, 0, 0) for block in range(x.value)])
+        return 0
