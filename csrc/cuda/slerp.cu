@@ -195,7 +195,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
       if (index == runs[3 * vector] && threadIdx.x == 0) coefficients[vector] = c;
       const int found = __reduce_add_sync(~0u, combine(segment, c, ring));
       if (found && threadIdx.x % 32 == 0) atomicAdd(nonfinites + vector, (unsigned long long)found);
-      __syncthreads();  // before `chosen` changes
     }
   }
 }

@@ -31,12 +31,12 @@ def compiler() -> str | None:
 
 
 @cache
-def ptx(source: str, target: str) -> str:
-    """The PTX of csrc/cuda/SOURCE, compiled as setup.py does."""
+def ptx(source: str, target: str, folder: Path = ROOT / "csrc" / "cuda") -> str:
+    """The PTX of a source, compiled as setup.py does."""
     nvcc = compiler()
     assert nvcc is not None
     architecture = target.replace("sm_", "compute_")
-    command = [nvcc, *FLAGS, f"-arch={architecture}", str(ROOT / "csrc" / "cuda" / source), "-o", "-"]
+    command = [nvcc, *FLAGS, f"-arch={architecture}", str(folder / source), "-o", "-"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,10 @@ class Run:
         cache_bytes: int = 1 << 20,
         target: str = "sm_80",
         seed: int = 0,
-        edit: Callable[[str], str] = lambda code: code,
+        folder: Path = ROOT / "csrc" / "cuda",
+        outs: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.outs = [torch.full_like(a, math.nan) for a, _ in given]
+        self.outs = list(outs) or [torch.full_like(a, math.nan) for a, _ in given]
         a, b = zip(*given, strict=True)
         self.arguments: Arguments = prepared(
             self.outs, a, b, torch.tensor(t, dtype=torch.float64), normalize, cache_bytes
@@ -87,7 +89,7 @@ class Run:
         self.arguments.partials.fill_(math.nan)
         tensors = [value for value in self.arguments if isinstance(value, torch.Tensor)]
         self.driver = nvcc.FakeDriver([*tensors, *self.outs, *a, *b], seed)
-        launch(Kernel(self.driver, edit(nvcc.ptx("slerp.cu", target)).encode(), "slerp"), self.arguments, blocks, 0)
+        launch(Kernel(self.driver, nvcc.ptx("slerp.cu", target, folder).encode(), "slerp"), self.arguments, blocks, 0)
 
 
 def formula(a: torch.Tensor, b: torch.Tensor, t: float, normalize: bool) -> torch.Tensor:
@@ -151,6 +153,15 @@ def test_the_bits_are_those_of_the_ops(blocks: int, cache_bytes: int, normalize:
 
 
 @needs_nvcc
+@every_target
+def test_every_architecture_has_the_same_bits(target: str) -> None:
+    given, t = pairs(2)
+    one, other = (Run(given, t, target=name, blocks=3, seed=5) for name in ("sm_80", target))
+    assert torch.equal(one.arguments.partials, other.arguments.partials)
+    assert all(map(same_values, one.outs, other.outs))
+
+
+@needs_nvcc
 def test_results_depend_neither_on_the_grid_nor_on_the_order_of_blocks() -> None:
     given, t = pairs(1)
     first = Run(given, t, blocks=1)
@@ -174,33 +185,74 @@ def test_bytes_are_requested_sixteen_at_a_time() -> None:
 # ---- planted faults
 
 
+def wrong(target: str, folder: Path, seed: int) -> bool:
+    """Whether the sources in a folder have a fault that shows: in the emulator, in sums, coefficients or outputs."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(6 * SEGMENT + 2049, generator=generator).to(BF16) for _ in range(2))
+    near, noise = torch.randn(2, 3000, generator=generator)
+    given = [
+        (a, b),
+        (b[:5001].clone(), a[:5001].clone()),
+        (a[1:5001], b[8:5008]),
+        (a[8:5008], b[1:5001]),
+        (near.to(BF16), (near + 0.1 * noise).to(BF16)),  # a cosine of 0.995
+    ]
+    t = [0.3, 2.5, 0.4, 0.6, 0.25]
+    # The second output starts past an aligned address.
+    outs = [torch.empty(len(x) + 1, dtype=BF16)[index == 1 :][: len(x)] for index, (x, _) in enumerate(given)]
+    try:
+        run = Run(given, t, outs=outs, target=target, folder=folder, seed=seed)
+    except Fault:
+        return True
+    for index, (x, y) in enumerate(given):
+        first, last, _ = run.arguments.runs[index].tolist()
+        sums = run.arguments.partials[first:last].sum(0)
+        exact = torch.stack([x.double() @ x.double(), x.double() @ y.double(), y.double() @ y.double()])
+        chosen = run.arguments.coefficients[index]
+        if not (
+            torch.allclose(sums, exact, rtol=1e-12, atol=0.0)
+            and torch.equal(chosen, formula(x, y, t[index], False))
+            and same_values(run.outs[index], ops.combine([x, y], chosen))
+        ):
+            return True
+    return False
+
+
+RELEASE = "void release() { __syncthreads(); }"
+
+
 @needs_nvcc
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("file", "old", "new", "target"),
     [
-        ("cp.async.wait_group 2", "cp.async.wait_group 3"),  # a tile is read before it has arrived
-        ("red.release.gpu", "red.relaxed.gpu"),  # sums are not visible behind the barrier
-        ("ld.acquire.gpu", "ld.relaxed.gpu"),
-        ("cvt.rn.bf16x2", "cvt.rz.bf16x2"),
+        ("ring.cuh", '"n"(STAGES - 2)', '"n"(STAGES - 1)', "sm_80"),  # a tile is read before it has arrived
+        ("ring.cuh", '"r"(phases >> stage & 1)', '"r"(0)', "sm_90a"),
+        ("ring.cuh", '"r"(2 * TILE_BYTES)\n', '"r"(TILE_BYTES)\n', "sm_90a"),
+        ("ring.cuh", RELEASE, "void release() {}", "sm_90a"),  # a copy overtakes the threads that read
+        ("ring.cuh", "start + (STAGES - 1) * TILE", "start + STAGES * TILE", "sm_90a"),
+        ("slerp.cu", "red.release.gpu", "red.relaxed.gpu", "sm_80"),  # sums are not visible behind the barrier
+        ("slerp.cu", "ld.acquire.gpu", "ld.relaxed.gpu", "sm_80"),
+        ("slerp.cu", "times * gridDim.x", "times * gridDim.x - 1", "sm_80"),
+        ("slerp.cu", "cvt.rn.bf16x2", "cvt.rz.bf16x2", "sm_80"),
+        ("slerp.cu", "segment.a | segment.b | segment.out", "segment.a | segment.b", "sm_80"),
+        ("slerp.cu", "segment.a | segment.b, segment.count", "segment.a, segment.count", "sm_80"),
+        ("slerp.cu", "return __dadd_rn(sum, error)", "return sum", "sm_80"),
+        ("coefficients.cuh", "STRAIGHT_ABOVE = 0.9995", "STRAIGHT_ABOVE = 0.99", "sm_80"),
+        ("coefficients.cuh", "quarter & 2 ? -result : result", "result", "sm_80"),
     ],
 )
-def test_faults_show(old: str, new: str) -> None:
-    a, b = torch.randn(2, 3 * SEGMENT).to(BF16)
-    given = [(a, b), (b[:5000], a[:5000])]
+def test_faults_show(file: str, old: str, new: str, target: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "csrc" / "cuda", tmp_path, dirs_exist_ok=True)
+    text = (tmp_path / file).read_text()
+    assert text.count(old) == 1
+    (tmp_path / file).write_text(text.replace(old, new))
+    assert any(wrong(target, tmp_path, seed) for seed in range(4))
 
-    def edit(code: str) -> str:
-        assert old in code
-        return code.replace(old, new)
 
-    try:
-        run = Run(given, [0.3, 0.6], edit=edit)
-    except Fault:
-        return
-    wrong = [
-        not same_values(out, ops.combine([a, b], formula(a, b, t, False)))
-        for out, (a, b), t in zip(run.outs, given, (0.3, 0.6), strict=True)
-    ]
-    assert any(wrong)
+@needs_nvcc
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_without_a_fault_nothing_shows(target: str) -> None:
+    assert not wrong(target, ROOT / "csrc" / "cuda", seed=0)
 
 
 # ---- the launcher

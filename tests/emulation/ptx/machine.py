@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import operation
+from .bulk import Barriers, bulk
 from .counts import Counts
 from .formats import Array, dtype_of
 from .matrix import MATRIX
@@ -67,6 +68,7 @@ class Machine:
         self.owners = Owners(memory.extents(), blocks * program.threads // WARP, self.lanes) if owned else Nobody()
         self._schedule = Schedule(self._block_of, seed)
         self.warpgroups = WarpGroups(self, program.instructions)
+        self.barriers = Barriers(self)
         self.shared = SharedMemory(self.blocks, shared_bytes, program.threads, proxies=bool(self.warpgroups))
         self._running: Sequence[Block] = ()
         self._issued = [0] * len(program.instructions)
@@ -161,6 +163,8 @@ class Machine:
     def _plain(self, instruction: Instruction) -> Execute:
         parts = instruction.parts
         try:
+            if "bulk" in parts or parts[0] == "mbarrier":
+                return bulk(self, instruction)
             for special in (WARPS, TRANSFERS, MATRIX, WGMMA):
                 if parts[0] in special:
                     return special[parts[0]](self, instruction)

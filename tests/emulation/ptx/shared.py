@@ -132,6 +132,22 @@ class SharedMemory:
                 kept.append(_Copy(*(part[~due] for part in copy)))
         self._copies = kept
 
+    def expect_copy(self, offset: int, lane: int, size: int) -> None:
+        """A bulk copy of a lane is under way to these bytes."""
+        if offset % self._pitch + size > self._size:
+            raise Fault(f"a bulk copy to beyond the {self._size} bytes of shared memory", lane)
+        targets = np.arange(offset, offset + size)
+        own = np.repeat(self._own(np.array([lane]), 1), size)
+        what = "written by a bulk copy before a barrier after the read of another warp"
+        self._refuse_others(self._reader, targets, own, what)
+        self._refuse_held(targets)
+        self._writer[targets] = _IN_FLIGHT
+
+    def land_copy(self, offset: int, data: Array) -> None:
+        """It has landed, for all who know that its barrier's phase is complete."""
+        self._bytes[offset : offset + data.size] = data
+        self._writer[offset : offset + data.size] = 0
+
     def barrier(self, blocks: Array) -> None:
         """Blocks (indices) whose threads have all met."""
         self._reader.reshape(-1, self._pitch)[blocks] = 0

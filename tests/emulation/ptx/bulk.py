@@ -1,0 +1,177 @@
+"""cp.async.bulk from global to shared memory, and the barriers in shared memory that count its bytes (mbarrier).
+
+A copy lands when someone asks whether its barrier's phase is complete, and nothing but copies is missing: as late as
+it may. It reads global memory then. Until it has landed, an access to the bytes that it writes is a fault, and so is a
+copy to bytes that another warp has read since the last barrier of the block. A phase that no copy can complete is a
+fault. A warp that does not wait is not noticed if another one did.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from .formats import Array
+from .program import Fault, Instruction, Unsupported
+
+if TYPE_CHECKING:
+    from .machine import Execute, Machine, Where
+
+UNIT = 16  # bytes of which sizes and addresses are multiples
+_PATIENCE = 1000  # how often a phase that lacks arrivals is asked for in vain before it counts as never complete
+
+
+class _Copy(NamedTuple):
+    """Bytes under way from an address to an offset of shared memory; lane: which started it."""
+
+    lane: int
+    address: int
+    offset: int
+    size: int
+
+
+@dataclass
+class _Barrier:
+    """expected: arrivals of a phase; missing: those of this phase to come; bytes: announced, less those landed."""
+
+    expected: int
+    missing: int
+    phase: int = 0
+    bytes: int = 0
+    asked: int = 0
+    copies: list[_Copy] = field(default_factory=list)
+
+
+class Barriers:
+    """The barriers in the shared memory of a machine, by their offsets."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._barriers: defaultdict[int, _Barrier | None] = defaultdict(lambda: None)
+
+    def start(self, offset: int, expected: int) -> None:
+        self._barriers[offset] = _Barrier(expected, expected)
+
+    def arrive(self, offset: int, lane: int, announced: int) -> None:
+        barrier = self._of(offset, lane)
+        if not barrier.missing:
+            raise Fault(f"more than {barrier.expected} arrivals in a phase of a barrier", lane)
+        barrier.bytes += announced
+        barrier.missing -= 1
+        self._complete_if_due(barrier)
+
+    def copy(self, barrier_offset: int, copy: _Copy) -> None:
+        """Start a copy whose bytes the barrier counts."""
+        machine, units = self._machine, np.arange(copy.size // UNIT)
+        addresses, lanes = copy.address + UNIT * units, np.full(units.size, copy.lane)
+        try:
+            machine.memory.check(addresses, UNIT)
+            machine.owners.read(addresses, lanes, UNIT)
+            machine.shared.expect_copy(copy.offset, copy.lane, copy.size)
+        except Fault as fault:
+            raise Fault(str(fault), copy.lane) from None
+        machine.counts.count_global(machine.counts.loads, addresses, lanes, UNIT)
+        machine.counts.shared_wavefronts += copy.size // 128
+        machine.counts.shared_ideal += copy.size // 128
+        self._of(barrier_offset, copy.lane).copies.append(copy)
+
+    def complete(self, offset: int, lane: int, parity: int) -> bool:
+        """Whether the phase of this parity is complete, now that someone waits for it."""
+        barrier = self._of(offset, lane)
+        if barrier.phase % 2 != parity:
+            return True
+        if barrier.missing:
+            barrier.asked += 1
+            if barrier.asked > _PATIENCE:
+                raise Fault(f"a phase of a barrier for which {barrier.missing} arrivals never come", lane)
+            return False
+        coming = sum(copy.size for copy in barrier.copies)
+        if coming != barrier.bytes:
+            raise Fault(f"a phase of a barrier that expects {barrier.bytes} bytes, of which {coming} come", lane)
+        for copy in barrier.copies:
+            self._machine.shared.land_copy(copy.offset, self._read(copy))
+        barrier.copies.clear()
+        barrier.bytes = 0
+        self._complete_if_due(barrier)
+        return True
+
+    def _read(self, copy: _Copy) -> Array:
+        words = copy.address + 8 * np.arange(copy.size // 8)
+        return np.ascontiguousarray(self._machine.memory.load(words, 8, 0)).view(np.uint8)
+
+    def _of(self, offset: int, lane: int) -> _Barrier:
+        barrier = self._barriers[offset]
+        if barrier is None:
+            raise Fault("a barrier that was not initialised", lane)
+        return barrier
+
+    @staticmethod
+    def _complete_if_due(barrier: _Barrier) -> None:
+        if not barrier.missing and not barrier.bytes and not barrier.copies:
+            barrier.missing, barrier.asked = barrier.expected, 0
+            barrier.phase += 1
+
+
+def bulk(machine: Machine, instruction: Instruction) -> Execute:
+    """cp.async.bulk, mbarrier.init, mbarrier.arrive.expect_tx and mbarrier.try_wait.parity, within a block."""
+    parts, operands = instruction.parts, instruction.operands
+    barriers = machine.barriers
+
+    def offsets(operand: object, lanes: Array, width: int) -> list[int]:
+        base, offset = machine.address(operand, bits=32)  # type: ignore[arg-type]
+        places = base[lanes].astype(np.int64) + offset
+        found: list[int] = machine.shared.offsets(places, lanes, width).tolist()
+        return found
+
+    if parts[:2] == ("mbarrier", "init"):
+        count = machine.source(operands[1], "b32")
+
+        def initialise(where: Where) -> None:
+            lanes = machine.active(where)
+            for offset, expected in zip(offsets(operands[0], lanes, 8), count[lanes].tolist(), strict=True):
+                barriers.start(offset, expected)
+
+        return initialise
+    if parts[:3] == ("mbarrier", "arrive", "expect_tx") and operands[0] == "_":
+        announced = machine.source(operands[2], "b32")
+
+        def arrive(where: Where) -> None:
+            lanes = machine.active(where)
+            for offset, lane in zip(offsets(operands[1], lanes, 8), lanes.tolist(), strict=True):
+                barriers.arrive(offset, lane, int(announced[lane]))
+
+        return arrive
+    if parts[:3] == ("mbarrier", "try_wait", "parity"):
+        parities, target = machine.source(operands[2], "b32"), machine.target(operands[0], "pred")
+
+        def wait(where: Where) -> None:
+            lanes = machine.active(where)
+            done = np.zeros(machine.lanes, bool)
+            asked = np.stack([np.array(offsets(operands[1], lanes, 8)), parities[lanes]], axis=1)
+            kinds, first, inverse = np.unique(asked, axis=0, return_index=True, return_inverse=True)
+            answers = [
+                barriers.complete(int(offset), int(lanes[place]), int(parity))
+                for (offset, parity), place in zip(kinds, first, strict=True)
+            ]
+            done[lanes] = np.array(answers)[inverse.reshape(-1)]
+            target(done, where)
+
+        return wait
+    if parts[:3] == ("cp", "async", "bulk") and "mbarrier::complete_tx::bytes" in parts and "global" in parts:
+        to, source, size, barrier = operands
+        addresses, offset = machine.address(source, bits=64)
+        sizes = machine.source(size, "b32")
+
+        def copy(where: Where) -> None:
+            lanes = machine.active(where)
+            targets, places = offsets(to, lanes, UNIT), offsets(barrier, lanes, 8)
+            for lane, start, place in zip(lanes.tolist(), targets, places, strict=True):
+                if sizes[lane] % UNIT:
+                    raise Fault(f"a bulk copy of {sizes[lane]} bytes, which is no multiple of {UNIT}", lane)
+                barriers.copy(place, _Copy(lane, int(addresses[lane]) + offset, start, int(sizes[lane])))
+
+        return copy
+    raise Unsupported(instruction.opcode)
