@@ -62,7 +62,7 @@ in between, and where a product of a warpgroup lacks a fence or a wait. Blocks s
 random order where they communicate. Of launches with more elements than 32 bits can count, the last blocks run too:
 136 sequences of 8192 tokens of the 9B, whose memory exists only where it is touched.
 The brackets show how many cases ran, of all; then how many have the bits of the interpreter, of those with the same
-order of operations. The emulator does not know `tcgen05`, bulk copies and AMD's code. Cases with these are compiled
+order of operations. The emulator does not know `tcgen05`, copies of tiles and AMD's code. Cases with these are compiled
 and interpreted but not executed, and do not count as run.
 
 **What neither can show.** Deadlocks, and everything else that depends on time. The last bits of `ex2`, `tanh`,
@@ -241,17 +241,20 @@ def _time(found: Record) -> str:
 
 def _steps_table(proof: Record) -> list[str]:
     """The sums of the predicted times of all kernels of a step."""
-    times = {(each["op"], each["case"]): each["machines"] for each in proof["predicted"] if "machines" in each}
+    records = {(each["op"], each["case"]): each for each in proof["predicted"] if "machines" in each}
     rows = []
     for shape in GEMMA_2:
         kernels = _step(shape)
         cells = []
-        for name in NAMES:
-            if not all(kernel in times for kernel in kernels):
+        for machine in MACHINES:
+            if not all(kernel in records for kernel in kernels):
                 cells.append("**failed**")
-                continue
-            seconds = sum(count * times[kernel][name]["seconds"] for kernel, count in kernels.items())
-            cells.append(f"{seconds * 1e3:.2f} ms, {1 / seconds:,.0f} tokens/s")
+            elif sum(count * records[kernel]["minimum_bytes"] for kernel, count in kernels.items()) > machine.memory:
+                cells.append("does not fit")
+            else:
+                found = {kernel: records[kernel]["machines"][machine.name]["seconds"] for kernel in kernels}
+                seconds = sum(count * found[kernel] for kernel, count in kernels.items())
+                cells.append(f"{seconds * 1e3:.2f} ms, {1 / seconds:,.0f} tokens/s")
         rows.append([shape.name, str(sum(kernels.values())), *cells])
     intro = (
         "One sequence of 512 tokens, the kernels of a step one after another in a CUDA graph. Not measured, and "
