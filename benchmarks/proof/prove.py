@@ -77,7 +77,7 @@ def shortcomings(proof: dict[str, Any]) -> list[Record]:
             missing(record, "", f"interpreted, {record['error']:.3g} times the tolerance from the truth")
         if record["stated_ratio"] is not None and abs(record["ratio"] - record["stated_ratio"]) > 1e-12:
             missing(record, "", f"moves {record['ratio']!r} of the minimum, {record['stated_ratio']!r} is stated")
-    for record in proof["emulated"] + proof["corners"]:
+    for record in proof["emulated"] + proof.get("corners", []):
         if record.get("error", 0.0) > 1:
             missing(record, record["target"], f"emulated, {record['error']:.3g} times the tolerance from the truth")
         if record.get("same_bits_due") and not record["same_bits"]:
