@@ -1,0 +1,178 @@
+"""The code that drives a GPU, executed on two fake ones in every order: results have the bits of the CPU's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import arcmerge
+import host_paths
+from arcmerge.merging.execution import memory
+from emulation.cuda import Runtime, cuda
+from emulation.cuda.tensor import CudaTensor
+from host_paths import same
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch has a GPU of its own")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return host_paths.make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(pair: Path) -> dict[str, Any]:
+    """What runs the model, in the interpreter on CPU tensors: native kernels add in another order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARCMERGE_BACKEND", "triton")
+        return {name: getattr(host_paths, name)(pair, "cpu") for name in ("generated", "scored")} | {
+            "swept": host_paths.swept(pair, ["cpu"])[0]
+        }
+
+
+@pytest.mark.parametrize("method", host_paths.METHODS)
+def test_a_merge_to_disk(pair: Path, tmp_path: Path, order: str, method: str) -> None:
+    expected = host_paths.merged_to_disk(pair, tmp_path / "cpu", "cpu", method)
+    with cuda(devices=2, order=order, seed=2):
+        found = host_paths.merged_to_disk(pair, tmp_path / "gpu", "cuda:1", method, threads=3)
+    assert same(found, expected)
+
+
+def test_a_merge_on_the_current_device(pair: Path, tmp_path: Path, gpus: Runtime) -> None:
+    """Its threads start with another current device."""
+    torch.cuda.set_device(1)
+    found = host_paths.merged_to_disk(pair, tmp_path / "gpu", "cuda", threads=2)
+    assert same(found, host_paths.merged_to_disk(pair, tmp_path / "cpu", "cpu"))
+    assert torch.cuda.memory_reserved(1) > torch.cuda.memory_reserved(0) == 0
+
+
+def test_a_model_in_memory(pair: Path, gpus: Runtime) -> None:
+    assert same(host_paths.remerged(pair, "cuda:1", threads=3), host_paths.remerged(pair, "cpu"))
+
+
+def test_a_model_whose_parents_do_not_fit(pair: Path, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    must_stream = memory.must_stream
+
+    def ask(required: int, parents: int, device: torch.device) -> bool:
+        asked.append((required, parents, must_stream(required, parents, device)))
+        return asked[-1][2]
+
+    monkeypatch.setattr(memory, "must_stream", ask)
+    with cuda(devices=2, order=order):
+        host_paths.model_of(pair, "cuda:1", threads=2)
+    required, parents, _ = asked[-1]
+    with cuda(devices=2, order=order, memory=required + (1 << 30) + parents - 1):
+        found = host_paths.remerged(pair, "cuda:1", threads=2)
+    assert [streamed for *_, streamed in asked] == [False, True]
+    assert same(found, host_paths.remerged(pair, "cpu"))
+
+
+def test_answers_by_a_captured_graph(pair: Path, gpus: Runtime, on_cpu: dict[str, Any]) -> None:
+    assert same(host_paths.generated(pair, "cuda:1"), on_cpu["generated"])
+
+
+def test_answers_on_both_devices_at_once(pair: Path, gpus: Runtime, on_cpu: dict[str, Any]) -> None:
+    models = [host_paths.model_of(pair, device) for device in ("cuda:0", "cuda:1")]
+    found = host_paths.at_once(lambda index: host_paths.answered(models[int(index)]), ["0", "1"])
+    assert found == [on_cpu["generated"][0]] * 2
+
+
+def test_scores(pair: Path, gpus: Runtime, on_cpu: dict[str, Any]) -> None:
+    assert same(host_paths.scored(pair, "cuda:1"), on_cpu["scored"])
+
+
+def test_a_model_from_disk(pair: Path, gpus: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = arcmerge.Gemma2.from_pretrained(pair / "a", device="cuda:1").score(host_paths.PAIRS)
+    monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
+    assert found == arcmerge.Gemma2.from_pretrained(pair / "a", device="cpu").score(host_paths.PAIRS)
+
+
+def test_the_actors_of_a_sweep(pair: Path, gpus: Runtime, on_cpu: dict[str, Any]) -> None:
+    assert host_paths.swept(pair, ["cuda:0", "cuda:1"]) == [on_cpu["swept"]] * 2
+
+
+def test_state_dicts(pair: Path, gpus: Runtime) -> None:
+    parents = [load_file(pair / name / "model.safetensors") for name in ("a", "b")]
+    expected = arcmerge.slerp(*parents, 0.3)
+    found = arcmerge.slerp(*({name: tensor.to("cuda:1") for name, tensor in each.items()} for each in parents), 0.3)
+    assert {str(tensor.device) for tensor in found.values()} == {"cuda:1"}
+    assert same([tensor.cpu() for tensor in found.values()], list(expected.values()))
+
+
+def test_the_bandwidth_of_a_device(pair: Path, gpus: Runtime) -> None:
+    from arcmerge.gemma2.runtime.bandwidth import read_bandwidth
+
+    assert read_bandwidth(host_paths.model_of(pair, "cuda:1").network.weights) > 0
+
+
+# ---- transformers
+
+
+@pytest.fixture
+def fake_tensors_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of a fake GPU are of a subclass, for which ops do not replace operations of torch otherwise."""
+    from arcmerge.integrations.transformers import conditions
+
+    monkeypatch.setattr(conditions, "_TENSORS", (*conditions._TENSORS, CudaTensor))
+
+
+def logits_of_transformers(device: str) -> list[torch.Tensor]:
+    """The logits of three tokens that an accelerated model of transformers generates."""
+    import accelerated
+
+    model = accelerated.tiny(num_hidden_layers=1).to(device)
+    ids = torch.tensor([[2, 5, 7]], device=device)
+    with torch.no_grad(), accelerated.accelerate(model):
+        found = model.generate(ids, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    return [logits.cpu() for logits in found.logits]
+
+
+@pytest.fixture(scope="module")
+def of_transformers() -> list[torch.Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARCMERGE_BACKEND", "triton")
+        return logits_of_transformers("cpu")
+
+
+@pytest.mark.usefixtures("gpus", "fake_tensors_are_plain")
+def test_an_accelerated_model_of_transformers(
+    of_transformers: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arcmerge.integrations.transformers.decode import DecodeStep
+
+    steps: list[Any] = []
+    step = DecodeStep.__call__
+    monkeypatch.setattr(DecodeStep, "__call__", lambda self, *arguments: steps.append(1) or step(self, *arguments))
+    assert same(logits_of_transformers("cuda:1"), of_transformers)
+    assert len(steps) == 2
+
+
+@pytest.mark.usefixtures("gpus", "fake_tensors_are_plain")
+def test_attention_by_name_with_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerated
+    from arcmerge import ops
+    from arcmerge.integrations.transformers import register_attention
+
+    def logits(device: str) -> torch.Tensor:
+        model = accelerated.tiny(num_hidden_layers=1).to(device)
+        model.set_attn_implementation("arcmerge")
+        mask = torch.ones_like(accelerated.IDS)
+        mask[1, :4] = 0
+        with torch.no_grad():
+            return model(accelerated.IDS.to(device), attention_mask=mask.to(device)).logits.cpu()
+
+    calls: list[str] = []
+    attention = ops.attention
+    monkeypatch.setattr(
+        ops, "attention", lambda q, *rest, **named: calls.append(str(q.device)) or attention(q, *rest, **named)
+    )
+    with register_attention():
+        found = logits("cuda:1")
+        monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
+        assert same(found, logits("cpu"))
+    assert calls == ["cuda:1", "cpu"]
