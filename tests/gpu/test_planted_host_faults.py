@@ -1,0 +1,307 @@
+"""Faults that are planted into the code that drives a GPU: each must end in an error or in another result."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import arcmerge
+import host_paths
+from arcmerge.dispatch import registry
+from arcmerge.gemma2.runtime import bandwidth
+from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
+from arcmerge.merging.execution.gpu.processor import GpuProcessor
+from arcmerge.merging.execution.gpu.slots import Slot, SlotPool
+from arcmerge.merging.execution.in_memory import InMemoryMerge
+from arcmerge.merging.execution.memory import GpuMemory
+from arcmerge.merging.options import Options
+from emulation.cuda import cuda
+from host_paths import same
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch has a GPU of its own")
+
+
+class Planted(NamedTuple):
+    """An edit of the source of a function, and what runs it. `error`: how it is found, None for a wrong result."""
+
+    owner: Any
+    function: str
+    before: str
+    after: str
+    scenario: str
+    error: str | None = None
+
+
+# ---- what runs the code, as a function of the pair of models, a folder and a device
+
+
+def to_disk(pair: Path, folder: Path, device: str, method: str = "slerp") -> Any:
+    return host_paths.merged_to_disk(pair, folder / device.replace(":", ""), device, method)
+
+
+def in_memory(pair: Path, folder: Path, device: str) -> Any:
+    return host_paths.remerged(pair, device)
+
+
+def in_use(pair: Path, folder: Path, device: str) -> Any:
+    """A merge of weights that pending work still reads."""
+    model = host_paths.model_of(pair, device)
+    used = [tensor.float() for tensor in model.network.weights.tensors]
+    model.set_t(0.5)
+    return [tensor.cpu() for tensor in used] + host_paths.weights_of(model)
+
+
+def current(pair: Path, folder: Path, device: str) -> Any:
+    """A merge on the device that is current, as scripts for several GPUs choose it."""
+    if device == "cpu":
+        return to_disk(pair, folder, device)
+    with torch.cuda.device(device):
+        return to_disk(pair, folder, "cuda")
+
+
+def answers(pair: Path, folder: Path, device: str) -> Any:
+    return host_paths.answered(host_paths.model_of(pair, device))
+
+
+def second_answers(pair: Path, folder: Path, device: str) -> Any:
+    """Answers of a model, after those of one on another device."""
+    if device != "cpu":
+        answers(pair, folder, "cuda:0")
+    return answers(pair, folder, device)
+
+
+def beside_another_thread(pair: Path, folder: Path, device: str) -> Any:
+    """Answers, while another thread waits for another device in the middle of the capture."""
+    model = host_paths.model_of(pair, device)
+    layers = model.network.layers
+
+    def interrupted(*arguments: Any) -> Any:
+        if device != "cpu" and torch.cuda.is_current_stream_capturing():
+            host_paths.at_once(lambda other: torch.cuda.default_stream(other).synchronize(), ["cuda:0"])
+        return layers(*arguments)
+
+    model.network.layers = interrupted  # type: ignore[method-assign]
+    return host_paths.answered(model)
+
+
+def bytes_a_second(pair: Path, folder: Path, device: str) -> Any:
+    return bandwidth.read_bandwidth(host_paths.model_of(pair, device).network.weights) > 0
+
+
+def state_dicts(pair: Path, folder: Path, device: str) -> Any:
+    parents = [load_file(pair / name / "model.safetensors") for name in ("a", "b")]
+    on_device = ({name: tensor.to(device) for name, tensor in each.items()} for each in parents)
+    return [tensor.cpu() for tensor in arcmerge.slerp(*on_device, 0.3).values()]
+
+
+SCENARIOS: dict[str, Callable[[Path, Path, str], Any]] = {
+    "to disk": to_disk,
+    "consensus to disk": partial(to_disk, method="dare_ties"),
+    "in memory": in_memory,
+    "in use": in_use,
+    "on the current device": current,
+    "answers": answers,
+    "second answers": second_answers,
+    "answers beside another thread": beside_another_thread,
+    "bandwidth": bytes_a_second,
+    "state dicts": state_dicts,
+}
+
+_WAITS = "        counts: list[int] = not_finite.tolist()  # waits for the stream\n"
+_MOVES = """\
+        for task, (pinned, _) in zip(tasks, outputs, strict=True):
+            if pinned is not None:
+                ctypes.memmove(task.address, pinned.data_ptr(), pinned.numel() * pinned.element_size())
+"""
+_ITEM = "        count = int(not_finite.item())  # waits for the stream\n"
+_MOVE = """\
+        if pinned is not None:
+            ctypes.memmove(task.address, pinned.data_ptr(), pinned.numel() * pinned.element_size())
+"""
+_STAGE = "self._cpu.stage(piece, index, staged.pinned.data_ptr())\n"
+_COPY = "    slot.copy(staged.pinned, staged.gpu)\n"
+_TOKENS = "self._batch.tokens.copy_(tokens)\n"
+
+FAULTS = {
+    "results are moved before the count has waited": Planted(
+        GpuProcessor, "_combine", _WAITS + _MOVES, _MOVES + _WAITS, "to disk", "host memory is read while"
+    ),
+    "results of a consensus are moved before the count has waited": Planted(
+        GpuProcessor, "_consensus", _ITEM + _MOVE, _MOVE + _ITEM, "consensus to disk", "host memory is read while"
+    ),
+    "a slot is cleared without a wait": Planted(
+        Slot, "clear", "self._stream.synchronize()", "pass", "in memory", "the host wrote memory while a copy from it"
+    ),
+    "a slot is free before its stream has ended": Planted(
+        SlotPool, "take", "slot.clear()", "slot._used = 0", "in memory", "the host wrote memory while a copy from it"
+    ),
+    "memory of a slot comes from another stream": Planted(
+        Slot,
+        "gpu",
+        "with self.stream():",
+        "with self._torch.cuda.stream(self._torch.cuda.default_stream()):",
+        "to disk",
+        "an allocation",
+    ),
+    "all inputs of a piece share the start of a slot": Planted(
+        Slot, "allocate", "self._used = -(-end // 256) * 256", "pass", "to disk", "the host wrote memory while a copy"
+    ),
+    "an input is staged after its copy": Planted(
+        GpuProcessor,
+        "_input",
+        _STAGE + _COPY,
+        _COPY.strip() + "\n    " + _STAGE,
+        "to disk",
+        "the host wrote memory while a copy from it",
+    ),
+    "copies run on a stream for which the slot does not wait": Planted(
+        Slot,
+        "copy",
+        "with self.stream():",
+        "with self._torch.cuda.stream(self._torch.cuda.default_stream(self.device)):",
+        "in memory",
+        "the host wrote memory while a copy from it",
+    ),
+    "a Gram matrix is read before it has arrived": Planted(
+        GpuProcessor,
+        "measure",
+        "out.cpu().numpy()",
+        "self._torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True).numpy().copy()",
+        "to disk",
+    ),
+    "parents are loaded into memory that is still in use": Planted(
+        GpuMemory, "_load", "self.wait()", "pass", "in memory", "an allocation"
+    ),
+    "a model is merged again while it runs": Planted(
+        InMemoryMerge, "_fill", "self._memory.wait()", "pass", "in use", "no event"
+    ),
+    "a device has no index": Planted(
+        Options,
+        "resolved_device",
+        'f"cuda:{torch.cuda.current_device() if named[1] is None else int(named[1])}"',
+        "self.device",
+        "on the current device",
+        r"device\(type='cuda'\)",
+    ),
+    "an op runs on the current device": Planted(
+        registry,
+        "_on_device",
+        "torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device)",
+        "nullcontext()",
+        "state dicts",
+        "is launched on cuda:0 with a tensor of cuda:1",
+    ),
+    "a graph is captured and not replayed": Planted(
+        DecodeGraph, "_captured", "        graph.replay()\n", "", "answers"
+    ),
+    "a graph is captured on the stream of the first one": Planted(
+        DecodeGraph, "_captured", "stream=side, ", "", "second answers"
+    ),
+    "a graph is never replayed": Planted(DecodeGraph, "__call__", "self._replay()", "pass", "answers"),
+    "kernels are compiled without the caller's stream": Planted(
+        DecodeGraph, "_captured", "side.wait_stream(torch.cuda.current_stream(device))", "pass", "answers", "no event"
+    ),
+    "a value is read in a capture": Planted(
+        DecodeGraph,
+        "_captured",
+        "hidden = self._layers()",
+        "hidden = self._layers()\n            hidden.sum().item()",
+        "answers",
+        "in the capture of a graph",
+    ),
+    "a capture forbids other threads to wait": Planted(
+        DecodeGraph,
+        "_captured",
+        'capture_error_mode="thread_local"',
+        'capture_error_mode="global"',
+        "answers beside another thread",
+        "the host waits in the capture of a graph",
+    ),
+    "tokens are overwritten under their copy": Planted(
+        DecodeGraph,
+        "__call__",
+        _TOKENS,
+        "tokens = tokens.pin_memory()\n    self._batch.tokens.copy_(tokens, non_blocking=True)\n    tokens.zero_()\n",
+        "answers",
+        "the host wrote memory while a copy from it",
+    ),
+    "a time is taken on the current device": Planted(
+        bandwidth, "_seconds_on_gpu", "torch.cuda.device(tensor.device)", "torch.cuda.device(0)", "bandwidth", "by zero"
+    ),
+    "a time is read before its end": Planted(
+        bandwidth, "_seconds_on_gpu", "end.synchronize()", "pass", "bandwidth", "completed before"
+    ),
+}
+
+
+def plant(patch: pytest.MonkeyPatch, fault: Planted) -> None:
+    """Replace the code of a function by that of its edited source, wherever the function is referred to."""
+    function = undecorated(inspect.getattr_static(fault.owner, fault.function))
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(fault.before) == 1, source
+    found: dict[str, Any] = {}
+    future = "from __future__ import annotations\n"
+    exec(future + source.replace(fault.before, fault.after), function.__globals__, found)
+    patch.setattr(function, "__code__", undecorated(found[fault.function]).__code__)
+
+
+def undecorated(function: Any) -> Any:
+    """The function in a property, a cached property, a context manager and so on."""
+    return getattr(function, "fget", None) or getattr(function, "func", None) or inspect.unwrap(function)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return host_paths.make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def expected(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """The result of a scenario on the CPU, computed once."""
+    known: dict[str, Any] = {}
+
+    def result(scenario: str) -> Any:
+        if scenario not in known:
+            with pytest.MonkeyPatch.context() as patch:
+                if "answers" in scenario:  # native kernels add in another order
+                    patch.setenv("ARCMERGE_BACKEND", "triton")
+                known[scenario] = SCENARIOS[scenario](pair, tmp_path_factory.mktemp("cpu"), "cpu")
+        return known[scenario]
+
+    return result
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_without_a_fault_the_result_is_right(
+    pair: Path, tmp_path: Path, expected: Callable[[str], Any], scenario: str
+) -> None:
+    with cuda(devices=2, order="latest"):
+        found = SCENARIOS[scenario](pair, tmp_path, "cuda:1")
+    assert same(found, expected(scenario))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(
+    pair: Path, tmp_path: Path, expected: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fault, right = FAULTS[name], expected(FAULTS[name].scenario)
+    plant(monkeypatch, fault)
+    if fault.error is None:
+        with cuda(devices=2, order="latest"):
+            assert not same(SCENARIOS[fault.scenario](pair, tmp_path, "cuda:1"), right)
+        return
+    with (
+        pytest.raises((AssertionError, RuntimeError, ArithmeticError), match=fault.error),
+        cuda(devices=2, order="latest"),
+    ):
+        SCENARIOS[fault.scenario](pair, tmp_path, "cuda:1")
