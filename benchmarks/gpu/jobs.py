@@ -20,7 +20,6 @@ from benchmarks._bench import provenance, spread
 from benchmarks.gpu.device import DRY, Device, Gpu
 from torch import Tensor
 
-from arcmerge import ops
 from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.generation.generate import StoppingCriteria, generate
 from arcmerge.gemma2.generation.sampler import SamplingParams
@@ -229,21 +228,24 @@ def decode() -> dict[str, Measurement]:
 
     filled = KVCache(config, 1, CONTEXT + STEPS, CONTEXT, BF16, memory)
     network(Batch.of([prompt], [0], memory), filled)
-    step, head = DecodeGraph(network, filled, 1), network.weights.embed_tokens
-    tokens = torch.tensor(answer[:1]).to(memory).repeat(STEPS + 1)
-    lengths = torch.arange(CONTEXT + 1, CONTEXT + STEPS + 1, dtype=torch.int32).to(memory)
+    step = DecodeGraph(network, filled, 1)
+    first = torch.tensor(answer[:1]).to(memory)
+    step.start([CONTEXT])
     device().finish()
-    captured = device().once(lambda: step(tokens[:1], lengths[:1]))
+    captured = device().once(lambda: step(first, [True], True))
+    step.start([CONTEXT])
+    chosen: list[Tensor] = []
 
     def replay() -> None:
-        for number in range(STEPS):
-            hidden = step(tokens[number : number + 1], lengths[number : number + 1])
-            chosen = ops.lm_head_argmax(hidden, head, softcap=config.final_logit_softcapping, stepwise=network.stepwise)
-            tokens[number + 1 : number + 2] = chosen
+        tokens = first
+        for _ in range(STEPS):
+            tokens = step(tokens, [True], True)
+            chosen.append(tokens.clone())
 
     seconds = device().once(replay)
-    if tokens.tolist() != answer[:-1]:
-        raise ValueError(f"replayed steps choose {tokens[1:9].tolist()}..., generate {answer[1:9]}...")
+    replayed = torch.cat(chosen).tolist()
+    if replayed != answer[1 : STEPS + 1]:
+        raise ValueError(f"replayed steps choose {replayed[:8]}..., generate {answer[1:9]}...")
     kept = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT
     common = {"bytes": network.weights.nbytes + kept, "operations": 0, "tokens": 1}
     return {

@@ -42,10 +42,11 @@ def plain_and_replayed(
     caches = filled(network, repeats), filled(network, repeats)
     lengths = [len(prompt) for prompt in PROMPTS * repeats]
     step, plain, replayed = DecodeGraph(network, caches[1], len(lengths)), [], []
+    step.start(lengths)
     for number, tokens in enumerate(STEPS):
         batch = Batch.of([[token] for token in tokens * repeats], [length + number for length in lengths], CPU)
         plain.append(network(batch, caches[0]))
-        replayed.append(step(batch.tokens, batch.lengths).clone())
+        replayed.append(step(batch.tokens, [True] * len(lengths)).clone())
     return plain, replayed, step
 
 
@@ -59,7 +60,8 @@ def test_replayed_steps_have_the_bits_of_plain_calls(network: Network) -> None:
 def test_no_op_is_called_in_a_replayed_step(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     _, replayed, step = plain_and_replayed(network)
     monkeypatch.setattr(network, "layers", None)
-    again = step(torch.tensor(STEPS[-1]), torch.tensor([len(prompt) + len(STEPS) for prompt in PROMPTS]))
+    step.start([len(prompt) + len(STEPS) - 1 for prompt in PROMPTS])
+    again = step(torch.tensor(STEPS[-1]), [True, True])
     assert same_bits(again, replayed[-1])
 
 
@@ -75,11 +77,32 @@ def test_steps_that_call_torch_are_not_replayed(why: str, network: Network, monk
 
 
 def test_a_sequence_may_be_skipped(network: Network) -> None:
-    cache = filled(network)
-    step = DecodeGraph(network, cache, 2)
-    alone = step(torch.tensor([7, 0]), torch.tensor([6, 0]))[0].clone()
-    both = step(torch.tensor([7, 9]), torch.tensor([6, 5]))[0]
-    assert same_bits(alone[None], both[None])
+    found = []
+    for second in (False, True):
+        cache = filled(network)
+        before = [states.clone() for layer in cache.layers for states in layer]
+        step = DecodeGraph(network, cache, 2)
+        step.start([5, 4])
+        found += [[step(torch.tensor([token, 9]), [True, second])[0].clone() for token in (7, 8)]]
+        after = [states for layer in cache.layers for states in layer]
+        assert all(same_bits(one[1], other[1]) for one, other in zip(before, after, strict=True)) is not second
+    assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_greedy_steps_take_their_tokens_from_the_steps_before(network: Network) -> None:
+    caches = filled(network), filled(network)
+    fed, plain = torch.tensor(STEPS[0]), []
+    step = DecodeGraph(network, caches[0], 2)
+    step.start([len(prompt) for prompt in PROMPTS])
+    for number in range(3):
+        batch = Batch.of(fed[:, None].tolist(), [len(prompt) + number for prompt in PROMPTS], CPU)
+        fed = network.most_probable(network(batch, caches[1]))
+        plain.append(fed.tolist())
+    tokens, found = torch.tensor(STEPS[0]), []
+    for _ in range(3):
+        tokens = step(tokens, [True, True], greedy=True)
+        found.append(tokens.tolist())
+    assert found == plain
 
 
 def test_a_replay_reads_the_current_values_of_its_arguments() -> None:
@@ -157,7 +180,9 @@ def test_a_graph_is_captured_on_a_stream_of_its_own_and_replayed(
     monkeypatch.setattr(
         network, "layers", lambda *args: (recorded.log.append(("layers", recorded.stream)), layers(*args))[1]
     )
-    step._captured()
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: recorded.log.append(("used", recorded.stream)))
+    with torch.inference_mode():
+        step._captured(greedy=False)
     side = "side of cpu"
     assert recorded.log == [
         ("device", "cpu"),
@@ -165,8 +190,11 @@ def test_a_graph_is_captured_on_a_stream_of_its_own_and_replayed(
         ("stream", side),
         ("layers", side),
         ("wait", "default", side),
+        ("used", "default"),
         ("capture", "thread_local"),
         ("stream", side),
         ("layers", side),
-        ("replay", "default"),
     ]
+    del recorded.log[:]
+    step._replayed(greedy=False)
+    assert recorded.log == [("replay", "default")]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import arcmerge
 import host_paths
+from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from arcmerge.merging.execution import memory
 from emulation.cuda import Runtime, cuda
 from emulation.cuda.tensor import CudaTensor
@@ -74,6 +75,31 @@ def test_a_model_whose_parents_do_not_fit(pair: Path, order: str, monkeypatch: p
 
 def test_answers_by_a_captured_graph(pair: Path, gpus: Runtime, on_cpu: dict[str, Any]) -> None:
     assert same(host_paths.generated(pair, "cuda:1"), on_cpu["generated"])
+
+
+def test_a_step_is_one_launch_and_one_wait(pair: Path, one_thread: None) -> None:
+    counts = []
+    with cuda(order="latest") as runtime:
+        model = host_paths.model_of(pair, "cuda:0")
+        for tokens in (3, 5):
+            runtime.counts.clear()
+            model.generate(host_paths.PROMPTS, max_new_tokens=tokens, eos_token_id=[])
+            counts.append((runtime.counts["launches"], runtime.counts["waits"]))
+    (few, waits), (more, more_waits) = counts
+    assert (more - few, more_waits - waits) == (2, 2)
+
+
+def test_a_step_is_launched_before_the_token_of_the_one_before_is_read(
+    pair: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    replayed = DecodeGraph._replayed
+    monkeypatch.setattr(DecodeGraph, "_replayed", lambda *args: (log.append("step"), replayed(*args))[1])
+    with cuda(order="latest"):
+        model = host_paths.model_of(pair, "cuda:0")
+        model.generate(host_paths.PROMPTS[0], max_new_tokens=5, eos_token_id=[], stream=lambda _: log.append("token"))
+    # The first token is read at once, and the first step is not replayed but captured.
+    assert log == ["token", "step", "token", "step", "token", "step", "token", "token"]
 
 
 def test_answers_on_both_devices_at_once(pair: Path, gpus: Runtime, on_cpu: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import arcmerge
 import host_paths
 from arcmerge.dispatch import registry
 from arcmerge.gemma2.runtime import bandwidth
+from arcmerge.gemma2.runtime.arrival import Arrival
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from arcmerge.merging.execution.gpu.processor import GpuProcessor
 from arcmerge.merging.execution.gpu.slots import Slot, SlotPool
@@ -128,7 +129,7 @@ _MOVE = """\
 """
 _STAGE = "self._cpu.stage(piece, index, staged.pinned.data_ptr())\n"
 _COPY = "    slot.copy(staged.pinned, staged.gpu)\n"
-_TOKENS = "self._batch.tokens.copy_(tokens)\n"
+_MORE = "self._more.copy_(torch.tensor(running, dtype=torch.int32), non_blocking=True)\n"
 
 FAULTS = {
     "results are moved before the count has waited": Planted(
@@ -199,21 +200,21 @@ FAULTS = {
         "state dicts",
         "is launched on cuda:0 with a tensor of cuda:1",
     ),
-    "a graph is captured and not replayed": Planted(
-        DecodeGraph, "_captured", "        graph.replay()\n", "", "answers"
+    "lengths are not advanced": Planted(
+        DecodeGraph, "_advance", "self._batch.lengths.add_(self._more)", "pass", "answers"
     ),
     "a graph is captured on the stream of the first one": Planted(
         DecodeGraph, "_captured", "stream=side, ", "", "second answers"
     ),
-    "a graph is never replayed": Planted(DecodeGraph, "__call__", "self._replay()", "pass", "answers"),
+    "a graph is never replayed": Planted(DecodeGraph, "_replayed", "graph.replay()", "pass", "answers"),
     "kernels are compiled without the caller's stream": Planted(
-        DecodeGraph, "_captured", "side.wait_stream(torch.cuda.current_stream(device))", "pass", "answers", "no event"
+        DecodeGraph, "_captured", "side.wait_stream(current)", "pass", "answers", "no event"
     ),
     "a value is read in a capture": Planted(
         DecodeGraph,
         "_captured",
-        "hidden = self._layers()",
-        "hidden = self._layers()\n            hidden.sum().item()",
+        "result = step()",
+        "result = step()\n            result.sum().item()",
         "answers",
         "in the capture of a graph",
     ),
@@ -225,17 +226,19 @@ FAULTS = {
         "answers beside another thread",
         "the host waits in the capture of a graph",
     ),
-    "tokens are overwritten under their copy": Planted(
+    "what is skipped is overwritten under its copy": Planted(
         DecodeGraph,
         "__call__",
-        _TOKENS,
-        "tokens = tokens.pin_memory()\n    self._batch.tokens.copy_(tokens, non_blocking=True)\n    tokens.zero_()\n",
+        _MORE,
+        "more = torch.tensor(running, dtype=torch.int32, pin_memory=True)\n"
+        "        self._more.copy_(more, non_blocking=True)\n        more.zero_()\n",
         "answers",
         "the host wrote memory while a copy from it",
     ),
     "a time is taken on the current device": Planted(
         bandwidth, "_seconds_on_gpu", "torch.cuda.device(tensor.device)", "torch.cuda.device(0)", "bandwidth", "by zero"
     ),
+    "a token is read before it has arrived": Planted(Arrival, "lists", "self._event.synchronize()", "pass", "answers"),
     "a time is read before its end": Planted(
         bandwidth, "_seconds_on_gpu", "end.synchronize()", "pass", "bandwidth", "completed before"
     ),

@@ -83,8 +83,9 @@ def weights_of(model: arcmerge.Gemma2) -> list[Tensor]:
 
 
 def answered(model: arcmerge.Gemma2) -> Any:
-    """Answers of three tokens: after the prompt, of a step that is captured, and of a replay."""
-    return model.generate(PROMPTS, max_new_tokens=3, eos_token_id=[])
+    """Answers of three tokens: after the prompt, of a step that is captured, and of a replay. Then one ends early."""
+    whole = model.generate(PROMPTS, max_new_tokens=3, eos_token_id=[])
+    return whole, model.generate(PROMPTS, max_new_tokens=4, eos_token_id=[whole[0][len(PROMPTS[0])]])
 
 
 def generated(pair: Path, device: str) -> list[Any]:

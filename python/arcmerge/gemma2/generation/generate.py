@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from torch import Tensor
+
 from arcmerge.errors import ArcmergeError, counted
 from arcmerge.gemma2.generation.sampler import Sampler, SamplingParams
+from arcmerge.gemma2.runtime.arrival import read_late
 from arcmerge.gemma2.runtime.bandwidth import read_bandwidth
 from arcmerge.gemma2.runtime.model_lock import with_lock
 from arcmerge.gemma2.runtime.network import Network
@@ -29,7 +33,7 @@ class Generated:
         seed: of the random numbers; None for greedy decoding.
         truncated: indices of the answers that ended because the context was full.
         prefill_seconds, decode_seconds: wall clock.
-        steps: the number of decoding steps.
+        steps: the number of decoding steps, without one that was started before the end of all answers was known.
     """
 
     tokens: list[list[int]]
@@ -91,6 +95,8 @@ def generate(
 ) -> Generated:
     """Generate an answer to each prompt. An answer does not depend on the other prompts.
 
+    On a GPU, tokens are read one step late: the next step already runs, and its result is dropped where an answer ends.
+
     Args:
         network: the model.
         prompts: token ids, one or more each.
@@ -129,12 +135,9 @@ def generate(
     seed = sampling_params.seed if sampling_params.draws else None
     result = Generated([[] for _ in prompts], sum(map(len, prompts)), seed)
 
-    started = perf_counter()
-    chosen = sampler.choose(runner.feed_for_last(prompts))
-    result.prefill_seconds = perf_counter() - started
-    started = perf_counter()
     running = [True] * len(prompts)
-    while True:
+
+    def append(chosen: Sequence[int]) -> None:
         for row, token in enumerate(chosen):
             if running[row]:
                 result.tokens[row].append(token)
@@ -143,12 +146,28 @@ def generate(
                 running[row] = not (ended or full)
                 if full and not ended and limits[row] < asked[row]:
                     result.truncated.append(row)
+
+    def steps(tokens: Tensor) -> Iterator[Tensor]:
+        decoder = runner.decoder()
+        for number in itertools.count(1):
+            going = [alive and number < limit for alive, limit in zip(running, limits, strict=True)]
+            if not any(going):
+                return
+            network.pause_if_exiting()
+            result_of_step = decoder(tokens, going, sampler.greedy)
+            tokens = result_of_step if sampler.greedy else sampler.choose(result_of_step)
+            yield tokens
+
+    started = perf_counter()
+    first = sampler.choose(runner.feed_for_last(prompts))
+    append(first.tolist())
+    result.prefill_seconds = perf_counter() - started
+    started = perf_counter()
+    for chosen in read_late(steps(first), late=1 if first.is_cuda else 0):
+        append(chosen)
+        result.steps += 1
         if not any(running):
             break
-        network.pause_if_exiting()
-        fed = [token if alive else None for token, alive in zip(chosen, running, strict=True)]
-        chosen = sampler.choose(runner.step(fed))
-        result.steps += 1
     result.decode_seconds = perf_counter() - started
     network.weights.require_read()
     return result

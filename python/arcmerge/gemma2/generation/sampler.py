@@ -92,42 +92,42 @@ class Sampler:
         self._streams = torch.tensor(list(random_streams), dtype=torch.int64, device=self._device) << 32
         self._seen: Tensor | None = None
         if params.repetition_penalty != 1:
+            # The 32nd bit is the sign of an int32.
+            self._bits = torch.tensor([*(1 << bit for bit in range(31)), -(2**31)], dtype=torch.int32)
             words = -(-network.config.vocab_size // 32)
             self._seen = torch.zeros(len(prompts), words, dtype=torch.int32)
             for row, prompt in enumerate(prompts):
                 for token in prompt:
-                    self._mark_seen(row, token)
+                    self._seen[row, token // 32] |= self._bits[token % 32]
+            self._seen, self._bits = self._seen.to(self._device), self._bits.to(self._device)
 
-    def choose(self, hidden: Tensor) -> list[int]:
-        """The next token of each sequence, from its hidden states [B, hidden_size]."""
+    @property
+    def greedy(self) -> bool:
+        """Whether `choose` takes what `Network.most_probable` returns."""
+        return not self._params.draws and self._seen is None
+
+    def choose(self, hidden: Tensor) -> Tensor:
+        """The next token of each sequence, [B] int64 on the device, from its hidden states [B, hidden_size]."""
         network, params = self._network, self._params
-        lm_head, softcap = network.weights.lm_head, network.config.final_logit_softcapping
-        if not params.draws and self._seen is None:
-            chosen = ops.lm_head_argmax(hidden, lm_head, softcap=softcap, stepwise=network.stepwise)
-        else:
-            chosen = ops.lm_head_sample(
-                hidden,
-                lm_head,
-                self._steps + self._streams,
-                seed=params.seed or 0,
-                temperature=params.temperature if params.draws else 0.0,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                min_p=params.min_p,
-                seen=None if self._seen is None else self._seen.to(self._device),
-                repetition_penalty=params.repetition_penalty,
-                softcap=softcap,
-                stepwise=network.stepwise,
-            )
+        if self.greedy:
+            return network.most_probable(hidden)
+        chosen = ops.lm_head_sample(
+            hidden,
+            network.weights.lm_head,
+            self._steps + self._streams,
+            seed=params.seed or 0,
+            temperature=params.temperature if params.draws else 0.0,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seen=self._seen,
+            repetition_penalty=params.repetition_penalty,
+            softcap=network.config.final_logit_softcapping,
+            stepwise=network.stepwise,
+        )
         self._steps += 1
-        tokens: list[int] = chosen.tolist()
         if self._seen is not None:
-            for row, token in enumerate(tokens):
-                self._mark_seen(row, token)
-        return tokens
-
-    def _mark_seen(self, row: int, token: int) -> None:
-        assert self._seen is not None
-        bit = token % 32
-        # The 32nd bit is the sign of an int32.
-        self._seen[row, token // 32] |= 1 << bit if bit < 31 else -(2**31)
+            words = (chosen // 32)[:, None]
+            marked = self._seen.gather(1, words) | self._bits[chosen % 32][:, None]
+            self._seen.scatter_(1, words, marked)
+        return chosen

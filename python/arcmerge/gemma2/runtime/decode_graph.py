@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,11 +13,13 @@ from arcmerge.gemma2.runtime.network import Network
 
 
 class DecodeGraph:
-    """Runs one more token of each of `count` sequences through the layers, with all tensors at fixed addresses.
+    """Runs one more token of each of `count` sequences through the network, with all tensors at fixed addresses.
 
-    On a GPU it replays a CUDA graph, on the CPU a recording of native calls: 182 for a 2.6B. Between two of them Python
-    would take 100 us, as the weights evict its own data from the caches. Where neither is possible, as with stepwise
-    numerics, which call torch, it calls the layers.
+    Tokens and lengths stay on the device from step to step: no step waits for the host, nor the host for a step.
+
+    On a GPU it replays a CUDA graph of the whole step, on the CPU a recording of native calls: 182 for a 2.6B. Between
+    two of them Python would take 100 us, as the weights evict its own data from the caches. Where neither is possible,
+    as with stepwise numerics, which call torch, it calls the layers.
 
     Args:
         network: the model.
@@ -39,35 +41,62 @@ class DecodeGraph:
             lengths=torch.zeros(count, dtype=torch.int32, device=device),
             longest=1,
         )
+        self._more = torch.zeros_like(self._batch.lengths)  # what a step adds to the lengths: 1, or 0 for a skipped one
+        self._running: list[bool] = []
         self._hidden: Tensor | None = None
         self._replay: Callable[[], None] | None = None
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.inference_mode()
-    def __call__(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def start(self, lengths: Sequence[int]) -> None:
+        """Begin, with the tokens of each sequence that are in the cache."""
+        self._running = [True] * len(lengths)
+        self._more.fill_(1)
+        # From memory that is not pinned the driver takes the values before the call returns, and waits for nothing.
+        self._batch.lengths.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, running: Sequence[bool], greedy: bool = False) -> Tensor:
         """Run one step.
 
         Args:
-            tokens: [count] int64, one token per sequence.
-            lengths: [count], the tokens of each sequence including the new one; 0: the sequence is skipped.
+            tokens: [count] int64, on the device, one token per sequence; for example the result of a greedy step.
+            running: whether each sequence goes on; one that does not is skipped in this and all later steps.
+            greedy: choose the most probable next tokens within the step.
 
         Returns:
-            Hidden states [count, hidden_size], which the next step overwrites.
+            The tokens [count] int64 of a greedy step, else hidden states [count, hidden_size]; undefined for sequences
+            that are skipped. The next step overwrites both.
         """
-        self._batch.tokens.copy_(tokens)
-        self._batch.lengths.copy_(lengths)
-        torch.sub(self._batch.lengths, 1, out=self._batch.positions)
-        self._residual.copy_(self._network.embed(self._batch.tokens))
+        if tokens is not self._batch.tokens:
+            self._batch.tokens.copy_(tokens)
+        if list(running) != self._running:
+            self._running = list(running)
+            self._more.copy_(torch.tensor(running, dtype=torch.int32), non_blocking=True)
+            self._batch.lengths.mul_(self._more)
+        if self._residual.is_cuda and not self._network.stepwise:
+            return self._replayed(greedy) if greedy in self._graphs else self._captured(greedy)
+        self._advance()
         if self._hidden is None:
-            on_gpu = self._residual.is_cuda and not self._network.stepwise
-            self._hidden = self._captured() if on_gpu else self._recorded()
+            self._hidden = hidden = self._recorded()
         elif self._replay is None:
-            return self._layers()
+            hidden = self._layers()
         else:
             self._replay()
-        return self._hidden
+            hidden = self._hidden
+        return self._choose(hidden) if greedy else hidden
+
+    def _advance(self) -> None:
+        """Everything before the layers."""
+        self._batch.lengths.add_(self._more)
+        torch.sub(self._batch.lengths, 1, out=self._batch.positions)
+        self._residual.copy_(self._network.embed(self._batch.tokens))
 
     def _layers(self) -> Tensor:
         return self._network.layers(self._residual, self._batch, self._cache)
+
+    def _choose(self, hidden: Tensor) -> Tensor:
+        return self._batch.tokens.copy_(self._network.most_probable(hidden))
 
     def _recorded(self) -> Tensor:
         with recorded() as recording:
@@ -76,20 +105,32 @@ class DecodeGraph:
             self._replay = recording.replay
         return hidden
 
-    def _captured(self) -> Tensor:
+    def _replayed(self, greedy: bool) -> Tensor:
+        graph, result = self._graphs[greedy]
+        graph.replay()
+        return result
+
+    def _captured(self, greedy: bool) -> Tensor:
+        """Run a step by plain calls and capture another one, which does not run."""
+
+        def step() -> Tensor:
+            self._advance()
+            hidden = self._layers()
+            return self._choose(hidden) if greedy else hidden
+
         device = self._residual.device
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
             # By default torch captures every graph on one stream, which is on the device of the first graph.
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            # Compiles the kernels, which is not allowed in a capture. The replay writes the same values to the cache.
+            side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+            side.wait_stream(current)
+            # Compiles the kernels, which is not allowed in a capture.
             with torch.cuda.stream(side):
-                self._layers()
-            torch.cuda.current_stream(device).wait_stream(side)
+                first = step()
+            current.wait_stream(side)
+            first.record_stream(current)
             # In this mode other threads may allocate and synchronize during the capture.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                hidden = self._layers()
-            self._replay = graph.replay
-            graph.replay()
-        return hidden
+                result = step()
+        self._graphs[greedy] = graph, result
+        return first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ class Batch:
         starts: [B + 1] int32, the offsets of the sequences in these.
         lengths: [B] int32, the tokens of each sequence up to and including these; 0: the sequence is skipped.
         longest: the maximum number of tokens of a sequence in this batch.
+        spans: the positions of the tokens of each sequence, for the host, which needs not wait for the tensors.
     """
 
     tokens: Tensor
@@ -33,6 +34,12 @@ class Batch:
     starts: Tensor
     lengths: Tensor
     longest: int
+    spans: Sequence[range] = ()
+
+    @property
+    def places(self) -> Iterator[tuple[int, int]]:
+        """The sequence and the position of each token."""
+        return ((sequence, position) for sequence, span in enumerate(self.spans) for position in span)
 
     @classmethod
     def of(cls, chunks: Sequence[Sequence[int]], before: Sequence[int], device: torch.device) -> Batch:
@@ -44,12 +51,14 @@ class Batch:
         positions = torch.arange(int(starts[-1])) - starts[sequences] + past[sequences]
         tokens = torch.tensor([token for chunk in chunks for token in chunk], dtype=torch.int64)
         return cls(
-            tokens=tokens.to(device),
-            positions=positions.to(device),
-            sequences=sequences.to(device),
-            starts=starts.to(device, torch.int32),
-            lengths=(past + counts).to(device, torch.int32),
+            # Copies from memory that is not pinned wait for all earlier work, unless they are allowed not to.
+            tokens=tokens.to(device, non_blocking=True),
+            positions=positions.to(device, non_blocking=True),
+            sequences=sequences.to(device, non_blocking=True),
+            starts=starts.int().to(device, non_blocking=True),
+            lengths=(past + counts).int().to(device, non_blocking=True),
             longest=int(counts.max()),
+            spans=[range(start, start + len(chunk)) for start, chunk in zip(before, chunks, strict=True)],
         )
 
 

@@ -74,6 +74,12 @@ class Network(LockedModel):
             residual, normed = decoder_layer(layer, residual, normed, attention, next_norm, eps, stepwise)
         return normed
 
+    def most_probable(self, hidden: Tensor) -> Tensor:
+        """The most probable next token of each of the hidden states [B, hidden_size]: [B] int64."""
+        return ops.lm_head_argmax(
+            hidden, self.weights.lm_head, softcap=self.config.final_logit_softcapping, stepwise=self.stepwise
+        )
+
     def _attend(self, index: int, qkv: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """[T, num_attention_heads * head_dim]: the attention of layer `index`; qkv holds queries, keys and values."""
         config = self.config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,7 +45,6 @@ class Runner:
         self._cache = KVCache(config, count, capacity, chunk, dtype, self._device, transient)
         self._transient = transient
         self._lengths = [0] * count
-        self._step: DecodeGraph | None = None
 
     def feed(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Batch, Tensor]]:
         """Append tokens, or none, to every sequence; yields each pass and its hidden states [T, hidden_size]."""
@@ -70,21 +68,15 @@ class Runner:
         """Append prompts, none of which is empty; returns the hidden states [B, hidden_size] of their last tokens."""
         last: list[Tensor | None] = [None] * len(prompts)
         for batch, hidden in self.feed(prompts):
-            starts = batch.starts.tolist()
-            for row, (start, end) in enumerate(pairwise(starts)):
-                if end > start:
+            end = 0
+            for row, span in enumerate(batch.spans):
+                end += len(span)
+                if span:
                     last[row] = hidden[end - 1]
         return torch.stack([states for states in last if states is not None])
 
-    def step(self, tokens: Sequence[int | None]) -> Tensor:
-        """Append one token to each sequence, or None to skip it.
-
-        Returns:
-            Hidden states [B, hidden_size], undefined for skipped sequences, which the next step overwrites.
-        """
-        active = [token is not None for token in tokens]
-        self._lengths = [length + more for length, more in zip(self._lengths, active, strict=True)]
-        lengths = torch.tensor([length * more for length, more in zip(self._lengths, active, strict=True)])
-        if self._step is None:
-            self._step = DecodeGraph(self._network, self._cache, len(tokens))
-        return self._step(torch.tensor([token or 0 for token in tokens]), lengths)
+    def decoder(self) -> DecodeGraph:
+        """The steps that append one token after another to each sequence."""
+        steps = DecodeGraph(self._network, self._cache, len(self._lengths))
+        steps.start(self._lengths)
+        return steps
