@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 import arcmerge
 import host_paths
+from arcmerge.gemma2.generation import loglikelihood
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
+from arcmerge.gemma2.runtime.network import Network
 from arcmerge.merging.execution import memory
 from emulation.cuda import Runtime, cuda
 from emulation.cuda.tensor import CudaTensor
@@ -116,6 +118,23 @@ def test_a_model_from_disk(pair: Path, gpus: Runtime, monkeypatch: pytest.Monkey
     found = arcmerge.Gemma2.from_pretrained(pair / "a", device="cuda:1").score(host_paths.PAIRS)
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
     assert found == arcmerge.Gemma2.from_pretrained(pair / "a", device="cpu").score(host_paths.PAIRS)
+
+
+def test_scores_are_waited_for_after_all_passes_are_launched(
+    pair: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[int] = []
+    alone, with_a_prefix = [([2, token, 9], 1) for token in range(4)], [([2, 5, token, 9], 2) for token in range(2)]
+    monkeypatch.setattr(loglikelihood, "PASS_TOKENS", 4)
+    with cuda(order="latest") as runtime:
+        network = host_paths.model_of(pair, "cuda:0").network
+        run = Network.__call__
+        monkeypatch.setattr(Network, "__call__", lambda *args: (waits.append(runtime.counts["waits"]), run(*args))[1])
+        before = runtime.counts["waits"]
+        with torch.inference_mode():
+            loglikelihood.score_sequences(network, alone + with_a_prefix)
+        assert waits == [before] * 4
+        assert 1 <= runtime.counts["waits"] - before <= len(waits)
 
 
 def test_the_actors_of_a_sweep(pair: Path, gpus: Runtime, on_cpu: dict[str, Any]) -> None:

@@ -221,11 +221,8 @@ class Gemma2:
                 logits = ops.lm_head_logits(
                     hidden, lm_head, softcap=self.config.final_logit_softcapping, stepwise=self.network.stepwise
                 )
-                columns = [
-                    prompts.columns[row][position]
-                    for row, position in zip(batch.sequences.tolist(), batch.positions.tolist(), strict=True)
-                ]
-                out[batch.sequences, torch.tensor(columns, device=self.device)] = logits
+                columns = torch.tensor([prompts.columns[row][position] for row, position in batch.places])
+                out[batch.sequences, columns.to(self.device, non_blocking=True)] = logits
         self.network.weights.require_read()
         return out
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from arcmerge import ops
 from arcmerge.gemma2.generation.generate import check_token_ids
+from arcmerge.gemma2.runtime.arrival import Arrival
 from arcmerge.gemma2.runtime.kv_cache import Batch
 from arcmerge.gemma2.runtime.model_lock import with_lock
 from arcmerge.gemma2.runtime.network import Network
@@ -48,6 +49,10 @@ class _Segment:
         self.scored.setdefault(position, []).append((sequence, token))
 
 
+# The (sequence, token) pairs that a pass scores; their log-probabilities, and the most probable tokens.
+_Found = tuple[list[tuple[int, int]], Arrival]
+
+
 @dataclass
 class _Group:
     """Sequences with a common prefix, and the rest of each."""
@@ -79,7 +84,7 @@ def score_sequences(network: Network, sequences: Sequence[tuple[Sequence[int], i
         ArcmergeError: if a sequence is empty or has a token id that is not in the vocabulary.
     """
     check_token_ids(network, [tokens for tokens, _ in sequences], "pairs")
-    scores = [Score(0.0, True)] * len(sequences)
+    found: list[_Found] = []
     groups = _by_prefix(sequences)
     single = [group for group in groups if not group.suffixes]
     for batch in _batches(single, PASS_TOKENS):
@@ -87,9 +92,14 @@ def score_sequences(network: Network, sequences: Sequence[tuple[Sequence[int], i
         total = sum(len(segment.tokens) for segment in segments)
         # A single pass needs the cache of one layer only.
         runner = Runner(network, len(segments), max(group.length for group in batch), transient=total <= PASS_TOKENS)
-        _add_scores(scores, network, segments, runner.feed([segment.tokens for segment in segments]))
+        found += _scored(network, segments, runner.feed([segment.tokens for segment in segments]))
     for batch in _batches([group for group in groups if group.suffixes], PREFIX_SLOTS):
-        _score_with_prefixes(scores, network, batch)
+        found += _scored_with_prefixes(network, batch)
+    scores = [Score(0.0, True)] * len(sequences)
+    for scored, arrival in found:  # the first one is waited for after everything is launched
+        for (sequence, token), logprob, choice in zip(scored, *arrival.lists(), strict=True):
+            before = scores[sequence]
+            scores[sequence] = Score(before.logprob + logprob, before.is_greedy and choice == token)
     network.weights.require_read()
     return scores
 
@@ -131,7 +141,7 @@ def _batches(groups: Iterable[_Group], max_slots: int) -> list[list[_Group]]:
     return batches
 
 
-def _score_with_prefixes(scores: list[Score], network: Network, batch: Sequence[_Group]) -> None:
+def _scored_with_prefixes(network: Network, batch: Sequence[_Group]) -> Iterator[_Found]:
     suffixes = [suffix for group in batch for suffix in group.suffixes]
     prefixes: list[_Segment] = []
     sources: list[int] = []
@@ -139,31 +149,28 @@ def _score_with_prefixes(scores: list[Score], network: Network, batch: Sequence[
         sources += [len(sources)] * group.rows
         prefixes += [group.prefix, *[_Segment(())] * (group.rows - 1)]
     runner = Runner(network, len(suffixes), max(group.length for group in batch))
-    _add_scores(scores, network, prefixes, runner.feed([segment.tokens for segment in prefixes]))
+    yield from _scored(network, prefixes, runner.feed([segment.tokens for segment in prefixes]))
     runner.copy_rows(sources)
-    _add_scores(scores, network, suffixes, runner.feed([segment.tokens for segment in suffixes]))
+    yield from _scored(network, suffixes, runner.feed([segment.tokens for segment in suffixes]))
 
 
-def _add_scores(
-    scores: list[Score], network: Network, segments: Sequence[_Segment], passes: Iterator[tuple[Batch, Tensor]]
-) -> None:
-    """Add the log-probabilities that these passes of the segments give."""
+def _scored(network: Network, segments: Sequence[_Segment], passes: Iterator[tuple[Batch, Tensor]]) -> Iterator[_Found]:
+    """The log-probabilities that these passes of the segments give."""
     device = network.weights.norm.device
     for batch, hidden in passes:
         rows, scored = [], []
-        for row, (segment, position) in enumerate(zip(batch.sequences.tolist(), batch.positions.tolist(), strict=True)):
+        for row, (segment, position) in enumerate(batch.places):
             for one in segments[segment].scored.get(position, ()):
                 rows.append(row)
                 scored.append(one)
         if not rows:
             continue
+        # Copies from memory that is not pinned wait for all earlier work, unless they are allowed not to.
         logprobs, best = ops.lm_head_logprob(
-            hidden[torch.tensor(rows, device=device)],
+            hidden.index_select(0, torch.tensor(rows).to(device, non_blocking=True)),
             network.weights.lm_head,
-            torch.tensor([token for _, token in scored], device=device),
+            torch.tensor([token for _, token in scored]).to(device, non_blocking=True),
             softcap=network.config.final_logit_softcapping,
             stepwise=network.stepwise,
         )
-        for (sequence, token), logprob, choice in zip(scored, logprobs.tolist(), best.tolist(), strict=True):
-            before = scores[sequence]
-            scores[sequence] = Score(before.logprob + logprob, before.is_greedy and choice == token)
+        yield scored, Arrival(logprobs, best)
