@@ -20,6 +20,7 @@ from benchmarks._bench import provenance, spread
 from benchmarks.gpu.device import DRY, Device, Gpu
 from torch import Tensor
 
+from arcmerge import ops
 from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.generation.generate import StoppingCriteria, generate
 from arcmerge.gemma2.generation.sampler import SamplingParams
