@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from arcmerge.cuda.slerp import batches_of, target_of, traffic
 from cases.gemma import GEMMA_2, Shape
 from emulation.compilation import TARGETS
 from emulation.published import PUBLISHED
-from emulation.resources import LIMITS, MACHINES
-from emulation.roofline import LATENCY, NODE, SAMPLES, SHORT
+from emulation.resources import LIMITS, MACHINES, Machine
+from emulation.roofline import LATENCY, NODE, SAMPLES, SHORT, Code, Work, predict, resident_blocks
 
 Record = Mapping[str, Any]
 NAMES = [machine.name for machine in MACHINES]
@@ -111,6 +113,7 @@ def page(proof: Record) -> str:
     for title, lines in (
         ("Predicted times at the sizes of Gemma-2", _times_table(proof)),
         ("A decoded token, predicted", _steps_table(proof)),
+        ("Spherical interpolation in one launch, predicted", _slerp_table(proof)),
         ("Kernels that others have measured, and the model", _published_table()),
     ):
         parts.append("\n".join([f"## {title}", "", *lines]) + "\n")
@@ -278,6 +281,41 @@ def _step(shape: Shape) -> dict[tuple[str, str], int]:
         ("rmsnorm_add_rmsnorm", f"{shape.name} 1 rows on float32"): 2 * shape.layers,
         ("lm_head_argmax", shape.name): 1,
     }
+
+
+def _slerp_table(proof: Record) -> list[str]:
+    rows = []
+    for shape in GEMMA_2:
+        elements = shape.elements()
+        cells = [
+            _slerp(proof["slerp"], machine, elements) if 6 * sum(elements) < machine.memory else "does not fit"
+            for machine in MACHINES
+        ]
+        rows.append([shape.name, f"{sum(elements) / 1e9:.2f}", *cells])
+    intro = (
+        "`csrc/cuda/slerp.cu` on two parents in the memory of the GPU: bytes of DRAM for each element, the time, and "
+        "what takes the longest. Not measured. The kernel reads the segments of a batch in reverse order for the "
+        "output, and half of L2 is taken to hold what was read last; else it would move 10 bytes. The instructions are "
+        "those of a pair of four segments, which was emulated. A batch has a barrier: the accesses that wait for one "
+        "another are counted for each."
+    )
+    return [intro, "", *_table(("model", "billion elements", *NAMES), rows)]
+
+
+def _slerp(found: Record, machine: Machine, elements: Sequence[int]) -> str:
+    number = machine.target.removeprefix("sm_")
+    record = found.get(target_of((int(number[:-1]), int(number[-1]))))
+    if record is None:
+        return "not compiled"
+    cache, share = int(machine.cache), sum(elements) / record["elements"]
+    code = Code(**record["code"])
+    code = replace(code, dependent_loads=code.dependent_loads * (len(batches_of(elements, cache)) - 1))
+    resident = resident_blocks(machine.limits, code.registers, code.shared, code.warps)
+    work = {name: amount * share for name, amount in record["work"].items()}
+    moved = traffic(elements, cache)
+    whole = Work(**{**work, "blocks": resident * machine.multiprocessors})
+    prediction = predict(machine, code, whole, moved * sum(elements))
+    return f"{moved:.2f} bytes, {prediction.seconds * 1e3:.1f} ms, {prediction.bound}"
 
 
 def _published_table() -> list[str]:

@@ -31,6 +31,7 @@ from cases import SMALL, Case
 from emulation import interpreter, prover
 from emulation.compilation import TARGETS
 from emulation.evidence import Evidence, interpreted, same_values, targets_of
+from emulation.nvcc import slerp_work
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "proof.md"
 Record = dict[str, Any]
@@ -101,7 +102,8 @@ def everything() -> dict[str, Any]:
         process = prover.start("full", folder)
         try:
             results = {(case.op, case.name): (case, *interpret(case)) for case in SMALL}
-            proof: dict[str, Any] = {**prover.finished(process, folder)}
+            slerp = slerp_work(folder)
+            proof: dict[str, Any] = {**prover.finished(process, folder), "slerp": slerp}
         finally:
             prover.stop(process)
         proof["interpreted"] = [record for _, record, _ in results.values()]
@@ -113,12 +115,13 @@ def everything() -> dict[str, Any]:
     return proof
 
 
-def predictions() -> list[Record]:
+def predictions() -> dict[str, Any]:
     """The records of predicted times."""
     with tempfile.TemporaryDirectory() as name:
         process = prover.start("predictions", Path(name))
         try:
-            return prover.finished(process, Path(name))["predicted"]
+            slerp = slerp_work(Path(name))
+            return {"predicted": prover.finished(process, Path(name))["predicted"], "slerp": slerp}
         finally:
             prover.stop(process)
 
@@ -131,7 +134,7 @@ def main(part: str = "all") -> int:
     else:
         proof = json.loads((RESULTS / "proof.json").read_text())
         if part == "predictions":
-            proof |= {"predictions_from": source, "predicted": predictions()}
+            proof |= {"predictions_from": source, **predictions()}
         for record in proof["predicted"]:
             if "failed" not in record:
                 record["machines"] = prover.predicted_times(record)

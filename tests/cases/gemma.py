@@ -24,6 +24,13 @@ class Shape:
     epsilon: float = 1e-6
     theta: float = 10000.0
 
+    def elements(self) -> list[int]:
+        """The elements of every tensor of a checkpoint."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.heads * self.head_dim, self.key_value_heads * self.head_dim
+        attention = [queries * hidden, keys * hidden, keys * hidden, queries * hidden]
+        return [self.vocabulary * hidden, *(attention + [inner * hidden] * 3 + [hidden] * 4) * self.layers, hidden]
+
 
 GEMMA_2 = (
     Shape("2.6B", 2304, 26, 8, 4, 256, 9216, 256),

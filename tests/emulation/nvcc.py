@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from arcmerge.cuda.driver import Kernel
+from arcmerge.cuda.slerp import SHARED, TARGETS, THREADS, launch, prepared
+from arcmerge.kernels.segments import SEGMENT
 from paths import ROOT
 
+from .dependence import dependent_loads
 from .ptx.counts import Counts
 from .ptx.machine import Machine
 from .ptx.memory import GlobalMemory
 from .ptx.program import parse
+from .roofline import Code, work
 
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-ptx")
 
 
 def compiler() -> str | None:
-    """The path of nvcc, if it is installed."""
-    return os.environ.get("NVCC") or shutil.which("nvcc")
+    """The path of nvcc, if it is installed: named by NVCC, by PATH, or by the extra `nvcc` of this project."""
+    packaged = (Path(folder, "nvidia", "cu13", "bin", "nvcc") for folder in sys.path)
+    return os.environ.get("NVCC") or shutil.which("nvcc") or next((str(p) for p in packaged if p.exists()), None)
 
 
 @cache
@@ -55,6 +63,34 @@ def usage(code: str, target: str, folder: Path) -> dict[str, int]:
         "spills": r"(\d+) bytes spill stores",
     }
     return {name: int(found[1]) for name, pattern in patterns.items() if (found := re.search(pattern, report))}
+
+
+def slerp_work(folder: Path) -> dict[str, dict[str, Any]]:
+    """The code of csrc/cuda/slerp.cu and its work for a pair of four segments, by target. Nothing without nvcc.
+
+    Code counts the accesses to memory that wait for one another in one batch. One block does the work, because the
+    polls of several at a barrier depend on their order.
+    """
+    if compiler() is None:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(4 * SEGMENT, generator=generator).to(torch.bfloat16) for _ in range(2))
+    found = {}
+    for target in TARGETS:
+        text, out = ptx("slerp.cu", target), torch.empty_like(a)
+        arguments = prepared([out], [a], [b], torch.tensor([0.3], dtype=torch.float64), False, cache_bytes=1)
+        driver = FakeDriver([a, b, out, *(value for value in arguments if isinstance(value, torch.Tensor))])
+        launch(Kernel(driver, text.encode(), "slerp"), arguments, resident=1, stream=0)
+        code = Code(
+            warps=THREADS // 32,
+            registers=usage(text, target, folder)["registers"],
+            shared=SHARED,
+            in_flight=SHARED * 3 // 4,  # all but the stage in use
+            dependent_loads=dependent_loads(text),
+            parts=THREADS / 128,
+        )
+        found[target] = {"elements": len(a), "code": asdict(code), "work": asdict(work(driver.counts, 1, 1))}
+    return found
 
 
 class FakeDriver:

@@ -49,7 +49,7 @@ class Machine:
     """A GPU.
 
     Attributes:
-        bandwidth: of DRAM, bytes a second. memory: its bytes.
+        bandwidth: of DRAM, bytes a second. memory: its bytes; cache: those of L2.
         tensor: operations a second on matrices of bfloat16.
         fp32: operations a second, two for a multiply-add.
         *_lanes: results a clock cycle of a multiprocessor.
@@ -66,6 +66,7 @@ class Machine:
     fp32_lanes: int
     fp64_lanes: int
     memory: float
+    cache: float
     attained_bandwidth: float
     attained_tensor: float
     by_warps: float = 1.0
@@ -85,9 +86,9 @@ _A100, _H100, _B200 = 271.2 / 312, 794.5 / 989.4, 1745 / 2250
 _DRAM = 3.0 / 3.35
 
 MACHINES = (
-    Machine("A100", "sm_80", 108, 2.039e12, 312e12, 19.5e12, 64, 32, 80e9, _DRAM, _A100),
-    Machine("H100", "sm_90", 132, 3.35e12, 989.4e12, 66.9e12, 128, 64, 80e9, _DRAM, _H100, 0.629),
-    Machine("H200", "sm_90", 132, 4.8e12, 989.4e12, 66.9e12, 128, 64, 141e9, _DRAM, _H100, 0.629),
-    Machine("RTX 4090", "sm_89", 128, 1.008e12, 165.2e12, 82.6e12, 128, 2, 24e9, 921 / 1008, _B200),
-    Machine("B200", "sm_100", 148, 7.7e12, 2250e12, 75e12, 128, 64, 180e9, _DRAM, _B200, 0.629 / 2),
+    Machine("A100", "sm_80", 108, 2.039e12, 312e12, 19.5e12, 64, 32, 80e9, 40e6, _DRAM, _A100),
+    Machine("H100", "sm_90", 132, 3.35e12, 989.4e12, 66.9e12, 128, 64, 80e9, 50e6, _DRAM, _H100, 0.629),
+    Machine("H200", "sm_90", 132, 4.8e12, 989.4e12, 66.9e12, 128, 64, 141e9, 50e6, _DRAM, _H100, 0.629),
+    Machine("RTX 4090", "sm_89", 128, 1.008e12, 165.2e12, 82.6e12, 128, 2, 24e9, 72e6, 921 / 1008, _B200),
+    Machine("B200", "sm_100", 148, 7.7e12, 2250e12, 75e12, 128, 64, 180e9, 126e6, _DRAM, _B200, 0.629 / 2),
 )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import json
 import math
 import re
 import shutil
+import subprocess
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import torch
 from arcmerge import ops
 from arcmerge.cuda.driver import Kernel
 from arcmerge.cuda.slerp import (
+    L2_SHARE,
     SHARED,
     TARGETS,
     THREADS,
@@ -132,6 +137,16 @@ def test_sizes_in_python_are_those_of_the_kernel() -> None:
     setup = (ROOT / "setup.py").read_text()
     assert f"TARGETS = {TARGETS}".replace("'", '"') in setup
     assert all(f'"{flag}"' in setup for flag in nvcc.FLAGS)
+
+
+@needs_nvcc
+def test_the_proof_has_the_work_of_every_target(tmp_path: Path) -> None:
+    """The kernel has changed? `python benchmarks/proof/prove.py predictions` counts its work again."""
+    version = subprocess.run([str(nvcc.compiler()), "--version"], check=True, capture_output=True, text=True).stdout
+    if "release 13.0" not in version:
+        pytest.skip("another nvcc makes other code")
+    stored = json.loads((ROOT / "benchmarks" / "results" / "proof.json").read_text())["slerp"]
+    assert stored == nvcc.slerp_work(tmp_path)
 
 
 # ---- execution
@@ -265,16 +280,29 @@ def test_a_batch_holds_whole_tensors_and_half_of_the_cache() -> None:
 
 
 def test_traffic_falls_where_inputs_stay_in_the_cache() -> None:
-    shape = GEMMA_2[0]
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    heads, keys = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
-    layer = [heads * hidden, keys * hidden, keys * hidden, heads * hidden, *[inner * hidden] * 3, *[hidden] * 4]
-    elements = [shape.vocabulary * hidden, *layer * shape.layers, hidden]
+    elements = GEMMA_2[0].elements()
+    assert (len(elements), sum(elements)) == (288, 2_614_341_888)
     assert traffic(elements, 0) == pytest.approx(10.0)
     assert traffic([1000], 1 << 20) == pytest.approx(6.0)
     # Predicted for a model of 2.6B, with L2 caches of 50 and 126 MB.
     assert traffic(elements, 50_000_000) == pytest.approx(8.7, abs=0.05)
     assert traffic(elements, 126_000_000) == pytest.approx(7.5, abs=0.05)
+
+
+def test_traffic_is_that_of_a_cache_that_keeps_what_was_used_last() -> None:
+    elements = [SEGMENT * count for count in (3, 1, 40, 2, 2, 25, 7)]
+    for cache_bytes in (1, 10 * 4 * SEGMENT, 60 * 4 * SEGMENT, 1000 * 4 * SEGMENT):
+        kept: OrderedDict[int, None] = OrderedDict()
+        moved, room = 0, L2_SHARE * cache_bytes // (4 * SEGMENT)
+        starts = batches_of(elements, cache_bytes)
+        for start, end in itertools.pairwise(starts):
+            for segment in [*range(start, end), *reversed(range(start, end))]:
+                moved += 4 if segment not in kept else 0
+                kept[segment] = None
+                kept.move_to_end(segment)
+                while len(kept) > room:
+                    kept.popitem(last=False)
+        assert traffic(elements, cache_bytes) == pytest.approx(2 + moved * SEGMENT / sum(elements)), cache_bytes
 
 
 @pytest.mark.parametrize(

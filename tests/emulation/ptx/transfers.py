@@ -43,8 +43,12 @@ Owned = Callable[[Array, Array, int], None]
 
 
 def is_strong(parts: tuple[str, ...]) -> bool:
-    """Whether blocks may wait for what an access does."""
-    return parts[0] == "atom" or any(order in parts for order in _ORDERS)
+    """Whether a block may learn by an access, or by its order, what other blocks have done, or let them learn by it.
+
+    red returns nothing, but one with a release may be what others wait for: a block may come late with it.
+    """
+    ordered = ("release", "acq_rel") if parts[0] == "red" else _ORDERS
+    return parts[0] == "atom" or any(order in parts for order in ordered)
 
 
 def _owned(machine: Machine, parts: tuple[str, ...], weak: Owned) -> Owned:
