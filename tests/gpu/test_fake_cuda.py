@@ -187,6 +187,50 @@ def test_a_capture_records_and_a_replay_computes(gpus: Runtime) -> None:
         assert y.tolist() == [2 * (each + start) + 1 for each in range(8)]
 
 
+def forked(x: torch.Tensor, *, joined: bool = True, ordered: bool = True) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A graph of two streams, of which the second one adds to what the first one has computed."""
+    graph, first, second = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.Stream()
+    first.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.graph(graph, stream=first, capture_error_mode="thread_local"):
+        if not ordered:
+            second.wait_stream(first)
+        y = x * 2
+        if ordered:
+            second.wait_stream(first)
+        with torch.cuda.stream(second):
+            y += 1
+        if joined:
+            first.wait_stream(second)
+        y *= 3 if joined else 1
+    return graph, y
+
+
+def test_streams_take_part_in_a_capture(gpus: Runtime) -> None:
+    x = range_on("cuda")
+    graph, y = forked(x)
+    for start in (0, 5):
+        x.copy_(range_on("cuda") + start)
+        graph.replay()
+        assert y.tolist() == [3 * (2 * (each + start) + 1) for each in range(8)]
+
+
+def test_streams_return_to_a_capture_and_are_ordered_in_it(order: str) -> None:
+    refused("does not wait for it", order, lambda: forked(range_on("cuda"), joined=False))
+
+    def program() -> None:
+        x = range_on("cuda")
+        graph, _ = forked(x, ordered=False)
+        graph.replay()
+        torch.cuda.synchronize()
+        del x
+
+    refused("no event", order, program)
+
+
+def test_what_a_graph_reads_is_kept(order: str) -> None:
+    refused("the memory was freed before", order, lambda: captured(range_on("cuda"))[0].replay())
+
+
 def test_memory_of_a_graph_stays_its_own(gpus: Runtime) -> None:
     x = range_on("cuda")
     graph, y = captured(x)

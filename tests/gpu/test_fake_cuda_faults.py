@@ -137,10 +137,18 @@ def free_the_source() -> None:
     torch.empty(8, device="cuda").copy_(memory, non_blocking=True)
 
 
+def free_registered_memory() -> None:
+    memory = torch.arange(8.0)
+    torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), 32, 0)
+    torch.empty(8, device="cuda").copy_(memory, non_blocking=True)
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize(
     ("match", "program"),
     [
         ("memory of the host was freed while a copy", free_the_source),
+        ("memory of the host was freed while it was registered", free_registered_memory),
         ("the host wrote memory while a copy from it was pending", write_the_source),
         ("host memory is written while a copy", move_over_the_source),
         ("host memory is read while a copy", read_the_target),

@@ -184,6 +184,12 @@ FAULTS = {
     "a model is merged again while it runs": Planted(
         InMemoryMerge, "_fill", "self._memory.wait()", "pass", "in use", "no event"
     ),
+    "the current device is waited for": Planted(
+        GpuMemory, "wait", "synchronize(self._device)", "synchronize()", "in use", "no event"
+    ),
+    "work of a slot is enqueued on the stream of the caller": Planted(
+        SlotPool, "take", "with slot.stream():\n            yield slot", "yield slot", "to disk", "on cuda:0"
+    ),
     "a device has no index": Planted(
         Options,
         "resolved_device",

@@ -1,25 +1,68 @@
-"""CUDA graphs: a capture records operations and executes none; a replay is one operation of a stream."""
+"""CUDA graphs: a capture records operations and executes none; a replay enqueues what was recorded.
+
+A stream joins a capture by waiting for an event of it, and must return by an event that the first stream waits for. In
+a replay, what the first stream has recorded is enqueued on the current stream, and the rest on hidden ones.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .block import Access
+from .clock import Clock
 from .runtime import active
-from .stream import Run, Stream
+from .stream import Event, Run, Stream
+
+# Enqueues a recorded step, given the stream of the replay for each stream of the capture.
+Step = Callable[[Mapping[Stream, Stream]], None]
 
 
 @dataclass(eq=False)
 class Capture:
-    """A capture under way."""
+    """A capture under way.
+
+    Attributes:
+        stream: the stream that it began on.
+        clocks: what has happened before on each stream that takes part, counted from the beginning.
+    """
 
     graph: CUDAGraph
     stream: Stream
     mode: str
     thread: int = field(default_factory=threading.get_ident)
+
+    def __post_init__(self) -> None:
+        self.clocks: dict[Stream, Clock] = {self.stream: Clock()}
+        self._events: dict[int, Clock] = {}
+
+    def append(self, stream: Stream, label: str, run: Run, accesses: Sequence[Access]) -> None:
+        """Record an operation."""
+        clock = self.clocks[stream]
+        clock[stream.id] = clock.get(stream.id, 0) + 1
+        enqueue = self.graph.runtime.enqueue
+        self.graph.add(label, lambda streams: enqueue(streams[stream], label, run, accesses))
+
+    def record(self, stream: Stream) -> Event:
+        """Record an event; returns the one of the replays."""
+        event = Event()
+        self._events[id(event)] = Clock(self.clocks[stream])
+        self.graph.add("an event", lambda streams: event.record(streams[stream]))
+        return event
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        """Record that a stream, which takes part from now on, waits for an event."""
+        self.clocks.setdefault(stream, Clock()).join(self._events[id(event)])
+        self.graph.add("a wait", lambda streams: event.wait(streams[stream]))
+
+    def end(self) -> None:
+        """Raise a fault if a stream has not returned."""
+        known = self.clocks[self.stream]
+        for stream, clock in self.clocks.items():
+            if clock.get(stream.id, 0) > known.get(stream.id, 0):
+                self.graph.runtime.refuse(f"{stream} takes part in a capture, and {self.stream} does not wait for it")
 
 
 class CUDAGraph:
@@ -28,9 +71,9 @@ class CUDAGraph:
     def __init__(self, *_: Any, **__: Any) -> None:
         self.runtime = active()
         self.pool_handle: object = object()
-        self._operations: list[tuple[str, Run, Sequence[Access]]] = []
+        self._steps: list[tuple[str, Step]] = []
         self._capture: Capture | None = None
-        self._ready = False
+        self._hidden: dict[Stream, Stream] | None = None
 
     def capture_begin(self, pool: object = None, capture_error_mode: str = "global", **_: Any) -> None:
         stream = self.runtime.current_stream()
@@ -43,37 +86,34 @@ class CUDAGraph:
     def capture_end(self) -> None:
         assert self._capture is not None
         self.runtime.captures.remove(self._capture)
-        self._ready = True
+        self._capture.end()
+        others = [stream for stream in self._capture.clocks if stream is not self._capture.stream]
+        self._hidden = {stream: Stream(stream.device) for stream in others}
 
-    def append(self, label: str, run: Run, accesses: Sequence[Access]) -> None:
-        """Record an operation."""
-        self._operations.append((label, run, accesses))
+    def add(self, label: str, step: Step) -> None:
+        self._steps.append((label, step))
 
     @property
     def operations(self) -> list[str]:
-        """The names of the recorded operations."""
-        return [label for label, *_ in self._operations]
+        """The names of the recorded steps."""
+        return [label for label, _ in self._steps]
 
     def replay(self) -> None:
         """Enqueue the recorded operations on the current stream of the device of the capture."""
-        if not self._ready:
+        if self._capture is None or self._hidden is None:
             raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
-        assert self._capture is not None
         stream = self.runtime.current_stream(self._capture.stream.device)
         self.runtime.counts["launches"] += 1
-
-        def run() -> list[Access]:
-            found = []
-            for _, operation, accesses in self._operations:
-                shown = operation()
-                found += [*accesses, *(shown if isinstance(shown, list) else ())]
-            return found
-
-        self.runtime.enqueue(stream, f"a graph of {len(self._operations)} operations", run)
+        for hidden in self._hidden.values():
+            hidden.wait_stream(stream)
+        for _, step in self._steps:
+            step({self._capture.stream: stream, **self._hidden})
+        for hidden in self._hidden.values():
+            stream.wait_stream(hidden)
 
     def pool(self) -> object:
         return self.pool_handle
 
     def reset(self) -> None:
-        self._operations.clear()
-        self._ready = False
+        self._steps.clear()
+        self._hidden = None

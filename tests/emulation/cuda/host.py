@@ -43,6 +43,7 @@ class HostMemory:
         self._pinned: dict[int, int] = {}
         self._of_torch: set[int] = set()
         self._pending: dict[int, _Pending] = {}
+        self._storages: dict[int, StorageWeakRef] = {}
 
     def empty(self, nbytes: int) -> Tensor:
         """Pinned bytes. As torch's allocator does, a pending copy keeps them."""
@@ -69,8 +70,14 @@ class HostMemory:
     def unregister(self, address: int) -> None:
         with self._runtime.lock:
             nbytes = self._pinned.pop(address)
+            self._storages.pop(address, None)
             if any(each.start < address + nbytes and address < each.end for each in self._pending.values()):
                 self._runtime.refuse("pinned memory is unregistered while a copy from or to it is pending")
+
+    def finish(self) -> None:
+        """Raise a fault if registered memory was freed."""
+        if any(storage.expired() for storage in self._storages.values()):
+            self._runtime.refuse("memory of the host was freed while it was registered")
 
     def is_pinned(self, tensor: Tensor) -> bool:
         return self._range_of(tensor) is not None
@@ -95,9 +102,11 @@ class HostMemory:
 
     def _held(self, tensor: Tensor) -> Callable[[], Tensor]:
         """The tensor: kept, if torch has pinned its memory; else a fault, if nothing else has kept it."""
-        if self._range_of(tensor) in self._of_torch:
+        start = self._range_of(tensor)
+        assert start is not None
+        if start in self._of_torch:
             return lambda: tensor
-        storage = StorageWeakRef(tensor.untyped_storage())
+        self._storages[start] = storage = StorageWeakRef(tensor.untyped_storage())
         layout = tensor.storage_offset(), tensor.shape, tensor.stride()
         dtype = tensor.dtype
 

@@ -134,13 +134,13 @@ class Runtime:
     # ---- captures
 
     def capture_of(self, stream: Stream) -> Capture | None:
-        return next((capture for capture in self.captures if capture.stream is stream), None)
+        return next((capture for capture in self.captures if stream in capture.clocks), None)
 
     def refuse_in_capture(self, action: str, stream: Stream | None = None) -> None:
         """Raise a fault if a capture forbids an action: one of its own thread, or of any if its mode is "global"."""
         for capture in self.captures:
             own = capture.thread == threading.get_ident() and capture.mode != "relaxed"
-            if own or capture.mode == "global" or capture.stream is stream:
+            if own or capture.mode == "global" or stream in capture.clocks:
                 self.refuse(f"{action} in the capture of a graph on {capture.stream}, mode {capture.mode}")
 
     # ---- operations
@@ -159,7 +159,7 @@ class Runtime:
 
         with self.lock:
             if capture := self.capture_of(stream):
-                capture.graph.append(label, run, accesses)
+                capture.append(stream, label, run, accesses)
                 return
             stream.clock.join(self.host)
             stream.clock.join(clock or {})
@@ -208,6 +208,7 @@ class Runtime:
         with self.lock:
             for stream in self.streams:
                 self._run_until(stream, stream.ticks)
+            self.host_memory.finish()
 
     def _run_one(self) -> None:
         """Execute the first operation of a random stream, and what it waits for."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .block import Access
 from .clock import Clock
-from .fault import Fault
 from .runtime import active
+
+if TYPE_CHECKING:
+    from .graph import Capture
 
 # A list of accesses that only the execution shows, or any other value.
 Run = Callable[[], object]
@@ -98,21 +100,27 @@ class Event:
         self._stream: Stream | None = None
         self._tick = 0
         self._clock = Clock()
+        self._capture: Capture | None = None
+        self._replayed: Event | None = None
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or self.runtime.current_stream()
         with self.runtime.lock:
             self._stream, self._tick = stream, stream.ticks
             self._clock = Clock(stream.clock)
-            self._captured = self.runtime.capture_of(stream)
+            self._capture = self.runtime.capture_of(stream)
+            self._replayed = self._capture.record(stream) if self._capture else None
 
     def wait(self, stream: Stream | None = None) -> None:
         stream = stream or self.runtime.current_stream()
         if self._stream is None:
             return
-        if self.runtime.capture_of(stream) is not self._captured:
-            raise Fault(f"{stream} waits for an event from the other side of a capture")
-        if self._captured is None and self._stream is not stream:
+        capture = self.runtime.capture_of(stream)
+        if self._replayed is not None and self._capture in self.runtime.captures and capture in (None, self._capture):
+            self._capture.wait(stream, self._replayed)
+        elif capture is not None or self._capture is not None:
+            self.runtime.refuse(f"{stream} waits for an event from the other side of a capture")
+        elif self._stream is not stream:
             self.runtime.enqueue(stream, "a wait", lambda: None, after=[(self._stream, self._tick)], clock=self._clock)
 
     def synchronize(self) -> None:
