@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import dependent_launch
 from .attention import NEVER, exponents, logarithms
 from .rope_cache import rotated
 from .target import configuration
@@ -122,6 +123,7 @@ def _attention_decode_kernel(
     CHUNK: tl.constexpr,
     WAITS_FOR_STORES: tl.constexpr,
 ):
+    dependent_launch.wait()
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     key_value_head = tl.program_id(1)
@@ -346,4 +348,5 @@ def attention_decode(
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=False,
+        **dependent_launch.options(qkv.device),
     )

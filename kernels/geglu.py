@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import dependent_launch
 from .target import configuration
 
 # -2 log2(e) sqrt(2/pi); the same times 0.044715.
@@ -43,6 +44,7 @@ def _geglu_kernel(
     STEPWISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    dependent_launch.wait()
     row = (tl.program_id(0) // blocks).to(tl.int64)
     offsets = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     within = offsets < columns
@@ -70,4 +72,5 @@ def geglu(out: Tensor, gate: Tensor, up: Tensor, stepwise: bool) -> None:
         BLOCK=BLOCK,
         num_warps=configuration(WARPS, out.device),
         enable_fp_fusion=False,
+        **dependent_launch.options(out.device),
     )

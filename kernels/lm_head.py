@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import dependent_launch
 from .gumbel import gumbel
 from .target import configuration
 
@@ -114,6 +115,7 @@ def _tiles_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    dependent_launch.wait()
     tile = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     exists = row < T
@@ -146,6 +148,7 @@ def _tiles_kernel(
 def _rows_kernel(
     maxima_ptr, best_ptr, sums_ptr, wanted_scores_ptr, logprob_ptr, best_out_ptr, tiles, BLOCK: tl.constexpr
 ):
+    dependent_launch.wait()
     row = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < tiles
@@ -178,6 +181,7 @@ def _candidates_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    dependent_launch.wait()
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     lanes = tl.arange(0, BLOCK_V)
     scores = _scores(
@@ -269,7 +273,8 @@ class Scores(NamedTuple):
         rows, ids, inner, warps, stages = self.tile
         sizes = {"BLOCK_T": rows, "BLOCK_V": ids, "BLOCK_K": inner}
         stages_here = configuration(stages, self.x.device)
-        return {**sizes, "num_warps": warps, "num_stages": stages_here, "enable_fp_fusion": False}
+        options = {"num_warps": warps, "num_stages": stages_here, "enable_fp_fusion": False}
+        return {**sizes, **options, **dependent_launch.options(self.x.device)}
 
 
 def argmax(out: Tensor, scores: Scores, *, seed: int = 0, steps: Tensor | None = None) -> None:
@@ -363,4 +368,5 @@ def _launch_rows(
         BLOCK=triton.next_power_of_2(scores.tiles),
         num_warps=4,
         enable_fp_fusion=False,
+        **dependent_launch.options(best_out.device),
     )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import dependent_launch
 from .target import configuration
 
 # Columns of a row for one warp: 16 a thread, two 16-byte accesses of bf16. A row of 2304 then has 8 warps on NVIDIA's
@@ -19,10 +20,11 @@ from .target import configuration
 LANES_OF_A_WARP = {"sm_80": 16 * 32, "gfx942": 16 * 64}
 
 
-def row_launch(x: Tensor) -> dict[str, int]:
-    """BLOCK and num_warps of a program that holds a row of x [T, D]."""
+def row_launch(x: Tensor) -> dict[str, int | bool]:
+    """BLOCK and the options of the launch of a kernel, a program of which holds a row of x [T, D]."""
     block = triton.next_power_of_2(x.shape[1])
-    return {"BLOCK": block, "num_warps": min(max(block // configuration(LANES_OF_A_WARP, x.device), 1), 16)}
+    warps = min(max(block // configuration(LANES_OF_A_WARP, x.device), 1), 16)
+    return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": False, **dependent_launch.options(x.device)}
 
 
 @triton.jit
@@ -34,6 +36,7 @@ def normalize(values, weight, eps, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _rmsnorm_kernel(out_ptr, x_ptr, weight_ptr, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    dependent_launch.wait()
     columns = tl.arange(0, BLOCK)
     offsets = tl.program_id(0).to(tl.int64) * COLUMNS + columns
     within = columns < COLUMNS
@@ -45,4 +48,4 @@ def _rmsnorm_kernel(out_ptr, x_ptr, weight_ptr, eps, COLUMNS: tl.constexpr, BLOC
 def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     """Fill out [T, D] from x [T, D] and weight [D]; all contiguous, each bf16 or f32."""
     rows, columns = x.shape
-    _rmsnorm_kernel[(rows,)](out, x, weight, eps, COLUMNS=columns, enable_fp_fusion=False, **row_launch(x))
+    _rmsnorm_kernel[(rows,)](out, x, weight, eps, COLUMNS=columns, **row_launch(x))

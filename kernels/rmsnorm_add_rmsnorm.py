@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import dependent_launch
 from .rmsnorm import normalize, row_launch
 
 
@@ -28,6 +29,7 @@ def _rmsnorm_add_rmsnorm_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    dependent_launch.wait()
     columns = tl.arange(0, BLOCK)
     offsets = tl.program_id(0).to(tl.int64) * COLUMNS + columns
     within = columns < COLUMNS
@@ -65,6 +67,5 @@ def rmsnorm_add_rmsnorm(
         pre_weight,
         eps,
         COLUMNS=columns,
-        enable_fp_fusion=False,
         **row_launch(branch),
     )

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import dependent_launch
 from .target import configuration
 
 # Elements of the first halves of keys that a warp loads at a time: 8 a thread, 16 bytes of bf16. More warps would have
@@ -75,6 +76,7 @@ def _rope_cache_kernel(
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
     ROUNDED: tl.constexpr = cos_sin_ptr.dtype.element_ty
+    dependent_launch.wait()
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token)
     sequence = tl.load(sequences_ptr + token)
@@ -150,4 +152,5 @@ def rope_cache(
         BLOCK_KEY_VALUE_HEADS=block_key_value_heads,
         num_warps=min(max(warps, 1), 4),
         enable_fp_fusion=False,
+        **dependent_launch.options(out.device),
     )

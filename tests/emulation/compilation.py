@@ -23,6 +23,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from .dependence import dependent_loads, operand_stretch
+from .early_accesses import early_accesses
 from .resources import LIMITS
 
 TARGETS = {
@@ -81,6 +82,8 @@ class Facts:
         fused: float32 multiply-adds that round once.
         float_atomics: atomic operations on floating point.
         early_releases: atomic operations that release stores of the whole block, but wait for those of one wave (AMD).
+        dependent: whether the launch may start before earlier kernels have ended (NVIDIA).
+        early: what such a kernel does before it waits for them, see early_accesses.py.
     """
 
     kernel: str
@@ -105,6 +108,8 @@ class Facts:
     fused: int
     float_atomics: int
     early_releases: int
+    dependent: bool = False
+    early: int = 0
 
     def faults(self) -> list[str]:
         """The reasons why a launcher must not choose this configuration."""
@@ -115,6 +120,7 @@ class Facts:
             "matrices are multiplied without matrix instructions": self.matrix_due and self.matrix == 0,
             f"{self.float_atomics} atomic operations on floating point": self.float_atomics > 0,
             f"{self.early_releases} releases of stores that other waves have not finished": self.early_releases > 0,
+            f"{self.early} accesses or ends before the wait for earlier kernels": self.early > 0,
         }
         return [fault for fault, found in verdicts.items() if found]
 
@@ -190,6 +196,8 @@ def _nvidia(kernel: CompiledKernel, target: str) -> dict[str, Any]:
         "fused": _count(ptx, r"\bfma\.rn\S*\.f32"),
         "float_atomics": _count(ptx, r"\b(?:atom|red)\.\S*\.b?f(?:16|32|64)"),
         "early_releases": 0,  # a release after a barrier is one for the block
+        "dependent": kernel.metadata.launch_pdl,
+        "early": len(early_accesses(ptx)) if kernel.metadata.launch_pdl else 0,
     }
 
 

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from arcmerge.kernels import dependent_launch
 from emulation.compilation import TARGETS, Facts, as_json, compiling_for, describe, disassembly, narrowed
 from paths import PYTHONPATH
 
@@ -54,6 +55,21 @@ def _publish(x_ptr, out_ptr, count_ptr, BLOCK: tl.constexpr):
     tl.atomic_add(count_ptr, 1, sem="acq_rel")
 
 
+@triton.jit
+def _add_dependently(x_ptr, y_ptr, n, END: tl.constexpr, EARLY: tl.constexpr, WAIT: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    dependent_launch.prefetch(x_ptr + offsets)
+    if EARLY:
+        x = tl.load(x_ptr + offsets)
+    if END is not None and n == END:
+        return
+    if WAIT:
+        dependent_launch.wait()
+    if not EARLY:
+        x = tl.load(x_ptr + offsets)
+    tl.store(y_ptr + offsets, x + tl.load(y_ptr + offsets))
+
+
 def product(
     m: int, n: int, k: int, warps: int, stages: int, dtype: torch.dtype = BF16, precision: str = "tf32"
 ) -> None:
@@ -64,6 +80,11 @@ def product(
 def axpy(skip: int, fused: bool) -> None:
     tensor = torch.empty(4096)
     _axpy[(1,)](tensor[skip:], tensor, 0.5, 1024, enable_fp_fusion=fused)
+
+
+def add_dependently(end: int | None = None, early: bool = False, wait: bool = True) -> None:
+    tensor = torch.empty(4096)
+    _add_dependently[(1,)](tensor, tensor, 4, end, early, wait, 1024, **dependent_launch.options(tensor.device))
 
 
 def combine() -> None:
@@ -95,6 +116,10 @@ PLANTED = {
     "float atomics": lambda: add_atomically(torch.float32),
     "integer atomics": lambda: add_atomically(torch.int32),
     "counted after a barrier": publish,
+    "dependent": add_dependently,
+    "dependent, a load before the wait": lambda: add_dependently(early=True),
+    "dependent, an end before the wait": lambda: add_dependently(end=0),
+    "dependent, no wait": lambda: add_dependently(wait=False),
 }
 
 
@@ -190,6 +215,20 @@ def test_missing_matrix_instructions_are_named(target: str, planted: dict[tuple[
 @every_target
 def test_atomics_on_floating_point_are_named(target: str, planted: dict[tuple[str, str], dict[str, Any]]) -> None:
     assert re.search("atomic operations on floating point", " ".join(planted["float atomics", target]["faults"]))
+
+
+@every_target
+def test_accesses_of_a_dependent_kernel_before_its_wait_are_named(
+    target: str, planted: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    clean, *others = (planted[name, target] for name in PLANTED if name.startswith("dependent"))
+    supported = target in ("sm_90", "sm_100", "sm_120")
+    assert [each["dependent"] for each in (clean, *others)] == [supported] * 4
+    assert clean["faults"] == []
+    for record in others:
+        faults = [f"{record['early']} accesses or ends before the wait for earlier kernels"] if supported else []
+        assert record["faults"] == faults
+        assert bool(record["early"]) == supported
 
 
 def test_combine_rounds_every_product_in_the_instructions_of_the_machine(

@@ -105,6 +105,19 @@ def test_what_gemma_2_launches_passes_the_gate(op: str, target: str, facts: Fact
     assert list(record["launched"]) == [case.name for case in MODELS if case.op == op]
 
 
+# The kernels of a decode step, and those of a prompt that have no more to do than to move bytes.
+DEPENDENT = {
+    op for op in OPS if op.startswith(("rmsnorm", "rope_cache", "attention_decode", "geglu", "linear", "lm_head"))
+}
+
+
+def test_the_kernels_of_a_step_start_before_the_one_before_has_ended_where_a_gpu_can(facts: Facts) -> None:
+    for target in prover.QUICK_TARGETS:
+        for op in OPS:
+            kernels = record_of(facts, "compiled", op=op, target=target)["kernels"].values()
+            assert {each["dependent"] for each in kernels} == {op in DEPENDENT and target == "sm_90"}, (op, target)
+
+
 def test_combine_rounds_every_product_and_writes_sixteen_bytes_at_a_time(facts: Facts) -> None:
     for target in prover.QUICK_TARGETS:
         kernels = record_of(facts, "compiled", op="combine", target=target)["kernels"].values()
