@@ -1,6 +1,7 @@
 """The choice of a backend for an op: the first of an ordered list that can run on the tensors' device.
 
-ARCMERGE_BACKEND names the backend to use; an op that it cannot run raises.
+ARCMERGE_BACKEND names the backend to use, and ARCMERGE_BACKEND_<OP>, as in ARCMERGE_BACKEND_ATTENTION, that of one op;
+an op that it cannot run raises.
 """
 
 from __future__ import annotations
@@ -41,11 +42,30 @@ def _against_triton(device: str) -> str | None:
     return f"it runs on cuda (on cpu with TRITON_INTERPRET=1), not on {device}"
 
 
+def _against_package(package: str) -> Callable[[str], str | None]:
+    def objection(device: str) -> str | None:
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        return None if device == "cuda" else f"it runs on cuda, not on {device}"
+
+    return objection
+
+
+# The reference runs everywhere, so that what comes after it runs only where a setting names it.
 BACKENDS = (
     Backend("native", _against_native, lambda: f"{_C.variant()} code"),
     Backend("triton", _against_triton, lambda: "kernels compiled on first use"),
     Backend("reference", lambda device: None, lambda: "plain torch"),
+    Backend("flash_attn", _against_package("flash_attn"), lambda: "the package flash-attn"),
+    Backend("flashinfer", _against_package("flashinfer"), lambda: "the package FlashInfer"),
 )
+
+
+def _setting(op: str) -> tuple[str, str | None]:
+    """The environment variable that names the backend of an op, and its value, None if it is not set."""
+    own = f"ARCMERGE_BACKEND_{op.upper()}"
+    name = own if own in os.environ else "ARCMERGE_BACKEND"
+    return name, os.environ.get(name)
 
 
 def choose(device: str, op: str, offered: Collection[str]) -> Backend:
@@ -57,9 +77,9 @@ def choose(device: str, op: str, offered: Collection[str]) -> Backend:
         offered: names of the backends that have the op.
 
     Raises:
-        ArcmergeError: if ARCMERGE_BACKEND names a backend that does not exist or cannot run the op there.
+        ArcmergeError: if a setting names a backend that does not exist or cannot run the op there.
     """
-    forced = os.environ.get("ARCMERGE_BACKEND")
+    setting, forced = _setting(op)
     if forced is None:
         for backend in BACKENDS:
             if backend.name in offered and backend.objection(device) is None:
@@ -68,11 +88,11 @@ def choose(device: str, op: str, offered: Collection[str]) -> Backend:
         if backend.name == forced:
             if objection := _objection(backend, device, op, offered):
                 raise ArcmergeError(
-                    f"'ARCMERGE_BACKEND' must name a backend that can run {op} on {device}, got '{forced}': {objection}"
+                    f"'{setting}' must name a backend that can run {op} on {device}, got '{forced}': {objection}"
                 )
             return backend
     names = ", ".join(backend.name for backend in BACKENDS)
-    raise ArcmergeError(f"'ARCMERGE_BACKEND' must be one of {names}, got '{forced}'")
+    raise ArcmergeError(f"'{setting}' must be one of {names}, got '{forced}'")
 
 
 def _objection(backend: Backend, device: str, op: str, offered: Collection[str]) -> str | None:
@@ -85,8 +105,9 @@ def explain(device: str, op: str, offered: Collection[str]) -> str:
         chosen = choose(device, op, offered)
     except ArcmergeError as error:
         return str(error)
-    if "ARCMERGE_BACKEND" in os.environ:
-        return f"{chosen.name} ({chosen.detail()}): forced by ARCMERGE_BACKEND"
+    setting, forced = _setting(op)
+    if forced is not None:
+        return f"{chosen.name} ({chosen.detail()}): forced by {setting}"
     passed_over = [
         f"not {backend.name}: {_objection(backend, device, op, offered)}"
         for backend in BACKENDS[: BACKENDS.index(chosen)]

@@ -96,6 +96,15 @@ class Op(Generic[Parameters, Result]):
         self.implementations["triton"] = function
         return function
 
+    def on_demand(self, backend: str) -> Callable[[Function], Function]:
+        """Decorator: the implementation of a backend that runs only where a setting names it; it takes `stepwise`."""
+
+        def add(function: Function) -> Function:
+            self.implementations[backend] = function
+            return function
+
+        return add
+
     def _runner(self, device: str) -> Implementation:
         name, defaults, implementations = self.name, self._defaults, self.implementations
         by_reference = self._stepwise_by_reference

@@ -140,10 +140,11 @@ def _check(
     require_lengths(key_cache, cu_seqlens_q=cu_seqlens_q, seqlens_k=seqlens_k)
     require_limits(softcap, window)
     if seqlens_k.device.type == "cpu":
-        _check_lengths(T, S, cu_seqlens_q.tolist(), seqlens_k.tolist(), max_seqlen_q, window)
+        check_lengths(T, S, cu_seqlens_q.tolist(), seqlens_k.tolist(), max_seqlen_q, window)
 
 
-def _check_lengths(tokens: int, slots: int, starts: list[int], lengths: list[int], max_new: int, window: int) -> None:
+def check_lengths(tokens: int, slots: int, starts: list[int], lengths: list[int], max_new: int, window: int) -> None:
+    """Check the starts and lengths of sequences: T, S, cu_seqlens_q, seqlens_k, max_seqlen_q and the window."""
     counts = [end - start for start, end in pairwise(starts)]
     if min(counts, default=0) < 0 or starts[0] != 0 or starts[-1] != tokens:
         require(False, "cu_seqlens_q", f"rise from 0 to the {tokens} rows of 'query'", starts)
@@ -195,3 +196,17 @@ def _triton(*tensors: Tensor, max_seqlen_q: int, **numbers: Any) -> Tensor:
     if max_seqlen_q:
         launch(out, *tensors, max_seqlen_q=max_seqlen_q, **numbers)
     return out
+
+
+@attention.on_demand("flash_attn")
+def _flash_attn(*tensors: Tensor, **numbers: Any) -> Tensor:
+    from arcmerge.ops.attention_packages import plan_flash_attn
+
+    return plan_flash_attn(*tensors, **numbers)(*tensors[:3])
+
+
+@attention.on_demand("flashinfer")
+def _flashinfer(*tensors: Tensor, **numbers: Any) -> Tensor:
+    from arcmerge.ops.attention_packages import plan_flashinfer
+
+    return plan_flashinfer(*tensors, **numbers)(*tensors[:3])
