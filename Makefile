@@ -124,9 +124,10 @@ bench: $(DEV)
 prove: $(DEV)
 	$(BIN)/python benchmarks/proof/prove.py
 
-# Test and time everything on a machine with a GPU. DRY=--dry tries this on a machine without one.
+# Test and time everything on a machine with a GPU. DRY=--dry tries this on a machine without one. INSTRUMENT=consan or
+# gsan runs the tests alone, with the checks that Triton compiles into kernels.
 gpu: $(DEV)
-	$(BIN)/python -m benchmarks.gpu $(DRY)
+	$(BIN)/python -m benchmarks.gpu $(DRY) $(if $(INSTRUMENT),--instrument $(INSTRUMENT))
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "arcmerge needs Python 3.10 or newer: make PYTHON=...")'

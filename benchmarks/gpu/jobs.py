@@ -6,14 +6,16 @@ are those that must move, "operations" those of matrix products.
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Any
+from unittest import mock
 
 import torch
 from benchmarks._bench import provenance, spread
@@ -30,7 +32,9 @@ from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.weights import tensor_shapes
 from arcmerge.kernels.combine import combine
 from arcmerge.kernels.gram import gram
+from arcmerge.ops.attention_packages import PLANS
 from cases import MODELS, SMALL, Blank, Case
+from cases import attention as attention_cases
 from cases.gemma import GEMMA_2
 from random_network import TINY, config_of, random_network
 
@@ -38,6 +42,8 @@ Measurement = dict[str, Any]
 
 BF16 = torch.bfloat16
 SHAPE = TINY if DRY else GEMMA_2[0]
+# Two results of bfloat16, each rounded twice, may differ by so much of the maximum.
+AGREEMENT = 2.0**-6
 PREFILLS = (3, 18) if DRY else (512, 2048, 8192)
 CONTEXT, STEPS = (3, 2) if DRY else (512, 64)
 
@@ -47,11 +53,16 @@ if DRY:
     interpreter.install()
 
 
+def smallest_cases() -> list[Case]:
+    """The smallest case of each op."""
+    by_size = sorted(SMALL, key=lambda case: -case.build(Blank()).minimum_bytes)
+    return list({case.op: case for case in by_size}.values())
+
+
 def measured_cases() -> list[Case]:
     """Every launch that a Gemma-2 makes, the smallest model first; in dry mode the smallest case of each op."""
     if DRY:
-        by_size = sorted(SMALL, key=lambda case: -case.build(Blank()).minimum_bytes)
-        return list({case.op: case for case in by_size}.values())
+        return smallest_cases()
     sizes = [shape.name for shape in GEMMA_2]
     return sorted(MODELS, key=lambda case: next(n for n, size in enumerate(sizes) if case.name.startswith(size)))
 
@@ -146,6 +157,29 @@ def kernel(op: str, name: str) -> Measurement:
     (case,) = (case for case in measured_cases() if (case.op, case.name) == (op, name))
     call = case.build(OnDevice())
     timed = statistics(device().seconds(call.launch))
+    return {**timed, "bytes": call.minimum_bytes, "operations": call.operations}
+
+
+def installed(packages: Iterable[str]) -> list[str]:
+    return [package for package in packages if importlib.util.find_spec(package) is not None]
+
+
+def by_package(package: str, name: str) -> Measurement:
+    """A case of `attention` by another package, whose result must be that of our kernel.
+
+    Its plan, which reads the lengths of the sequences on the host, is made before the clock starts.
+    """
+    (case,) = (case for case in SMALL + MODELS if (case.op, case.name) == ("attention", name))
+    call, given = case.build(OnDevice()), mock.Mock()
+    with mock.patch.object(attention_cases, "attention", given):
+        call.launch()
+    (out, *tensors), numbers = given.call_args
+    run = PLANS[package](*tensors, **numbers)
+    call.launch()
+    difference = (run(*tensors[:3]).float() - out.float()).abs().max() / out.float().abs().max()
+    if not difference <= AGREEMENT:
+        raise ValueError(f"{package} and our kernel differ by {float(difference):.1e} of the maximum")
+    timed = statistics(device().seconds(lambda: run(*tensors[:3])))
     return {**timed, "bytes": call.minimum_bytes, "operations": call.operations}
 
 

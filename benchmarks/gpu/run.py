@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,20 +12,21 @@ from typing import Any
 from benchmarks._bench import RESULTS
 from benchmarks.gpu import jobs
 from benchmarks.gpu.device import DRY
-from benchmarks.gpu.kernel_tests import run_tests
+from benchmarks.gpu.kernel_tests import PLAIN, SANITIZER, SANITIZER_TOOLS, Way, instrumented, run_tests, sanitized
 from benchmarks.gpu.worker import JobError, Worker
 
 from cases import Case
 
 # The part of the time at which a section must give way to the next. Tests and kernels compile, which takes longest.
 UNTIL = {
-    "environment": 0.1,
-    "tests": 0.45,
-    "roofs": 0.55,
-    "kernels": 0.8,
-    "merge": 0.85,
-    "prefill": 0.95,
-    "decode": 1.0,
+    "environment": 0.08,
+    "tests": 0.36,
+    "roofs": 0.44,
+    "kernels": 0.64,
+    "merge": 0.68,
+    "prefill": 0.76,
+    "decode": 0.8,
+    "sanitizer": 1.0,
 }
 LONGEST_JOB_SECONDS = 90.0
 TESTS_OF_OPS = ("test_ops_agree_with_their_references", "test_replayed_steps_give_the_tokens_of_plain_calls")
@@ -42,6 +44,8 @@ class Report:
     predicted_for: str | None = None
     measurements: list[Record] = field(default_factory=list)
     launches_per_layer: float | None = None
+    sanitizer: dict[str, Record] = field(default_factory=dict)
+    not_installed: list[str] = field(default_factory=list)
     failures: list[Record] = field(default_factory=list)
     not_reached: list[Record] = field(default_factory=list)
     seconds: float = 0.0
@@ -75,15 +79,30 @@ class Run:
             self.report.failures.append({**place, "error": str(error)})
             return None
 
-    def tests(self, cases: Sequence[Case]) -> None:
+    def tests(self, cases: Sequence[Case], way: Way = PLAIN) -> None:
         chosen = [*TESTS_OF_OPS, *(f"test_kernel[{case}]" for case in cases)] if DRY else []
-        tests = self.report.tests = run_tests(chosen, self.left("tests"))
+        self.report.tests = self._tests("tests", "", chosen, way)
+
+    def sanitizer(self, cases: Sequence[Case]) -> None:
+        """The tests of some kernels, one tool after the other. A test takes 10 to 100 times as long as without."""
+        if shutil.which(SANITIZER) is None:
+            self.report.not_installed.append(SANITIZER)
+            return
+        chosen = [f"test_kernel[{case}]" for case in cases]
+        for tool in SANITIZER_TOOLS:
+            if self.left("sanitizer") <= 0:
+                self.report.not_reached.append({"section": "sanitizer", "op": tool, "case": ""})
+            else:
+                self.report.sanitizer[tool] = self._tests("sanitizer", tool, chosen, sanitized(tool))
+
+    def _tests(self, section: str, op: str, chosen: Sequence[str], way: Way) -> Record:
+        tests = run_tests(chosen, self.left(section), way)
+        place = {"section": section, "op": op}
         for failed in tests["failed"]:
-            self.report.failures.append(
-                {"section": "tests", "op": "", "case": failed["test"], "error": failed["error"]}
-            )
+            self.report.failures.append({**place, "case": failed["test"], "error": failed["error"]})
         if tests["unfinished"] is not None:
-            self.report.failures.append({"section": "tests", "op": "", "case": "", "error": tests["unfinished"]})
+            self.report.failures.append({**place, "case": "", "error": tests["unfinished"]})
+        return tests
 
     def roofs(self) -> None:
         roofs = {"copy": jobs.roof_copy, "read": jobs.roof_read, "matmul": jobs.roof_matmul}
@@ -102,10 +121,16 @@ class Run:
             self._add("roofs", "torch", name, each)
 
     def kernels(self, cases: Sequence[Case]) -> None:
+        packages = [] if DRY else jobs.installed(jobs.PLANS)
+        self.report.not_installed += [package for package in jobs.PLANS if package not in jobs.installed(jobs.PLANS)]
         self.report.predicted_for, predictions = predicted(self.report.environment.get("device", ""))
         for case in cases:
             measured = self.job("kernels", case.op, case.name, jobs.kernel, case.op, case.name)
             self._add("kernels", case.op, case.name, measured, predictions.get((case.op, case.name)))
+            for package in packages if case.op == "attention" else ():
+                beside = f"{case.name}, by {package}"
+                found = self.job("kernels", case.op, beside, jobs.by_package, package, case.name)
+                self._add("kernels", case.op, beside, found)
 
     def journeys(self) -> None:
         for case, each in (self.job("merge", "slerp", "", jobs.merge) or {}).items():
@@ -156,18 +181,22 @@ def predicted(device: str) -> tuple[str | None, dict[tuple[str, str], float]]:
     }
 
 
-def run(seconds: float) -> Report:
-    """All parts, in at most about so many seconds."""
+def run(seconds: float, instrument: str | None = None) -> Report:
+    """All parts, in at most about so many seconds; the tests alone if their kernels are instrumented."""
     started = time.monotonic()
     worker = Worker()
     whole, cases = Run(seconds, worker), jobs.measured_cases()
     try:
         found = whole.job("environment", "", "", jobs.environment) or {}
         whole.report.environment = {**found, "dry": DRY}
-        whole.tests(cases)
-        whole.roofs()
-        whole.kernels(cases)
-        whole.journeys()
+        if instrument is not None:
+            whole.tests(cases, instrumented(instrument, DRY))
+        else:
+            whole.tests(cases)
+            whole.roofs()
+            whole.kernels(cases)
+            whole.journeys()
+            whole.sanitizer(jobs.smallest_cases())
     finally:
         worker.stop()
     whole.report.seconds = time.monotonic() - started

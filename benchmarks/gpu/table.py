@@ -24,6 +24,10 @@ def print_report(report: Report) -> None:
     console.print(_table(report))
     tests = report.tests
     console.print(f"tests: {tests.get('passed', 0)} passed, {len(tests.get('failed', []))} failed", highlight=False)
+    for tool, found in report.sanitizer.items():
+        console.print(f"tests under {tool}: {found['passed']} passed, {len(found['failed'])} failed", highlight=False)
+    if report.not_installed:
+        console.print(f"not installed: {', '.join(report.not_installed)}", highlight=False)
     if report.launches_per_layer is not None:
         console.print(f"kernels of a decoding step: {report.launches_per_layer:.1f} a layer", highlight=False)
     for failure in report.failures:

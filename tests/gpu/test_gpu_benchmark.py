@@ -6,17 +6,20 @@ import json
 import operator
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+import attention_packages
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from cases import SMALL, Call, Case, Draw
 
@@ -61,6 +64,9 @@ def test_a_dry_run_goes_through_all_parts(tmp_path: Path) -> None:
     assert report["environment"]["dry"]
     assert {"device", "driver", "cuda", "torch", "triton", "python", "commit"} <= set(report["environment"])
     assert (report["failures"], report["not_reached"]) == ([], [])
+    wanted = {"compute-sanitizer": shutil.which("compute-sanitizer")}
+    wanted |= {package: find_spec(package) for package in ("flash_attn", "flashinfer")}
+    assert set(report["not_installed"]) == {name for name, found in wanted.items() if found is None}
     for each in measured:
         assert each["op"] in ended.stdout
 
@@ -83,6 +89,34 @@ def test_the_capture_of_a_graph_is_timed_apart_from_the_steps(
         "step by step": 1.0,
         "without waiting": 1.0,
     }
+
+
+def test_attention_by_another_package_is_timed_if_its_result_is_ours(
+    gpu_run: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention_packages.install(monkeypatch)
+    jobs = gpu_run.jobs
+    name = "heads of 256"
+    assert jobs.installed([*jobs.PLANS, "no_such_package"]) == ["flash_attn", "flashinfer"]
+    measured = jobs.by_package("flashinfer", name)
+    assert measured["seconds"] > 0
+    assert (measured["bytes"], measured["operations"]) > (0, 0)
+
+    monkeypatch.setattr(gpu_run, "DRY", False)
+    run = gpu_run.Run(600.0, Here(gpu_run.JobError))
+    monkeypatch.setattr(jobs, "measured_cases", lambda: SMALL)
+    run.kernels([case for case in SMALL if (case.op, case.name) == ("attention", name)])
+    assert [each["case"] for each in run.report.measurements] == [name, f"{name}, by flashinfer"]
+    assert [(each["case"], each["error"]) for each in run.report.failures] == [
+        (f"{name}, by flash_attn", "'key_cache' must have a multiple of 256 slots with flash_attn, got 65")
+    ]
+
+    plan = jobs.PLANS["flashinfer"]
+    monkeypatch.setitem(
+        jobs.PLANS, "flashinfer", lambda *tensors, **numbers: plan(*tensors, **{**numbers, "scale": 9.0})
+    )
+    with pytest.raises(ValueError, match=r"flashinfer and our kernel differ by .* of the maximum"):
+        jobs.by_package("flashinfer", name)
 
 
 class Here:
@@ -193,6 +227,74 @@ def test_tests_go_on_when_one_takes_the_context(
     late = kernel_tests.run_tests(["test_before", "test_endless"], 6)
     assert late["passed"] == 0
     assert re.match("pytest ended with no verdict in 6 s: .*test_endless$", late["unfinished"])
+
+
+STAND_IN = """#!/bin/sh
+echo "$@" >> {log}
+echo "$PYTORCH_NO_CUDA_MEMORY_CACHING" >> {log}
+while [ "$1" != "{python}" ]; do shift; done
+"$@" || exit $?
+if grep -q initcheck {log}; then echo "========= ERROR SUMMARY: 3 errors"; exit 99; fi
+"""
+
+
+def test_what_the_sanitizer_finds_is_a_failure(
+    gpu_run: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from benchmarks.gpu import kernel_tests
+
+    monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(kernel_tests, "FILE", "test_few.py")
+    monkeypatch.setattr(gpu_run, "SANITIZER_TOOLS", ("memcheck", "initcheck"))
+    case = SMALL[0]
+    (tmp_path / "test_few.py").write_text(
+        "import pytest\n@pytest.mark.gpu\n"
+        f"@pytest.mark.parametrize('case', [{str(case)!r}])\ndef test_kernel(case): pass"
+    )
+    log, tool = tmp_path / "log", tmp_path / "compute-sanitizer"
+    tool.write_text(STAND_IN.format(log=log, python=sys.executable))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run = gpu_run.Run(600.0, Here(gpu_run.JobError))
+    run.sanitizer([case])
+    found = run.report.sanitizer
+    assert {name: (each["passed"], each["failed"]) for name, each in found.items()} == {
+        "memcheck": (1, []),
+        "initcheck": (1, []),
+    }
+    (failure,) = run.report.failures
+    assert (failure["section"], failure["op"]) == ("sanitizer", "initcheck")
+    assert failure["error"].startswith("pytest ended with 99: ")
+    assert failure["error"].endswith("ERROR SUMMARY: 3 errors")
+    assert "--tool memcheck --error-exitcode 99 --target-processes all" in log.read_text()
+    assert log.read_text().splitlines()[1::2] == ["1", "1"]
+
+    late = gpu_run.Run(0.0, Here(gpu_run.JobError))
+    late.sanitizer([case])
+    assert [each["op"] for each in late.report.not_reached] == ["memcheck", "initcheck"]
+
+
+def test_instrumented_kernels_are_tested_and_not_timed(
+    gpu_run: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from benchmarks.gpu import kernel_tests
+
+    monkeypatch.setattr(kernel_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(kernel_tests, "FILE", "test_mode.py")
+    monkeypatch.setattr(gpu_run, "Worker", lambda: Here(gpu_run.JobError))
+    monkeypatch.setattr(gpu_run, "TESTS_OF_OPS", ("test_mode",))
+    monkeypatch.setattr(gpu_run.jobs, "measured_cases", list)
+    (tmp_path / "test_mode.py").write_text(
+        "import os, pytest\n@pytest.mark.gpu\n"
+        "def test_mode(): assert os.environ['TRITON_INSTRUMENTATION_MODE'] == 'consan'"
+    )
+    report = gpu_run.run(600.0, "consan")
+    assert (report.tests["passed"], report.failures, report.measurements) == (1, [], [])
+    # GSan's own program runs pytest, which runs the tests.
+    way = kernel_tests.instrumented("gsan", dry=False)
+    assert way.python[:2] == ("-m", "triton.tools.gsan")
+    assert Path(way.python[2]).is_file()
+    assert way.environment == {"TRITON_INSTRUMENTATION_MODE": "gsan"}
 
 
 def test_predictions_are_those_for_the_machine_of_this_name(

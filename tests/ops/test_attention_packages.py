@@ -1,19 +1,17 @@
-"""attention by flash-attn and FlashInfer: stand-ins of these packages compute what their documentation says."""
+"""attention by flash-attn and FlashInfer, by stand-ins of these packages."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import attention_packages
 from arcmerge import ops
 from arcmerge.dispatch import backend
 from arcmerge.dispatch.registry import OPS, backends
@@ -21,118 +19,14 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.kernels.attention import attention as launch
 from cases.case import Random
 
-BF16 = torch.bfloat16
 PACKAGES = ("flash_attn", "flashinfer")
 every_package = pytest.mark.parametrize("package", PACKAGES)
-
-
-def attended(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, causal: bool, left: int, right: int
-) -> Tensor:
-    """[n, H, Dh] of one sequence, keys [L, Hkv, Dh]; a query sees `left` keys before its own and `right` after."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (each.double().repeat_interleave(group, dim=1) for each in (key, value))
-    scores = torch.einsum("nhd,lhd->hnl", query.double(), key) * scale
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    distance = torch.arange(len(key)) - torch.arange(len(key) - len(query), len(key))[:, None]
-    hidden = distance > (0 if causal else right if right >= 0 else len(key))
-    if left >= 0:
-        hidden |= distance < -left
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    return torch.einsum("hnl,lhd->nhd", weights, value).to(query.dtype)
-
-
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: Tensor | None = None,
-) -> Tensor:
-    assert q.dtype == k.dtype == v.dtype == BF16
-    assert block_table is not None
-    assert softmax_scale is not None
-    assert k.shape[1] % 256 == 0
-    assert {k.stride(-1), v.stride(-1), q.stride(-1), block_table.stride(-1)} == {1}
-    assert {each.dtype for each in (cu_seqlens_q, cu_seqlens_k, block_table)} == {torch.int32}
-    new, lengths = cu_seqlens_q.diff(), cu_seqlens_k.diff()
-    assert (int(new.max()), int(lengths.max())) == (max_seqlen_q, max_seqlen_k)
-    assert len(block_table) == len(new)
-    parts = []
-    for (start, end), pages, length in zip(pairwise(cu_seqlens_q.tolist()), block_table, lengths.tolist(), strict=True):
-        key, value = (each[pages.long()].flatten(0, 1)[:length] for each in (k, v))
-        parts.append(attended(q[start:end], key, value, softmax_scale, softcap, causal, *window_size))
-    return torch.cat(parts)
-
-
-class BatchPrefillWithPagedKVCacheWrapper:
-    def __init__(self, float_workspace_buffer: Tensor, kv_layout: str = "NHD") -> None:
-        assert (float_workspace_buffer.dtype, float_workspace_buffer.numel()) == (torch.uint8, 128 << 20)
-        assert kv_layout == "HND"
-
-    def plan(
-        self,
-        qo_indptr: Tensor,
-        paged_kv_indptr: Tensor,
-        paged_kv_indices: Tensor,
-        paged_kv_last_page_len: Tensor,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim_qk: int,
-        page_size: int,
-        *,
-        causal: bool = False,
-        sm_scale: float | None = None,
-        window_left: int = -1,
-        logits_soft_cap: float | None = None,
-        q_data_type: torch.dtype = torch.float16,
-        kv_data_type: torch.dtype | None = None,
-    ) -> None:
-        tables = (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
-        assert {each.dtype for each in tables} == {torch.int32}
-        assert (q_data_type, kv_data_type) == (BF16, BF16)
-        self.starts = qo_indptr.tolist()
-        self.tables = [paged_kv_indices[first:last].long() for first, last in pairwise(paged_kv_indptr.tolist())]
-        self.last = paged_kv_last_page_len.tolist()
-        self.shape, self.page_size = (num_qo_heads, num_kv_heads, head_dim_qk), page_size
-        self.numbers = (sm_scale, logits_soft_cap, causal, window_left, -1)
-
-    def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor]) -> Tensor:
-        k, v = paged_kv_cache
-        assert k.stride() == v.stride()
-        assert k.stride(-1) == 1
-        assert (q.shape[1], k.shape[1], q.shape[2], k.shape[2]) == (*self.shape, self.page_size)
-        parts = []
-        for (start, end), pages, last in zip(pairwise(self.starts), self.tables, self.last, strict=True):
-            length = (len(pages) - 1) * self.page_size + last
-            key, value = (each[pages].transpose(1, 2).flatten(0, 1)[:length] for each in (k, v))
-            parts.append(attended(q[start:end], key, value, *self.numbers))  # type: ignore[arg-type]
-        return torch.cat(parts)
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins of both packages, which run on the CPU."""
-    for name, content in (
-        ("flash_attn", flash_attn_varlen_func),
-        ("flashinfer", BatchPrefillWithPagedKVCacheWrapper),
-    ):
-        module = ModuleType(name)
-        module.__spec__ = ModuleSpec(name, None)
-        setattr(module, content.__name__, content)
-        monkeypatch.setitem(sys.modules, name, module)
+    attention_packages.install(monkeypatch)
     against = backend._against_package
     anywhere = tuple(
         backend.Backend(each.name, lambda device, name=each.name: against(name)("cuda"), each.detail)  # type: ignore[misc]
@@ -267,4 +161,4 @@ def test_the_stand_in_is_the_kernel(installed: None) -> None:
     out = torch.empty_like(tensors[0])
     launch(out, *tensors, **numbers)
     query, key, value = tensors[0], *(cache[0, :, :40].transpose(0, 1) for cache in tensors[1:3])
-    assert same(attended(query, key, value, 0.2, 5.0, True, 6, 0), out)
+    assert same(attention_packages.attended(query, key, value, 0.2, 5.0, True, 6, 0), out)
