@@ -67,7 +67,7 @@ def tabulated(groups: Sequence[Sequence[Tensor]], origin: Tensor) -> Iterator[La
     """The same with tables that the GPU makes, by a launch each, from a row a group.
 
     The rows, 7 int64 for three operands, are copied from pinned memory. So nothing waits, and a graph can capture it:
-    the host's allocator of torch 2.10 and newer keeps pinned memory that a captured copy reads.
+    the host's allocator of torch 2.11 and newer keeps pinned memory that a captured copy reads.
 
     Args:
         groups: as in `launches`. Every group is one vector, with its index.
@@ -107,7 +107,7 @@ def _alike(groups: Sequence[Sequence[Tensor]]) -> dict[tuple[torch.dtype, ...], 
     return alike
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "segments"])
 def _table_kernel(
     table_ptr,
     rows_ptr,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,20 +41,21 @@ def grams(groups: Mapping[str, tuple[Sequence[Tensor], int, bool]]) -> dict[str,
     alike: dict[tuple[int, bool], list[str]] = {}
     for name, (tensors, _, centered) in groups.items():
         alike.setdefault((len(tensors) - centered, centered), []).append(name)
-    found: dict[str, Tensor] = {}
-    for (k, centered), names in alike.items():
+    if not groups:
+        return {}
+    device = next(iter(groups.values()))[0][0].device
+    sizes = [k * k * len(names) for (k, _), names in alike.items()]
+    out = torch.empty(sum(sizes), dtype=torch.float64, device=device)
+    for ((k, centered), names), part in zip(alike.items(), out.split(sizes), strict=True):
         inputs = [[tensor.contiguous() for tensor in groups[name][0]] for name in names]
         bases = [each.pop(groups[name][1]) for each, name in zip(inputs, names, strict=True) if centered]
-        with _on_device_of(inputs[0][0]):
-            out = torch.zeros(len(names), k, k, dtype=torch.float64, device=inputs[0][0].device)
-            gram(inputs, out, bases=bases or None)
-        found |= zip(names, out, strict=True)
-    if not found:
-        return {}
-    values = torch.cat([matrix.flatten() for matrix in found.values()]).numpy(force=True)
-    ends = np.cumsum([matrix.numel() for matrix in found.values()])
-    shares = zip(found.items(), np.split(values, ends[:-1]), strict=True)
-    return {name: share.reshape(matrix.shape) for (name, matrix), share in shares}
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            gram(inputs, part.view(-1, k, k), bases=bases or None)
+    return {
+        name: matrix.numpy()
+        for ((k, _), names), part in zip(alike.items(), out.cpu().split(sizes), strict=True)
+        for name, matrix in zip(names, part.view(-1, k, k), strict=True)
+    }
 
 
 def weighted_sums(parts: Mapping[str, tuple[Sequence[Tensor], Array, torch.dtype]]) -> dict[str, Tensor]:
@@ -81,10 +81,6 @@ def weighted_sums(parts: Mapping[str, tuple[Sequence[Tensor], Array, torch.dtype
     ]
     ResidentSums(memory).launch(sorted(sums, key=lambda each: len(each.inputs)))
     return outs
-
-
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def can_sum(values: Array) -> bool:

@@ -148,6 +148,17 @@ def test_the_first_call_makes_the_table(models: Path) -> None:
     assert counts.launched == ["_table_kernel", "_combine_kernel"]
 
 
+def test_set_t_starts_no_thread(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a thread was started")
+
+    model = merged(configuration(models, {}))
+    monkeypatch.setattr("threading.Thread", refused)
+    model.set_t(0.7)
+    with pytest.raises(AssertionError, match="a thread was started"):
+        merged(configuration(models, {}))
+
+
 def test_progress_counts_whole_jobs(models: Path) -> None:
     seen: list[tuple[int, int]] = []
     model = merged(configuration(models, {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -132,3 +133,17 @@ def test_arguments_that_break_the_contract_are_refused(arguments: tuple[object, 
 def test_counts_of_another_number_are_refused() -> None:
     with pytest.raises(ArcmergeError, match=r"'nonfinite' must have the shape \[1\], got \[2\]"):
         slerp([X], [X], 0.5, nonfinite=counts(2))
+
+
+@pytest.mark.parametrize(("version", "capturing", "refused"), [("2.10.1", True, True), ("2.10.1", False, False)])
+def test_an_older_torch_cannot_capture(
+    version: str, capturing: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    rule = "'torch' must be 2.11 or newer for slerp in a CUDA graph, got 2.10.1"
+    with pytest.raises(ArcmergeError, match=rule) if refused else nullcontext():
+        slerp([X], [X], 0.5)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    slerp([X], [X], 0.5)

@@ -41,8 +41,9 @@ def slerp(
     payloads of NaN.
 
     Moves the bytes of both inputs twice and those of the output once: 10 bytes an element of bfloat16. On a GPU the
-    host does not wait, four kernels are launched for each combination of dtypes, and a CUDA graph can capture the call:
-    a replay reads the inputs anew, and t if that is a tensor. Inputs that are not contiguous are copied first.
+    host does not wait, four kernels are launched for each combination of dtypes, and with torch 2.11 or newer a CUDA
+    graph can capture the call: a replay reads the inputs anew, and t if that is a tensor. Inputs that are not
+    contiguous are copied first.
 
     Args:
         a: n tensors, of any shapes, on one device, each bfloat16, float16 or float32.
@@ -57,14 +58,16 @@ def slerp(
         n new contiguous tensors of the promoted dtypes, rounded once. On a GPU they share one allocation.
 
     Raises:
-        ArcmergeError: for lists of different lengths, tensors of different shapes or devices, and other dtypes.
+        ArcmergeError: for lists of different lengths, tensors of different shapes or devices, and other dtypes; in a
+            capture with an older torch.
 
     Source: K. Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985.
     """
+    _require_capturable()
     if not isinstance(t, Tensor):
         device = a[0].device if a else torch.device("cpu")
         numbers = [float(each) for each in t] if isinstance(t, Sequence) else [float(t)]
-        t = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        t = _copied(torch.tensor(numbers, dtype=torch.float64), device)
     *outs, counts = _slerp(a, b, t, normalize=normalize)
     if nonfinite is not None:
         require(nonfinite.shape == counts.shape, "nonfinite", f"have the shape {[*counts.shape]}", [*nonfinite.shape])
@@ -139,8 +142,9 @@ def _native(a: Sequence[Tensor], b: Sequence[Tensor], t: Tensor, *, normalize: b
 def _triton(a: Sequence[Tensor], b: Sequence[Tensor], t: Tensor, *, normalize: bool) -> list[Tensor]:
     from arcmerge.kernels.slerp import slerp as launch
 
+    _require_capturable()
     outs = _in_one_allocation(a, b)
-    counts = torch.zeros(len(a), dtype=torch.int64, device=t.device)
+    counts = _copied(torch.zeros(len(a), dtype=torch.int64), t.device)  # a copy, and no launch of a kernel
     launch(
         outs,
         [(one.contiguous(), other.contiguous()) for one, other in zip(a, b, strict=True)],
@@ -151,6 +155,18 @@ def _triton(a: Sequence[Tensor], b: Sequence[Tensor], t: Tensor, *, normalize: b
         nearly_zero=NEARLY_ZERO,
     )
     return [*outs, counts]
+
+
+def _copied(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the host on a device, without a wait."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def _require_capturable() -> None:
+    """Check that torch keeps pinned memory from which a captured graph copies, if there is a capture."""
+    older = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+    if older and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        require(False, "torch", "be 2.11 or newer for slerp in a CUDA graph", torch.__version__)
 
 
 def _in_one_allocation(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:

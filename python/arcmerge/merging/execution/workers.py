@@ -95,7 +95,7 @@ def drain(
         tasks: taken in this order, each by the next free thread.
         do: what to do with a task; called from all threads at once.
         nbytes: the size of a task, the unit of progress.
-        threads: the number of threads.
+        threads: the number of threads; no more are started than there are tasks.
         progress: called on this thread ten times a second and once at the end.
 
     Raises:
@@ -116,4 +116,4 @@ def drain(
             with workers.changed:
                 done += nbytes(task)
 
-    workers.run(lambda: progress(done, total), (work, threads))
+    workers.run(lambda: progress(done, total), (work, min(threads, len(waiting))))

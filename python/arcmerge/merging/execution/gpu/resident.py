@@ -71,17 +71,21 @@ class ResidentSums:
 
         groups = [[*same] for _, same in groupby(sums, lambda each: len(each.inputs))]
         with self._on_device():
-            rows = np.concatenate([each.coefficients for group in groups for each in group])
-            pinned = torch.tensor(rows, dtype=torch.float32, pin_memory=self._result.is_cuda)
-            factors = pinned.to(self._result.device, non_blocking=True)
-            counts = torch.zeros(len(sums), dtype=torch.int64, device=self._result.device)
+            values = np.concatenate([each.coefficients for group in groups for each in group]).astype(np.float32)
+            # One copy writes the counts, zero, and the coefficients.
+            packed = np.concatenate([np.zeros(8 * len(sums), np.uint8), values.view(np.uint8)])
+            pinned = torch.from_numpy(packed)
+            if self._result.is_cuda:
+                pinned = pinned.pin_memory()
+            copied = pinned.to(self._result.device, non_blocking=True)
+            counts, factors = copied[: 8 * len(sums)].view(torch.int64), copied[8 * len(sums) :].view(torch.float32)
             first = used = 0
             for group, launches in zip(groups, self._launches(groups), strict=True):
                 k, last = len(group[0].inputs), first + len(group)
-                values = factors[used : used + k * len(group)].view(-1, k)
+                rows = factors[used : used + k * len(group)].view(-1, k)
                 for launch in launches:
-                    combine_segments(launch, values, counts[first:last])
-                first, used = last, used + values.numel()
+                    combine_segments(launch, rows, counts[first:last])
+                first, used = last, used + rows.numel()
         return counts
 
     def _on_device(self) -> AbstractContextManager[object]:
