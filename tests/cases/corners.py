@@ -18,11 +18,13 @@ from arcmerge.kernels import lm_head
 from arcmerge.kernels.attention import attention
 from arcmerge.kernels.attention_decode import attention_decode, splits
 from arcmerge.kernels.geglu import geglu
+from arcmerge.kernels.linear import linear
 from arcmerge.kernels.lm_head import Scores
 from arcmerge.kernels.rmsnorm import rmsnorm
 from arcmerge.kernels.rmsnorm_add_rmsnorm import rmsnorm_add_rmsnorm
 from arcmerge.kernels.rope_cache import rope_cache
 from cases import geglu as geglu_cases
+from cases import linear as linear_cases
 from cases import rmsnorm as rmsnorm_cases
 from cases import rmsnorm_add_rmsnorm as rmsnorm_add_rmsnorm_cases
 from cases.attention import exact_attention
@@ -210,12 +212,55 @@ def _lm_head_argmax() -> Call:
     return _call(lambda: lm_head.argmax(out, scores), {"out": (out[-1:], due)})
 
 
+def _lm_head_tiles() -> Call:
+    """The maximum and the sum of a tile of 32 ids, of a vocabulary so large that the weight has 2^31 elements too."""
+    ids = 600_032
+    x, weight = virtual(ALL_TOKENS, MODEL.hidden_size), virtual(ids, MODEL.hidden_size)
+    seen = virtual(ALL_TOKENS, ids // 32, dtype=I32)
+    row, own = filled(x[-1:], 1), weight[-32:]
+    own.copy_(Random(2).normal(32, MODEL.hidden_size, scale=15 * MODEL.hidden_size**-0.5))
+    seen[-1, -1] = 0x5A3C6699
+    scores = Scores(x, weight, MODEL.final_softcap, False, temperature=0.7, seen=seen, penalty=1.3)
+    maxima, sums = (virtual(ALL_TOKENS, scores.tiles, dtype=F32) for _ in range(2))
+    values, error = exact_scores(scores._replace(x=row, weight=own, seen=seen[-1:, -1:]))
+    largest, worst = values.amax(dim=1, keepdim=True), error.amax(dim=1, keepdim=True)
+    mass = (values - largest).exp().sum(dim=1, keepdim=True)
+    return _call(
+        lambda: lm_head.extremes(maxima, sums, scores),
+        {
+            "maxima": (maxima[-1:, -1:], Expected(largest, worst)),
+            "sums": (sums[-1:, -1:], Expected(mass, mass * (2 * worst + 2.0**-24 * (8 + 128)))),
+        },
+    )
+
+
+def _lm_head_rows() -> Call:
+    """The reduction of the tiles of a row alone: those of 256,000 ids are too many to compute here."""
+    scores = Scores(virtual(ALL_TOKENS, 8), virtual(MODEL.vocabulary, 8), 0.0, False)
+    maxima, best = (virtual(ALL_TOKENS, scores.tiles, dtype=dtype) for dtype in (F32, I32))
+    out = virtual(ALL_TOKENS, dtype=I64)
+    highest = filled(maxima[-1], 1).argmax()
+    best[-1] = torch.arange(scores.tiles, dtype=I32) * scores.tile.ids
+    due = Expected(highest[None] * scores.tile.ids)
+    return _call(lambda: lm_head._launch_rows(scores, maxima, best, out), {"out": (out[-1:], due)})
+
+
+def _linear() -> Call:
+    rows = 2**31 // MODEL.hidden_size + 33
+    x, weight, out = Random(1).normal(4, MODEL.hidden_size), virtual(rows, MODEL.hidden_size), virtual(4, rows)
+    due = linear_cases.due(x, filled(weight[-1:], 2))
+    return _call(lambda: linear(out, x, [weight]), {"out": (out[:, -1:], due)})
+
+
 CORNERS = [
     Corner("rmsnorm", "the last row", _rmsnorm, last),
     Corner("rmsnorm_add_rmsnorm", "the last row", _rmsnorm_add_rmsnorm, last),
     Corner("geglu", "the end of the last row", _geglu, last),
     Corner("rope_cache", "the last token", _rope_cache, last),
     # The tiles of a sequence run from the last to the first.
+    Corner("lm_head_logprob", "the tiles of the last row", _lm_head_rows, last),
+    Corner("lm_head_sample", "the last tile of the last row", _lm_head_tiles, last),
+    Corner("linear", "the last row of the weight", _linear, last),
     Corner("attention", "the last tile", _attention, lambda grid: [(grid[0] - 1, 0, grid[2] - 1)]),
     Corner("attention_decode", "the last split", _attention_decode, last),
     Corner(

@@ -26,19 +26,20 @@ def matrix(draw: Draw, rows: int, columns: int, dtype: torch.dtype, skip: int = 
     return draw.normal(rows * columns + skip, dtype=dtype, scale=scale)[skip:].view(rows, columns)
 
 
+def due(x: Tensor, weight: Tensor) -> Expected:
+    truth, error = exact_product(x, weight)
+    return Expected(truth, half_unit(x.dtype) * (truth.abs() + error) + error)
+
+
 def build(draw: Draw, tokens: int, columns: int, rows: Sequence[int], dtype: torch.dtype, skip: int = 0) -> Call:
     x = matrix(draw, tokens, columns, dtype, skip)
     weights = [matrix(draw, count, columns, dtype, skip, columns**-0.5) for count in rows]
     out = draw.empty(tokens, sum(rows), dtype=dtype)
 
-    def expected() -> dict[str, Expected]:
-        truth, error = exact_product(x, torch.cat(weights))
-        return {"out": Expected(truth, half_unit(dtype) * (truth.abs() + error) + error)}
-
     return Call(
         launch=lambda: linear(out, x, weights),
         outputs={"out": out},
-        expected=expected,
+        expected=lambda: {"out": due(x, torch.cat(weights))},
         minimum_bytes=(sum(rows) * columns + tokens * (columns + sum(rows))) * dtype.itemsize,
         operations=2 * tokens * columns * sum(rows),
     )

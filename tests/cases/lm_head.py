@@ -215,7 +215,8 @@ SMALL = [
     _case("lm_head_logprob", "equals, 17 rows, stepwise", 17, 150, 16, stepwise=True, whole=True),
     _case("lm_head_logprob", "f32", 17, 65, 35, F32),
     _case("lm_head_sample", "as in decoding", 1, 128, 2304, traffic=1 + 2 * 2 * 8 / (129 * 4608 + 16)),
-    _case("lm_head_sample", "of the greatest, penalised", 2, 200, 33, marked=True, noisy=False),
+    # Whole words of 32 ids, which end in the middle of a tile.
+    _case("lm_head_sample", "of the greatest, penalised", 2, 224, 33, marked=True, noisy=False),
     _case("lm_head_sample", "penalised, 17 rows", 17, 200, 40, marked=True),
     _case("lm_head_sample", "f32", 2, 65, 35, F32, marked=True, seed=5),
     _case("candidates", "candidates of 3 tiles", 2, 300, 72, tiles=3),

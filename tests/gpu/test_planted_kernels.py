@@ -42,6 +42,11 @@ PLANTED: dict[str, tuple[Any, ...]] = {
     "geglu": ("geglu", f"blocks){LONG}", "blocks)", corner("geglu")),
     "rope": ("rope_cache", f"program_id(0){LONG}", "program_id(0)", corner("rope_cache")),
     "head": ("lm_head", f"rows{LONG}[:, None] * D", "rows[:, None] * D", corner("lm_head_argmax")),
+    "head, marks": ("lm_head", f"words = rows{LONG}", "words = rows", corner("lm_head_sample")),
+    "head, weight": ("lm_head", f"tl.minimum(ids, V - 1){LONG}", "tl.minimum(ids, V - 1)", corner("lm_head_sample")),
+    "head, tiles": ("lm_head", f"row{LONG} * tl.cdiv", "row * tl.cdiv", corner("lm_head_sample")),
+    "head, reduction": ("lm_head", f"row{LONG} * tiles", "row * tiles", corner("lm_head_logprob")),
+    "linear": ("linear", f"row{LONG}[None, :, None] * K", "row[None, :, None] * K", corner("linear")),
     # Tiles that only one architecture takes.
     "tile of sm_90, 128": (
         "attention",
@@ -73,6 +78,13 @@ PLANTED: dict[str, tuple[Any, ...]] = {
         f"{MOVED}((token < tokens) & (row < TOKENS * GROUP))",
         f"{MOVED}(token < tokens)",
         small("attention", "3 heads a group, misaligned"),
+    ),
+    # Words of marks past the last id.
+    "marks": (
+        "lm_head",
+        "mask=(ids < V)[None, :], other=0)",
+        "mask=(ids <= V)[None, :], other=0)",
+        small("lm_head_sample", "of the greatest, penalised"),
     ),
     # Vectors of 16 bytes.
     **{
