@@ -51,7 +51,8 @@ def exponents(scale: float, softcap: float) -> tuple[float, float]:
     return (2 * LOG2_E.value * scale / softcap, LOG2_E.value * softcap) if softcap else (LOG2_E.value * scale, 0.0)
 
 
-@triton.jit
+# A kernel for any number of slots, not one more for multiples of 16: caches grow.
+@triton.jit(do_not_specialize=["slots"])
 def _attention_kernel(
     query_ptr,
     key_ptr,

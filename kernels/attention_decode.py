@@ -97,7 +97,8 @@ def _combine(
         tl.store(out_ptr + member * HEAD_DIM + column, result.to(out_ptr.dtype.element_ty))
 
 
-@triton.jit
+# A kernel for any number of slots, not one more for multiples of 16: caches grow.
+@triton.jit(do_not_specialize=["slots"])
 def _attention_decode_kernel(
     qkv_ptr,
     cos_sin_ptr,
@@ -236,7 +237,7 @@ class Tile(NamedTuple):
 
 
 # By the size of a head, so that with three stages 64 KB of keys and values are in flight in each program; 25 KB a
-# multiprocessor would suffice for the 3.35 TB/s of an H100 at a latency of 1 us. As compiled by Triton 3.9: at most 202
+# multiprocessor would suffice for the 3.35 TB/s of an H100 at a latency of 1 us. As compiled by Triton 3.9: at most 168
 # registers, no spills and 68 KB of shared memory, so one program a multiprocessor on sm_86, sm_89 and sm_120, two or
 # three on the others.
 TILES = {

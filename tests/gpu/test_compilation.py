@@ -140,6 +140,28 @@ def compile_planted() -> None:
             print(json.dumps({"planted": name, **record}))
 
 
+def compile_for_growing_caches() -> None:
+    """Prints how many kernels the launches for caches of other numbers of slots compile, on one target."""
+    from arcmerge.kernels.attention import attention
+    from arcmerge.kernels.attention_decode import attention_decode, scratch
+
+    query, lengths = torch.empty(1, 4, 64, dtype=BF16), torch.empty(2, dtype=torch.int32)
+    qkv, angles = torch.empty(1, 8 * 64, dtype=BF16), torch.empty(4096, 64)
+    options: dict[str, Any] = {"scale": 1.0, "softcap": 0.0, "window": 0}
+    caches = [torch.empty(1, 2, slots, 64, dtype=BF16) for slots in (1, 16, 127, 128, 1040, 4096)]
+    with compiling_for("sm_80") as decoding:
+        for cache in caches:
+            out = torch.empty(1, 4 * 64, dtype=BF16)
+            attention_decode(
+                out, *scratch(cache, 4), qkv, cache, cache, lengths[1:].clone(), angles, heads=4, **options
+            )
+    with compiling_for("sm_80") as reading:
+        for cache in caches:
+            attention(torch.empty_like(query), query, cache, cache, lengths, lengths, max_seqlen_q=1, **options)
+    counts = [len({kernel.hash for kernel in kernels}) for kernels in (decoding, reading)]
+    print(json.dumps({"planted": "caches that grow", "target": "sm_80", "kernels": counts}))
+
+
 @pytest.fixture(scope="module")
 def planted() -> dict[tuple[str, str], dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -241,11 +263,16 @@ def test_combine_rounds_every_product_in_the_instructions_of_the_machine(
         assert planted["combine", target]["fused"] == 0
 
 
-if __name__ == "__main__":
-    compile_planted()
-
-
 @every_target
 def test_a_count_that_overtakes_stores_is_named(target: str, planted: dict[tuple[str, str], dict[str, Any]]) -> None:
     found = re.search("1 releases of stores", " ".join(planted["counted after a barrier", target]["faults"]))
     assert (found is not None) == (target == "gfx942")
+
+
+def test_a_cache_that_grows_compiles_attention_once(planted: dict[tuple[str, str], dict[str, Any]]) -> None:
+    assert planted["caches that grow", "sm_80"]["kernels"] == [1, 1]
+
+
+if __name__ == "__main__":
+    compile_planted()
+    compile_for_growing_caches()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +100,59 @@ def test_a_slot_copies_to_no_other_device() -> None:
     copied = torch.ones(4)
     slot.copy(here, copied)
     assert copied.tolist() == [0.0] * 4
+
+
+class Target:
+    """A tensor of a GPU: notes the stream of each copy to it."""
+
+    device = GPU
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self.copies: list[tuple[str, bool]] = []
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool) -> None:
+        self.copies.append((self._streams.current, non_blocking))
+
+
+def test_a_slot_copies_on_its_stream_without_waiting(streams: Streams) -> None:
+    slot, target = Slot(GPU, 64), Target(streams)
+    slot.copy(torch.zeros(1), target)  # type: ignore[arg-type]
+    assert target.copies == [("stream 1 of cuda:1", True)]
+    assert streams.synchronized == []
+    slot.clear()
+    assert streams.synchronized == ["stream 1 of cuda:1"]
+
+
+class Runtime:
+    """cudart: notes the current device of each call."""
+
+    cudaError = SimpleNamespace(success=0)
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = 0
+        self.registered: list[int] = []
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "_exchange_device", self._exchange)
+        monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", self._exchange)
+
+    def _exchange(self, index: int) -> int:
+        before, self.current = self.current, index
+        return before
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.registered.append(self.current)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return 0
+
+
+def test_parents_are_pinned_by_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, parents = Runtime(monkeypatch), GpuMemory.__new__(GpuMemory)
+    parents._torch, parents._device, parents.streamed = torch, GPU, True
+    assert len(parents._allocate_parents(1000)) >= 1000
+    assert (runtime.registered, runtime.current) == ([1], 0)
 
 
 def test_a_slot_is_given_back_when_waiting_fails(streams: Streams) -> None:
