@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from emulation.cuda import Runtime, cuda
-from fake_devices import busy, copied_to_pinned, range_on, refused
+from fake_devices import busy, copied_to_pinned, needs_fake_devices, range_on, refused
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch has a GPU of its own")
+pytestmark = needs_fake_devices
 
 
 # ---- what a program computes
@@ -26,6 +28,9 @@ PROGRAMS: dict[str, Callable[[str], object]] = {
     "assignment": lambda device: range_on(device).index_fill_(0, torch.tensor([1, 3], device=device), 9),
     "several outputs": lambda device: torch.cat((*range_on(device).view(2, 4).max(dim=1)[:1], range_on(device))),
     "results of a size that only values tell": lambda device: range_on(device).remainder(3).nonzero(),
+    "a mask": lambda device: range_on(device)[range_on(device) > 3],
+    "a copy by Python": lambda device: copy.deepcopy(torch.eye(3, device=device)),
+    "attention of torch": lambda device: scaled_dot_product_attention(*[range_on(device, 64).view(1, 2, 4, 8)] * 3),
     "values from Python": lambda device: torch.tensor([[1, 2], [3, 4]], dtype=torch.float16, device=device) * 2,
     "a module": lambda device: torch.nn.functional.linear(range_on(device), torch.eye(8).to(device)),
     "like another": lambda device: torch.zeros_like(range_on(device)) + range_on(device).new_full((8,), 3),

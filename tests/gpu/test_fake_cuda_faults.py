@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from emulation.cuda import Runtime, cuda
-from fake_devices import busy, copied_to_pinned, range_on, refused
+from fake_devices import busy, copied_to_pinned, needs_fake_devices, range_on, refused
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch has a GPU of its own")
+pytestmark = needs_fake_devices
 
 
 # ---- faults between streams

@@ -17,9 +17,10 @@ from arcmerge.gemma2.runtime.network import Network
 from arcmerge.merging.execution import memory
 from emulation.cuda import Runtime, cuda
 from emulation.cuda.tensor import CudaTensor
+from fake_devices import needs_fake_devices
 from host_paths import same
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch has a GPU of its own")
+pytestmark = needs_fake_devices
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import arcmerge
 import host_paths
 from arcmerge.dispatch import registry
+from arcmerge.gemma2.generation.sampler import Sampler
 from arcmerge.gemma2.runtime import bandwidth
 from arcmerge.gemma2.runtime.arrival import Arrival
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
@@ -26,9 +27,10 @@ from arcmerge.merging.execution.in_memory import InMemoryMerge
 from arcmerge.merging.execution.memory import GpuMemory
 from arcmerge.merging.options import Options
 from emulation.cuda import cuda
+from fake_devices import needs_fake_devices
 from host_paths import same
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch has a GPU of its own")
+pytestmark = needs_fake_devices
 
 
 class Planted(NamedTuple):
@@ -115,6 +117,7 @@ SCENARIOS: dict[str, Callable[[Path, Path, str], Any]] = {
     "to disk": to_disk,
     "consensus to disk": partial(to_disk, method="dare_ties"),
     "in memory": in_memory,
+    "streamed": partial(streamed, scenario=in_memory),
     "in use": in_use,
     "in use, streamed": partial(streamed, scenario=in_use),
     "on the current device": current,
@@ -250,6 +253,22 @@ FAULTS = {
         "answers",
         "the host wrote memory while a copy from it",
     ),
+    "tokens are read before they have arrived": Planted(
+        Sampler,
+        "choose",
+        "chosen.tolist()",
+        'chosen.to("cpu", non_blocking=True).tolist()',
+        "answers",
+        "index out of range",
+    ),
+    "pinned memory is freed while it is registered": Planted(
+        GpuMemory,
+        "_allocate_parents",
+        "weakref.finalize(self, runtime.cudaHostUnregister, memory.data_ptr())",
+        "pass",
+        "streamed",
+        "freed while it was registered",
+    ),
     "a time is taken on the current device": Planted(
         bandwidth, "_seconds_on_gpu", "torch.cuda.device(tensor.device)", "torch.cuda.device(0)", "bandwidth", "by zero"
     ),
@@ -307,6 +326,7 @@ def test_without_a_fault_the_result_is_right(
     assert same(found, expected(scenario))
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found(

@@ -7,7 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from emulation.cuda import Fault, cuda
+from emulation.cuda import Fault, cuda, is_possible
+
+needs_fake_devices = pytest.mark.skipif(
+    torch.cuda.is_available() or not is_possible(), reason="torch has a CUDA of its own, which cannot be replaced"
+)
 
 
 def range_on(device: str, count: int = 8) -> torch.Tensor:

@@ -29,7 +29,14 @@ from .guard import guarded
 from .interface import replacements
 from .runtime import ORDERS, Runtime, _active
 
-__all__ = ["ORDERS", "Fault", "Runtime", "cuda"]
+__all__ = ["ORDERS", "Fault", "Runtime", "cuda", "is_possible"]
+
+# Operations that make or fill a tensor where the dispatch to subclasses does not see it, or for which torch has an
+# implementation that writes to a tensor of another size. Builds for CUDA have all of these.
+_REPLACED = (
+    *("empty.memory_format", "empty_strided", "copy_"),
+    *("arange", "arange.start", "arange.start_step", "eye", "eye.m"),
+)
 
 
 @contextmanager
@@ -69,13 +76,13 @@ def cuda(devices: int = 1, order: str = "latest", seed: int = 0, memory: int = 8
 
 @contextmanager
 def _kernels() -> Iterator[None]:
-    """Operations of torch on CUDA, of which a build for the CPU has none."""
+    """Operations of torch on CUDA, of which a build for the CPU has none, and others replace few."""
     from .tensor import aten, call
 
     fallback, kernels = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     try:
         fallback.fallback(lambda func, *args, **kwargs: call(func, *args, **kwargs), "CUDA")
-        for name in ("copy_", "arange", "arange.start", "arange.start_step"):
+        for name in _REPLACED:
             packet, _, overload = name.partition(".")
             func = getattr(getattr(aten, packet), overload or "default")
             kernels.impl(name, lambda *args, func=func, **kwargs: call(func, *args, **kwargs), "CUDA")
@@ -83,3 +90,14 @@ def _kernels() -> Iterator[None]:
     finally:
         fallback._destroy()
         kernels._destroy()
+
+
+def is_possible() -> bool:
+    """Whether this build of torch, which may have a CUDA of its own, lets it be replaced."""
+    try:
+        with cuda(), torch.inference_mode():
+            return bool((torch.tensor([1.0], device="cuda").to(torch.bfloat16) + 1).tolist() == [2.0])
+    except Exception:
+        if torch.version.cuda is None and torch.version.hip is None:
+            raise
+        return False

@@ -6,6 +6,7 @@ read by each stream, are kept as ticks of streams, which the clock of the next a
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -102,20 +103,22 @@ class AddressSpace:
     """All blocks of all devices, by address."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._starts: list[int] = []
         self._blocks: list[Block] = []
 
     def add(self, block: Block) -> None:
-        place = bisect_right(self._starts, block.address)
-        self._starts.insert(place, block.address)
-        self._blocks.insert(place, block)
+        with self._lock:
+            place = bisect_right(self._starts, block.address)
+            self._starts.insert(place, block.address)
+            self._blocks.insert(place, block)
 
     def find(self, address: int) -> Block | None:
         """The block that has an address."""
-        place = bisect_right(self._starts, address) - 1
-        if place < 0 or address >= self._starts[place] + self._blocks[place].nbytes:
-            return None
-        return self._blocks[place]
+        with self._lock:
+            place = bisect_right(self._starts, address) - 1
+            block = self._blocks[place] if place >= 0 else None
+        return block if block is not None and address < block.address + block.nbytes else None
 
     def access(self, tensor: Tensor, writes: bool) -> Iterator[Access]:
         """The access to all elements of a tensor on the CPU that lies in a block."""

@@ -71,7 +71,7 @@ class HostMemory:
         with self._runtime.lock:
             nbytes = self._pinned.pop(address)
             self._storages.pop(address, None)
-            if any(each.start < address + nbytes and address < each.end for each in self._pending.values()):
+            if any(each.start < address + nbytes and address < each.end for each in list(self._pending.values())):
                 self._runtime.refuse("pinned memory is unregistered while a copy from or to it is pending")
 
     def finish(self) -> None:
@@ -127,7 +127,7 @@ class HostMemory:
     def memmove(self, stock: Callable[..., Any], target: Any, source: Any, count: int) -> Any:
         """ctypes.memmove, which may neither read what a copy writes nor write what a copy reads."""
         with self._runtime.lock:
-            for pending in self._pending.values():
+            for pending in list(self._pending.values()):
                 for address, writes in ((target, True), (source, False)):
                     overlaps = isinstance(address, int) and pending.start < address + count and address < pending.end
                     if overlaps and (writes or pending.writes):

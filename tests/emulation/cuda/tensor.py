@@ -52,6 +52,9 @@ class CudaTensor(Tensor):
     def __repr__(self, *_: Any, **__: Any) -> str:
         return f"CudaTensor({list(self.shape)}, {self.dtype}, {self.device})"
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.detach().clone()
+
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
