@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import torch
 from arcmerge import ops
 from arcmerge.dispatch.recording import recorded
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
+from arcmerge.gemma2.runtime.kept_graphs import rounded
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.network import Network
 from operands import BF16, F32, normal, same_bits
@@ -103,6 +105,19 @@ def test_greedy_steps_take_their_tokens_from_the_steps_before(network: Network) 
         tokens = step(tokens, [True, True], greedy=True)
         found.append(tokens.tolist())
     assert found == plain
+
+
+def test_a_graph_does_not_keep_its_model(network: Network) -> None:
+    gone = random_network(config_of(TINY, max_position_embeddings=64), CPU)
+    reference = weakref.ref(gone)
+    with torch.inference_mode():
+        gone.graphs._graphs["key",] = gone.graphs.take(gone, 1, 8)
+    del gone
+    assert reference() is None
+
+
+def test_sizes_are_rounded_up_to_few() -> None:
+    assert [rounded(count, 16) for count in (1, 2, 3, 5, 9, 16, 17, 33)] == [1, 2, 4, 8, 16, 16, 32, 48]
 
 
 def test_a_replay_reads_the_current_values_of_its_arguments() -> None:

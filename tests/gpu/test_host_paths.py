@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import arcmerge
 import host_paths
 from arcmerge.gemma2.generation import loglikelihood
+from arcmerge.gemma2.runtime import kept_graphs
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from arcmerge.gemma2.runtime.network import Network
 from arcmerge.merging.execution import memory
@@ -103,6 +104,57 @@ def test_a_step_is_launched_before_the_token_of_the_one_before_is_read(
         model.generate(host_paths.PROMPTS[0], max_new_tokens=5, eos_token_id=[], stream=lambda _: log.append("token"))
     # The first token is read at once, and the first step is not replayed but captured.
     assert log == ["token", "step", "token", "step", "token", "step", "token", "token"]
+
+
+def test_graphs_are_kept_for_later_calls(
+    pair: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch, on_cpu: dict[str, Any]
+) -> None:
+    """Three sequences use a graph for four; a new merge changes the weights that a graph reads, not the graph."""
+    captures: list[bool] = []
+    captured = DecodeGraph._captured
+    monkeypatch.setattr(DecodeGraph, "_captured", lambda *args: (captures.append(args[1]), captured(*args))[1])
+    prompts = [*host_paths.PROMPTS, [2, 7, 9]]
+    with cuda(order="random", seed=3) as runtime:
+        model = host_paths.model_of(pair, "cuda:0")
+        model.set_t(0.6)
+        asked = {3: prompts, 2: prompts[:2], 4: [*prompts, [2]]}
+        for count in (3, 4, 2):
+            model.generate(asked[count], max_new_tokens=3, eos_token_id=[])
+        assert captures == [True, True]  # for four sequences, and for two
+        model.set_t(0.3)
+        assert model.generate(prompts, max_new_tokens=3, eos_token_id=[])[:2] == on_cpu["generated"][0][0]
+        assert captures == [True, True]
+        cache = 2 * 2 * 128 * 2 * 2 * 8 * (2 + 4)
+        graphs = list(model.network.graphs._graphs.values())
+        assert model.network.graphs.nbytes == sum(graph.nbytes for graph in graphs)
+        assert sum(graph.cache.nbytes for graph in graphs) == cache
+        assert all(graph._pool_bytes > 0 for graph in graphs)
+        held = runtime.allocators[0].allocated
+        del graphs
+        kept = model.free_memory()
+        assert held - runtime.allocators[0].allocated >= kept > cache
+        assert model.free_memory() == 0
+
+
+def test_the_graphs_used_last_are_kept_within_the_share_of_the_memory(
+    pair: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = 2 << 30
+    with cuda(order="latest", memory=memory):
+        network = host_paths.model_of(pair, "cuda:0").network
+        graphs = network.graphs
+        one, two = (graphs.take(network, count, 128) for count in (1, 2))
+        assert graphs.take(network, 1, 100) is one
+        limit = 5 * one.nbytes
+        monkeypatch.setattr(kept_graphs, "_SHARE", limit / memory)
+        four = graphs.take(network, 3, 128)  # in place of that for two sequences, which was not used since
+        assert graphs.nbytes == one.nbytes + four.nbytes <= limit
+        assert graphs.take(network, 1, 128) is one
+        assert graphs.take(network, 2, 128) is not two
+        kept = graphs.nbytes
+        large = graphs.take(network, 7, 50)  # of which no part is kept
+        assert [states.shape[0] for states in large.cache.layers[0]] == [7, 7]
+        assert graphs.nbytes == kept
 
 
 def test_answers_on_both_devices_at_once(pair: Path, gpus: Runtime, on_cpu: dict[str, Any]) -> None:

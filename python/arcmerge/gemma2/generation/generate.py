@@ -128,7 +128,7 @@ def generate(
     limits = [min(new, max(1, context - len(prompt))) for prompt, new in zip(prompts, asked, strict=True)]
     # The last token is not fed back.
     capacity = max(len(prompt) + new - 1 for prompt, new in zip(prompts, limits, strict=True))
-    runner = Runner(network, len(prompts), capacity)
+    runner = Runner(network, len(prompts), capacity, decodes=True)
     sampling_params = sampling_params.seeded()
     streams = range(len(prompts)) if random_streams is None else random_streams
     sampler = Sampler(network, sampling_params, prompts, streams)

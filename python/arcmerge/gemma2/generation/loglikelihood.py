@@ -16,10 +16,11 @@ from torch import Tensor
 from arcmerge import ops
 from arcmerge.gemma2.generation.generate import check_token_ids
 from arcmerge.gemma2.runtime.arrival import Arrival
+from arcmerge.gemma2.runtime.kept_graphs import PASS_TOKENS
 from arcmerge.gemma2.runtime.kv_cache import Batch
 from arcmerge.gemma2.runtime.model_lock import with_lock
 from arcmerge.gemma2.runtime.network import Network
-from arcmerge.gemma2.runtime.runner import PASS_TOKENS, Runner
+from arcmerge.gemma2.runtime.runner import Runner
 
 # Slots of a cache of all layers, which shared prefixes need: 55 MB of 2.6B. For this many tokens the arithmetic takes
 # 16 s on two cores of an EPYC 7003, reading the weights once more 0.3 s.

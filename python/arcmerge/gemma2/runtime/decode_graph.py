@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from arcmerge.dispatch.recording import recorded
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
-from arcmerge.gemma2.runtime.network import Network
+
+if TYPE_CHECKING:
+    from arcmerge.gemma2.runtime.network import Network
 
 
 class DecodeGraph:
-    """Runs one more token of each of `count` sequences through the network, with all tensors at fixed addresses.
+    """Runs one more token of at most `count` sequences each through the network, with all tensors at fixed addresses.
 
     Tokens and lengths stay on the device from step to step: no step waits for the host, nor the host for a step.
 
@@ -22,16 +26,19 @@ class DecodeGraph:
     as with stepwise numerics, which call torch, it calls the layers.
 
     Args:
-        network: the model.
+        network: the model, which may keep the graph; the graph does not keep it.
         cache: of the sequences.
-        count: of the sequences.
+        count: the maximum number of sequences.
+
+    Attributes:
+        cache: of the sequences.
     """
 
     @torch.inference_mode()
     def __init__(self, network: Network, cache: KVCache, count: int) -> None:
         device = network.weights.norm.device
-        self._network = network
-        self._cache = cache
+        self._network = cast("Network", weakref.proxy(network))
+        self.cache = cache
         self._residual = network.embed(torch.zeros(count, dtype=torch.int64, device=device))
         self._batch = Batch(
             tokens=torch.zeros(count, dtype=torch.int64, device=device),
@@ -43,39 +50,59 @@ class DecodeGraph:
         )
         self._more = torch.zeros_like(self._batch.lengths)  # what a step adds to the lengths: 1, or 0 for a skipped one
         self._running: list[bool] = []
+        self._chosen = self._batch.tokens
         self._hidden: Tensor | None = None
         self._replay: Callable[[], None] | None = None
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool_bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache, of the residual stream, and of the memory that captured steps use."""
+        return self.cache.nbytes + self._residual.nbytes + self._pool_bytes
 
     @torch.inference_mode()
     def start(self, lengths: Sequence[int]) -> None:
-        """Begin, with the tokens of each sequence that are in the cache."""
+        """Begin with `count` sequences or fewer, of each of which so many tokens are in the cache."""
+        self._chosen = self._batch.tokens[: len(lengths)]
         self._running = [True] * len(lengths)
-        self._more.fill_(1)
-        # From memory that is not pinned the driver takes the values before the call returns, and waits for nothing.
-        self._batch.lengths.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
+        self._fill(self._more, self._running)
+        self._fill(self._batch.lengths, lengths)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, running: Sequence[bool], greedy: bool = False) -> Tensor:
         """Run one step.
 
         Args:
-            tokens: [count] int64, on the device, one token per sequence; for example the result of a greedy step.
+            tokens: [B] int64, on the device, one token per sequence; for example the result of a greedy step.
             running: whether each sequence goes on; one that does not is skipped in this and all later steps.
             greedy: choose the most probable next tokens within the step.
 
         Returns:
-            The tokens [count] int64 of a greedy step, else hidden states [count, hidden_size]; undefined for sequences
+            The tokens [B] int64 of a greedy step, else hidden states [B, hidden_size]; undefined for sequences
             that are skipped. The next step overwrites both.
         """
-        if tokens is not self._batch.tokens:
-            self._batch.tokens.copy_(tokens)
+        if tokens is not self._chosen:
+            self._chosen.copy_(tokens)
         if list(running) != self._running:
             self._running = list(running)
-            self._more.copy_(torch.tensor(running, dtype=torch.int32), non_blocking=True)
+            self._fill(self._more, running)
             self._batch.lengths.mul_(self._more)
-        if self._residual.is_cuda and not self._network.stepwise:
-            return self._replayed(greedy) if greedy in self._graphs else self._captured(greedy)
+        if not self._residual.is_cuda or self._network.stepwise:
+            result = self._plain(greedy)
+        else:
+            result = self._replayed(greedy) if greedy in self._graphs else self._captured(greedy)
+        return self._chosen if greedy else result[: len(self._running)]
+
+    @staticmethod
+    def _fill(out: Tensor, values: Sequence[int]) -> None:
+        """Fill out [count] int32 with values, and zeros after them."""
+        padded = torch.zeros(len(out), dtype=torch.int32)
+        padded[: len(values)] = torch.tensor(values)
+        # From memory that is not pinned the driver takes the values before the call returns, and waits for nothing.
+        out.copy_(padded, non_blocking=True)
+
+    def _plain(self, greedy: bool) -> Tensor:
         self._advance()
         if self._hidden is None:
             self._hidden = hidden = self._recorded()
@@ -93,7 +120,7 @@ class DecodeGraph:
         self._residual.copy_(self._network.embed(self._batch.tokens))
 
     def _layers(self) -> Tensor:
-        return self._network.layers(self._residual, self._batch, self._cache)
+        return self._network.layers(self._residual, self._batch, self.cache)
 
     def _choose(self, hidden: Tensor) -> Tensor:
         return self._batch.tokens.copy_(self._network.most_probable(hidden))
@@ -131,6 +158,8 @@ class DecodeGraph:
             first.record_stream(current)
             # In this mode other threads may allocate and synchronize during the capture.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                before = torch.cuda.memory_reserved(device)
                 result = step()
+                self._pool_bytes += torch.cuda.memory_reserved(device) - before
         self._graphs[greedy] = graph, result
         return first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,9 @@ class KVCache:
         chunk: the maximum number of tokens of a sequence in a pass.
         dtype, device: of the cache.
         transient: all layers share one buffer, for sequences that go through the network in a single pass.
+
+    Attributes:
+        chunk: as given.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class KVCache:
         device: torch.device,
         transient: bool = False,
     ) -> None:
-        self.length = length
+        self.chunk = chunk
 
         def allocate(window: int) -> tuple[Tensor, Tensor]:
             slots = min(length, window + chunk - 1) if window else length
@@ -98,3 +102,13 @@ class KVCache:
         self.layers = (
             [allocate(0)] * len(config.windows) if transient else [allocate(window) for window in config.windows]
         )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(states.nbytes for layer in self.layers for states in layer)
+
+    def first(self, count: int) -> KVCache:
+        """The part of the first sequences, in the same memory."""
+        part = copy(self)
+        part.layers = [(keys[:count], values[:count]) for keys, values in self.layers]
+        return part

@@ -14,6 +14,7 @@ from torch import Tensor
 from arcmerge import ops
 from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.runtime.decoder_layer import attention_block, decoder_layer
+from arcmerge.gemma2.runtime.kept_graphs import KeptGraphs
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.model_lock import LockedModel
 from arcmerge.gemma2.weights import Weights
@@ -37,6 +38,9 @@ class Network(LockedModel):
         weights: all on one device and in one dtype.
         stepwise: round after every step as transformers does in eager mode. Otherwise the residual stream, RoPE and
             everything inside an op stay in float32, which is closer to exact arithmetic.
+
+    Attributes:
+        graphs: what decoding has captured.
     """
 
     def __init__(self, config: Gemma2Config, weights: Weights, stepwise: bool) -> None:
@@ -44,6 +48,7 @@ class Network(LockedModel):
         self.config = config
         self.weights = weights
         self.stepwise = stepwise
+        self.graphs = KeptGraphs()
         dtype, device = weights.norm.dtype, weights.norm.device
         self._residual_dtype = dtype if stepwise else torch.float32
         # Training rounded the root to the dtype of the weights, so 59.75 for 9B, not 59.87.

@@ -9,12 +9,9 @@ from torch import Tensor
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
+from arcmerge.gemma2.runtime.kept_graphs import PASS_TOKENS
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.network import Network
-
-# Tokens of one pass: enough to keep matrix products efficient, few enough to keep the activations small (2.6B: 2,048
-# tokens of 2 * 9,216 values in bf16 are 75 MB).
-PASS_TOKENS = 2048
 
 
 class Runner:
@@ -25,12 +22,15 @@ class Runner:
         count: of the sequences.
         capacity: the maximum number of tokens of a sequence.
         transient: all tokens go through in one pass, and no more follow.
+        decodes: a `decoder` will be asked for.
 
     Raises:
         ArcmergeError: if the capacity exceeds the model's max_position_embeddings.
     """
 
-    def __init__(self, network: Network, count: int, capacity: int, transient: bool = False) -> None:
+    def __init__(
+        self, network: Network, count: int, capacity: int, transient: bool = False, decodes: bool = False
+    ) -> None:
         config = network.config
         if capacity > config.max_position_embeddings:
             raise ArcmergeError(
@@ -39,16 +39,19 @@ class Runner:
             )
         self._network = network
         self._device = network.weights.norm.device
-        self._chunk = max(1, PASS_TOKENS // max(count, 1))
-        dtype = network.weights.norm.dtype
-        chunk = capacity if transient else self._chunk
-        self._cache = KVCache(config, count, capacity, chunk, dtype, self._device, transient)
+        self._graph = network.graphs.take(network, count, capacity) if decodes else None
+        if self._graph is not None:
+            self._cache = self._graph.cache.first(count)
+        else:
+            chunk = capacity if transient else max(1, PASS_TOKENS // max(count, 1))
+            dtype = network.weights.norm.dtype
+            self._cache = KVCache(config, count, capacity, chunk, dtype, self._device, transient)
         self._transient = transient
         self._lengths = [0] * count
 
     def feed(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[Batch, Tensor]]:
         """Append tokens, or none, to every sequence; yields each pass and its hidden states [T, hidden_size]."""
-        chunk = max(map(len, prompts)) if self._transient else self._chunk
+        chunk = max(map(len, prompts)) if self._transient else self._cache.chunk
         for start in range(0, max(map(len, prompts)), chunk):
             chunks = [prompt[start : start + chunk] for prompt in prompts]
             batch = Batch.of(chunks, self._lengths, self._device)
@@ -77,6 +80,6 @@ class Runner:
 
     def decoder(self) -> DecodeGraph:
         """The steps that append one token after another to each sequence."""
-        steps = DecodeGraph(self._network, self._cache, len(self._lengths))
-        steps.start(self._lengths)
-        return steps
+        assert self._graph is not None
+        self._graph.start(self._lengths)
+        return self._graph
