@@ -1,8 +1,8 @@
 """lm_head_sample: the next token, drawn from the head's logits without keeping them.
 
 The filters of transformers, in its order, on candidates that include every id that the filters keep: in the reference
-the whole vocabulary; on the CPU the ids whose score is above a bound; on a GPU the few tiles of the vocabulary whose
-largest score is.
+the whole vocabulary; on the CPU the ids whose score is above a bound; on a GPU for each row the few tiles of the
+vocabulary whose largest score is.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def lm_head_sample(
     The draw is argmax(score + noise). The noise depends on seed, steps[t] and the id alone, so the result does not
     depend on the batch and the backend, except for ties within rounding. Rows of equal steps have equal noise.
 
-    Without filters, a GPU moves the bytes of `lm_head_argmax`. With filters the host waits once for the number of tiles
-    that can hold candidates; their scores are computed again. A flat distribution under top_p alone may need all tiles,
-    [T, V] scores.
+    Without filters, a GPU moves the bytes of `lm_head_argmax`. With filters it keeps the scores, 4 V bytes a row, and
+    sorts those of a few tiles of each row: top_k tiles with top_k, for which nothing waits; else as many as the row
+    with the flattest distribution needs, for whose number the host waits once.
 
     Args:
         x, weight, softcap, stepwise: as in `lm_head_argmax`.
@@ -149,7 +149,9 @@ def _filter(top_k: int, top_p: float, min_p: float) -> bool:
 
 
 def _draw(scores: Tensor, ids: Tensor, seed: int, steps: Tensor) -> Tensor:
-    return ids[(scores + gumbel(seed, steps[:, None], ids)).argmax(dim=1)]
+    """The ids, [n] for all rows or [T, n], of which one is drawn by the scores [T, n]."""
+    drawn = (scores + gumbel(seed, steps[:, None], ids)).argmax(dim=1, keepdim=True)
+    return ids.expand(len(scores), -1).gather(1, drawn)[:, 0]
 
 
 @lm_head_sample.native
@@ -247,7 +249,7 @@ def _triton(
     stepwise: bool,
     **filters: Any,
 ) -> Tensor:
-    from arcmerge.kernels.lm_head import Scores, argmax, candidates, extremes
+    from arcmerge.kernels.lm_head import Scores, argmax, candidates
 
     out = torch.empty_like(steps)
     if not len(x):
@@ -267,17 +269,34 @@ def _triton(
     if not _filter(**filters):
         argmax(out, scores, seed=seed, steps=steps.contiguous())
         return out
-    maxima = torch.empty(len(x), scores.tiles, device=x.device)
-    sums = torch.empty_like(maxima)
-    extremes(maxima, sums, scores)
     width = scores.tile.ids
-    floor, mass = bound(maxima.double(), sums.double(), **filters, width=width)
-    # "Not below", so that a row of NaN selects tiles too.
-    tiles = (~(maxima.double() < floor)).any(dim=0).nonzero()
-    found = torch.empty(len(x), len(tiles) * width, device=x.device)
-    candidates(found, tiles.flatten().int(), scores)
-    ids = (tiles * width + torch.arange(width, device=x.device)).flatten()
-    return _draw(kept(found, **filters, mass=None if filters["top_k"] else mass), ids, seed, steps)
+    every = torch.arange(scores.tiles, dtype=torch.int32, device=x.device)
+    table = torch.empty(len(x), scores.tiles * width, device=x.device)
+    candidates(table, every, scores)
+    table = table.unflatten(1, (-1, width))
+    maxima = table.amax(dim=2)
+    tiles, mass = likely_tiles(table, maxima, **filters)
+    found = table.gather(1, tiles[:, :, None].expand(-1, -1, width)).flatten(1)
+    ids = (tiles[:, :, None] * width + torch.arange(width, device=x.device)).flatten(1)
+    return _draw(kept(found, **filters, mass=mass), ids, seed, steps)
+
+
+def likely_tiles(table: Tensor, maxima: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor | None]:
+    """For each row, tiles [T, n] int64, in order, that include all ids that the filters keep.
+
+    table, maxima: the scores [T, tiles, width], and [T, tiles], the largest of each tile, which is NaN if one is.
+
+    Returns also the mass [T, 1] of the vocabulary, the sum of exp(score - largest), without top_k, for top_p.
+    """
+    order = maxima.argsort(dim=1, descending=True, stable=True)
+    if top_k:
+        # The k largest tile maxima are scores of k ids, so no other tile has a score above the k-th largest.
+        return order[:, :top_k].sort(dim=1).values, None
+    sums = (table - maxima[:, :, None]).exp().sum(dim=2)
+    floor, mass = bound(maxima.double(), sums.double(), top_k, top_p, min_p, table.shape[2])
+    # "Not below", so that a row of NaN selects tiles too. Rows that need fewer tiles get their next ones too.
+    count = int((~(maxima.double() < floor)).sum(dim=1).max())
+    return order[:, :count].sort(dim=1).values, mass
 
 
 def bound(maxima: Tensor, sums: Tensor, top_k: int, top_p: float, min_p: float, width: int) -> tuple[Tensor, Tensor]:

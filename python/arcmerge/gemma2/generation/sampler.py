@@ -128,6 +128,6 @@ class Sampler:
         self._steps += 1
         if self._seen is not None:
             words = (chosen // 32)[:, None]
-            marked = self._seen.gather(1, words) | self._bits[chosen % 32][:, None]
+            marked = self._seen.gather(1, words) | self._bits.index_select(0, chosen % 32)[:, None]
             self._seen.scatter_(1, words, marked)
         return chosen
