@@ -184,6 +184,25 @@ def test_a_model_from_disk(pair: Path, gpus: Runtime, monkeypatch: pytest.Monkey
     assert found == arcmerge.Gemma2.from_pretrained(pair / "a", device="cpu").score(host_paths.PAIRS)
 
 
+def test_many_rows_take_four_products_a_layer(pair: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v are one matrix, and gate and up: in a merge in memory too, whatever the sizes of its tensors."""
+    pairs = [([2, 5, 7], list(range(9, 29)))]
+    products, multiply = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **named: (products.append(args), multiply(*args, **named))[1])
+    monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
+    expected = [model.score(pairs) for model in (host_paths.model_of(pair, "cpu"), opened(pair, "cpu"))]
+    del products[:]
+    with cuda(order="latest"):
+        for model, scores in zip((host_paths.model_of(pair, "cuda:0"), opened(pair, "cuda:0")), expected, strict=True):
+            assert same(model.score(pairs), scores)
+            assert len(products) == 2 * 4
+            del products[:]
+
+
+def opened(pair: Path, device: str) -> arcmerge.Gemma2:
+    return arcmerge.Gemma2.from_pretrained(pair / "a", device)
+
+
 def test_scores_are_waited_for_after_all_passes_are_launched(
     pair: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

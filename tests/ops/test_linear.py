@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arcmerge.errors import ArcmergeError
-from arcmerge.ops.linear import linear
+from arcmerge.ops.linear import linear, side_by_side
 from cases import disagreement
 from cases.case import Expected
 from cases.linear import exact_product
@@ -87,6 +87,34 @@ def test_a_weight_without_rows_among_others(monkeypatch, backend):
     monkeypatch.setenv("ARCMERGE_BACKEND", backend)
     x, weight = normal(2, 24).to(DEVICE), normal(17, 24, seed=1).to(DEVICE)
     assert same_bits(linear(x, [weight[:0], weight, weight[:3]]), linear(x, [weight, weight[:3]]))
+
+
+@pytest.mark.parametrize(("stepwise", "calls"), [(False, 1), (True, 3)], ids=["merged", "as transformers"])
+def test_many_rows_are_multiplied_once_with_weights_side_by_side(monkeypatch, stepwise, calls):
+    monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
+    x, whole = normal(20, 64).round().to(DEVICE), normal(40, 64, seed=1).round().to(DEVICE)
+    products, multiply = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **named: (products.append(args), multiply(*args, **named))[1])
+    parts = whole.split([20, 13, 7])
+    out = linear(x, parts, stepwise=stepwise)
+    assert len(products) == calls
+    assert same_bits(out, linear(x, [part.clone() for part in parts]))
+    assert len(products) == calls + 3
+
+
+def test_weights_are_side_by_side_where_one_tensor_holds_them():
+    whole = normal(12, 5)
+    first, second, third = whole[1:].split([4, 4, 3])
+    assert same_bits(side_by_side([first, second, third]), whole[1:])
+    assert side_by_side([first, second]).data_ptr() == first.data_ptr()
+    assert side_by_side([first, third]) is None
+    assert side_by_side([second, first]) is None
+    assert side_by_side([whole[:, :2], whole[:, 2:]]) is None
+    assert side_by_side([whole[:4, :1], whole[:4, 1:2]]) is None
+    buffer = bytearray(48)
+    apart = [torch.frombuffer(buffer, dtype=F32, count=6, offset=start).view(2, 3) for start in (0, 24)]
+    assert apart[0].data_ptr() + 24 == apart[1].data_ptr()
+    assert side_by_side(apart) is None
 
 
 def test_opcheck():

@@ -68,6 +68,17 @@ def test_many_rows_are_the_products_and_then_geglu(monkeypatch, backend, stepwis
     assert same_bits(out, geglu(linear(x, [gate_weight]), linear(x, [up_weight]), stepwise=stepwise))
 
 
+@pytest.mark.parametrize(("stepwise", "calls"), [(False, 1), (True, 2)], ids=["merged", "as transformers"])
+def test_many_rows_are_multiplied_once_with_weights_side_by_side(monkeypatch, stepwise, calls):
+    monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
+    x, whole = eighths(20, 64, seed=1).to(DEVICE), eighths(66, 64, seed=2).to(DEVICE)
+    products, multiply = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **named: (products.append(args), multiply(*args, **named))[1])
+    out = linear_geglu(x, whole[:33], whole[33:], stepwise=stepwise)
+    assert len(products) == calls
+    assert same_bits(out, linear_geglu(x, whole[:33].clone(), whole[33:].clone(), stepwise=stepwise))
+
+
 @pytest.mark.parametrize("stepwise", [False, True])
 def test_a_row_does_not_depend_on_the_others(monkeypatch, stepwise):
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")

@@ -18,7 +18,7 @@ from arcmerge.dispatch.checks import ACTIVATIONS
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.model import Gemma2
-from arcmerge.gemma2.weights import LM_HEAD, STORED_DTYPES, assemble, find_tensors
+from arcmerge.gemma2.weights import LM_HEAD, STORED_DTYPES, assemble, find_tensors, neighbours
 from arcmerge.interrupts import remove_at_end
 from arcmerge.merging.execution.in_memory import InMemoryMerge
 from arcmerge.merging.merge import merge
@@ -70,7 +70,8 @@ class MergedGemma2(Gemma2):
         warn: Warn = warnings.warn,
     ) -> MergedGemma2:
         """Merge the models of a configuration in memory; see `Gemma2.from_merge`."""
-        return cls(InMemoryMerge(prepare(config, options, warn), progress or (lambda done, total: None)), numerics)
+        in_memory = InMemoryMerge(prepare(config, options, warn), progress or (lambda done, total: None), neighbours)
+        return cls(in_memory, numerics)
 
     @property
     def recipe(self) -> str:

@@ -24,6 +24,8 @@ STORED_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32"
 # Old checkpoints store the frequencies of RoPE, which follow from config.json.
 _RECOMPUTED = "rotary_emb.inv_freq"
 _PART_OF_A_LAYER = re.compile(r"(model\.)*layers\.")
+# Weights that are multiplied with the same input: side by side in memory, they are one matrix on a GPU.
+_SIDE_BY_SIDE = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def tensor_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
 def load(checkpoint: Checkpoint, config: Gemma2Config, dtype: torch.dtype, device: torch.device) -> Weights:
     """The weights of a checkpoint in one dtype on one device.
 
-    On the CPU, tensors that are stored in `dtype` are mapped; all others are converted or copied. As in transformers,
+    On the CPU, tensors that are stored in `dtype` are mapped; all others are converted or copied. On a GPU, q, k and v
+    of a layer lie side by side in memory, and gate and up. As in transformers,
     an lm_head in the files is used if it differs from the embedding, whatever config.json says.
 
     Raises:
@@ -108,6 +111,8 @@ def load(checkpoint: Checkpoint, config: Gemma2Config, dtype: torch.dtype, devic
         return mapped.view(info.shape).to(device, dtype)
 
     weights = assemble(config, get, LM_HEAD in stored, checkpoint)
+    if device.type == "cuda":
+        weights = replace(weights, layers=tuple(map(_side_by_side, weights.layers)))
     checkpoint.require_read()
     if weights.lm_head is not weights.embed_tokens and torch.equal(weights.lm_head, weights.embed_tokens):
         return replace(weights, lm_head=weights.embed_tokens)
@@ -119,6 +124,26 @@ def load(checkpoint: Checkpoint, config: Gemma2Config, dtype: torch.dtype, devic
             stacklevel=3,
         )
     return weights
+
+
+def _side_by_side(layer: LayerWeights) -> LayerWeights:
+    parts: dict[str, Any] = {}
+    for group in _SIDE_BY_SIDE:
+        tensors = [getattr(layer, name) for name in group]
+        parts |= zip(group, torch.cat(tensors).split([len(tensor) for tensor in tensors]), strict=True)
+    return replace(layer, **parts)
+
+
+def neighbours(names: Collection[str]) -> list[tuple[str, ...]]:
+    """Those of the names of tensors, in groups, that should lie side by side in memory."""
+    groups = []
+    for group in _SIDE_BY_SIDE:
+        for name in names:
+            before, found, after = name.rpartition(group[0])
+            members = tuple(before + part + after for part in group)
+            if found and all(member in names for member in members):
+                groups.append(members)
+    return groups
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:

@@ -22,8 +22,8 @@ def linear(x: Tensor, weights: Sequence[Tensor], *, stepwise: bool = False) -> T
 
     Sums are in float32 and rounded once. Moves the bytes of weights, x and output once where T is at most 16. There the
     bits of a row of the output depend on neither the other rows nor their number. For larger T, torch.mm is called once
-    a weight, with its settings for the precision of sums; but native code on processors that have no instructions for
-    bfloat16.
+    a weight, with its settings for the precision of sums; on a GPU once for all weights that lie side by side in
+    memory; but native code on processors that have no instructions for bfloat16.
     Source: torch.nn.Linear without bias.
 
     Args:
@@ -70,8 +70,11 @@ def _native(x: Tensor, weights: Sequence[Tensor], *, stepwise: bool) -> Tensor:
 def _triton(x: Tensor, weights: Sequence[Tensor], *, stepwise: bool) -> Tensor:
     from arcmerge.kernels.linear import linear as launch
 
-    if stepwise or x.shape[0] > MAX_ROWS:
+    if stepwise:
         return _products(x, weights)
+    if x.shape[0] > MAX_ROWS:
+        whole = side_by_side(weights)
+        return _products(x, weights if whole is None else [whole])
     out = _fake(x, weights)
     if out.numel():
         launch(out, x.contiguous(), [weight.contiguous() for weight in weights])
@@ -84,6 +87,20 @@ def torch_multiplies(dtype: torch.dtype) -> bool:
     Without them a thread of an EPYC 7003 does 11 GFLOP/s in torch.mm, and 90 in native code.
     """
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def side_by_side(weights: Sequence[Tensor]) -> Tensor | None:
+    """The tensor [sum M_i, K] of which weights [M_i, K] are the parts; None if they are not side by side in memory."""
+    first, end = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        if not weight.is_contiguous() or weight.data_ptr() != end:
+            return None
+        end += weight.nbytes
+    # Tensors that were allocated apart may be neighbours by chance; the memory of the first must reach to the end.
+    storage = first.untyped_storage()
+    if first.storage_offset() * first.element_size() + end - first.data_ptr() > storage.nbytes():
+        return None
+    return first.detach().as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
 
 
 def _products(x: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from arcmerge.dispatch.checks import require_activations, require_same_dtype, sh
 from arcmerge.dispatch.native import native_dtype
 from arcmerge.dispatch.registry import op
 from arcmerge.ops.geglu import geglu
-from arcmerge.ops.linear import MAX_ROWS, torch_multiplies
+from arcmerge.ops.linear import MAX_ROWS, side_by_side, torch_multiplies
 
 
 @op()
@@ -19,7 +19,7 @@ def linear_geglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, *, stepwise:
 
     Up to T = 16, arithmetic is in float32 and rounded once; weights, x and output are moved once, and the bits of a row
     of the output depend on neither the other rows nor their number. For larger T, where `linear` calls torch.mm, so
-    does this op, twice, followed by `geglu`: the products are then rounded.
+    does this op, twice, or as `linear` does once, followed by `geglu`: the products are then rounded.
     Source: Gemma2MLP of transformers with hidden_activation "gelu_pytorch_tanh", without its down_proj.
 
     Args:
@@ -81,7 +81,10 @@ def _triton(*tensors: Tensor, stepwise: bool) -> Tensor:
     from arcmerge.kernels.linear_geglu import linear_geglu as launch
 
     if len(tensors[0]) > MAX_ROWS:
-        return _activated_products(*tensors, stepwise=stepwise)
+        whole = None if stepwise else side_by_side(tensors[1:])
+        if whole is None:
+            return _activated_products(*tensors, stepwise=stepwise)
+        return geglu(*torch.mm(tensors[0], whole.T).chunk(2, dim=1))
     out = _fake(*tensors)
     if out.numel():
         x, gate_weight, up_weight = (tensor.contiguous() for tensor in tensors)

@@ -40,6 +40,7 @@ class CudaTensor(Tensor):
             inner.shape,
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
+            storage_size=inner.untyped_storage().nbytes(),
             dtype=inner.dtype,
             device=allocation.block.stream.device,
         )

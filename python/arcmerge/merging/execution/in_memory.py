@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,16 +35,23 @@ class InMemoryMerge:
         prepared: the recipe, its checkpoints and its plan.
         progress: called with the bytes done and the bytes in total, once for each phase: loading the parents, the
             statistics pass, and merging.
+        neighbours: given the names of all tensors of the result, returns groups of them that lie side by side in
+            memory, without a gap.
 
     Raises:
         ArcmergeError: memory is too small, or weights have NaN or infinity.
     """
 
-    def __init__(self, prepared: Prepared, progress: Progress = lambda done, total: None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        progress: Progress = lambda done, total: None,
+        neighbours: Callable[[Collection[str]], Sequence[tuple[str, ...]]] = lambda names: (),
+    ) -> None:
         self._configured = prepared.recipe
         self._prepared = prepared
         self._outputs = {job.output.name: job.output for job in prepared.plan.jobs}
-        self._offsets, nbytes = offsets_of({name: output.nbytes for name, output in self._outputs.items()})
+        self._offsets, nbytes = _offsets(self._outputs, neighbours(self._outputs.keys()))
         # At t = 0 or 1 a tensor is a copy, which needs neither the other parent nor a matrix; the next t may need both.
         has_t = any(parameter.name == "t" for parameter in prepared.plan.method.parameters)
         interior = prepared.with_recipe(changed_recipe(prepared.recipe, {"t": _INTERIOR_T})) if has_t else prepared
@@ -161,6 +168,23 @@ class InMemoryMerge:
 
     def _address(self, output: OutputTensor, first: int) -> int:
         return self._memory.address + self._offsets[output.name] + first * output.dtype.itemsize
+
+
+def _offsets(outputs: Mapping[str, OutputTensor], groups: Sequence[tuple[str, ...]]) -> tuple[dict[str, int], int]:
+    """The offset of each tensor of the result, those of a group without gaps between them; and the end of the last."""
+    grouped = {name: group for group in groups for name in group}
+    starts, end = offsets_of(
+        {
+            group: sum(outputs[name].nbytes for name in group)
+            for group in (grouped.get(name, (name,)) for name in outputs)
+        }
+    )
+    offsets = {}
+    for group, start in starts.items():
+        for name in group:
+            offsets[name] = start
+            start += outputs[name].nbytes
+    return offsets, end
 
 
 def _origin(job: Job, rule: Rule | None) -> object:
