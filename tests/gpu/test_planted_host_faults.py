@@ -141,7 +141,7 @@ _MOVE = """\
 """
 _STAGE = "self._cpu.stage(piece, index, staged.pinned.data_ptr())\n"
 _COPY = "    slot.copy(staged.pinned, staged.gpu)\n"
-_MORE = "self._more.copy_(torch.tensor(running, dtype=torch.int32), non_blocking=True)\n"
+_COPY_IN = "out.copy_(padded, non_blocking=True)\n"
 
 FAULTS = {
     "results are moved before the count has waited": Planted(
@@ -244,12 +244,11 @@ FAULTS = {
         "answers beside another thread",
         "the host waits in the capture of a graph",
     ),
-    "what is skipped is overwritten under its copy": Planted(
+    "lengths are overwritten under their copy": Planted(
         DecodeGraph,
-        "__call__",
-        _MORE,
-        "more = torch.tensor(running, dtype=torch.int32, pin_memory=True)\n"
-        "        self._more.copy_(more, non_blocking=True)\n        more.zero_()\n",
+        "_fill",
+        _COPY_IN,
+        "padded = padded.pin_memory()\n    " + _COPY_IN + "    padded.zero_()\n",
         "answers",
         "the host wrote memory while a copy from it",
     ),
