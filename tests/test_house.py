@@ -53,15 +53,15 @@ MAY_IMPORT = {
 MAX_FILE_LINES = 400
 MAX_LINES = {
     "csrc": 7_400,
-    "kernels": 3_150,
+    "kernels": 3_400,
     "python/arcmerge/checkpoint": 1_400,
     "python/arcmerge/cli": 900,
     "python/arcmerge/cuda": 300,
     "python/arcmerge/dispatch": 700,
-    "python/arcmerge/gemma2": 3_500,
+    "python/arcmerge/gemma2": 3_600,
     "python/arcmerge/integrations": 1_650,
     "python/arcmerge/merging": 9_600,
-    "python/arcmerge/ops": 2_600,
+    "python/arcmerge/ops": 2_850,
     "python/arcmerge/sweeping": 2_000,
 }
 # The largest number of files in a folder, `__init__.py` aside. A plain list of one kind may have any number.

@@ -135,7 +135,7 @@ def test_graphs_are_kept_for_later_calls(
         model.set_t(0.3)
         assert model.generate(prompts, max_new_tokens=3, eos_token_id=[])[:2] == on_cpu["generated"][0][0]
         assert captures == [True, True]
-        cache = 2 * 2 * 128 * 2 * 2 * 8 * (2 + 4)
+        cache = model.config.num_hidden_layers * 2 * 128 * 2 * 2 * 8 * (2 + 4)
         graphs = list(model.network.graphs._graphs.values())
         assert model.network.graphs.nbytes == sum(graph.nbytes for graph in graphs)
         assert sum(graph.cache.nbytes for graph in graphs) == cache
@@ -198,7 +198,7 @@ def test_many_rows_take_four_products_a_layer(pair: Path, one_thread: None, monk
     with cuda(order="latest"):
         for model, scores in zip((host_paths.model_of(pair, "cuda:0"), opened(pair, "cuda:0")), expected, strict=True):
             assert same(model.score(pairs), scores)
-            assert len(products) == 2 * 4
+            assert len(products) == model.config.num_hidden_layers * 4
             del products[:]
 
 

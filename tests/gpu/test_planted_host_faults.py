@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 import arcmerge
 import host_paths
 from arcmerge.dispatch import registry
-from arcmerge.gemma2.generation.sampler import Sampler
 from arcmerge.gemma2.runtime import bandwidth
 from arcmerge.gemma2.runtime.arrival import Arrival
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
@@ -251,14 +250,6 @@ FAULTS = {
         "padded = padded.pin_memory()\n    " + _COPY_IN + "    padded.zero_()\n",
         "answers",
         "the host wrote memory while a copy from it",
-    ),
-    "tokens are read before they have arrived": Planted(
-        Sampler,
-        "choose",
-        "chosen.tolist()",
-        'chosen.to("cpu", non_blocking=True).tolist()',
-        "answers",
-        "index out of range",
     ),
     "pinned memory is freed while it is registered": Planted(
         GpuMemory,
