@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .target import configuration
+from .target import architecture, configuration
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 # The logarithm of a weight of 0: below any other, but finite, because NEVER - NEVER must be 0.
@@ -183,6 +183,19 @@ def _tile(states: Tensor, head_dim: int) -> Tile:
     return configuration(TILES[128 if head_dim <= 128 else 256], states.device)
 
 
+def _is_specialised(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
+    """Whether the kernel of attention_hopper.py can run: it is for sm_90, in Gluon as of Triton 3.9."""
+    return (
+        not triton.knobs.runtime.interpret
+        and query.dtype == torch.bfloat16
+        and query.shape[2] in (128, 256)
+        and architecture(query.device) == "sm_90"
+        and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+        # A tensor map starts at a multiple of 16 bytes.
+        and (key_cache.data_ptr() | value_cache.data_ptr()) % 16 == 0
+    )
+
+
 def attention(
     out: Tensor,
     query: Tensor,
@@ -203,6 +216,22 @@ def attention(
     tile = _tile(query, head_dim)
     tokens = tile.block_m // group
     factor, ceiling = exponents(scale, softcap)
+    if _is_specialised(query, key_cache, value_cache):
+        from .attention_hopper import attention_hopper
+
+        attention_hopper(
+            out,
+            query,
+            key_cache,
+            value_cache,
+            cu_seqlens_q,
+            seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            factor=factor,
+            ceiling=ceiling,
+            window=window,
+        )
+        return
     _attention_kernel[(key_value_heads, triton.cdiv(max_seqlen_q, tokens), sequences)](
         query,
         key_cache,

@@ -177,6 +177,9 @@ SMALL = [
     # Three tiles of 64 keys, but not a whole count of any larger ones.
     _case("heads of 256, a ring of 192", ((40, 600), (3, 200)), (2, 1), 256, slots=192, window=100, loud=2.0),
     _case("heads of 128, a ring of 192", ((40, 600), (3, 200)), (2, 1), 128, slots=192, window=100, loud=2.0),
+    # More rows than a tile has, and each stage of a ring of tiles twice or more.
+    _case("heads of 256, each with its keys", ((130, 400),), (1, 1), 256),
+    _case("heads of 128, 3 a group, no softcap", ((50, 640),), (3, 1), 128, softcap=0.0, loud=2.0),
     _case("positive values", ((3, 500),), (2, 1), 64, positive=True),
     _case("f32 heads of 64, no softcap", ((17, 18), (3, 33)), (2, 2), 64, F32, softcap=0.0, loud=5.0),
     _case(

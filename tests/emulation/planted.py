@@ -26,10 +26,10 @@ def planted(module: str, right: str, wrong: str, folder: Path, user: str | None 
     assert source.count(right) == 1, f"{module}.py has {source.count(right)} times {right!r}"
     file = folder / f"{module}.py"
     file.write_text(source.replace(right, wrong))
-    copy = _loaded(module, file)
+    copy = loaded(module, file)
     if user:
         with mock.patch.dict(sys.modules, {f"arcmerge.kernels.{module}": copy}):
-            module, copy = user, _loaded(user, KERNELS / f"{user}.py")
+            module, copy = user, loaded(user, KERNELS / f"{user}.py")
     name = f"arcmerge.kernels.{module}"
     with ExitStack() as patches:
         for caller, contents in list(sys.modules.items()):
@@ -43,7 +43,7 @@ def planted(module: str, right: str, wrong: str, folder: Path, user: str | None 
         yield
 
 
-def _loaded(module: str, file: Path) -> ModuleType:
+def loaded(module: str, file: Path) -> ModuleType:
     specification = importlib.util.spec_from_file_location(f"arcmerge.kernels.{module}_planted", file)
     assert specification is not None
     assert specification.loader is not None
