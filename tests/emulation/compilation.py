@@ -154,7 +154,7 @@ def describe(kernel: CompiledKernel, target: str) -> Facts:
         warps=kernel.metadata.num_warps,
         stages=kernel.metadata.num_stages,
         shared=kernel.metadata.shared,
-        matrix_due=_multiplies_matrices(kernel.asm["ttir"]),
+        matrix_due=_multiplies_matrices(_products(kernel)),
         **(_nvidia(kernel, target) if target.startswith("sm_") else _amd(kernel.asm["amdgcn"])),
     )
 
@@ -164,14 +164,20 @@ def _short(value: Any) -> str:
     return re.sub(r"triton\.language\.|[\"']|constexpr\[(.*?)\]", r"\1", str(value))
 
 
-def _multiplies_matrices(ttir: str) -> bool:
+def _products(kernel: CompiledKernel) -> list[str]:
+    """The products of matrices as the source has them; a kernel in Gluon has no code without layouts."""
+    code = kernel.asm["ttir" if "ttir" in kernel.asm else "ttgir"]
+    return re.findall(r"(?:tt\.dot(?:_scaled)?|ttng\.warp_group_dot) .*", code)
+
+
+def _multiplies_matrices(products: Sequence[str]) -> bool:
     # Matrix units take float32 as TF32, if the kernel allows it.
-    products = re.findall(r"tt\.dot(?:_scaled)? .*", ttir)
-    return any("xf32>" not in product.partition(" -> ")[0] or "tf32" in product for product in products)
+    return any("xf32" not in product.partition(" -> ")[0] or "tf32" in product for product in products)
 
 
-def _rows_of_products(ttir: str) -> int:
-    return max((int(rows) for rows in re.findall(r"tt\.dot .* -> tensor<(?:\d+x)?(\d+)x\d+x", ttir)), default=0)
+def _rows_of_products(products: Sequence[str]) -> int:
+    found = (re.search(r" -> tensor<(?:\d+x)?(\d+)x\d+x", product) for product in products)
+    return max((int(rows[1]) for rows in found if rows), default=0)
 
 
 def _nvidia(kernel: CompiledKernel, target: str) -> dict[str, Any]:
@@ -179,7 +185,7 @@ def _nvidia(kernel: CompiledKernel, target: str) -> dict[str, Any]:
     usage = _cuobjdump("--dump-resource-usage", kernel.asm["cubin"])
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     # Instructions of a warp group take 64 rows or more of a product; fewer rows need the instruction of a warp.
-    grouped = _rows_of_products(kernel.asm["ttir"]) >= 64 and kernel.metadata.num_warps >= 4
+    grouped = _rows_of_products(_products(kernel)) >= 64 and kernel.metadata.num_warps >= 4
     instruction = (GROUP_INSTRUCTIONS.get(target) if grouped else None) or "mma.sync"
     return {
         "registers": used["REG"],

@@ -24,6 +24,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from .compilation import Driver
+from .ptx.barriers import TensorMap
 from .ptx.counts import Counts
 from .ptx.machine import Block, Machine
 from .ptx.memory import GlobalMemory
@@ -81,10 +82,11 @@ def emulating(
             blocks = sorted(set(ctas(whole)), key=lambda block: block[::-1])
         if blocks:
             values = list(_values(kernel.src.signature, bound))
-            tensors = [(name, value) for name, _, value in values if isinstance(value, torch.Tensor)]
+            bases = [(name, getattr(value, "base", value)) for name, _, value in values]
+            tensors = [(name, value) for name, value in bases if isinstance(value, torch.Tensor)]
             tables = [(f"reachable tensor {number}", tensor) for number, tensor in enumerate(reachable)]
             memory = GlobalMemory([*tensors, *tables])
-            parameters = _parameters(program, values)
+            parameters, maps = _parameters(program, values), _maps(program, values)
             machine = Machine(
                 program,
                 whole,
@@ -95,6 +97,7 @@ def emulating(
                 len(blocks),
                 owned=ctas is None,
                 seed=seed,
+                maps=maps,
             )
             machine.run(blocks)
             execution.blocks = len(blocks)
@@ -120,6 +123,10 @@ def _values(signature: dict[str, Any], bound: dict[str, Any]) -> Iterator[tuple[
         if isinstance(kind, tuple):
             for number, (inner, element) in enumerate(zip(kind, value, strict=True)):
                 yield from leaves(f"{name}[{number}]", inner, element)
+        elif kind.startswith("tensordesc"):
+            yield name, kind, value
+            yield from ((f"{name}.shape", "i32", size) for size in value.shape)
+            yield from ((f"{name}.strides", "i64", stride) for stride in value.strides)
         elif kind != "constexpr":
             yield name, kind, value
 
@@ -131,7 +138,8 @@ def _parameters(program: Program, values: list[tuple[str, str, Any]]) -> dict[st
     """The parameters of the PTX as unsigned integers. Those that Triton adds for scratch memory, at the end, are 0."""
     parameters: dict[str, Any] = {}
     for (name, kind), (_, triton_type, value) in zip(program.parameters.items(), values, strict=False):
-        parameters[name] = _encoded(triton_type, value, int(kind[1:]))
+        if kind != "map":
+            parameters[name] = _encoded(triton_type, value, int(kind[1:]))
     if len(values) > len(program.parameters):
         raise Unsupported(f"{program.name} has fewer parameters than arguments")
     for name, kind in list(program.parameters.items())[len(values) :]:
@@ -139,9 +147,20 @@ def _parameters(program: Program, values: list[tuple[str, str, Any]]) -> dict[st
     return parameters
 
 
+def _maps(program: Program, values: list[tuple[str, str, Any]]) -> dict[str, TensorMap]:
+    """The tensor maps that the launch would make; a copy takes as many columns as its swizzle has bytes."""
+    maps = {}
+    for (name, kind), (_, _, value) in zip(program.parameters.items(), values, strict=False):
+        if kind == "map":
+            size, swizzle = value.base.element_size(), value.layout.swizzle_byte_width
+            *rows, columns = value.block_shape
+            box = (*rows, min(columns, swizzle // size) if swizzle else columns)
+            strides = tuple(stride * size for stride in value.strides)
+            maps[name] = TensorMap(value.base.data_ptr(), tuple(value.shape), strides, box, size, max(swizzle, 16))
+    return maps
+
+
 def _encoded(triton_type: str, value: Any, bits: int) -> Any:
-    if triton_type.startswith("tensordesc"):
-        raise Unsupported("a tensor descriptor made by the host")
     if isinstance(value, torch.Tensor):
         code = value.data_ptr()
     elif triton_type in _SCALARS:

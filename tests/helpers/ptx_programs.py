@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from emulation.ptx.barriers import TensorMap
 from emulation.ptx.counts import Counts
 from emulation.ptx.formats import Array, dtype_of
 from emulation.ptx.machine import Machine
@@ -19,9 +20,21 @@ REGISTERS = """
 """
 
 
-def run(body: str, *arrays: Array, threads: int = 32, blocks: int = 1, shared: int = 0, seed: int = 0) -> Counts:
-    """Run statements with the addresses of `arrays` in %d0, %d1, ... and the index of the thread in %r0."""
+def run(
+    body: str,
+    *arrays: Array,
+    threads: int = 32,
+    blocks: int = 1,
+    shared: int = 0,
+    seed: int = 0,
+    tensor_map: TensorMap | None = None,
+) -> Counts:
+    """Run statements with the addresses of `arrays` in %d0, %d1, ... and the index of the thread in %r0.
+
+    tensor_map: has the address `map`.
+    """
     parameters = ", ".join(f".param .u64 p{i}" for i in range(len(arrays)))
+    parameters += ", .param .align 64 .b8 map[128]" if tensor_map else ""
     loads = "".join(f"ld.param.b64 %d{i}, [p{i}];\n" for i in range(len(arrays)))
     program = parse(
         f".visible .entry test({parameters})\n.reqntid {threads}\n{{{REGISTERS}{loads}mov.u32 %r0, %tid.x;{body}ret;}}"
@@ -30,7 +43,8 @@ def run(body: str, *arrays: Array, threads: int = 32, blocks: int = 1, shared: i
     addresses = {f"p{i}": np.uint64(tensor.data_ptr()) for i, tensor in enumerate(tensors)}
     counts = Counts()
     memory = GlobalMemory((f"array {i}", tensor) for i, tensor in enumerate(tensors))
-    runner = Machine(program, (blocks, 1, 1), addresses, memory, shared, counts, blocks, seed=seed)
+    maps = {"map": tensor_map} if tensor_map else {}
+    runner = Machine(program, (blocks, 1, 1), addresses, memory, shared, counts, blocks, seed=seed, maps=maps)
     runner.run([(x, 0, 0) for x in range(blocks)])
     return counts
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .formats import Array
-from .program import Fault, Instruction, Unsupported
+from .program import Fault, Instruction, Program, Unsupported
 
 if TYPE_CHECKING:
     from .machine import Execute, Machine, Where
@@ -45,7 +45,7 @@ class _Barrier:
     copies: list[_Copy] = field(default_factory=list)
 
 
-class Barriers:
+class CopyBarriers:
     """The barriers in the shared memory of a machine, by their offsets."""
 
     def __init__(self, machine: Machine) -> None:
@@ -115,10 +115,17 @@ class Barriers:
             barrier.phase += 1
 
 
+def needs_clocks(program: Program) -> bool:
+    """Whether warps of a program meet in parts, by mbarriers for more than bulk copies without a tensor map."""
+    kinds = {each.parts[:4] for each in program.instructions if each.parts[0] in ("mbarrier", "cp")}
+    copies = any(parts[:3] == ("cp", "async", "bulk") and parts[3] != "tensor" for parts in kinds)
+    return not copies and any(parts[0] == "mbarrier" for parts in kinds)
+
+
 def bulk(machine: Machine, instruction: Instruction) -> Execute:
     """cp.async.bulk, mbarrier.init, mbarrier.arrive.expect_tx and mbarrier.try_wait.parity, within a block."""
     parts, operands = instruction.parts, instruction.operands
-    barriers = machine.barriers
+    barriers = machine.copy_barriers
 
     def offsets(operand: object, lanes: Array, width: int) -> list[int]:
         base, offset = machine.address(operand, bits=32)  # type: ignore[arg-type]
@@ -175,3 +182,6 @@ def bulk(machine: Machine, instruction: Instruction) -> Execute:
 
         return copy
     raise Unsupported(instruction.opcode)
+
+
+COPY_BARRIERS = {"mbarrier": bulk}

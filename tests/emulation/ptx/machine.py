@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .arithmetic import operation
-from .bulk import Barriers, bulk
+from .barriers import MBARRIERS, Barriers, TensorMap, ready, try_wait
+from .bulk import COPY_BARRIERS, CopyBarriers, needs_clocks
+from .clocks import ClockedMemory
 from .counts import Counts
 from .formats import Array, dtype_of
 from .matrix import MATRIX
@@ -30,8 +33,10 @@ Execute = Callable[[Where], None]
 LANES = 1024
 # A kernel that waits for what another block must do first waits for ever here.
 ENDLESS = 20_000_000
+# Where tensor maps among the parameters seem to be.
+MAPS = 1 << 20
 
-_NOTHING_TO_DO = {"membar", "fence", "nanosleep", "griddepcontrol", "prefetch", "createpolicy"}
+_NOTHING_TO_DO = {"membar", "fence", "nanosleep", "griddepcontrol", "prefetch", "createpolicy", "setmaxnreg"}
 
 
 class Machine:
@@ -48,6 +53,7 @@ class Machine:
         blocks: int,
         owned: bool = True,
         seed: int = 0,
+        maps: Mapping[str, TensorMap] | None = None,
     ) -> None:
         self.program, self.parameters, self.memory, self.counts = program, parameters, memory, counts
         self.blocks = min(blocks, max(1, LANES // program.threads))
@@ -68,8 +74,17 @@ class Machine:
         self.owners = Owners(memory.extents(), blocks * program.threads // WARP, self.lanes) if owned else Nobody()
         self._schedule = Schedule(self._block_of, seed)
         self.warpgroups = WarpGroups(self, program.instructions)
-        self.barriers = Barriers(self)
-        self.shared = SharedMemory(self.blocks, shared_bytes, program.threads, proxies=bool(self.warpgroups))
+        if needs_clocks(program):
+            clocked = ClockedMemory(self.blocks, shared_bytes, program.threads)
+            self.shared: SharedMemory = clocked
+            self.barriers = Barriers(self, clocked, seed)
+        else:
+            self.shared = SharedMemory(self.blocks, shared_bytes, program.threads, proxies=bool(self.warpgroups))
+            self.copy_barriers = CopyBarriers(self)
+        self._clocked = needs_clocks(program)
+        # Parameters of which the address is taken have one here.
+        self._places = {name: MAPS + 128 * number for number, name in enumerate(maps or {})}
+        self.maps = {self._places[name]: tensor for name, tensor in (maps or {}).items()}
         self._running: Sequence[Block] = ()
         self._issued = [0] * len(program.instructions)
         self._code = [self._decode(instruction) for instruction in program.instructions]
@@ -96,7 +111,7 @@ class Machine:
             raise Unsupported(f"the operand {operand}")
         values = self._registers.get(operand, self._special.get(operand))
         if values is None:
-            return np.full(self.lanes, _constant(operand, dtype), dtype)
+            return np.full(self.lanes, _constant(str(self._places.get(operand, operand)), dtype), dtype)
         if values.dtype == np.bool_ or dtype == np.bool_:
             if values.dtype != dtype:
                 raise Unsupported(f"predicate and number in one: {operand}")
@@ -142,16 +157,16 @@ class Machine:
         action: Any = None
         if mnemonic == "bra":
             kind, action = "branch", self.program.labels[str(instruction.operands[0])]
-            if action is None:
-                raise Unsupported(f"a label that two scopes have: {instruction.text}")
         elif mnemonic in ("ret", "exit"):
             kind = "exit"
         elif mnemonic in ("bar", "barrier") and "warp" not in instruction.parts:
             if instruction.parts[1] != "sync" and instruction.parts[1:3] != ("cta", "sync"):
                 raise Unsupported(instruction.text)
-            if len(instruction.operands) > 1 or predicate is not None:
+            if predicate is not None or (len(instruction.operands) > 1 and not self._clocked):
                 raise Unsupported(f"a barrier for some of the threads: {instruction.text}")
-            kind = "barrier"
+            kind, action = "barrier", [int(str(operand), 0) for operand in instruction.operands]
+        elif self._clocked and instruction.parts[:3] == ("mbarrier", "try_wait", "parity"):
+            kind, action = "wait", try_wait(self, instruction)
         else:
             kind, action = "plain", self._plain(instruction)
             if mnemonic in TRANSFERS and "global" in instruction.parts and is_strong(instruction.parts):
@@ -163,9 +178,7 @@ class Machine:
     def _plain(self, instruction: Instruction) -> Execute:
         parts = instruction.parts
         try:
-            if "bulk" in parts or parts[0] == "mbarrier":
-                return bulk(self, instruction)
-            for special in (WARPS, TRANSFERS, MATRIX, WGMMA):
+            for special in (WARPS, TRANSFERS, MATRIX, WGMMA, MBARRIERS if self._clocked else COPY_BARRIERS):
                 if parts[0] in special:
                     return special[parts[0]](self, instruction)
             if parts[:3] == ("fence", "proxy", "async"):
@@ -238,13 +251,14 @@ class Machine:
                 self._special[f"%ctaid.{axis}"][self._block_of == number] = index
         self.shared.reset()
         self.warpgroups.reset()
+        if self._clocked:
+            self.barriers.reset()
         groups = [Group(0, self._block_of < len(self._running))]
         steps = 0
         with np.errstate(all="ignore"):
             while groups:
                 if not any(group.running for group in groups):
-                    opening, groups = self._schedule.stopped(groups)
-                    groups = groups + self._release(opening)
+                    groups = self._go_on(groups)
                     continue
                 group, groups, bound = self._schedule.next_of(groups)
                 try:
@@ -277,9 +291,20 @@ class Machine:
                         action(True if size == self.lanes else lanes)
                 group.counter += 1
                 group.due = group.due and kind != "strong"
+            elif kind == "wait":
+                stuck = group.mask & ~ready(self, self.program.instructions[group.counter], group.mask)
+                going = group.part(~stuck)
+                if going.size:
+                    action(going.mask)
+                    going.counter += 1
+                    groups.append(going)
+                if stuck.any():
+                    groups.append(replace(group, mask=stuck, parked=True))
+                return steps
             elif kind == "barrier":
                 group.counter += 1
                 group.waiting = True
+                group.barrier, group.count = (*action, 0, 0)[:2]
                 break
             else:
                 if predicate is None:
@@ -304,22 +329,53 @@ class Machine:
         groups.append(group)
         return steps
 
-    def _release(self, groups: list[Group]) -> list[Group]:
-        """Nothing but barriers is left to do: they open, if every thread that a block still has is at the same one."""
+    def _go_on(self, groups: list[Group]) -> list[Group]:
+        """Every group waits: open what is complete; if nothing is, land a copy."""
+        woken = [group for group in groups if group.parked and self._is_ready(group)]
+        for group in woken:
+            group.parked = False
+        if woken:
+            return groups
+        waiting, others = self._schedule.stopped(groups)
+        running = [group for group in others if group.running]
+        opened, waiting = self._release(waiting, groups)
+        if not (opened or running) and not (self._clocked and self.barriers.land()):
+            lane = int(groups[0].mask.argmax())
+            what = "threads wait for ever: a barrier that not all threads of the block come to"
+            raise self._located(Fault(what, lane), groups[0].counter - groups[0].waiting)
+        return opened + waiting + others
+
+    def _is_ready(self, group: Group) -> bool:
+        return bool(ready(self, self.program.instructions[group.counter], group.mask).any())
+
+    def _release(self, waiting: list[Group], groups: list[Group]) -> tuple[list[Group], list[Group]]:
+        """Open the barriers at which all of their threads are: those that go on, and those that still wait."""
+        opened: list[Group] = []
+        warps = self.program.threads // WARP
         for block in range(len(self._running)):
-            places = {group.counter for group in groups if group.mask[self._block_of == block].any()}
-            if len(places) > 1:
-                lane = block * self.program.threads
-                raise self._located(Fault("a barrier that not all threads of the block come to", lane), min(places) - 1)
-        for group in groups:
-            blocks = np.unique(self._block_of[group.mask])
-            self.counts.barriers += blocks.size
-            self.shared.barrier(blocks)
-            for block in blocks:
-                warps = self.program.threads // WARP
-                self.owners.barrier(slice(int(block) * warps, (int(block) + 1) * warps))
-            group.waiting = False
-        return groups
+            own = self._block_of == block
+            alive = sum(int(np.count_nonzero(group.mask & own)) for group in groups)
+            here = [group for group in waiting if (group.mask & own).any()]
+            for number in sorted({group.barrier for group in here}):
+                meeting = [group.part(own) for group in here if group.barrier == number]
+                present = sum(group.size for group in meeting)
+                if any(present != (group.count or alive) for group in meeting):
+                    continue
+                places = {group.counter for group in meeting}
+                first = self.program.instructions[min(places) - 1]
+                if len(places) > 1 and first.parts[0] == "bar":
+                    lane = block * self.program.threads
+                    what = "a barrier that not all threads of the block come to"
+                    raise self._located(Fault(what, lane), min(places) - 1)
+                mask = np.any([group.mask for group in meeting], axis=0)
+                met = np.flatnonzero(mask.reshape(-1, WARP).any(axis=1))
+                self.counts.barriers += 1
+                self.shared.meet(block, (met - block * warps).tolist())
+                self.owners.barrier(slice(int(met[0]), int(met[-1]) + 1))
+                opened += [replace(group, waiting=False) for group in meeting]
+                waiting = [part for group in waiting if (part := group.part(~mask)).size]
+                here = [part for group in here if (part := group.part(~mask)).size]
+        return opened, waiting
 
     def _located(self, fault: Fault, counter: int) -> Fault:
         place = f"{self.program.name}, instruction {counter} `{self.program.instructions[counter].text}`"

@@ -46,8 +46,8 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """parameters: name to type, in order. threads: of a block. registers: declared name to type. labels: name to
-    the instruction that follows; None where scopes of inline assembly share a name.
+    """parameters: name to type, in order; "map" for 128 bytes. threads: of a block. registers: declared name to type.
+    labels: name to the instruction that follows.
     """
 
     name: str
@@ -55,15 +55,17 @@ class Program:
     parameters: dict[str, str]
     registers: dict[str, str]
     instructions: list[Instruction]
-    labels: dict[str, int | None]
+    labels: dict[str, int]
 
 
 _COMMENT = re.compile(r"//[^\n]*")
 _LINE_DIRECTIVE = re.compile(r"^\s*\.(?:loc|file|pragma|section)\b[^\n]*", re.MULTILINE)
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", re.DOTALL)
-_PARAMETER = re.compile(r"\.param\s+\.(\w+)[^,]*?(\w+)\s*(?:,|$)")
+_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)[^,]*?(\w+)(\[128\])?\s*(?:,|$)")
 _LABEL = re.compile(r"^\s*(\$?\w+):(?!:)")
 _OUTSIDE_BRACES = re.compile(r",(?![^{]*\})")
+# The address of a copy by a tensor map has coordinates.
+_COORDINATES = re.compile(r"\[\s*([%\w]+)\s*,\s*(\{[^}]*\})\s*\]")
 _ADDRESS = re.compile(r"\[\s*([%$\w.]+)\s*(?:([+-])\s*(-?\w+))?\s*\]")
 
 
@@ -80,23 +82,38 @@ def parse(text: str) -> Program:
         raise Unsupported(f"{name}: no .reqntid, so the number of threads is not known")
     registers: dict[str, str] = {}
     instructions: list[Instruction] = []
-    labels: dict[str, int | None] = {}
+    labels: dict[str, int] = {}
+    scopes = [""]
     for statement in _body(text, entry.end()).split(";"):
-        # What is left of braces are scopes of inline assembly.
-        statement = statement.lstrip("{} \t\n")
+        # Labels of inline assembly are known within its braces.
+        statement = _enter(statement, scopes, len(instructions))
         while label := _LABEL.match(statement):
-            labels[label[1]] = None if label[1] in labels else len(instructions)
-            statement = statement[label.end() :].lstrip("{} \t\n")
+            labels[scopes[-1] + label[1]] = len(instructions)
+            statement = _enter(statement[label.end() :], scopes, len(instructions))
         statement = statement.strip()
         if statement.startswith(".reg"):
             _declare(statement, registers)
         elif statement and not statement.startswith("."):
-            instructions.append(_instruction(statement))
+            instruction = _instruction(statement)
+            inner = scopes[-1] + str(instruction.operands[0]) if instruction.parts[0] == "bra" else ""
+            instructions.append(instruction._replace(operands=(inner,)) if inner in labels else instruction)
     return Program(name, int(required[1]), _parameters(parameters), registers, instructions, labels)
 
 
+def _enter(statement: str, scopes: list[str], place: int) -> str:
+    """The statement behind the braces that it starts with. scopes: a prefix of labels for each that is open."""
+    rest = statement.lstrip("{} \t\n")
+    for brace in statement[: len(statement) - len(rest)]:
+        if brace == "{":
+            scopes.append(f"{place}.{len(scopes)}.")
+        elif brace == "}" and len(scopes) > 1:
+            scopes.pop()
+    return rest
+
+
 def _parameters(text: str) -> dict[str, str]:
-    return {name: kind for kind, name in _PARAMETER.findall(text.replace("\n", " ").strip())}
+    found = _PARAMETER.findall(text.replace("\n", " ").strip())
+    return {name: "map" if whole else kind for kind, name, whole in found}
 
 
 def _body(text: str, start: int) -> str:
@@ -118,7 +135,7 @@ def _declare(statement: str, registers: dict[str, str]) -> None:
 
 
 def _instruction(statement: str) -> Instruction:
-    text = " ".join(statement.split())
+    text = _COORDINATES.sub(r"[\1], \2", " ".join(statement.split()))
     guard = re.match(r"@(!?)\s*([%\w]+)\s+", text)
     opcode, _, operands = text[guard.end() if guard else 0 :].partition(" ")
     if opcode == "call" or opcode.startswith("call."):

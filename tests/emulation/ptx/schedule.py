@@ -11,7 +11,7 @@ every order, or else a fault, see owners.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,8 +24,9 @@ WARP = 32
 class Group:
     """Lanes at one place of the program.
 
-    waiting: at a barrier. held: before an access to memory by which blocks communicate. due: held before, and no more.
-    warps: how many have a lane among them.
+    waiting: at the barrier number `barrier`, which is of `count` threads; 0: of all. parked: at an mbarrier. held:
+    before an access to memory by which blocks communicate. due: held before, and no more. warps: how many have a lane
+    among them.
     """
 
     counter: int
@@ -33,14 +34,21 @@ class Group:
     waiting: bool = False
     held: bool = False
     due: bool = False
+    parked: bool = False
+    barrier: int = 0
+    count: int = 0
 
     def __post_init__(self) -> None:
         self.size = int(np.count_nonzero(self.mask))
         self.warps = int(np.count_nonzero(self.mask.reshape(-1, WARP).any(axis=1)))
 
+    def part(self, mask: Array) -> Group:
+        """The lanes of this group that are in `mask`."""
+        return replace(self, mask=self.mask & mask)
+
     @property
     def running(self) -> bool:
-        return not self.waiting and not self.held
+        return not self.waiting and not self.held and not self.parked
 
 
 class Schedule:
@@ -81,20 +89,19 @@ class Schedule:
         return True
 
     def stopped(self, groups: list[Group]) -> tuple[list[Group], list[Group]]:
-        """Every group waits or is held: those whose barriers open, and the others, of which one may go on.
+        """Every group waits or is held: those whose barriers may open, and the others, of which one may go on.
 
         Barriers may open for blocks of which no lane is held.
         """
         held = [group for group in groups if group.held]
-        if not held:
-            return groups, []
         waiting = [group for group in groups if group.waiting]
+        if not held:
+            return waiting, [group for group in groups if group.parked]
         stopped = np.isin(self._block_of, np.unique(self._block_of[np.any([group.mask for group in held], axis=0)]))
-        ready = [part for group in waiting if (part := Group(group.counter, group.mask & ~stopped, True)).size]
+        ready = [part for group in waiting if (part := group.part(~stopped)).size]
         if ready and self._random.random() < 0.5:
-            return ready, held + [
-                part for group in waiting if (part := Group(group.counter, group.mask & stopped, True)).size
-            ]
+            rest = [part for group in waiting if (part := group.part(stopped)).size]
+            return ready, held + rest + [group for group in groups if group.parked]
         chosen = held[self._random.integers(len(held))]
         chosen.held, chosen.due = False, True
         return [], groups

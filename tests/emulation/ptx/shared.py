@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,6 +149,10 @@ class SharedMemory:
         self._bytes[offset : offset + data.size] = data
         self._writer[offset : offset + data.size] = 0
 
+    def meet(self, block: int, warps: Sequence[int]) -> None:
+        """These warps are at a barrier together: all that a block still has."""
+        self.barrier(np.array([block]))
+
     def barrier(self, blocks: Array) -> None:
         """Blocks (indices) whose threads have all met."""
         self._reader.reshape(-1, self._pitch)[blocks] = 0
@@ -200,7 +205,7 @@ class SharedMemory:
         """Refuse writes to units that a product reads."""
         self._held[units] = True
 
-    def release(self, units: Array) -> None:
+    def release(self, units: Array, first: int, warps: int) -> None:
         """The product is complete for those who waited; other warps may not know it before the next barrier."""
         self._held[units] = False
         self._reader.reshape(-1, UNIT)[units] = _SEVERAL

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from . import barriers, bulk
 from .arithmetic import operation
 from .formats import Array, dtype_of
 from .program import Address, Fault, Instruction, Operand, Unsupported
@@ -223,7 +224,9 @@ def _cp(machine: Machine, instruction: Instruction) -> Execute:
     if "wait_group" in parts or "wait_all" in parts:
         pending = int(str(instruction.operands[0])) if "wait_group" in parts else -1
         return lambda where: shared.wait(np.broadcast_to(where, machine.lanes), pending)
-    if parts[1] != "async" or "bulk" in parts:
+    if "bulk" in parts:
+        return (barriers if "tensor" in parts else bulk).bulk(machine, instruction)
+    if parts[1] != "async":
         raise Unsupported(instruction.opcode)
     to, source, size, *rest = instruction.operands
     width = int(str(size), 0)

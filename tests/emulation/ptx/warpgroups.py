@@ -157,7 +157,7 @@ class WarpGroups:
         kept = [read for read in self._reads if read.commit >= complete[read.group]]
         for read in self._reads:
             if read.commit < complete[read.group]:
-                self._machine.shared.release(read.units)
+                self._machine.shared.release(read.units, read.group * LANES, WARPS)
         for read in kept:
             self._machine.shared.hold(read.units)
         self._reads = kept

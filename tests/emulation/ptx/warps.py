@@ -126,4 +126,17 @@ def _redux(machine: Machine, instruction: Instruction) -> Execute:
     return execute
 
 
-WARPS = {"shfl": _shfl, "vote": _vote, "activemask": _activemask, "redux": _redux}
+def _elect(machine: Machine, instruction: Instruction) -> Execute:
+    """elect.sync d|p, membermask: p for one of the lanes, here the first, whose index is d."""
+    name, _, elected_name = str(instruction.operands[0]).partition("|")
+    target, elected = machine.target(name, "b32"), machine.target(elected_name, "pred")
+
+    def execute(where: Where) -> None:
+        first = _everywhere(_taking_part(machine, where).argmax(axis=1).astype(np.uint32))
+        target(first, where)
+        elected(first == np.arange(machine.lanes) % 32, where)
+
+    return execute
+
+
+WARPS = {"elect": _elect, "shfl": _shfl, "vote": _vote, "activemask": _activemask, "redux": _redux}
