@@ -15,6 +15,7 @@ from arcmerge.gemma2.generation import loglikelihood
 from arcmerge.gemma2.runtime import kept_graphs
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from arcmerge.gemma2.runtime.network import Network
+from arcmerge.gemma2.runtime.runner import Runner
 from arcmerge.merging.execution import memory
 from emulation.cuda import Runtime, cuda
 from emulation.cuda.tensor import CudaTensor
@@ -169,6 +170,22 @@ def test_the_graphs_used_last_are_kept_within_the_share_of_the_memory(
         large = graphs.take(network, 7, 50)  # of which no part is kept
         assert [states.shape[0] for states in large.cache.layers[0]] == [7, 7]
         assert graphs.nbytes == kept
+
+
+def test_kept_graphs_make_room_for_other_work(pair: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_graphs, "_SHARE", 1)
+    with cuda(order="latest", memory=2 << 30) as runtime:
+        network = host_paths.model_of(pair, "cuda:0").network
+        with torch.inference_mode():
+            network.graphs.take(network, 4, 128)
+            kept, cache = network.graphs.nbytes, Runner(network, 8, 128)._cache.nbytes
+            torch.cuda.empty_cache()
+            runtime.memory = torch.cuda.memory_reserved(0) + cache - 1
+            Runner(network, 8, 128)
+            assert kept > network.graphs.nbytes == 0
+            runtime.memory = 0
+            with pytest.raises(torch.OutOfMemoryError):
+                Runner(network, 64, 128)
 
 
 def test_answers_on_both_devices_at_once(pair: Path, gpus: Runtime, on_cpu: dict[str, Any]) -> None:

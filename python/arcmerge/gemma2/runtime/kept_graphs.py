@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -12,6 +13,8 @@ from arcmerge.gemma2.runtime.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from arcmerge.gemma2.runtime.network import Network
+
+T = TypeVar("T")
 
 # Tokens of one pass: enough to keep matrix products efficient, few enough to keep the activations small (2.6B: 2,048
 # tokens of 2 * 9,216 values in bf16 are 75 MB).
@@ -42,13 +45,22 @@ class KeptGraphs:
         self._graphs.clear()
         return nbytes
 
+    def make_room_for(self, allocate: Callable[[], T]) -> T:
+        """What `allocate` returns; if memory is too small for it, after the graphs are freed."""
+        try:
+            return allocate()
+        except torch.OutOfMemoryError:
+            if not self.free():
+                raise
+        return allocate()
+
     def take(self, network: Network, count: int, capacity: int) -> DecodeGraph:
         """A graph, and its cache, for `count` sequences of at most `capacity` tokens. The caller holds the lock."""
         weights = network.weights
         device = weights.norm.device
 
         def graph(rows: int, length: int) -> DecodeGraph:
-            return DecodeGraph(network, cache(rows, length, device), rows)
+            return self.make_room_for(lambda: DecodeGraph(network, cache(rows, length, device), rows))
 
         def cache(rows: int, length: int, place: torch.device) -> KVCache:
             return KVCache(network.config, rows, length, max(1, PASS_TOKENS // rows), weights.norm.dtype, place)

@@ -45,7 +45,9 @@ class Runner:
         else:
             chunk = capacity if transient else max(1, PASS_TOKENS // max(count, 1))
             dtype = network.weights.norm.dtype
-            self._cache = KVCache(config, count, capacity, chunk, dtype, self._device, transient)
+            self._cache = network.graphs.make_room_for(
+                lambda: KVCache(config, count, capacity, chunk, dtype, self._device, transient)
+            )
         self._transient = transient
         self._lengths = [0] * count
 
