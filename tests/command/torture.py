@@ -111,7 +111,7 @@ def test_merges_that_are_killed(bench: Bench) -> None:
     duration, killed = 0.05, 0
     for number in range(KILLS * 3 // 4):
         child = start(bench.merge(number % 2), bench.said)
-        time.sleep(draw.uniform(0, 1.2 * duration))
+        time.sleep(draw.uniform(0, 0.8 * duration))
         os.kill(child, signal.SIGKILL)
         killed += end_of(child) == -signal.SIGKILL
         assert files_of(bench.out) in bench.results

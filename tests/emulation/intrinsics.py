@@ -76,4 +76,6 @@ INLINE_ASM: dict[str, Function] = {
     "ex2.approx.ftz.f32 $0, $1;": lambda values: _flushed(np.exp2(_flushed(values))),
     "lg2.approx.f32 $0, $1;": np.log2,
     "rsqrt.approx.f32 $0, $1;": _reciprocal_root,
+    # A wait for stores, which are complete at once here, and a copy.
+    "s_waitcnt vmcnt(0) v_mov_b32 $0, $1": np.array,
 }

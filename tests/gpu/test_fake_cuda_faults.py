@@ -296,7 +296,8 @@ def test_memory_that_was_freed_is_not_used_by_its_address(order: str) -> None:
         del x
         import triton.language as tl
 
-        _combine_kernel[(1,)](table, factors, nonfinite, DTYPES=(tl.float32, tl.float32), K=1, TILE=2048, num_warps=4)
+        dtypes = (tl.float32, tl.float32)
+        _combine_kernel[(1,)](table, factors, nonfinite, DTYPES=dtypes, K=1, TILE=2048, SKIP_ZEROS=False, num_warps=4)
 
     refused("the memory was freed before", order, program)
 
