@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
+from torch._dynamo import trace_rules
 
 from .fault import Fault
 from .guard import guarded
@@ -55,6 +56,8 @@ def cuda(devices: int = 1, order: str = "latest", seed: int = 0, memory: int = 8
     Raises:
         Fault: at the end at the latest, if one was found.
     """
+    # torch.compile lists the functions of torch once, and must not list those that replace them.
+    trace_rules.get_torch_obj_rule_map()
     runtime = Runtime(devices, order, seed, memory)
     overwrite = torch.__future__.set_overwrite_module_params_on_conversion
     with ExitStack() as stack:
