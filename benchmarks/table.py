@@ -152,12 +152,17 @@ def methods_table() -> str:
     ]
     for name in sorted(ours, key=lambda name: float(medians(ours[name], "seconds")[name][0])):
         seconds, cpu, memory = medians(ours[name], "seconds", "cpu_seconds", "peak_anonymous_mb")[name]
-        other = statistics.median(float(row["seconds"]) for row in theirs[name]) if name in theirs else None
-        compared = ["", ""] if other is None else [f"{other:,.0f} s", f"{other / seconds:,.0f} x"]
+        compared = ["", ""]
+        if name in theirs:
+            alike = newest("merge_methods", provider=name, machine=theirs[name][0]["machine"])
+            other, own = (statistics.median(float(row["seconds"]) for row in rows) for rows in (theirs[name], alike))
+            compared = [f"{other:,.0f} s", f"{other / own:,.0f} x"]
         cells = [f"{seconds:.1f} s", f"{seconds / multislerp:.2f} x", f"{cpu:.1f} s", f"{memory:,.0f} MB", *compared]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     count = len(ours["multislerp"])
     lines += ["", f"arcmerge: medians of {count} interleaved runs. {origin(ours['multislerp'])}"]
+    if theirs:
+        lines += ["", "The last column compares mergekit with arcmerge's last run on the same kind of machine."]
     for name, rows in theirs.items():
         lines += ["", f"mergekit's `{name}`: one run. {origin(rows)}"]
     return "\n".join(lines)
