@@ -60,6 +60,12 @@ def test_a_model_in_memory(pair: Path, gpus: Runtime) -> None:
     assert same(host_paths.remerged(pair, "cuda:1", threads=3), host_paths.remerged(pair, "cpu"))
 
 
+def test_a_model_in_memory_in_inference_mode(pair: Path, gpus: Runtime) -> None:
+    with torch.inference_mode():
+        found = host_paths.remerged(pair, "cuda:1", threads=3)
+    assert same(found, host_paths.remerged(pair, "cpu"))
+
+
 def test_a_model_whose_parents_do_not_fit(pair: Path, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     must_stream = memory.must_stream

@@ -173,14 +173,16 @@ class GpuMemory:
         slots = slot_count(threads) * max(slot_bytes(plan.plan.jobs) for plan in plans)
         self.streamed = must_stream(nbytes + slots, end, self._device)
         self.batch_size = 1 if self.streamed else _GPU_BATCH_SIZE
-        self._result = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
+        # Threads that fill them are outside of the caller's inference mode, and may not write to tensors of that mode.
+        with torch.inference_mode(False):
+            self._result = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
+            memory, self._parents = self._allocate_parents(end), {}
+            for key, (_, job, _, index) in parents.items():
+                dtype = job.inputs[index].dtype
+                part = memory[offsets[key] : offsets[key] + job.count * dtype.itemsize]
+                self._parents[key] = part.view(getattr(torch, dtype.name))
         self.address = self._result.data_ptr()
         self._sums = ResidentSums(self._result)
-        memory, self._parents = self._allocate_parents(end), {}
-        for key, (_, job, _, index) in parents.items():
-            dtype = job.inputs[index].dtype
-            part = memory[offsets[key] : offsets[key] + job.count * dtype.itemsize]
-            self._parents[key] = part.view(getattr(torch, dtype.name))
         self._load(parents, threads, progress)
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
