@@ -154,6 +154,17 @@ def test_graphs_are_kept_for_later_calls(
         assert model.free_memory() == 0
 
 
+def test_a_graph_is_captured_anew_for_another_backend_of_an_op(
+    pair: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with cuda(order="latest"):
+        model = host_paths.model_of(pair, "cuda:0")
+        for backend in ("triton", "reference", "triton"):
+            monkeypatch.setenv("ARCMERGE_BACKEND_RMSNORM", backend)
+            model.generate([2, 7], max_new_tokens=3, eos_token_id=[])
+        assert len(model.network.graphs._graphs) == 2
+
+
 def test_the_graphs_used_last_are_kept_within_the_share_of_the_memory(
     pair: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

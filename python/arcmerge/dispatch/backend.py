@@ -68,6 +68,11 @@ def _setting(op: str) -> tuple[str, str | None]:
     return name, os.environ.get(name)
 
 
+def settings() -> tuple[tuple[str, str], ...]:
+    """The environment variables that name backends, and their values. What was captured under others is stale."""
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith("ARCMERGE_BACKEND")))
+
+
 def choose(device: str, op: str, offered: Collection[str]) -> Backend:
     """Choose the backend of an op.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from arcmerge.dispatch.backend import settings
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from arcmerge.gemma2.runtime.kv_cache import KVCache
 
@@ -72,9 +72,9 @@ class KeptGraphs:
         nbytes = cache(rows, length, torch.device("meta")).nbytes
         if nbytes > limit:
             return graph(count, capacity)
-        # Memory that another stream might still use is not reused; and the backend is part of what is captured.
+        # Memory that another stream might still use is not reused; and backends are part of what is captured.
         stream = torch.cuda.current_stream(device).cuda_stream
-        key = rows, length, stream, os.environ.get("ARCMERGE_BACKEND")
+        key = rows, length, stream, settings()
         found = self._graphs.pop(key, None)
         if found is None:
             while self._graphs and self.nbytes + nbytes > limit:
