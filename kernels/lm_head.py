@@ -7,9 +7,9 @@ from memory, because the row blocks of one tile run at the same time and share i
 
 A score is a logit; for sampling, it is the logit after repetition penalty and temperature, plus Gumbel noise that
 depends on seed, step and id alone: argmax(score + noise) has the distribution softmax(score) (FlashSampling, arXiv
-2603.15854). A second launch can compute the scores of a tile again with the same bits, for its candidates.
+2603.15854). For filters, such as top_k, all scores are stored.
 
-FMA is off, so that both launches give equal bits; matrix instructions do not depend on it. The bits of a row do not
+FMA is off, so that all launches give equal bits; matrix instructions do not depend on it. The bits of a row do not
 depend on the other rows, except that more than 16 rows use another tile.
 """
 
@@ -164,11 +164,10 @@ def _rows_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _candidates_kernel(
+def _table_kernel(
     x_ptr,
     weight_ptr,
     seen_ptr,
-    tiles_ptr,
     out_ptr,
     T,
     D,
@@ -183,26 +182,13 @@ def _candidates_kernel(
 ):
     dependent_launch.wait()
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    lanes = tl.arange(0, BLOCK_V)
+    ids = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows = tl.minimum(row, T - 1)
     scores = _scores(
-        x_ptr,
-        weight_ptr,
-        seen_ptr,
-        tl.minimum(row, T - 1),
-        tl.load(tiles_ptr + tl.program_id(1)) * BLOCK_V + lanes,
-        D,
-        V,
-        softcap,
-        temperature,
-        penalty,
-        STEPWISE,
-        BLOCK_T,
-        BLOCK_V,
-        BLOCK_K,
+        x_ptr, weight_ptr, seen_ptr, rows, ids, D, V, softcap, temperature, penalty, STEPWISE, BLOCK_T, BLOCK_V, BLOCK_K
     )
     width = tl.num_programs(1).to(tl.int64) * BLOCK_V
-    index = row.to(tl.int64)[:, None] * width + tl.program_id(1) * BLOCK_V + lanes[None, :]
-    tl.store(out_ptr + index, scores, mask=(row < T)[:, None])
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * width + ids[None, :], scores, mask=(row < T)[:, None])
 
 
 class Tile(NamedTuple):
@@ -298,18 +284,12 @@ def logprob(out: Tensor, best_out: Tensor, scores: Scores, ids: Tensor) -> None:
     _launch_rows(scores, maxima, best, best_out, sums, wanted_scores, out)
 
 
-def extremes(maxima: Tensor, sums: Tensor, scores: Scores) -> None:
-    """Fill [T, scores.tiles] float32 each: the maximum score of every tile, and the sum of exp(score - maximum)."""
-    _launch(scores, maxima, sums=sums)
-
-
-def candidates(out: Tensor, tiles: Tensor, scores: Scores) -> None:
-    """Fill out [T, n * scores.tile.ids] float32 with the scores of tiles [n] int32, n > 0; -inf for ids from V on."""
-    _candidates_kernel[(scores.row_blocks, len(tiles))](
+def fill_scores(out: Tensor, scores: Scores) -> None:
+    """Fill out [T, scores.tiles * scores.tile.ids] float32 with all scores; -inf for ids from V on."""
+    _table_kernel[(scores.row_blocks, scores.tiles)](
         x_ptr=scores.x,
         weight_ptr=scores.weight,
         seen_ptr=scores.seen,
-        tiles_ptr=tiles,
         out_ptr=out,
         **scores.scalars(),
         **scores.blocks(),

@@ -226,7 +226,7 @@ def _lm_head_tiles() -> Call:
     largest, worst = values.amax(dim=1, keepdim=True), error.amax(dim=1, keepdim=True)
     mass = (values - largest).exp().sum(dim=1, keepdim=True)
     return _call(
-        lambda: lm_head.extremes(maxima, sums, scores),
+        lambda: lm_head._launch(scores, maxima, sums=sums),
         {
             "maxima": (maxima[-1:, -1:], Expected(largest, worst)),
             "sums": (sums[-1:, -1:], Expected(mass, mass * (2 * worst + 2.0**-24 * (8 + 128)))),

@@ -140,40 +140,24 @@ def build_sample(
     )
 
 
-def build_candidates(draw: Draw, *shape: object, tiles: int = 50, marked: bool = False) -> Call:
-    """The launches for filters: the maximum score and the mass of every tile, then again the scores of some tiles."""
+def build_table(draw: Draw, *shape: object, marked: bool = False) -> Call:
+    """The launch for filters: all scores."""
     x, weight = operands(draw, *shape)
     seen = seen_bits(draw, len(x), len(weight)) if marked else None
     scores = Scores(x, weight, CAP, False, 0.8, seen, 1.5)
-    width = scores.tile.ids
-    maxima, sums = (draw.empty(len(x), scores.tiles, dtype=F32) for _ in range(2))
-    # The last tile, which may be short, is among them.
-    chosen = draw.exact((scores.tiles - 1 - torch.arange(tiles) * (scores.tiles // tiles)).flip(0).int())
-    out = draw.empty(len(x), tiles * width, dtype=F32)
-
-    def launch() -> None:
-        lm_head.extremes(maxima, sums, scores)
-        lm_head.candidates(out, chosen, scores)
+    out = draw.empty(len(x), scores.tiles * scores.tile.ids, dtype=F32)
 
     def expected() -> dict[str, Expected]:
         values, error = exact_scores(scores)
-        beyond = (0, scores.tiles * width - len(weight))
-        values = torch.nn.functional.pad(values, beyond, value=float("-inf")).unflatten(1, (-1, width))
-        error = torch.nn.functional.pad(error, beyond).unflatten(1, (-1, width))
-        largest, worst = values.amax(dim=2), error.amax(dim=2)
-        mass = (values - largest[:, :, None]).exp().sum(dim=2)
-        tiles_chosen = chosen.cpu().long()
-        return {
-            "maxima": Expected(largest, worst),
-            "sums": Expected(mass, mass * (2 * worst + 2.0**-24 * (8 + 128))),
-            "out": Expected(values[:, tiles_chosen].flatten(1), error[:, tiles_chosen].flatten(1)),
-        }
+        beyond = (0, out.shape[1] - len(weight))
+        values = torch.nn.functional.pad(values, beyond, value=float("-inf"))
+        return {"out": Expected(values, torch.nn.functional.pad(error, beyond))}
 
     return Call(
-        launch=launch,
-        outputs={"maxima": maxima, "sums": sums, "out": out},
+        launch=lambda: lm_head.fill_scores(out, scores),
+        outputs={"out": out},
         expected=expected,
-        minimum_bytes=_read(scores) + (maxima.numel() + sums.numel() + out.numel()) * 4,
+        minimum_bytes=_read(scores) + out.numel() * 4,
         operations=_operations(scores),
     )
 
@@ -182,7 +166,7 @@ BUILDERS = {
     "lm_head_argmax": build_argmax,
     "lm_head_logprob": build_logprob,
     "lm_head_sample": build_sample,
-    "candidates": build_candidates,
+    "table": build_table,
 }
 
 
@@ -190,7 +174,7 @@ def _case(op: str, name: str, *shape: object, traffic: float | None = None, **op
     build = BUILDERS[op]
     # Tensor cores add the columns of a product, and a GPU the exponentials, in another order than the interpreter.
     return Case(
-        "lm_head_sample" if op == "candidates" else op,
+        "lm_head_sample" if op == "table" else op,
         name,
         lambda draw: build(draw, *shape, **options),
         exact=False,
@@ -219,9 +203,9 @@ SMALL = [
     _case("lm_head_sample", "of the greatest, penalised", 2, 224, 33, marked=True, noisy=False),
     _case("lm_head_sample", "penalised, 17 rows", 17, 200, 40, marked=True),
     _case("lm_head_sample", "f32", 2, 65, 35, F32, marked=True, seed=5),
-    _case("candidates", "candidates of 3 tiles", 2, 300, 72, tiles=3),
-    _case("candidates", "candidates, penalised, 17 rows", 17, 300, 33, tiles=2, marked=True),
-    _case("candidates", "candidates, f32", 2, 65, 35, F32, tiles=2),
+    _case("table", "all scores", 2, 300, 72, traffic=1),
+    _case("table", "all scores, penalised, 17 rows", 17, 300, 33, marked=True),
+    _case("table", "all scores, f32", 2, 65, 35, F32),
 ]
 
 MODELS = [
@@ -231,7 +215,7 @@ MODELS = [
         _case("lm_head_argmax", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
         _case("lm_head_sample", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
         _case("lm_head_sample", f"{shape.name}, penalised", 1, shape.vocabulary, shape.hidden_size, marked=True),
-        _case("candidates", f"{shape.name}, candidates of 50 tiles", 1, shape.vocabulary, shape.hidden_size),
+        _case("table", f"{shape.name}, all scores", 1, shape.vocabulary, shape.hidden_size),
         _case("lm_head_logprob", f"{shape.name}, 256 rows", 256, shape.vocabulary, shape.hidden_size),
     )
 ]

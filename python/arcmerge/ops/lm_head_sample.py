@@ -249,7 +249,7 @@ def _triton(
     stepwise: bool,
     **filters: Any,
 ) -> Tensor:
-    from arcmerge.kernels.lm_head import Scores, argmax, candidates
+    from arcmerge.kernels.lm_head import Scores, argmax, fill_scores
 
     out = torch.empty_like(steps)
     if not len(x):
@@ -270,10 +270,8 @@ def _triton(
         argmax(out, scores, seed=seed, steps=steps.contiguous())
         return out
     width = scores.tile.ids
-    every = torch.arange(scores.tiles, dtype=torch.int32, device=x.device)
-    table = torch.empty(len(x), scores.tiles * width, device=x.device)
-    candidates(table, every, scores)
-    table = table.unflatten(1, (-1, width))
+    table = torch.empty(len(x), scores.tiles, width, device=x.device)
+    fill_scores(table, scores)
     maxima = table.amax(dim=2)
     tiles, mass = likely_tiles(table, maxima, **filters)
     found = table.gather(1, tiles[:, :, None].expand(-1, -1, width)).flatten(1)
