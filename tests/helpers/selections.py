@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arcmerge import _C
 from arcmerge.ops.selection import NO_CUT, codes, differences
-from operands import BF16, F16, F32, any_bits, normal, operand
+from operands import BF16, F16, F32, any_bits, at_offset, normal, operand
 
 SHAPES = [(), (0,), (1,), (7,), (5000,), (3, 0), (37, 1), (40, 31), (5, 1500), (2, 3, 500), (3, 2200)]
 
@@ -79,6 +79,23 @@ def plain_case(
     k = len(tensors)
     chances, bounds = [(probability, probability)] * k, bounds or [0, base.numel()]
     return Case(tensors, base, [NO_CUT] * k, list(range(k)), chances, None, joint=False, rounded=rounded, bounds=bounds)
+
+
+def misaligned_cases() -> Iterator[tuple[list[_C.Operand], _C.Selection, Case]]:
+    """Tensors of every length up to 199, half of whose elements are kept, at odd addresses and with NaN behind them.
+
+    Yields the operands of the tensor and the base, the selection, and the case for a reference.
+    """
+    x, base = normal(200, seed=1), normal(200, seed=2)
+    beyond = torch.full((64,), float("nan"), dtype=BF16)
+    for count in range(200):
+        starts = 2 * (count % 33), 1 + count % 64
+        buffers = [
+            at_offset(torch.cat([value[:count], beyond]), start) for value, start in zip((x, base), starts, strict=True)
+        ]
+        operands = [_C.Operand(buffer.data_ptr() + start, 0) for buffer, start in zip(buffers, starts, strict=True)]
+        selection = _C.Selection([], [0], [(0.5, 0.5)], count, False, True)
+        yield operands, selection, plain_case([x[:count]], base[:count], 0.5)
 
 
 def random_cut(row: Tensor, draw: random.Random) -> Sequence[int]:

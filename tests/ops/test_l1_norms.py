@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from arcmerge import _C
 from arcmerge.merging.methods.magnitudes import norms_of, sums_by_exponent
 from arcmerge.ops import magnitude_histogram
-from operands import BF16, F16, F32, any_bits, at_offset, every_variant, normal, using
-from selections import Case, cases, plain_case
+from operands import BF16, F16, F32, any_bits, every_variant, normal, using
+from selections import Case, cases, misaligned_cases, plain_case
 
 REFERENCE = magnitude_histogram.implementations["reference"]
 
@@ -84,21 +84,11 @@ def test_equal_magnitudes(variant, value):
 
 @every_variant
 def test_every_length_and_alignment(variant):
-    x, base = normal(200, seed=1), normal(200, seed=2)
-    beyond = torch.full((64,), float("nan"), dtype=BF16)
     with using(variant):
-        for count in range(200):
-            starts = 2 * (count % 33), 1 + count % 64
-            buffers = [
-                at_offset(torch.cat([value[:count], beyond]), start)
-                for value, start in zip((x, base), starts, strict=True)
-            ]
-            operands = [_C.Operand(buffer.data_ptr() + start, 0) for buffer, start in zip(buffers, starts, strict=True)]
-            sums = np.zeros((1, 2, 256), np.int64)
-            selection = _C.Selection([], [0], [(0.5, 0.5)], count, False, True)
+        for operands, selection, case in misaligned_cases():
+            sums, count = np.zeros((1, 2, 256), np.int64), len(case.base)
             _C.l1_norms(sums.ctypes.data, operands[:1], operands[1], selection, 0, count)
-            wanted = sums_by_exponent(counted(plain_case([x[:count]], base[:count], 0.5)))
-            assert exact(sums) == exact(wanted), count
+            assert exact(sums) == exact(sums_by_exponent(counted(case))), count
 
 
 @every_variant

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from arcmerge import _C
 from arcmerge.errors import ArcmergeError
 from arcmerge.ops import magnitude_histogram
-from operands import BF16, F16, F32, any_bits, at_offset, every_variant, normal, operand, using
-from selections import Case, cases, plain_case
+from operands import BF16, F16, F32, any_bits, every_variant, normal, operand, using
+from selections import Case, cases, misaligned_cases, plain_case
 
 REFERENCE = magnitude_histogram.implementations["reference"]
 
@@ -119,20 +119,11 @@ def test_every_kind_of_value(variant, dtype):
 
 @every_variant
 def test_every_length_and_alignment(variant):
-    x, base = normal(200, seed=1), normal(200, seed=2)
-    beyond = torch.full((64,), float("nan"), dtype=BF16)
     with using(variant):
-        for count in range(200):
-            starts = 2 * (count % 33), 1 + count % 64
-            buffers = [
-                at_offset(torch.cat([value[:count], beyond]), start)
-                for value, start in zip((x, base), starts, strict=True)
-            ]
-            operands = [_C.Operand(buffer.data_ptr() + start, 0) for buffer, start in zip(buffers, starts, strict=True)]
-            selection = _C.Selection([], [0], [(0.5, 0.5)], count, False, True)
-            out = torch.zeros(1, 2, 32768, dtype=torch.int64)
+        for operands, selection, case in misaligned_cases():
+            out, count = torch.zeros(1, 2, 32768, dtype=torch.int64), len(case.base)
             _C.magnitude_histogram(out.data_ptr(), operands[:1], operands[1], selection, 0, count)
-            assert torch.equal(out, expected(plain_case([x[:count]], base[:count], 0.5))), count
+            assert torch.equal(out, expected(case)), count
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
