@@ -23,7 +23,7 @@ Made by `make prove` from `benchmarks/results/proof.json`, not written by hand. 
 
 **No figure on this page was measured on a GPU.** Registers, spills and shared memory are read from compiled code.
 Traffic is counted in an interpreter. Errors come from an interpreter and from an emulator of compiled code, both of
-which run on a CPU. The column *emulated* says how many cases were executed: where it says 2 of 9, the other seven were
+which run on a CPU. The column *emulated* says how many cases were executed: where it says 2 of 15, the other 13 were
 compiled and interpreted, but not executed. Times are predicted, by a model whose errors are known for other kernels
 only, which others have measured: see the table of these. {verdict}
 """
@@ -44,11 +44,12 @@ products of 64 rows or more, and `v_mfma` on gfx942. Products in float32 that mu
 How busy the units are is not checked.
 
 **gate.** An op passes if nothing spills; no block has more shared memory than the architecture offers; matrix
-instructions are wherever they are expected; no floating-point atomics are used; and every figure in the row is within
-its bounds. Memory accesses must be wide: where the code for sm_80 moves 16 bytes for each thread, so must the code
-for the target (8 bytes on gfx942, whose waves are twice as wide). In the blocks of the models' launches that were
-executed for sm_80, the average request of a warp must be at least half of the 512 bytes of such accesses (scalar
-accesses to bfloat16 make requests of 64 bytes).
+instructions are wherever they are expected; no floating-point atomics are used; a kernel that may start before earlier
+ones have ended waits for them before it touches global memory; on AMD, a program waits for its stores before it
+releases them to others; and every figure in the row is within its bounds. Memory accesses must be wide: where the code
+for sm_80 moves 16 bytes for each thread, so must the code for the target (8 bytes on gfx942, whose waves are twice as
+wide). In the blocks of the models' launches that were executed for sm_80, the average request of a warp must be at
+least half of the 512 bytes of such accesses (scalar accesses to bfloat16 make requests of 64 bytes).
 
 **traffic.** Bytes loaded and stored, divided by the minimum that the contract of the op states, in those small cases
 for which a ratio is stated. The interpreter counts each byte once for each launch and no masked lanes. This assumes a
