@@ -73,25 +73,47 @@ def differences_of(kind: str, rows: int, columns: int) -> torch.Tensor:
     """bf16 differences from 0 whose ranks meet many equals, or none."""
     draw = torch.Generator().manual_seed(columns)
     noise = torch.randn(rows, columns, generator=draw)
+    chance = torch.rand(rows, columns, generator=draw)
+    powers = noise.sign() * 2.0 ** torch.randint(-3, 3, (rows, columns), generator=draw)
     return {
         "noise": noise,
         "equal": torch.full((rows, columns), 0.25),
         "zero": torch.zeros(rows, columns),
-        "sparse": noise * (torch.rand(rows, columns, generator=draw) < 0.2),
-        "few": noise.sign() * 2.0 ** torch.randint(-3, 3, (rows, columns), generator=draw),
+        "sparse": noise * (chance < 0.2),
+        "few": powers,
+        # Some elements are so small that places are not counted for each of their codes.
+        "few and tiny": torch.where(chance < 0.025, powers * 2.0**-30, powers),
+        # A larger one makes all others of some rows that small.
+        "outliers": torch.where(chance < 0.3 / columns, noise * 2.0**40, noise),
+        "not finite": torch.where(chance < 0.01, torch.where(chance < 0.005, torch.inf, torch.nan), noise),
         "wide": noise * 2.0 ** torch.randint(-120, 120, (rows, columns), generator=draw).float(),
         "largest": noise.sign() * 3e38,
         "smallest": noise.sign() * torch.randint(0, 3, (rows, columns), generator=draw) * 2.0**-133,
     }[kind].to(BF16)
 
 
+KINDS = [
+    "noise",
+    "equal",
+    "zero",
+    "sparse",
+    "few",
+    "wide",
+    "largest",
+    "smallest",
+    "few and tiny",
+    "outliers",
+    "not finite",
+]
+
+
 @every_variant
-@pytest.mark.parametrize("kind", ["noise", "equal", "zero", "sparse", "few", "wide", "largest", "smallest"])
-@pytest.mark.parametrize("columns", [2, 3, 17, 255, 2304])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [2, 3, 17, 255, 2304, 9217])
 def test_probabilities_by_rank(variant, kind, columns):
     # The last pair is of a smaller range than thresholds in float32 can tell apart.
     probabilities = [(0.35, 0.65), (0.001, 0.999), (0.5, 0.5 + 1e-6)]
-    rows = 12 if columns > 1000 else 70
+    rows = max(4, min(70, 30_000 // columns))
     tensors = [differences_of(kind, rows, columns), differences_of("noise", rows, columns)]
     base = torch.zeros(rows, columns, dtype=BF16)
     for probability in probabilities:
@@ -99,6 +121,16 @@ def test_probabilities_by_rank(variant, kind, columns):
         case.probabilities = [probability] * 2
         with using(variant):
             assert torch.equal(native(case), expected(case))
+
+
+@every_variant
+@pytest.mark.parametrize("columns", [65_535, 65_536])
+def test_rows_that_16_bits_can_count_and_longer_ones(variant, columns):
+    tensors, base = [differences_of("few", 2, columns)], torch.zeros(2, columns, dtype=BF16)
+    case = plain_case(tensors, base, bounds=[0, columns, 2 * columns])
+    case.probabilities = [(0.35, 0.65)]
+    with using(variant):
+        assert torch.equal(native(case), expected(case))
 
 
 @every_variant

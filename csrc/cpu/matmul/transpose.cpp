@@ -3,23 +3,11 @@
 
 #include <cstring>
 
+#include "cpu/simd/shuffle.h"
 #include "cpu/simd/variant.h"
 
 namespace arcmerge {
 namespace {
-
-// Lane i of the result is lane lanes[i] of x, or lane lanes[i] - kWidth of y. Clang has no builtin for lanes that are
-// given in a register.
-template <class U32, int kWidth>
-inline U32 shuffle(const U32& x, const U32& y, const U32& lanes) {
-#if defined(__clang__)
-  U32 mixed;
-  for (int i = 0; i < kWidth; ++i) mixed[i] = lanes[i] < kWidth ? x[lanes[i]] : y[lanes[i] - kWidth];
-  return mixed;
-#else
-  return __builtin_shuffle(x, y, lanes);
-#endif
-}
 
 // Exchanges the off-diagonal squares of `size` words in x and y, two rows at a distance of `size`.
 template <class U32, int kWidth>
@@ -29,8 +17,8 @@ inline void exchange(U32& x, U32& y, int size) {
     low[j] = j & size ? kWidth + j - size : j;
     high[j] = j & size ? kWidth + j : j + size;
   }
-  const U32 first = shuffle<U32, kWidth>(x, y, low);
-  y = shuffle<U32, kWidth>(x, y, high);
+  const U32 first = shuffle(x, y, low);
+  y = shuffle(x, y, high);
   x = first;
 }
 

@@ -32,7 +32,7 @@ ARCMERGE_INLINE void add_bf16_body(const char* x, const char* base, const std::u
   using U32 = typename Vector<Isa>::U32;
   using U64 = typename Vector<Isa>::U64;
   using F64 = typename Vector<Isa>::F64;
-  typedef std::uint16_t U16 __attribute__((vector_size(Isa::kBytes)));
+  using U16 = typename Vector<Isa>::U16;
   typedef std::int16_t I16 __attribute__((vector_size(Isa::kBytes)));
   constexpr std::int64_t kStep = Isa::kBytes / 2, kLanes = Isa::kBytes / 8;
   constexpr std::uint64_t kPlace = 0xffffull << 45;

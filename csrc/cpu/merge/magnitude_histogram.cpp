@@ -58,7 +58,7 @@ constexpr std::int64_t kApart = 32;
 template <class Isa, bool drops>
 struct Bins {
   using U32 = typename Vector<Isa>::U32;
-  typedef std::uint16_t U16 __attribute__((vector_size(Isa::kBytes)));
+  using U16 = typename Vector<Isa>::U16;
   static constexpr std::int64_t kStep = Isa::kBytes / 2;
 
   static ARCMERGE_INLINE void read(const char* x, const char* base, const std::uint16_t* kept, std::uint16_t* bins) {

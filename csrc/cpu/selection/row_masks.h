@@ -30,7 +30,7 @@ class RowMasks {
 
   void read(std::int64_t row);
   void count(const std::vector<std::uint16_t>& codes);
-  std::int32_t equal_before(const std::vector<std::uint16_t>& codes, std::int64_t e) const;
+  std::int32_t equal_before(std::int64_t e) const;
   void mask(std::size_t i, std::int64_t row);
 
   const std::vector<Operand>& operands_;
@@ -40,12 +40,14 @@ class RowMasks {
   Differences differences_;
   std::int64_t row_ = -1;
   std::vector<Row> rows_;
-  std::vector<std::uint16_t> numbers_, open_;
-  // Of the row that was counted last: [quarters][codes], the counts of the first quarter, of the first two and of the
-  // first three; and the rank of the first element of a code, where it has none that of the next code.
-  std::vector<std::int32_t> counts_, firsts_;
-  std::int64_t smallest_ = 0, after_ = 0;  // its codes that are not 0
-  std::vector<std::int32_t> thresholds_, undecided_;
+  std::vector<std::uint16_t> numbers_;
+  std::vector<std::uint8_t> open_;
+  // Of the row that was counted last: the places of its elements; [segments][places], the counts of the first segment,
+  // of the first two, and so on; and the rank of the first element of a place, where it has none that of the next one.
+  std::vector<std::uint16_t> places_, counts_;
+  std::vector<std::int32_t> firsts_, undecided_;
+  std::uint16_t origin_ = 1;
+  std::int64_t used_ = 1 << 10;  // the number of places
 };
 
 }  // namespace arcmerge

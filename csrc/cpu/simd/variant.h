@@ -35,6 +35,7 @@ struct Vector {
   typedef float F32 __attribute__((vector_size(Isa::kBytes)));
   typedef std::uint32_t U32 __attribute__((vector_size(Isa::kBytes)));
   typedef std::int32_t I32 __attribute__((vector_size(Isa::kBytes)));
+  typedef std::uint16_t U16 __attribute__((vector_size(Isa::kBytes)));
   typedef std::uint16_t HalfU16 __attribute__((vector_size(Isa::kBytes / 2)));
   typedef float HalfF32 __attribute__((vector_size(Isa::kBytes / 2)));
   typedef std::uint32_t HalfU32 __attribute__((vector_size(Isa::kBytes / 2)));
