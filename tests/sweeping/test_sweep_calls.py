@@ -179,5 +179,5 @@ def test_the_command_tells_what_a_race_stopped(
     call = ["sweep", "recipe.yml", "--text", "text.txt", "--t", "0:1:0.2", "--race", "--race-seed", "1"]
     assert main([*call, "--device", "cpu"]) == 0
     said = capsys.readouterr()
-    assert re.search(r"t=0: about \d\.\d+, stopped after \d+ tokens, \d\.\d s  \(best t=0\.6: ", said.err)
+    assert re.search(r"t=0: about \d\.\d+, stopped after \d+ tokens, \d\.\d s  \(best t=0\.\d: ", said.err)
     assert re.search(r"stopped early: \d of 6 candidates; \d\d% of the work", said.out)

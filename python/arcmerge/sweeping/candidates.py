@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ class Candidate:
     parameters: Mapping[str, Any]
     varied: Mapping[str, float] = field(default_factory=dict)
     proposed: bool = False
+
+    @property
+    def key(self) -> str:
+        """A text that is equal for equal parameters."""
+        return json.dumps(self.parameters, sort_keys=True)
 
 
 def read_values(given: Values, name: str, kind: Kind = float) -> list[float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -15,15 +15,16 @@ import numpy as np
 from arcmerge.errors import ArcmergeError, needed
 from arcmerge.sweeping.candidates import Candidate
 from arcmerge.sweeping.journal import Scored
-from arcmerge.sweeping.race import Rival, first_look, order_of
+from arcmerge.sweeping.race import Task, order_of
+from arcmerge.sweeping.rival import Rival, first_look
 from arcmerge.sweeping.scores import Scoring
 
 # A candidate whose actor dies this often is taken for the cause.
 MAX_DEATHS = 3
 
 
-# A candidate, and the one that it races against.
-Task = tuple[Candidate, Rival | None]
+# Gives the next task; None if there is none, or none before another task is done.
+NextTask = Callable[[], Task | None]
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,22 @@ class LocalEvaluator:
         if scoring.race is not None:
             self._items = scoring.items_score.items(self._model)
             self._order = order_of(len(self._items), scoring.race)
+            self._merged: Mapping[str, Any] | None = None
 
-    def evaluate(self, tasks: Iterable[Task]) -> Iterator[Scored]:
-        """Yields scores in the order of the candidates, and takes the next candidate after each."""
-        return (self.score(*task) for task in tasks)
+    def evaluate(self, next_task: NextTask) -> Iterator[Scored]:
+        """Yields candidates as they are scored, and takes the next one after each."""
+        while (task := next_task()) is not None:
+            yield self.score(*task)
 
     def score(self, candidate: Candidate, rival: Rival | None = None) -> Scored:
         started = time.monotonic()
         variants: list[dict[str, Any]] = [{**candidate.parameters, "seed": seed} for seed in self._scoring.seeds]
-        score = self._score if self._scoring.race is None else partial(self._race, rival=rival)
-        found = score(variants or [dict(candidate.parameters)])
-        return Scored.of(candidate, seconds=time.monotonic() - started, **found)
+        variants = variants or [dict(candidate.parameters)]
+        if self._scoring.race is None:
+            return Scored.of(candidate, seconds=time.monotonic() - started, **self._score(variants))
+        begun = candidate if isinstance(candidate, Scored) else Scored.of(candidate, math.nan, 0.0)
+        found = self._race(begun, variants, rival)
+        return replace(begun, seconds=begun.seconds + time.monotonic() - started, **found)
 
     def _score(self, variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The scores of the variants of a candidate, one for each seed."""
@@ -69,42 +75,47 @@ class LocalEvaluator:
         means = [fmean(values) for values in zip(*found, strict=True)]
         return {"score": means[0], "also": means[1:], "by_seed": self._by_seed([values[0] for values in found])}
 
-    def _race(self, variants: Sequence[Mapping[str, Any]], rival: Rival | None) -> dict[str, Any]:
-        """The same by items, in blocks; ends when the candidate is worse than its rival."""
+    def _race(self, begun: Scored, variants: Sequence[Mapping[str, Any]], rival: Rival | None) -> dict[str, Any]:
+        """Score the items of the first look; or those that follow, until the candidate is worse than its rival."""
         score, items = self._scoring.items_score, self._items
-        losses = np.zeros((len(variants), len(items)))
-        done: list[int] = []
-        while len(done) < len(items):
-            block = self._next_block(len(done), rival, len(variants))
-            for row, parameters in enumerate(variants):
-                if len(variants) > 1 or not done:
-                    self._model.set_parameters(**parameters)
-                losses[row, block] = score.losses(self._model, [items[index] for index in block])
-            done += block
-            if rival is None:
-                continue
-            difference, evidence = rival.compare(losses[:, done].mean(axis=0), done)
-            if evidence >= rival.threshold and difference > 0:
-                amount = len(variants) * sum(items[index].size for index in done)
-                estimate = score.of_losses([*rival.losses.tolist(), difference], items)
-                return {"score": estimate, "amount": amount, "stopped": True}
-            if evidence >= rival.threshold:  # better beyond doubt
+        losses, amount = list(begun.losses), begun.amount
+        sums = np.array(begun.by_seed or [sum(losses)] * len(variants), np.float64)
+        while True:
+            block = self._next_block(len(losses), rival, len(variants))
+            rows = np.array([self._losses(parameters, block) for parameters in variants])
+            losses += rows.mean(axis=0).tolist()
+            sums += rows.sum(axis=1)
+            amount += len(variants) * sum(items[index].size for index in block)
+            found = {"losses": losses, "items": len(items), "amount": amount}
+            if len(losses) == len(items):
+                by_seed = [score.of_losses([total], items) for total in sums.tolist()]
+                return {**found, "score": fmean(by_seed), "by_seed": self._by_seed(by_seed)}
+            difference, evidence = rival.compare(np.array(losses)) if rival else (0.0, -math.inf)
+            is_certain = rival is not None and evidence >= rival.threshold
+            if len(losses) == len(block) or (is_certain and difference > 0):
+                return {**found, "by_seed": self._by_seed(sums.tolist())}
+            if is_certain:  # better beyond doubt
                 rival = None
-        by_seed = [score.of_losses(row.tolist(), items) for row in losses]
-        amount = len(variants) * sum(item.size for item in items)
-        means = losses.mean(axis=0).tolist()
-        return {"score": fmean(by_seed), "by_seed": self._by_seed(by_seed), "amount": amount, "losses": means}
+
+    def _losses(self, parameters: Mapping[str, Any], block: Sequence[int]) -> list[float]:
+        """The losses of some items for a variant, which is merged unless the model is this one already."""
+        if parameters != self._merged:
+            self._merged = None
+            self._model.set_parameters(**parameters)
+            self._merged = parameters
+        return self._scoring.items_score.losses(self._model, [self._items[index] for index in block])
 
     def _next_block(self, done: int, rival: Rival | None, variants: int) -> list[int]:
-        """The items that are scored before the next look: all that are left, if nothing can stop the candidate.
+        """The items that are scored before the next look: all that are left, if no other look can stop the candidate.
 
         Variants are merged for every block, so several ones have blocks that grow.
         """
         rest, size = self._order[done:], 0
         least = done // 2 if done and variants > 1 else first_look(len(self._items)) - done
+        limit = 0 if rival is None else rival.limit
         for count, index in enumerate(rest, 1):
             size += self._items[index].size
-            if rival is not None and size >= self._scoring.items_score.block and count >= least:
+            if size >= self._scoring.items_score.block and count >= least and (not done or done + count <= limit):
                 return rest[:count]
         return rest
 
@@ -145,15 +156,15 @@ class RayEvaluator:
         # Each actor sees one GPU only, which is its cuda:0 whatever index the machine gives it.
         self._spec = replace(spec, device=spec.device.partition(":")[0], options=options)
 
-    def evaluate(self, tasks: Iterable[Task]) -> Iterator[Scored]:
-        """Yields scores in the order in which they are done, and takes a candidate whenever an actor is idle."""
-        ray, waiting, following = self._ray, deque[Task](), iter(tasks)
+    def evaluate(self, next_task: NextTask) -> Iterator[Scored]:
+        """Yields candidates in the order in which they are scored, and takes a task whenever an actor is idle."""
+        ray, waiting = self._ray, deque[Task]()
         idle = deque(self._actor() for _ in range(self._count))
         working: dict[Any, tuple[Any, Task]] = {}
         deaths: Counter[str] = Counter()
         try:
             while True:
-                while idle and (task := waiting.popleft() if waiting else next(following, None)) is not None:
+                while idle and (task := waiting.popleft() if waiting else next_task()) is not None:
                     actor = idle.popleft()
                     working[actor.score.remote(*task)] = actor, task
                 if not working:

@@ -1,4 +1,4 @@
-"""The journal of a sweep: one line for each scored candidate, so that a sweep that was ended can be resumed."""
+"""The journal of a sweep: what has been scored, line by line, so that a sweep that was ended can be resumed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from arcmerge.sweeping.candidates import Candidate
 
 @dataclass(frozen=True)
 class Scored(Candidate):
-    """A candidate with its score.
+    """A candidate with its score, or one that a race has begun to score.
 
     Args:
         score: the mean over the seeds; an estimate if the candidate was stopped; NaN if the candidate has none.
         seconds: the time of merging and scoring.
         also: the other scores.
-        by_seed: the score of each seed.
+        by_seed: the score of each seed; for a candidate that is begun the sum of its losses.
         amount: the tokens or questions that a race has scored.
         stopped: whether a race stopped the candidate.
-        losses: the loss of each item of a race, if all are scored.
+        losses: the losses of the first items in the order of the race, means over the seeds; none if it was stopped.
+        items: the number of all items of the race; 0 if it was stopped.
     """
 
     score: float = math.nan
@@ -38,10 +39,16 @@ class Scored(Candidate):
     amount: int = 0
     stopped: bool = False
     losses: Sequence[float] = ()
+    items: int = 0
 
     @classmethod
     def of(cls, candidate: Candidate, score: float, seconds: float, **more: Any) -> Scored:
-        return cls(**vars(candidate), score=score, seconds=seconds, **more)
+        return cls(**{**vars(candidate), "score": score, "seconds": seconds, **more})
+
+    @property
+    def begun(self) -> bool:
+        """Whether the race goes on with the candidate."""
+        return len(self.losses) < self.items
 
     @property
     def scores(self) -> tuple[float, ...]:
@@ -59,7 +66,7 @@ class Scored(Candidate):
         """Raises TypeError or OverflowError for values of other types or sizes, which a damaged file may hold."""
         for name in _LISTS:  # JSON has no tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        numbers = [self.score, self.seconds, self.amount, *self.varied.values()]
+        numbers = [self.score, self.seconds, self.amount, self.items, *self.varied.values()]
         numbers += [number for name in _LISTS for number in getattr(self, name)]
         if not (
             isinstance(self.name, str)
@@ -79,6 +86,12 @@ _LISTS = ("also", "by_seed", "losses")
 class Journal:
     """A file with one JSON object per line: first the identity of the sweep, then each scored candidate.
 
+    A candidate of a race has a line for each time that it was scored on further items.
+
+    Attributes:
+        scored: the candidates that are done.
+        begun: those that a race goes on with, by their keys.
+
     Args:
         file: the file, which is created if it is missing and locked while the journal is open.
         identity: the values that must be equal for the file to belong to the same sweep.
@@ -93,7 +106,10 @@ class Journal:
         self._file = file.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.scored = self._read()
+            self.scored: list[Scored] = []
+            self.begun: dict[str, Scored] = {}
+            for one in self._read():
+                self._take(one)
         except BlockingIOError as error:
             self._file.close()
             raise ArcmergeError(
@@ -112,11 +128,18 @@ class Journal:
 
     def add(self, scored: Scored) -> None:
         """Append a candidate. The line is on the disk when this returns."""
-        lines = [asdict(scored)] if self.scored else [self._identity, asdict(scored)]
+        lines = [asdict(scored)] if self.scored or self.begun else [self._identity, asdict(scored)]
         self._file.write("".join(json.dumps(line) + "\n" for line in lines))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.scored.append(scored)
+        self._take(scored)
+
+    def _take(self, one: Scored) -> None:
+        if one.begun:
+            self.begun[one.key] = one
+        else:
+            self.begun.pop(one.key, None)
+            self.scored.append(one)
 
     def _read(self) -> list[Scored]:
         """The candidates of the file. An incomplete last line, which an ended run leaves, is cut off."""

@@ -1,125 +1,150 @@
-"""Racing: a candidate that is worse than the best one beyond doubt is stopped early.
+"""A race: which candidate is scored next, and which one is stopped.
 
-All candidates are scored on the same N items (windows of text, or questions) in the same random order. D_i is the loss
-of a candidate on item i minus that of the best candidate that has been scored on all items. The candidate is worse if
-the total of all D_i is above 0. After n items the total is predicted as in surveys of a finite population (Royall 1970,
-"On finite population sampling theory under certain linear regression models"):
+A candidate that is to be stopped must be scored on the items of the first look anyway, so all candidates are scored on
+these first. Of those that are not yet beyond doubt worse than the leader, the one in the middle is completed: so few
+items do not tell on which side of the middle the best one is. From then on, the candidate whose predicted total is the
+best goes on until it is stopped or complete. Against the first complete candidate it can be stopped in the first half
+of the items only: after that it is worth more as the second one, which gives controls for all others.
 
-    D_i = b'x_i + e_i,  e_i normal                x_i = (1, controls of item i), p numbers
-    T   = sum of D_i for i <= n  +  b'x           b by least squares, x = sum of x_i for i > n
-    V   = N - n + x'(X'X)^-1 x                    the variance of T in units of that of e_i
-    t   = T / (s sqrt(V)),  v = n - p             s^2 = the sum of the squared residuals / v
-    E   = (1 + m g)^(-1/2) ((1 + t^2/v) / (1 + t^2/(v (1 + m g))))^((v + 1)/2),  m = N^2/V,  g = 10
-
-Without controls this is the paired t-test with the correction for a finite population. The controls are known for all
-items: the leading principal components of the differences between candidates that have been scored on all items. What
-makes an item easier for one candidate mostly makes it easier for its neighbours, so the controls explain most of the
-variance.
-
-E is the Bayes factor of a mean difference ~ N(0, g s^2) against 0, with the right Haar prior for b and the variance.
-For normal e_i and a total of 0 it is a test martingale whatever their variance (Perez-Ortiz et al. 2024, "E-statistics,
-group invariance and anytime-valid testing"): that it reaches K / (2 * 0.05) at any look has a probability of at most
-2 * 0.05 / K (Ville's inequality), and T is above 0 in half of these cases, or in fewer if the total is below 0. There,
-a candidate is stopped. With K candidates, the best one is therefore kept with a probability of at least 0.95.
-
-Heavy tails on both sides hardly change that, because large differences also enlarge s. It does not hold if a candidate
-is better in a few items only, by far more than it is worse in all others: so no candidate is stopped before a tenth of
-the items.
+A candidate that goes on is merged once more. That is one pass over the weights, and a first look takes longer.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.sweeping.candidates import Candidate
 from arcmerge.sweeping.journal import Scored
-from arcmerge.sweeping.results import best_of
+from arcmerge.sweeping.rival import Array, Rival, controls_of, threshold_of
+from arcmerge.sweeping.scores import MeanScore
 
-Array = NDArray[np.float64]
-
-ERROR = 0.05
-# g. Between candidates that the controls explain, the mean difference is some standard deviations of the rest.
-PRIOR = 10.0
-MAX_CONTROLS = 2
-MIN_LOOK = 6  # items
-MIN_SHARE = 0.1
 MIN_ITEMS = 12
 
+# A candidate, and the one that it is compared with.
+Task = tuple[Candidate, Rival | None]
 
-@dataclass(frozen=True)
-class Rival:
-    """The best candidate that has been scored on all items, as others are compared with it.
+
+class Race:
+    """Gives evaluators their tasks, and stops candidates.
+
+    An evaluator scores a new candidate on the items of the first look. One that has losses goes on until its rival
+    stops it or all items are scored.
 
     Args:
-        losses: its losses, (N,).
-        controls: (N, p - 1).
-        threshold: the logarithm of E from which on there is no doubt.
+        candidates: the candidates without a score. Those that an ended race has begun have losses.
+        proposals: further candidates, which are taken when no other one waits.
+        scored: the candidates with a score.
+        score: the score whose items are scored.
+        total: the number of all candidates, K.
+        done: the number of those that have a score.
     """
 
-    losses: Array
-    controls: Array
-    threshold: float
+    def __init__(
+        self,
+        candidates: Iterable[Candidate],
+        proposals: Iterator[Candidate],
+        scored: Iterable[Scored],
+        score: MeanScore,
+        total: int,
+        done: int,
+    ) -> None:
+        self._new: list[Candidate] = []
+        self._begun: list[Scored] = []
+        for one in candidates:
+            if isinstance(one, Scored):
+                self._begun.append(one)
+            else:
+                self._new.append(one)
+        self._complete = [one for one in scored if _is_complete(one)]
+        self._proposals = proposals
+        self._score = score
+        self._total, self._left = total, total - done
 
-    def compare(self, losses: Array, scored: Sequence[int]) -> tuple[float, float]:
-        """Compare a candidate that has been scored on some items.
+    def next(self) -> Task | None:
+        """The next task; None if there is none, or none before a candidate that is being scored is done."""
+        if self._new:
+            return self._new.pop(0), None
+        worse = self._worse()
+        possible = [one for one in self._begun if one not in worse]
+        if not possible:
+            new = next(self._proposals, None)
+            return None if new is None else (new, None)
+        rival = self._rival()
+        if rival is None:
+            found = [one for one in possible if np.isfinite(one.losses).all()] or possible
+            chosen = from_the_middle(sorted(found, key=lambda one: sum(one.losses)))[0]
+        else:
+            predicted = [rival.compare(_losses(one))[0] for one in possible]
+            chosen = possible[int(np.argmin(predicted))]
+            if len(self._complete) == 1 and self._left > len(worse) + 1:
+                rival = replace(rival, limit=chosen.items // 2)
+        self._begun.remove(chosen)
+        return chosen, rival
 
-        Args:
-            losses: the losses of the candidate on these items, (n,).
-            scored: the indices of the items, n of them.
+    def add(self, scored: Scored) -> list[Scored]:
+        """Take a candidate that has been scored on further items. Returns it, and those that it stops."""
+        if scored.begun:
+            self._begun.append(scored)
+        else:
+            self._left -= 1
+            self._complete += [scored] if _is_complete(scored) else []
+        return [scored, *self.stop()]
 
-        Returns:
-            T, the predicted difference of the sums of all losses, above 0 if the candidate is worse; and log E, minus
-            infinity if it is too early to say.
+    def stop(self) -> list[Scored]:
+        """Stop the candidates that are worse than another one beyond doubt.
+
+        They wait for the second complete candidate, if there may be one, as their scores are estimated with controls.
         """
-        total, count = len(self.losses), len(scored)
-        design = np.column_stack([np.ones(total), self.controls])
-        seen, rest = design[scored], np.delete(design, scored, axis=0)
-        differences = losses - self.losses[scored]
-        freedom = count - design.shape[1]
-        if not np.isfinite(differences).all() or freedom < 1:
-            return 0.0, -np.inf
-        slopes = np.linalg.lstsq(seen, differences, rcond=None)[0]
-        unseen = rest.sum(axis=0)
-        predicted = float(differences.sum() + unseen @ slopes)
-        if count < first_look(total) or count == total:
-            return predicted, -np.inf
-        variance = len(rest) + unseen @ np.linalg.pinv(seen.T @ seen) @ unseen
-        noise = variance * np.square(differences - seen @ slopes).sum()  # v s^2 V, so that t^2/v = T^2 / noise
-        if not noise + predicted**2 > 0:
-            return predicted, -np.inf
-        growth = 1 + PRIOR * total**2 / variance
-        ratio = np.log(noise + predicted**2) - np.log(noise + predicted**2 / growth)
-        return predicted, float((freedom + 1) / 2 * ratio - np.log(growth) / 2)
+        rival, worse = self._rival(), self._worse()
+        if rival is None or (len(self._complete) == 1 and len(worse) < len(self._begun)):
+            return []
+        best, found = self._best(), []
+        size = best.amount / max(1, len(best.by_seed))
+        for one in worse:
+            self._begun.remove(one)
+            self._left -= 1
+            mean = (rival.losses.sum() + rival.compare(_losses(one))[0]) / size
+            found.append(replace(one, score=self._score.of_mean(mean), stopped=True, by_seed=(), losses=(), items=0))
+        return found
+
+    def _worse(self) -> list[Scored]:
+        """Those that are worse beyond doubt than the best complete candidate, or than the leader of the first look."""
+        rivals = [rival for rival in (self._rival(), self._leader()) if rival is not None]
+        return [one for one in self._begun if any(rival.stops(_losses(one)) for rival in rivals)]
+
+    def _best(self) -> Scored:
+        return min(self._complete, key=lambda one: sum(one.losses))
+
+    def _rival(self) -> Rival | None:
+        """The best complete candidate, if there is one."""
+        if not self._complete:
+            return None
+        best, total = self._best(), len(self._complete[0].losses)
+        controls = controls_of(_losses(best), [_losses(one) for one in self._complete if one is not best])
+        return Rival(_losses(best), controls, threshold_of(self._total), total)
+
+    def _leader(self) -> Rival | None:
+        """The best candidate on the items that all have been scored on, if there is one."""
+        all_begun = [_losses(one) for one in (*self._begun, *self._complete)]
+        count = min(map(len, all_begun), default=0)
+        found = [losses[:count] for losses in all_begun if np.isfinite(losses[:count]).all()]
+        if not found:
+            return None
+        controls = np.zeros((self._begun[0].items if self._begun else count, 0))
+        return Rival(min(found, key=np.sum), controls, threshold_of(self._total), 0)
 
 
-def first_look(total: int) -> int:
-    """The number of items, of all, before which no candidate is stopped."""
-    return max(MIN_LOOK, math.ceil(MIN_SHARE * total))
+def _losses(one: Scored) -> Array:
+    return np.array(one.losses)
 
 
-def rival_of(scored: Sequence[Scored], minimize: bool, candidates: int) -> Rival | None:
-    """The rival of the next candidate; None until two candidates, the best and a control, are scored on all items.
-
-    Args:
-        scored: the candidates so far.
-        minimize: whether a lower score is better.
-        candidates: the number of all candidates, K.
-    """
-    complete = [one for one in scored if one.losses and np.isfinite(one.losses).all()]
-    best = best_of(complete, minimize)
-    if best is None or len(complete) < 2:
-        return None
-    losses = np.array(best.losses)
-    differences = np.array([one.losses for one in complete if one is not best]) - losses
-    _, sizes, components = np.linalg.svd(differences - differences.mean(axis=1, keepdims=True), full_matrices=False)
-    used = components[: min(MAX_CONTROLS, int((sizes > 1e-9 * (sizes[0] or 1)).sum()))]
-    return Rival(losses, used.T * np.sqrt(len(losses)), float(np.log(candidates / (2 * ERROR))))
+def _is_complete(one: Scored) -> bool:
+    return bool(one.losses) and not one.begun and bool(np.isfinite(one.losses).all())
 
 
 def order_of(count: int, seed: int) -> list[int]:
@@ -135,14 +160,17 @@ def order_of(count: int, seed: int) -> list[int]:
     return [int(index) for index in np.random.default_rng(seed).permutation(count)]
 
 
-def from_the_middle(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates in the order of a race: those in the middle of what is varied first, as they stop the others."""
+C = TypeVar("C", bound=Candidate)
+
+
+def from_the_middle(candidates: Sequence[C]) -> list[C]:
+    """The candidates, those in the middle of what is varied first."""
     names = {name for one in candidates for name in one.varied}
     values = {name: [one.varied[name] for one in candidates if name in one.varied] for name in names}
     middles = {name: (min(found) + max(found)) / 2 for name, found in values.items()}
     spans = {name: max(found) - min(found) or 1.0 for name, found in values.items()}
 
-    def distance(one: Candidate) -> float:
+    def distance(one: C) -> float:
         squares = [((value - middles[name]) / spans[name]) ** 2 for name, value in one.varied.items()]
         return sum(squares) / (len(squares) or 1)
 

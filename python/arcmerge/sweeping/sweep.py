@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -31,7 +30,7 @@ from arcmerge.sweeping.evaluators import EvaluationSpec, LocalEvaluator, RayEval
 from arcmerge.sweeping.journal import Journal, Scored
 from arcmerge.sweeping.optimizer import Optimize, Optimizer, corners
 from arcmerge.sweeping.plots import plot, plot_front
-from arcmerge.sweeping.race import from_the_middle, rival_of
+from arcmerge.sweeping.race import Race
 from arcmerge.sweeping.results import TABLES, best_of, front_of, write_tables, write_whole
 from arcmerge.sweeping.scores import Score, Scoring
 
@@ -221,22 +220,28 @@ def score_candidates(
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder / JOURNAL, identity) as journal:
         minimize = [one.minimize for one in scoring.scores]
-        optimizer = Optimizer(recipe, minimize, optimize, journal.scored) if optimize else None
-        ordered = candidates if race is None else from_the_middle(candidates)
-        wanted, done, total = _remaining(ordered, optimizer, optimize.count if optimize else 0, journal)
-        tasks = ((one, rival_of(journal.scored, score.minimize, total) if race is not None else None) for one in wanted)
+        optimizer = (
+            Optimizer(recipe, minimize, optimize, [*journal.scored, *journal.begun.values()]) if optimize else None
+        )
+        fresh, proposals, done, total = _remaining(candidates, optimizer, optimize.count if optimize else 0, journal)
+        racing = None if race is None else Race(fresh, proposals, journal.scored, scoring.items_score, total, done)
+        plain = ((one, None) for one in chain(fresh, proposals))
         # The warnings of the configuration have been given above.
         spec = EvaluationSpec(recipe.text, scoring, device, numerics, {**options, "warn": lambda sentence: None})
         best = _write_results(journal, recipe, scoring, folder)
         evaluator = RayEvaluator(spec) if ray else LocalEvaluator(spec)
-        for scored in evaluator.evaluate(tasks):
+        for scored in evaluator.evaluate(racing.next if racing else lambda: next(plain, None)):
             with held():  # an interrupt waits until the files agree with each other
-                journal.add(scored)
+                found = racing.add(scored) if racing else [scored]
+                for one in found:
+                    journal.add(one)
                 best = _write_results(journal, recipe, scoring, folder)
-            if optimizer is not None:
-                optimizer.tell(scored)
-            done += 1
-            progress(scored, best or scored, done, total)
+            for one in found:
+                if not one.begun:
+                    if optimizer is not None:
+                        optimizer.tell(one)
+                    done += 1
+                    progress(one, best or one, done, total)
         try:
             plot(journal.scored, [one.name for one in parents(recipe)], score.title, score.minimize, folder / PLOT)
             if also:
@@ -269,17 +274,16 @@ def _write_results(journal: Journal, recipe: Recipe, scoring: Scoring, folder: P
 
 def _remaining(
     candidates: Sequence[Candidate], optimizer: Optimizer | None, proposals: int, journal: Journal
-) -> tuple[Iterable[Candidate], int, int]:
-    """The candidates that have no score yet, the number of those that have one, and the number of all."""
-    different = {_key(one.parameters): one for one in candidates}
-    known = {_key(one.parameters) for one in journal.scored}
-    fresh = [one for key, one in different.items() if key not in known]
-    done, total = len(different) - len(fresh), len(different) + proposals
+) -> tuple[list[Candidate], Iterator[Candidate], int, int]:
+    """The candidates without a score, proposals that follow, the number of candidates with one, and that of all."""
+    different = {one.key: one for one in candidates}
+    total = len(different) + proposals
+    begun = {key: one for key, one in journal.begun.items() if key in different or (one.proposed and optimizer)}
+    known = {one.key for one in journal.scored}
+    fresh = [one for key, one in (different | begun).items() if key not in known]
+    done = sum(key in known for key in different)
     if optimizer is None:
-        return fresh, done, total
-    proposed = min(sum(one.proposed for one in journal.scored), proposals)
-    return chain(fresh, (optimizer.ask() for _ in range(proposals - proposed))), done + proposed, total
-
-
-def _key(parameters: Any) -> str:
-    return json.dumps(parameters, sort_keys=True)
+        return fresh, iter(()), done, total
+    scored = min(sum(one.proposed for one in journal.scored), proposals)
+    following = proposals - scored - sum(one.proposed for one in begun.values())
+    return fresh, (optimizer.ask() for _ in range(following)), done + scored, total
