@@ -214,7 +214,7 @@ def test_candidates_that_cannot_be_told_apart_are_scored_on_everything(monkeypat
 
 def test_a_candidate_without_a_number_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = curve(5, 0.5, 0.15)
-    losses[2, ::7] = np.nan
+    losses[2] = np.nan
     done, _ = raced(losses, 0, monkeypatch)
     best = best_of(done, True)
     assert best is not None
@@ -297,6 +297,19 @@ def test_an_optimizer_learns_the_estimates(models: Path, tmp_path: Path) -> None
     assert any(one.stopped for one in proposed)
     assert result.best is not None
     assert abs(float(result.best.parameters["t"]) - 0.62) < 0.05
+
+
+@pytest.mark.parametrize("fails_at", [21, 22, 23, 24])
+def test_a_proposal_that_was_begun_goes_on(models: Path, tmp_path: Path, fails_at: int) -> None:
+    """Wherever a race is ended, it makes as many proposals as it would have made, and begins none of them again."""
+    settings: dict[str, Any] = {"race": 0, "device": "cpu", "optimize": Optimize(4)}
+    first, second = KnownLosses(fails_at=fails_at), KnownLosses()
+    with pytest.raises(KeyboardInterrupt):
+        score_candidates(recipe(models), TS[4:8], first, tmp_path / "out", **settings)
+    result = score_candidates(recipe(models), TS[4:8], second, tmp_path / "out", **settings)
+    assert sorted(one.name for one in result.scored if one.proposed) == [f"trial {index}" for index in range(1, 5)]
+    assert len(result.scored) == 8
+    assert sum(one.amount for one in result.scored) <= 10 * (first.scored + second.scored)
 
 
 def test_a_race_with_seeds_compares_their_means(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

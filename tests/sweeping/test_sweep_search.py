@@ -282,7 +282,7 @@ def test_a_cluster_that_has_nothing_to_give(
 
 
 def test_a_cluster_races(models: Path, tmp_path: Path, cluster: Any) -> None:
-    """The first candidates of all actors are complete; later ones race against the best of them."""
+    """All candidates have the first look. Then every actor takes one, and later ones race against the best of them."""
     candidates = of_numbers([0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.9, 1.0])
     options: dict[str, Any] = {"device": "cpu", "threads": 1, "race": 0}
     result = score_candidates(recipe(models), candidates, KnownLosses(), tmp_path / "out", ray=True, **options)

@@ -108,7 +108,7 @@ class Race:
         for one in worse:
             self._begun.remove(one)
             self._left -= 1
-            mean = (rival.losses.sum() + rival.compare(_losses(one))[0]) / size
+            mean = (float(rival.losses.sum()) + rival.compare(_losses(one))[0]) / size
             found.append(replace(one, score=self._score.of_mean(mean), stopped=True, by_seed=(), losses=(), items=0))
         return found
 
