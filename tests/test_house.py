@@ -28,9 +28,9 @@ SHARED = {"dtypes", "errors", "geometry", "interrupts", "threads"}
 # The rooms and modules that each room of the package may import, in addition to itself and the shared modules.
 MAY_IMPORT = {
     "kernels": set(),
-    "dispatch": {"_C"},
+    "dispatch": {"cuda", "_C"},
     "checkpoint": {"_C"},
-    "ops": {"dispatch", "kernels", "_C"},
+    "ops": {"dispatch", "cuda", "kernels", "_C"},
     "cuda": {"kernels"},
     "merging": {"checkpoint", "ops", "kernels", "_C"},
     "gemma2": {"checkpoint", "ops", "dispatch", "merging", "_C"},

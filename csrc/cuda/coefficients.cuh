@@ -35,17 +35,19 @@ __device__ inline double arccosine(double x) {
   return x > 0.0 ? angle : 2.0 * half_pi - (angle - 2.0 * half_pi_low);
 }
 
-// sin(x) for |x| < 1e5: x less n quarters of a turn, then a polynomial for sine or cosine.
+// sin(x): x less n quarters of a turn, then a polynomial for sine or cosine. Where neighbours of x are quarters of a
+// turn apart the remainder is cut off, so that the result is at least a sine.
 __device__ inline double sine(double x) {
   const double n = rint(x * 6.36619772367581382433e-01);
   double y = __fma_rn(-n, 1.57079632679489655800e+00, x);
   y = __fma_rn(-n, 6.12323399573676603587e-17, y);
+  y = y > 0.8 ? 0.8 : y < -0.8 ? -0.8 : y;  // and NaN stays
   const double z = y * y;
   const double of_sine[] = {-1.66666666666666324348e-01, 8.33333333332248946124e-03,  -1.98412698298579493134e-04,
                             2.75573137070700676789e-06,  -2.50507602534068634195e-08, 1.58969099521155010221e-10};
   const double of_cosine[] = {4.16666666666666019037e-02,  -1.38888888888741095749e-03, 2.48015872894767294178e-05,
                               -2.75573143513906633035e-07, 2.08757232129817482790e-09,  -1.13596475577881948265e-11};
-  const int quarter = static_cast<int>(n);
+  const int quarter = static_cast<int>(n - 4.0 * floor(0.25 * n));
   const double sine_of_y = __fma_rn(y * z, polynomial(z, of_sine), y);
   const double cosine_of_y = 1.0 - __fma_rn(-z * z, polynomial(z, of_cosine), 0.5 * z);
   const double result = quarter & 1 ? cosine_of_y : sine_of_y;
@@ -57,6 +59,8 @@ __device__ inline double clipped(double cosine) { return fmin(fmax(cosine, -1.0)
 __device__ inline float2 coefficients_of(double aa, double ab, double bb, double t, int normalize) {
   const float near = __fsub_rn(1.0f, static_cast<float>(t)), far = static_cast<float>(t);
   if (t == 0.0 || t == 1.0) return {near, far};
+  // Inputs that are not finite have no angle.
+  if (!(fabs(aa) + fabs(ab) + fabs(bb) < INFINITY)) return {NAN, NAN};
   aa = fmax(aa, 0.0), bb = fmax(bb, 0.0);
   const double length_a = sqrt(aa), length_b = sqrt(bb);
   const double square_a = length_a > SHORT ? aa : 1.0, square_b = length_b > SHORT ? bb : 1.0;

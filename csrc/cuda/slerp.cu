@@ -82,12 +82,12 @@ __device__ unsigned rounded(float first, float second) {
   return pair;
 }
 
-__device__ float mixed(float a, float b, float2 c) { return __fadd_rn(__fmul_rn(c.x, a), __fmul_rn(c.y, b)); }
+// An input with the coefficient zero has no effect: x + -0 has the bits of x, also where x is +0 or not finite.
+__device__ float weighted(float c, float x) { return c == 0.0f ? -0.0f : __fmul_rn(c, x); }
 
-// The ends of the arc are copies, so that also infinities, NaN and the sign of zero are those of the input.
+__device__ float mixed(float a, float b, float2 c) { return __fadd_rn(weighted(c.x, a), weighted(c.y, b)); }
+
 __device__ unsigned mixed(unsigned a, unsigned b, float2 c) {
-  if (c.y == 0.0f && c.x == 1.0f) return a;
-  if (c.x == 0.0f && c.y == 1.0f) return b;
   return rounded(mixed(low(a), low(b), c), mixed(high(a), high(b), c));
 }
 
@@ -154,13 +154,14 @@ __device__ void grid_barrier(unsigned* arrived, unsigned times) {
 
 }  // namespace
 
-// segments: [S, 6] and runs: [V, 3], tables of kernels/segments.py; a vector is a pair of tensors. batches: [B + 1] the
-// first segment of each batch; a vector lies in one batch. t: [V]. partials: [S, 3] scratch. arrived: zero. Results are
-// coefficients: [V, 2], and nonfinites: [V], to which the count of values that are infinite or NaN is added.
+// segments: [S, 6] and runs: [V, 3], tables of kernels/segments.py, rows of runs `run_stride` apart; a vector is a pair
+// of tensors. batches: [B + 1] the first segment of each batch; a vector lies in one batch. t: [V], or [1] with
+// t_stride 0. partials: [S, 3] scratch. arrived: zero. Results are coefficients: [V, 2], and nonfinites: [V], to which
+// the count of values that are infinite or NaN is added.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
     slerp(const long long* __restrict__ segments, const int* __restrict__ batches, const long long* __restrict__ runs,
           const double* __restrict__ t, double* partials, unsigned* arrived, float2* coefficients,
-          unsigned long long* nonfinites, int batch_count, int normalize) {
+          unsigned long long* nonfinites, int batch_count, int normalize, int run_stride, int t_stride) {
   double* scratch = reinterpret_cast<double*>(global_smem + Ring::BYTES);
   float2* chosen = reinterpret_cast<float2*>(scratch + 3 * (THREADS / 32));
   Ring ring;
@@ -183,16 +184,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
       const Segment segment = segment_of(segments, index);
       if (segment.vector != vector) {
         vector = segment.vector;
-        const long long begin = runs[3 * vector], end = runs[3 * vector + 1];
+        const long long begin = runs[run_stride * vector], end = runs[run_stride * vector + 1];
         Sums sums;
         for (long long part = begin + threadIdx.x; part < end; part += THREADS)
           sums.add({__ldcg(partials + 3 * part), __ldcg(partials + 3 * part + 1), __ldcg(partials + 3 * part + 2)});
         sums = block_sum(sums, scratch);
-        if (threadIdx.x == 0) *chosen = coefficients_of(sums.aa, sums.ab, sums.bb, t[vector], normalize);
+        if (threadIdx.x == 0) *chosen = coefficients_of(sums.aa, sums.ab, sums.bb, t[t_stride * vector], normalize);
         __syncthreads();
       }
       const float2 c = *chosen;
-      if (index == runs[3 * vector] && threadIdx.x == 0) coefficients[vector] = c;
+      if (index == runs[run_stride * vector] && threadIdx.x == 0) coefficients[vector] = c;
       const int found = __reduce_add_sync(~0u, combine(segment, c, ring));
       if (found && threadIdx.x % 32 == 0) atomicAdd(nonfinites + vector, (unsigned long long)found);
     }

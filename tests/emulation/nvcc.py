@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -14,19 +13,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from arcmerge.cuda.driver import Kernel
 from arcmerge.cuda.slerp import SHARED, TARGETS, THREADS, launch, prepared
-from arcmerge.kernels.segments import SEGMENT
+from arcmerge.kernels.segments import SEGMENT, launches
 from paths import ROOT
 
 from .dependence import dependent_loads
+from .driver import Driver, Launch
 from .ptx.counts import Counts
-from .ptx.machine import Machine
 from .ptx.memory import GlobalMemory
-from .ptx.program import parse
 from .roofline import Code, work
 
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-ptx")
@@ -78,7 +75,8 @@ def slerp_work(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for target in TARGETS:
         text, out = ptx("slerp.cu", target), torch.empty_like(a)
-        arguments = prepared([out], [a], [b], torch.tensor([0.3], dtype=torch.float64), False, cache_bytes=1)
+        (table,) = launches([(a, b, out)])
+        arguments = prepared(table, [out], torch.tensor([0.3], dtype=torch.float64), False, cache_bytes=1)
         driver = FakeDriver([a, b, out, *(value for value in arguments if isinstance(value, torch.Tensor))])
         launch(Kernel(driver, text.encode(), "slerp"), arguments, resident=1, stream=0)
         code = Code(
@@ -93,55 +91,19 @@ def slerp_work(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-class FakeDriver:
-    """Executes a kernel in the emulator, behind the functions of libcuda that arcmerge.cuda.driver calls.
+class FakeDriver(Driver):
+    """Executes a kernel in the emulator at once.
 
     Attributes:
         counts: of the last launch.
-        launches: (blocks, threads, bytes of shared memory, stream) of each launch.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], seed: int = 0) -> None:
         """tensors: all that kernels may touch."""
+        super().__init__()
         self._memory = GlobalMemory([(f"tensor {number}", tensor) for number, tensor in enumerate(tensors)])
         self._seed = seed
         self.counts = Counts()
-        self.launches: list[tuple[int, int, int, int]] = []
 
-    def cuModuleLoadData(self, module: Any, image: ctypes.c_char_p) -> int:
-        assert image.value is not None
-        text = image.value.decode()
-        # nvcc states the number of threads as a maximum; a launch of this kernel always has it.
-        text = re.sub(r"\.maxntid (\d+)[^\n]*", r".reqntid \1", text)
-        self._program = parse(re.sub(r"\.minnctapersm[^\n]*", "", text))
-        return 0
-
-    def cuModuleGetFunction(self, function: Any, module: ctypes.c_void_p, name: ctypes.c_char_p) -> int:
-        return 0 if name.value == self._program.name.encode() else 500
-
-    def cuOccupancyMaxActiveBlocksPerMultiprocessor(
-        self, count: Any, function: ctypes.c_void_p, threads: ctypes.c_int, shared: ctypes.c_size_t
-    ) -> int:
-        count._obj.value = 3
-        return 0
-
-    def cuGetErrorString(self, status: ctypes.c_int, text: Any) -> int:
-        text._obj.value = b"named symbol not found"
-        return 0
-
-    def cuLaunchCooperativeKernel(self, function: ctypes.c_void_p, *rest: Any) -> int:
-        x, y, z, threads, _, _, shared, stream, pointers = rest
-        program = self._program
-        self.launches.append((x.value, threads.value, shared.value, stream.value or 0))
-        assert (y.value, z.value, threads.value) == (1, 1, program.threads)
-        parameters = {}
-        for (name, kind), pointer in zip(program.parameters.items(), pointers, strict=True):
-            size = int(kind[1:]) // 8
-            parameters[name] = np.frombuffer(ctypes.string_at(pointer, size), f"u{size}")[0]
-        self.counts = Counts()
-        machine = Machine(
-            program, (x.value, 1, 1), parameters, self._memory, shared.value, self.counts, x.value, seed=self._seed
-        )
-        assert machine.blocks == x.value, "blocks that wait for one another must run side by side"
-        machine.run([(block, 0, 0) for block in range(x.value)])
-        return 0
+    def launch(self, launch: Launch, stream: int) -> None:
+        self.counts = launch.execute(self._memory, self._seed)

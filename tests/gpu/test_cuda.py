@@ -34,7 +34,7 @@ from arcmerge.cuda.slerp import (
     traffic,
 )
 from arcmerge.errors import ArcmergeError
-from arcmerge.kernels.segments import SEGMENT
+from arcmerge.kernels.segments import SEGMENT, launches
 from arcmerge.merging.methods.method import Arguments as Parameters
 from arcmerge.merging.methods.registry import get
 from cases.gemma import GEMMA_2
@@ -88,8 +88,9 @@ class Run:
     ) -> None:
         self.outs = list(outs) or [torch.full_like(a, math.nan) for a, _ in given]
         a, b = zip(*given, strict=True)
+        (table,) = launches([*zip(a, b, self.outs, strict=True)])
         self.arguments: Arguments = prepared(
-            self.outs, a, b, torch.tensor(t, dtype=torch.float64), normalize, cache_bytes
+            table, self.outs, torch.tensor(t, dtype=torch.float64), normalize, cache_bytes
         )
         self.arguments.partials.fill_(math.nan)
         tensors = [value for value in self.arguments if isinstance(value, torch.Tensor)]

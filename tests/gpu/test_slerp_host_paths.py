@@ -15,6 +15,13 @@ from emulation.cuda import Runtime
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch has a GPU of its own")
 
+
+@pytest.fixture(autouse=True)
+def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the package was built with nvcc; test_cuda_host_paths.py has the other kernel."""
+    monkeypatch.setenv("ARCMERGE_BACKEND_SLERP", "triton")
+
+
 T = {"end": 0.0, "b": 1.0}
 
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from arcmerge import _C
+from arcmerge import _C, cuda
 from arcmerge.errors import ArcmergeError
 
 
@@ -34,6 +34,12 @@ def _against_native(device: str) -> str | None:
     return None if device == "cpu" else f"it runs on cpu, not on {device}"
 
 
+def _against_cuda_cpp(device: str) -> str | None:
+    if not cuda.has_ptx():
+        return "the package was built without nvcc"
+    return None if device == "cuda" else f"it runs on cuda, not on {device}"
+
+
 def _against_triton(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -54,6 +60,7 @@ def _against_package(package: str) -> Callable[[str], str | None]:
 # The reference runs everywhere, so that what comes after it runs only where a setting names it.
 BACKENDS = (
     Backend("native", _against_native, lambda: f"{_C.variant()} code"),
+    Backend("cuda_cpp", _against_cuda_cpp, lambda: "CUDA C++, for tensors for which it moves fewer bytes than triton"),
     Backend("triton", _against_triton, lambda: "kernels compiled on first use"),
     Backend("reference", lambda device: None, lambda: "plain torch"),
     Backend("flash_attn", _against_package("flash_attn"), lambda: "the package flash-attn"),
@@ -73,13 +80,19 @@ def settings() -> tuple[tuple[str, str], ...]:
     return tuple(sorted(item for item in os.environ.items() if item[0].startswith("ARCMERGE_BACKEND")))
 
 
-def choose(device: str, op: str, offered: Collection[str]) -> Backend:
+def is_forced(op: str) -> bool:
+    """Whether a setting names the backend of an op."""
+    return _setting(op)[1] is not None
+
+
+def choose(device: str, op: str, offered: Collection[str], suits: Callable[[str], bool] = lambda name: True) -> Backend:
     """Choose the backend of an op.
 
     Args:
         device: type of the tensors' device, "cpu" or "cuda".
         op: name of the op.
         offered: names of the backends that have the op.
+        suits: given the name of a backend, whether to choose it for the arguments of this call if no setting names one.
 
     Raises:
         ArcmergeError: if a setting names a backend that does not exist or cannot run the op there.
@@ -87,7 +100,7 @@ def choose(device: str, op: str, offered: Collection[str]) -> Backend:
     setting, forced = _setting(op)
     if forced is None:
         for backend in BACKENDS:
-            if backend.name in offered and backend.objection(device) is None:
+            if backend.name in offered and backend.objection(device) is None and suits(backend.name):
                 return backend
     for backend in BACKENDS:
         if backend.name == forced:

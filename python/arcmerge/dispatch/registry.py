@@ -46,8 +46,8 @@ SCHEMA_TYPES: dict[Any, str] = {
 class Op(Generic[Parameters, Result]):
     """An op: a reference, which defines it, and faster implementations. A call runs the one that `backend` chooses.
 
-    The decorators `check`, `fake`, `native` and `triton` add a function that takes the arguments of the reference, all
-    of them: first those that the reference takes by position, then the others by keyword.
+    The decorators `check`, `fake`, `native`, `triton` and so on add a function that takes the arguments of the
+    reference, all of them: first those that the reference takes by position, then the others by keyword.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Op(Generic[Parameters, Result]):
         parameters = inspect.signature(reference).parameters.values()
         self._defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
         self._stepwise_by_reference = stepwise_by_reference
+        self._suits: dict[str, Implementation] = {}
         self._check: Implementation
         self._fake: Implementation
         LIBRARY.define(schema(reference, name, mutates))
@@ -96,6 +97,16 @@ class Op(Generic[Parameters, Result]):
         self.implementations["triton"] = function
         return function
 
+    def cuda_cpp(self, suits: Callable[..., bool]) -> Callable[[Function], Function]:
+        """Decorator: the implementation for tensors on a GPU, in CUDA C++; `suits` tells whether to choose it for some
+        arguments."""
+
+        def add(function: Function) -> Function:
+            self.implementations["cuda_cpp"], self._suits["cuda_cpp"] = function, suits
+            return function
+
+        return add
+
     def on_demand(self, backend: str) -> Callable[[Function], Function]:
         """Decorator: the implementation of a backend that runs only where a setting names it; it takes `stepwise`."""
 
@@ -107,7 +118,7 @@ class Op(Generic[Parameters, Result]):
 
     def _runner(self, device: str) -> Implementation:
         name, defaults, implementations = self.name, self._defaults, self.implementations
-        by_reference = self._stepwise_by_reference
+        by_reference, rules = self._stepwise_by_reference, self._suits
         guard: Callable[[tuple[Any, ...]], AbstractContextManager[object]]
         guard = _on_device if device == "cuda" else nullcontext
 
@@ -115,7 +126,8 @@ class Op(Generic[Parameters, Result]):
             if defaults:
                 named = defaults | named  # the dispatcher leaves out arguments that are equal to their defaults
             self._check(*arguments, **named)
-            backend = choose(device, name, implementations).name
+            suits = lambda each: each not in rules or rules[each](*arguments, **named)  # noqa: E731
+            backend = choose(device, name, implementations, suits).name
             if backend in by_reference:
                 if named["stepwise"]:
                     backend = "reference"

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from arcmerge import _C
+from arcmerge.dispatch.backend import is_forced
 from arcmerge.dispatch.checks import WEIGHTS, require, require_dtype, require_same_device
 from arcmerge.dispatch.native import native_dtype, operand
 from arcmerge.dispatch.registry import op
+from arcmerge.errors import ArcmergeError
 from arcmerge.geometry import NEARLY_PARALLEL, NEARLY_ZERO, slerp_coefficients
 
 # Outputs share one allocation, each at a multiple of so many bytes.
@@ -44,6 +46,10 @@ def slerp(
     host does not wait, four kernels are launched for each combination of dtypes, and with torch 2.11 or newer a CUDA
     graph can capture the call: a replay reads the inputs anew, and t if that is a tensor. Inputs that are not
     contiguous are copied first.
+
+    If all tensors are bfloat16, the package was built with nvcc, and the L2 cache of the GPU is so large that at most
+    9.5 bytes an element are predicted to move, a kernel in CUDA C++ does all but the table: two launches.
+    ARCMERGE_BACKEND_SLERP=triton or cuda_cpp names one. The dot products of the two may differ in the last bit.
 
     Args:
         a: n tensors, of any shapes, on one device, each bfloat16, float16 or float32.
@@ -154,6 +160,31 @@ def _triton(a: Sequence[Tensor], b: Sequence[Tensor], t: Tensor, *, normalize: b
         nearly_parallel=NEARLY_PARALLEL,
         nearly_zero=NEARLY_ZERO,
     )
+    return [*outs, counts]
+
+
+def _cuda_cpp_is_best(a: Sequence[Tensor], b: Sequence[Tensor], *_: Tensor, **__: object) -> bool:
+    from arcmerge.cuda.slerp import is_best
+
+    return is_best(a, b)
+
+
+@_slerp.cuda_cpp(_cuda_cpp_is_best)
+def _cuda_cpp(a: Sequence[Tensor], b: Sequence[Tensor], t: Tensor, *, normalize: bool) -> list[Tensor]:
+    from arcmerge.cuda import slerp as kernel
+
+    _require_capturable()
+    for name, side in (("a", a), ("b", b)):
+        require_dtype((torch.bfloat16,), **{f"{name}[{index}]": tensor for index, tensor in enumerate(side)})
+    outs = _in_one_allocation(a, b)
+    x, y = ([tensor.contiguous() for tensor in side] for side in (a, b))
+    try:
+        _, counts = kernel.slerp(outs, x, y, t.reshape(-1).contiguous(), normalize=normalize)
+    except ArcmergeError as error:
+        if is_forced("slerp"):
+            raise
+        kernel.refuse(t.device, error)
+        return _triton(a, b, t, normalize=normalize)
     return [*outs, counts]
 
 

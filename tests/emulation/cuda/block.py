@@ -120,6 +120,11 @@ class AddressSpace:
             block = self._blocks[place] if place >= 0 else None
         return block if block is not None and address < block.address + block.nbytes else None
 
+    def blocks_of(self, device: torch.device) -> list[Block]:
+        """All blocks of a device, in order."""
+        with self._lock:
+            return [block for block in self._blocks if block.stream.device == device]
+
     def access(self, tensor: Tensor, writes: bool) -> Iterator[Access]:
         """The access to all elements of a tensor on the CPU that lies in a block."""
         if not tensor.numel():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import launch
+from . import driver, launch
 from .graph import CUDAGraph
 from .host import memmove_of
 from .runtime import Runtime
@@ -42,6 +42,7 @@ def replacements(runtime: Runtime) -> Iterator[tuple[Any, str, Any]]:
     yield torch.Tensor, "is_pinned", lambda tensor, *_: runtime.host_memory.is_pinned(tensor)
     yield ctypes, "memmove", memmove_of(runtime.host_memory)
     yield from launch.replacements(runtime)
+    yield from driver.replacements(runtime)
 
 
 def _of_torch_cuda(runtime: Runtime) -> dict[str, Any]:
@@ -56,7 +57,13 @@ def _of_torch_cuda(runtime: Runtime) -> dict[str, Any]:
             each.empty_cache()
 
     properties = SimpleNamespace(
-        name="Fake GPU", major=8, minor=0, total_memory=runtime.memory, multi_processor_count=108, warp_size=32
+        name="Fake GPU",
+        major=8,
+        minor=0,
+        total_memory=runtime.memory,
+        multi_processor_count=108,
+        warp_size=32,
+        L2_cache_size=40 << 20,
     )
     return {
         "is_available": lambda: True,

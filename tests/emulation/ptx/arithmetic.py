@@ -184,7 +184,10 @@ def _fused_float64(a: Array, b: Array, c: Array) -> Array:
         except OverflowError:
             return plain
 
-    return np.array([one(*values) for values in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)])
+    # Lanes that do not execute mostly hold equal values. Bits are compared, because zeros differ in their signs.
+    lanes = np.stack([a, b, c], axis=1)
+    _, first, index = np.unique(lanes.view("V24").ravel(), return_index=True, return_inverse=True)
+    return np.array([one(*values) for values in lanes[first].tolist()])[index]
 
 
 # Comparisons, selections, conversions.
