@@ -135,8 +135,9 @@ def slerp(
         ArcmergeError: if the package was built without nvcc, or the driver is missing or refuses the kernel.
     """
     device = outs[0].device
-    loaded = _load(device)
     (table,) = tabulated([*zip(a, b, outs, strict=True)], outs[0])
+    # A thread has no context for the driver before torch or Triton has used the device in it.
+    loaded = _load(device)
     arguments = prepared(table, outs, t, normalize, loaded.cache_bytes)
     launch(loaded.kernel, arguments, loaded.resident, torch.cuda.current_stream(device).cuda_stream)
     return arguments.coefficients, arguments.nonfinites
