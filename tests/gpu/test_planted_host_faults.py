@@ -20,8 +20,10 @@ from arcmerge.gemma2.runtime import bandwidth
 from arcmerge.gemma2.runtime.arrival import Arrival
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from arcmerge.merging.execution import memory
+from arcmerge.merging.execution.gpu import kept
+from arcmerge.merging.execution.gpu.kept import KeptInputs
 from arcmerge.merging.execution.gpu.processor import GpuProcessor
-from arcmerge.merging.execution.gpu.slots import Slot, SlotPool
+from arcmerge.merging.execution.gpu.slots import ResultBuffers, Slot, SlotPool
 from arcmerge.merging.execution.in_memory import InMemoryMerge
 from arcmerge.merging.execution.memory import GpuMemory
 from arcmerge.merging.options import Options
@@ -48,6 +50,12 @@ class Planted(NamedTuple):
 
 def to_disk(pair: Path, folder: Path, device: str, method: str = "slerp") -> Any:
     return host_paths.merged_to_disk(pair, folder / device.replace(":", ""), device, method)
+
+
+def in_small_pieces(pair: Path, folder: Path, device: str) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        host_paths.cut_small(patch, elements=512)
+        return to_disk(pair, folder, device)
 
 
 def in_memory(pair: Path, folder: Path, device: str) -> Any:
@@ -114,6 +122,7 @@ def state_dicts(pair: Path, folder: Path, device: str) -> Any:
 
 SCENARIOS: dict[str, Callable[[Path, Path, str], Any]] = {
     "to disk": to_disk,
+    "to disk, in small pieces": in_small_pieces,
     "consensus to disk": partial(to_disk, method="dare_ties"),
     "in memory": in_memory,
     "streamed": partial(streamed, scenario=in_memory),
@@ -127,27 +136,48 @@ SCENARIOS: dict[str, Callable[[Path, Path, str], Any]] = {
     "state dicts": state_dicts,
 }
 
-_WAITS = "        counts: list[int] = not_finite.tolist()  # waits for the stream\n"
-_MOVES = """\
-        for task, (pinned, _) in zip(tasks, outputs, strict=True):
-            if pinned is not None:
-                ctypes.memmove(task.address, pinned.data_ptr(), pinned.numel() * pinned.element_size())
-"""
-_ITEM = "        count = int(not_finite.item())  # waits for the stream\n"
-_MOVE = """\
-        if pinned is not None:
-            ctypes.memmove(task.address, pinned.data_ptr(), pinned.numel() * pinned.element_size())
-"""
+_TO_BUFFER = "slot.copy(on_gpu.view(self._torch.uint8), pinned)"
+_ON_DEFAULT_STREAM = (
+    "with self._torch.cuda.stream(self._torch.cuda.default_stream(self._device)): "
+    "pinned.copy_(on_gpu.view(self._torch.uint8), non_blocking=True)"
+)
 _STAGE = "self._cpu.stage(piece, index, staged.pinned.data_ptr())\n"
-_COPY = "    slot.copy(staged.pinned, staged.gpu)\n"
+_COPY = "    slot.copy(staged.pinned, on_gpu)\n"
 _COPY_IN = "out.copy_(padded, non_blocking=True)\n"
 
 FAULTS = {
-    "results are moved before the count has waited": Planted(
-        GpuProcessor, "_combine", _WAITS + _MOVES, _MOVES + _WAITS, "to disk", "host memory is read while"
+    "results are copied to a file's buffer on another stream": Planted(
+        GpuProcessor, "_combine", _TO_BUFFER, _ON_DEFAULT_STREAM, "to disk", "no event"
     ),
-    "results of a consensus are moved before the count has waited": Planted(
-        GpuProcessor, "_consensus", _ITEM + _MOVE, _MOVE + _ITEM, "consensus to disk", "host memory is read while"
+    "results of a consensus are copied to a file's buffer on another stream": Planted(
+        GpuProcessor, "_consensus", _TO_BUFFER, _ON_DEFAULT_STREAM, "consensus to disk", "no event"
+    ),
+    "a result goes to the place of another one": Planted(
+        ResultBuffers,
+        "at",
+        "start : start + nbytes]",
+        "2 * start : 2 * start + nbytes]",
+        "to disk",
+        "must match the size",
+    ),
+    "memory for inputs is used before the allocator's stream has come to it": Planted(
+        KeptInputs, "_allocated", "self._stream.synchronize()", "pass", "to disk", "an allocation"
+    ),
+    "inputs are measured in memory that is not theirs": Planted(
+        kept,
+        "_parts",
+        "piece.first : piece.first + piece.count",
+        ": piece.count",
+        "to disk, in small pieces",
+        "must fit into bfloat16",
+    ),
+    "inputs are kept that have not arrived": Planted(
+        KeptInputs,
+        "find",
+        "held is None or not held.whole",
+        "held is None",
+        "to disk, in small pieces",
+        "must fit into bfloat16",
     ),
     "a slot is cleared without a wait": Planted(
         Slot, "clear", "self._stream.synchronize()", "pass", "in memory", "must fit|the host wrote memory"

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -16,6 +17,8 @@ from torch import Tensor
 
 import arcmerge
 import tiny
+from arcmerge.checkpoint.writer import BLOCK
+from arcmerge.merging.execution import to_disk, work_units
 
 _GEOMETRY = replace(tiny.GEOMETRY, num_hidden_layers=1, intermediate_size=32, vocab_size=264)
 # Tensors of the first parent, of the second, and of both.
@@ -62,6 +65,13 @@ def merged_to_disk(pair: Path, out: Path, device: str, method: str = "slerp", th
     """The tensors of the file that a merge writes."""
     arcmerge.merge(recipe(pair, method), out, device=device, threads=threads)
     return [tensor for _, tensor in sorted(load_file(out / "model.safetensors").items())]
+
+
+def cut_small(patch: pytest.MonkeyPatch, elements: int) -> None:
+    """Measure pieces of so many elements, and write files by blocks."""
+    patch.setattr(work_units, "PIECE_ELEMENTS", elements)
+    for module in (work_units, to_disk):
+        patch.setattr(module, "CHUNK_BYTES", BLOCK)
 
 
 def model_of(pair: Path, device: str, threads: int = 1) -> arcmerge.Gemma2:

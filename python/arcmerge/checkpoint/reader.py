@@ -91,6 +91,19 @@ class Checkpoint:
         tensor = self.tensors[name]
         return memoryview(self._map(tensor))[tensor.offset : tensor.offset + tensor.nbytes]
 
+    def read_into(self, name: str, first_byte: int, target: memoryview) -> None:
+        """Read a range of a tensor, counted from its start, without mapping it. Raises ArcmergeError if that fails."""
+        tensor = self.tensors[name]
+        path, position = self.folder / tensor.file, tensor.offset + first_byte
+        try:
+            with path.open("rb", buffering=0) as file:
+                while target:
+                    if not (count := os.preadv(file.fileno(), [target], position)):
+                        raise _lost(path)
+                    target, position = target[count:], position + count
+        except OSError as error:
+            raise unreadable(path, error) from error
+
     def forget(self, name: str, first_byte: int, byte_count: int) -> None:
         """Unmap the whole pages in a range of a tensor, counted from its start, so that resident memory stays small.
 
@@ -124,10 +137,7 @@ class Checkpoint:
         """
         for name, file in list(self._mapped.items()):
             if file.lost:
-                raise ArcmergeError(
-                    f"{self.folder / name} must be readable to its end, got a file that has become shorter or a disk "
-                    "that fails; check the disk, copy the file again, and begin again"
-                )
+                raise _lost(self.folder / name)
 
     def _map(self, tensor: TensorInfo) -> _C.MappedFile:
         file = self._mapped.get(tensor.file)
@@ -145,6 +155,13 @@ class Checkpoint:
                 return _C.MappedFile(file.fileno(), self._ends[name])
         except OSError as error:
             raise unreadable(path, error) from error
+
+
+def _lost(path: Path) -> ArcmergeError:
+    return ArcmergeError(
+        f"{path} must be readable to its end, got a file that has become shorter or a disk that fails; check the disk, "
+        "copy the file again, and begin again"
+    )
 
 
 def _state(path: Path) -> tuple[int, ...] | None:

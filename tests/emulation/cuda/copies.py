@@ -33,6 +33,7 @@ def _from_host(runtime: Runtime, out: CudaTensor, source: Tensor, non_blocking: 
     pinned = source.is_contiguous() and runtime.host_memory.is_pinned(source)
     captured = runtime.capture_of(stream) is not None
     accesses = list(runtime.space.access(inner, writes=True))
+    runtime.copied["to devices"] += inner.nbytes
     if pinned and non_blocking:
         pinned_source = _pending(runtime, source, captured, writes=False)
         runtime.enqueue(stream, "a copy from the host", lambda: inner.copy_(pinned_source()), accesses)
@@ -48,6 +49,7 @@ def _from_host(runtime: Runtime, out: CudaTensor, source: Tensor, non_blocking: 
 def _to_host(runtime: Runtime, out: Tensor, source: CudaTensor, non_blocking: bool) -> None:
     stream, inner = runtime.current_stream(source.device), source.inner
     accesses = list(runtime.space.access(inner, writes=False))
+    runtime.copied["to the host"] += inner.nbytes
     if non_blocking and out.is_contiguous() and runtime.host_memory.is_pinned(out):
         captured = runtime.capture_of(stream) is not None
         pinned_target = _pending(runtime, out, captured, writes=True)

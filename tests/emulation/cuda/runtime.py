@@ -51,6 +51,7 @@ class Runtime:
         host: what the host has waited for. Threads share it, because a wait that one thread has ended was over for all.
         faults: all that were found, also those that the program has swallowed.
         counts: of launches and of waits of the host.
+        copied: bytes over the bus, "to devices" and "to the host".
     """
 
     def __init__(self, devices: int, order: str, seed: int, memory: int) -> None:
@@ -63,6 +64,7 @@ class Runtime:
         self.host_memory = HostMemory(self)
         self.faults: list[Fault] = []
         self.counts: Counter[str] = Counter()
+        self.copied: Counter[str] = Counter()
         self.captures: list[Capture] = []
         self.streams: list[Stream] = []
         self._order = order

@@ -276,10 +276,10 @@ class _GpuMemoryProcessor(GpuProcessor):
             return not self._prepared.options.allow_nonfinite and not job.setting
         return 0 < self._kernel_inputs(task) <= MOST_INPUTS
 
-    def _input(self, slot: Slot, piece: Piece, index: int) -> torch.Tensor:
+    def _input(self, slot: Slot, piece: Piece, index: int, place: torch.Tensor | None) -> torch.Tensor:
         parent = self._memory.parent(self._prepared, piece.job, index)
         if parent is None:
-            return super()._input(slot, piece, index)
+            return super()._input(slot, piece, index, place)
         part = parent[piece.first : piece.first + piece.count]
         if not self._memory.streamed:
             return part

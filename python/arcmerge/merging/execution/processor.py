@@ -34,7 +34,21 @@ Request = tuple[Piece, Measure]
 
 
 class Processor(Protocol):
-    """Computes pieces of the jobs of one plan. Every method may be called from several threads at once."""
+    """Computes pieces of the jobs of one plan. `measure` and `fill` may be called from several threads at once."""
+
+    @property
+    def ahead_bytes(self) -> int:
+        """How many bytes of inputs a merge to disk should measure at most before it fills them."""
+        ...
+
+    def buffers(self, count: int, nbytes: int) -> list[memoryview]:
+        """The memory to which `fill` writes in a merge to disk; called once, before all else.
+
+        Args:
+            count: the number of buffers.
+            nbytes: the size of each, whole pages. They start at pages.
+        """
+        ...
 
     def measure(self, requests: Sequence[Request]) -> Sequence[NDArray[Any] | Counts]:
         """Measure the inputs of each piece.

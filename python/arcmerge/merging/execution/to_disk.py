@@ -12,13 +12,12 @@ Memory is bounded by the buffers. Mapped pages are released once the chunk that 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from arcmerge.checkpoint.layout import Shard
-from arcmerge.checkpoint.writer import ShardFile, address_of, aligned_buffer
+from arcmerge.checkpoint.writer import ShardFile, address_of
 from arcmerge.merging.execution.processor import FillTask, Processor
 from arcmerge.merging.execution.statistics_pass import StatisticsPass, input_bytes, is_measured
 from arcmerge.merging.execution.work_units import CHUNK_BYTES, Chunk, Piece, file_chunks
@@ -70,11 +69,11 @@ class DiskMerge:
             for piece, _ in chunk.pieces:
                 pieces.setdefault(piece.job, []).append(piece)
         self.statistics = StatisticsPass(jobs, processor, order, allow_nonfinite, pieces=pieces)
-        self._free = [aligned_buffer(CHUNK_BYTES) for _ in range(BUFFERS)]
+        self._free = processor.buffers(BUFFERS, CHUNK_BYTES)
         self._filled: deque[tuple[Chunk, memoryview]] = deque()
         self._unwritten = len(self._chunks)
         self._ahead = 0  # bytes that were measured and not merged yet
-        self._max_ahead = _memory_bytes() // 4
+        self._max_ahead = processor.ahead_bytes
         self.written = 0
         self._workers = Workers()
 
@@ -118,7 +117,7 @@ class DiskMerge:
         return bool(self._chunks) and all(self.statistics.ready(piece.job) for piece, _ in self._chunks[0].pieces)
 
     def _may_run_ahead(self) -> bool:
-        """If the statistics pass ran too far ahead, its pages would leave memory before they are merged."""
+        """If the statistics pass ran too far ahead, what it read would leave memory before it is merged."""
         return self._ahead < self._max_ahead or not self._next_is_ready()
 
     def _measured_bytes(self, pieces: Iterable[Piece]) -> int:
@@ -163,7 +162,3 @@ class DiskMerge:
                 self.written += chunk.nbytes
                 self._free.append(buffer)
                 self._workers.changed.notify_all()
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arcmerge import _C
+from arcmerge.checkpoint.writer import aligned_buffer
 from arcmerge.dtypes import F32, DType
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.cpu.masks import MaskStore
@@ -45,6 +48,15 @@ class CpuProcessor:
         self._masks = masks
         self._parts: dict[int, list[list[_C.Operand]]] = {}
 
+    @property
+    def ahead_bytes(self) -> int:
+        """See Processor. The page cache has room for so much."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+    def buffers(self, count: int, nbytes: int) -> list[memoryview]:
+        """See Processor.buffers."""
+        return [aligned_buffer(nbytes) for _ in range(count)]
+
     def measure(self, requests: Sequence[Request]) -> list[NDArray[Any] | Counts]:
         """See Processor.measure."""
         return [self._measure(piece, measure) for piece, measure in requests]
@@ -61,7 +73,9 @@ class CpuProcessor:
         """Write the piece of one input to `address`, cast and with rows matched by token, as the kernels need it."""
         item = self._jobs[piece.job].inputs[index]
         if item.cast is None and (piece.job, index) not in self._rows:
-            _copy_bytes(item, piece, address)
+            itemsize = item.dtype.itemsize
+            target = (ctypes.c_char * (piece.count * itemsize)).from_address(address)
+            item.checkpoint.read_into(item.info.name, piece.first * itemsize, memoryview(target).cast("B"))
         else:
             parts = self._inputs(piece.job)[index]
             _C.combine(address, item.dtype.native, parts, [1.0] * len(parts), piece.first, piece.count)

@@ -2,19 +2,20 @@
 
 Every thread takes a slot: pinned memory, GPU memory of the same size, and a stream that orders the slot's copies and
 kernels. While one slot copies to the GPU, another computes and a third copies back, so that the bus is busy in both
-directions. Weights cross the bus twice, once for the Gram matrix and once for the result: for two bf16 inputs 8 bytes
-an element go in and 2 come out, which is still faster than any disk.
+directions. Files are read into pinned memory and written from it. What is measured stays on the GPU, whole tensors,
+until the result has been computed: for two bf16 inputs 4 bytes an element go in and 2 come out. Tensors that do not fit
+(kept.py) are staged again for the result.
 
-Casts and rows that are matched by token are resolved when weights are copied to pinned memory. Operations without a
+Casts and rows that are matched by token are resolved when weights are staged in pinned memory. Operations without a
 kernel (coefficients per row or column, elementwise rules, random masks by rank, results that are rounded twice) run on
 the CPU, with the same bits.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from arcmerge.dtypes import F32
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.cpu.processor import CpuProcessor
-from arcmerge.merging.execution.gpu.slots import Slot, SlotPool, slot_bytes, slot_count
+from arcmerge.merging.execution.gpu.kept import AHEAD_BYTES, KeptInputs, kept_bytes
+from arcmerge.merging.execution.gpu.slots import ResultBuffers, Slot, SlotPool, slot_bytes, slot_count
 from arcmerge.merging.execution.processor import FillTask, Request
 from arcmerge.merging.execution.work_units import Piece
 from arcmerge.merging.methods.magnitudes import sums_by_exponent
@@ -50,6 +52,8 @@ class GpuProcessor:
         threads: the number of threads that call the processor at once.
     """
 
+    ahead_bytes = AHEAD_BYTES
+
     def __init__(
         self, jobs: tuple[Job, ...], rows: Mapping[tuple[int, int], RowAddresses], device: str, threads: int
     ) -> None:
@@ -61,7 +65,17 @@ class GpuProcessor:
         self._dtypes = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
         # Triton compiles a kernel once if its first launches do not overlap. A launch does not wait for the GPU.
         self._launching = threading.Lock()
-        self._slots = SlotPool(torch.device(device), slot_bytes(jobs), slot_count(threads))
+        self._device = torch.device(device)
+        self._slots = SlotPool(self._device, slot_bytes(jobs), slot_count(threads))
+        self._kept = KeptInputs(jobs, self._device, 0)
+
+    def buffers(self, count: int, nbytes: int) -> list[memoryview]:
+        """See Processor.buffers. They are pinned. Inputs that are measured from now on are kept."""
+        on_gpu = self._device.type == "cuda"
+        self._results = ResultBuffers(count, nbytes, pinned=on_gpu)
+        free = self._torch.cuda.mem_get_info(self._device)[0] if on_gpu else 1 << 62
+        self._kept = KeptInputs(self._jobs, self._device, kept_bytes(self._jobs, free))
+        return self._results.views
 
     def measure(self, requests: Sequence[Request]) -> list[NDArray[Any] | Counts]:
         """See Processor.measure. Gram matrices of the same number of inputs share a launch."""
@@ -78,8 +92,8 @@ class GpuProcessor:
             else:
                 (shares[piece],) = self._cpu.measure([(piece, measure)])
         for (k, centered), alike in alike_by.items():
-            with self._slots.take() as slot:
-                groups = [self._inputs(slot, piece) for piece in alike]
+            with self._slots.take() as slot, self._keeping(alike):
+                groups = [self._inputs(slot, piece, keep=True) for piece in alike]
                 bases = None
                 if centered:
                     bases = [
@@ -105,6 +119,8 @@ class GpuProcessor:
         for k, group in groups.items():
             done = self._combine(group) if k else self._fill_without_kernel(group)
             counts.update(zip((task.piece for task in group), done, strict=True))
+        for task in tasks:
+            self._kept.filled(task.piece)
         return [counts[task.piece] for task in tasks]
 
     def not_finite(self, job: int) -> ArcmergeError:
@@ -126,8 +142,8 @@ class GpuProcessor:
         from arcmerge.merging.execution.gpu.consensus import histogram
 
         job = self._jobs[piece.job]
-        with self._slots.take() as slot:
-            inputs = self._inputs(slot, piece)
+        with self._slots.take() as slot, self._keeping([piece]):
+            inputs = self._inputs(slot, piece, keep=True)
             base = inputs.pop(job.base or 0)
             with self._launching:
                 counts = histogram(measure, inputs, base, job.row, piece.first)
@@ -144,11 +160,8 @@ class GpuProcessor:
             with self._launching:
                 not_finite = consensus(rule, on_gpu, inputs, base, job.row, piece.first)
             if pinned is not None:
-                slot.copy(on_gpu, pinned)
-            count = int(not_finite.item())  # waits for the stream
-            if pinned is not None:
-                ctypes.memmove(task.address, pinned.data_ptr(), pinned.numel() * pinned.element_size())
-            return count
+                slot.copy(on_gpu.view(self._torch.uint8), pinned)
+            return int(not_finite.item())  # waits for the stream
 
     def _combine(self, tasks: Sequence[FillTask]) -> list[int]:
         from arcmerge.kernels.combine import combine
@@ -163,30 +176,43 @@ class GpuProcessor:
                 combine([on_gpu for _, on_gpu in outputs], groups, coefficients, not_finite)
             for pinned, on_gpu in outputs:
                 if pinned is not None:
-                    slot.copy(on_gpu, pinned)
+                    slot.copy(on_gpu.view(self._torch.uint8), pinned)
             counts: list[int] = not_finite.tolist()  # waits for the stream
-            for task, (pinned, _) in zip(tasks, outputs, strict=True):
-                if pinned is not None:
-                    ctypes.memmove(task.address, pinned.data_ptr(), pinned.numel() * pinned.element_size())
             return counts
 
     def _output(self, slot: Slot, task: FillTask) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The pinned memory that the result is copied to, None if it stays on the GPU, and the kernel's output."""
-        staged = slot.allocate(task.piece.count, self._dtypes[self._jobs[task.piece.job].output.dtype.name])
-        return staged.pinned, staged.gpu
+        """The bytes that the result is copied to, None if it stays on the GPU, and the kernel's output."""
+        dtype = self._jobs[task.piece.job].output.dtype
+        on_gpu = slot.allocate(task.piece.count, self._dtypes[dtype.name]).gpu
+        return self._results.at(task.address, task.piece.count * dtype.itemsize), on_gpu
 
     def _fill_without_kernel(self, tasks: Sequence[FillTask]) -> list[int]:
         return self._cpu.fill(tasks)
 
-    def _inputs(self, slot: Slot, piece: Piece) -> list[torch.Tensor]:
-        """The piece of every input on the GPU, cast and with rows matched by token."""
-        return [self._input(slot, piece, index) for index in range(len(self._jobs[piece.job].inputs))]
+    @contextmanager
+    def _keeping(self, pieces: Sequence[Piece]) -> Iterator[None]:
+        """Measures pieces in its block, at the end of which the host has waited for their copies."""
+        first = [piece for piece in pieces if self._kept.find(piece) is None]
+        yield
+        for piece in first:
+            self._kept.arrived(piece)
 
-    def _input(self, slot: Slot, piece: Piece, index: int) -> torch.Tensor:
+    def _inputs(self, slot: Slot, piece: Piece, *, keep: bool = False) -> list[torch.Tensor]:
+        """The piece of every input on the GPU, cast and with rows matched by token."""
+        if (found := self._kept.find(piece)) is not None:
+            return found
+        places = self._kept.place(piece) if keep else None
+        return [
+            self._input(slot, piece, index, places[index] if places else None)
+            for index in range(len(self._jobs[piece.job].inputs))
+        ]
+
+    def _input(self, slot: Slot, piece: Piece, index: int, place: torch.Tensor | None) -> torch.Tensor:
         staged = slot.allocate(piece.count, self._dtypes[self._jobs[piece.job].inputs[index].dtype.name])
+        on_gpu = staged.gpu if place is None else place
         self._cpu.stage(piece, index, staged.pinned.data_ptr())
-        slot.copy(staged.pinned, staged.gpu)
-        return staged.gpu
+        slot.copy(staged.pinned, on_gpu)
+        return on_gpu
 
 
 def has_kernel(selection: Selection, first: int) -> bool:

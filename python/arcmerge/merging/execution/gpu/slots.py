@@ -1,4 +1,4 @@
-"""Slots: pinned memory, GPU memory and a stream for the pieces that a thread works on."""
+"""Slots: pinned memory, GPU memory and a stream for the pieces that a thread works on. Pinned memory for results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cached_property
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from arcmerge.checkpoint.writer import BLOCK
 from arcmerge.dtypes import F32
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution.work_units import PIECE_ELEMENTS
@@ -131,3 +132,33 @@ class SlotPool:
                 slot.clear()
             finally:
                 self._free.put(slot)  # also after an error of the GPU, or other threads would wait for ever
+
+
+class ResultBuffers:
+    """Buffers that start at pages, to which the GPU copies results and from which files are written.
+
+    Args:
+        count: the number of buffers.
+        nbytes: the size of each, whole pages.
+        pinned: whether a GPU copies to them.
+
+    Attributes:
+        views: the buffers.
+    """
+
+    def __init__(self, count: int, nbytes: int, *, pinned: bool) -> None:
+        import torch
+
+        # torch rounds the size of an allocation up to a power of two, so that one is better than many.
+        # Threads outside of the caller's inference mode may not write to tensors of that mode.
+        with torch.inference_mode(False):
+            memory = torch.empty(count * nbytes + BLOCK, dtype=torch.uint8, pin_memory=pinned)
+            start = -memory.data_ptr() % BLOCK
+            self._memory = memory[start : start + count * nbytes]
+        self.views = [memoryview(each.numpy()) for each in self._memory.split(nbytes)]
+
+    def at(self, address: int, nbytes: int) -> torch.Tensor:
+        """The bytes at an address in one of the buffers, uint8 (nbytes,)."""
+        start = address - self._memory.data_ptr()
+        assert 0 <= start <= len(self._memory) - nbytes, "results must go to a buffer of this processor"
+        return self._memory[start : start + nbytes]
