@@ -43,8 +43,7 @@ class Prepared:
 
     def with_recipe(self, recipe: Recipe) -> Prepared:
         """The same checkpoints with a recipe that differs in its parameters only."""
-        plan = _plan(recipe, self.plan.method, self.checkpoints, self.vocabulary, self.options)
-        return replace(self, recipe=recipe, plan=plan)
+        return replace(self, recipe=recipe, plan=self.plan.with_recipe(recipe))
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

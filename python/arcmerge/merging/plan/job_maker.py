@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -11,13 +11,49 @@ import numpy as np
 
 from arcmerge.checkpoint.layout import OutputTensor
 from arcmerge.checkpoint.reader import Checkpoint
-from arcmerge.dtypes import BF16, promote
+from arcmerge.dtypes import BF16, DType, promote
 from arcmerge.errors import ArcmergeError, Problems
 from arcmerge.merging.methods.method import Arguments, Method
 from arcmerge.merging.methods.rule import Coefficients
 from arcmerge.merging.plan.tensor_job import Input, Job
 from arcmerge.merging.recipe.model_reference import ModelReference
 from arcmerge.merging.recipe.recipe import Recipe, Slice
+
+# Shared parameters, those of each input, and the names of the models.
+_Values = tuple[Mapping[str, Any], Mapping[str, tuple[Any, ...]], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """What the job of a merged tensor follows from, apart from the parameters of the method.
+
+    Args:
+        output: name, dtype and shape of the output tensor.
+        inputs: the input tensors.
+        slice_index: the index of the slice of the recipe.
+        names: for each input the name that the filters of parameters match.
+        u: depth of the layer in its slice, see `Recipe.value`.
+        base: index of the base among the inputs, None if it is not one of them.
+        result: dtype of the method's result.
+        vocabulary: whether rows are aligned by token.
+        elements: the number of elements.
+        alike: whether all inputs are one and the same tensor.
+    """
+
+    output: OutputTensor
+    inputs: tuple[Input, ...]
+    slice_index: int
+    names: tuple[str, ...]
+    u: float
+    base: int | None
+    result: DType
+    vocabulary: bool
+    elements: int
+    alike: bool
+
+
+# A job that depends on no parameter is its own part.
+Part = MergedTensor | Job
 
 
 @dataclass(frozen=True)
@@ -41,6 +77,7 @@ class JobMaker:
     vocabulary_rows: int | None
     truncate_embeddings: bool
     problems: Problems
+    _known: dict[Hashable, _Values] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def merged(
         self,
@@ -51,8 +88,8 @@ class JobMaker:
         *,
         filter_names: Sequence[str] | None = None,
         vocabulary: bool = False,
-    ) -> Job | None:
-        """Make the job of a merged tensor.
+    ) -> Part | None:
+        """Make what the job of a merged tensor follows from.
 
         Args:
             output_name: name of the output tensor.
@@ -63,43 +100,63 @@ class JobMaker:
             vocabulary: whether the tensor has one row for each token.
 
         Returns:
-            The job; None if a problem was added.
+            The part; None if a problem was added.
         """
         inputs = self._inputs(output_name, slice_, names)
         if inputs is None or (shape := self._shape(output_name, inputs, vocabulary)) is None:
             return None
         if not all(item.info.dtype.mergeable for item in inputs):
             return self._of_donor(output_name, inputs)
-        base, result = self._base_index(slice_), promote(item.dtype for item in inputs)
-        try:
-            values = self._values(slice_, output_name, filter_names or names, u, base)
-            values = replace(values, rounded=result == BF16, matrix=len(shape) > 1, elements=prod(shape))
-        except ArcmergeError as error:
-            for sentence in error.problems:
-                self.problems.add(sentence, kind=sentence.replace(output_name, ""))
-            return None
-        if sentences := self.method.check(values):
-            for sentence in sentences:
-                message = f"{output_name}: {sentence}"
-                self.problems.add(message, kind=sentence)
-            return None
-        vocabulary = vocabulary and self.vocabulary_rows is not None
-        constant = self.method.constant(values)
-        if len({(item.model, item.info.name) for item in inputs}) == 1 and self.method.idempotent:
-            constant = Coefficients(np.eye(len(inputs))[0], "copy")
+        result, vocabulary = promote(item.dtype for item in inputs), vocabulary and self.vocabulary_rows is not None
         if vocabulary:  # a row that one model does not have may come from any other model, in that model's dtype
             inputs = tuple(replace(item, cast=result if result != item.info.dtype else None) for item in inputs)
-        elif constant is not None:
-            inputs, constant = _used(inputs, constant)
-        return Job(
+        return MergedTensor(
             output=OutputTensor(output_name, self.recipe.out_dtype or result, shape),
             inputs=inputs,
-            method=self.method,
-            values=values,
+            slice_index=slice_.index,
+            names=tuple(filter_names or names),
+            u=u,
+            base=self._base_index(slice_),
             result=result,
-            constant=constant,
             vocabulary=vocabulary,
+            elements=prod(shape),
+            alike=len({(item.model, item.info.name) for item in inputs}) == 1,
         )
+
+    def job(self, part: Part) -> Job | None:
+        """Make the job of a tensor with the parameters of the recipe; None if a problem was added."""
+        if isinstance(part, Job):
+            return part
+        name = part.output.name
+        try:
+            shared, per_input, models = self._values(part)
+        except ArcmergeError as error:
+            for sentence in error.problems:
+                self.problems.add(sentence, kind=sentence.replace(name, ""))
+            return None
+        values = Arguments(
+            len(part.names),
+            part.base,
+            shared,
+            per_input,
+            models,
+            name,
+            self.recipe.seed,
+            rounded=part.result == BF16,
+            matrix=len(part.output.shape) > 1,
+            elements=part.elements,
+        )
+        if sentences := self.method.check(values):
+            for sentence in sentences:
+                message = f"{name}: {sentence}"
+                self.problems.add(message, kind=sentence)
+            return None
+        inputs, constant = part.inputs, self.method.constant(values)
+        if part.alike and self.method.idempotent:
+            constant = Coefficients(np.eye(len(inputs))[0], "copy")
+        if constant is not None and not part.vocabulary:
+            inputs, constant = _used(inputs, constant)
+        return Job(part.output, inputs, self.method, values, part.result, constant, part.vocabulary)
 
     def whole(
         self, output_name: str, model: ModelReference, name: str, *, vocabulary: bool = False, as_stored: bool = False
@@ -195,21 +252,31 @@ class JobMaker:
         base = slice_.base_model or self.recipe.base_model
         return next((index for index, source in enumerate(slice_.sources) if source.model == base), None)
 
-    def _values(self, slice_: Slice, output_name: str, names: Sequence[str], u: float, base: int | None) -> Arguments:
+    def _values(self, part: MergedTensor) -> _Values:
+        """The parameters of a tensor; tensors with equal ones have the same mappings."""
+        names = (part.output.name, *part.names)
+        matches = tuple([pattern in name for pattern in self.recipe.filters for name in names])
+        key = part.slice_index, part.u, part.base, matches
+        if key not in self._known:
+            found = self._read_values(part)
+            self._known[key] = self._known.setdefault(repr(found), found)
+        return self._known[key]
+
+    def _read_values(self, part: MergedTensor) -> _Values:
+        slice_, u = self.recipe.slices[part.slice_index], part.u
         shared: dict[str, Any] = {}
         per_input: dict[str, tuple[Any, ...]] = {}
         for parameter in self.method.parameters:
             if parameter.scope == "shared":
-                shared[parameter.name] = self.recipe.value(parameter, slice_, None, output_name, u)
+                shared[parameter.name] = self.recipe.value(parameter, slice_, None, part.output.name, u)
             else:
                 per_input[parameter.name] = tuple(
                     None
-                    if index == base and parameter.scope == "non_base"
+                    if index == part.base and parameter.scope == "non_base"
                     else self.recipe.value(parameter, slice_, source, name, u)
-                    for index, (source, name) in enumerate(zip(slice_.sources, names, strict=True))
+                    for index, (source, name) in enumerate(zip(slice_.sources, part.names, strict=True))
                 )
-        models = tuple(str(source.model) for source in slice_.sources)
-        return Arguments(len(names), base, shared, per_input, models, output_name, self.recipe.seed)
+        return shared, per_input, tuple(str(source.model) for source in slice_.sources)
 
 
 def _used(inputs: tuple[Input, ...], constant: Coefficients) -> tuple[tuple[Input, ...], Coefficients]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from arcmerge.errors import counted
-from arcmerge.merging.plan.job_maker import JobMaker
+from arcmerge.merging.plan.job_maker import JobMaker, Part
 from arcmerge.merging.plan.tensor_job import Job
 from arcmerge.merging.plan.tensor_names import TensorNames, kind_of, tower_of
 from arcmerge.merging.recipe.model_reference import ModelReference
@@ -34,7 +34,7 @@ class OutsideLayers:
     jobs: JobMaker
     notes: list[str] = field(default_factory=list)
 
-    def prediction(self, slice_: Slice, depth: int, in_place: bool) -> Iterator[Job | None]:
+    def prediction(self, slice_: Slice, depth: int, in_place: bool) -> Iterator[Part | None]:
         """Layers for multi-token prediction: merged if whole models are merged and all have them, else the donor's."""
         of_donor = self._prediction_names(self.donor)
         found = {source.model: self._prediction_names(source.model) for source in slice_.sources}

@@ -8,7 +8,7 @@ line each, before anything is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.errors import Problems
 from arcmerge.merging.methods.method import Method
 from arcmerge.merging.plan.config_layers import at, change_layers, levels
-from arcmerge.merging.plan.job_maker import JobMaker
+from arcmerge.merging.plan.job_maker import JobMaker, Part
 from arcmerge.merging.plan.model_checks import check_model, says_tied
 from arcmerge.merging.plan.outside_layers import OutsideLayers
 from arcmerge.merging.plan.slices import are_in_place, layers, length, with_layers
@@ -35,25 +35,41 @@ class Plan:
         method: its merge method.
         donor: the model that config.json and tensors that are not merged come from: the base model, or else the first.
         jobs: one job for each output tensor, in the order of the network.
+        parts: what each job follows from.
+        maker: makes the jobs from the parts.
         source_layers: for each output layer the model and the layer it comes from; the donor's if the donor is one of
             the sources.
         depth: number of layers of the donor.
         vocab_size: number of rows of the embedding; None if it is that of the donor.
         tied: whether the head is the embedding; None if it is as the donor's config.json says.
         notes: sentences about tensors that are not merged, and where they come from.
-        warnings: sentences about doubtful entries of config.json.
+        config_warnings: sentences about doubtful entries of config.json.
     """
 
     recipe: Recipe
     method: Method
     donor: ModelReference
     jobs: tuple[Job, ...]
+    parts: tuple[Part, ...]
+    maker: JobMaker
     source_layers: tuple[tuple[ModelReference, int], ...]
     depth: int
     vocab_size: int | None
     tied: bool | None
     notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    config_warnings: tuple[str, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences about config.json, and about parameters."""
+        return (*self.config_warnings, *_advice(self.jobs))
+
+    def with_recipe(self, recipe: Recipe) -> Plan:
+        """The plan of a recipe that differs in its parameters only."""
+        maker = replace(self.maker, recipe=recipe, problems=Problems())
+        jobs = tuple(job for job in map(maker.job, self.parts) if job is not None)
+        maker.problems.raise_if_any()
+        return replace(self, recipe=recipe, maker=maker, jobs=jobs)
 
     @property
     def seed(self) -> int | None:
@@ -106,37 +122,40 @@ class Planner:
         self.problems.raise_if_any()
         in_place = are_in_place(slices, depths)
 
-        jobs: list[Job | None] = []
+        found: list[Part | None] = []
         source_layers: list[tuple[ModelReference, int]] = []
-        jobs += self._outer(slices[0], before=True)
+        found += self._outer(slices[0], before=True)
         for slice_ in slices:
             count = length(slice_)
             origin = next((source for source in slice_.sources if source.model == self.donor), slice_.sources[0])
             for step in range(count):
                 u = step / (count - 1) if count > 1 else 1.0
                 source_layers.append((origin.model, layers(origin)[0] + step))
-                jobs += self._layer(slice_, step, u, len(source_layers) - 1, source_layers[-1][1])
-        jobs += self._outer(slices[-1], before=False)
+                found += self._layer(slice_, step, u, len(source_layers) - 1, source_layers[-1][1])
+        found += self._outer(slices[-1], before=False)
         head, tied = self._head(slices[-1])
-        jobs.append(head)
+        found.append(head)
         outside = OutsideLayers(self.names, self.donor, self.jobs)
-        jobs += outside.prediction(slices[-1], len(source_layers), in_place)
-        jobs += outside.whole()
+        found += outside.prediction(slices[-1], len(source_layers), in_place)
+        found += outside.whole()
         self._check_layers(source_layers, in_place)
-        made = tuple(job for job in jobs if job is not None)
-        vocab_size = self._check_vocabulary(made)
+        parts = tuple(part for part in found if part is not None)
+        jobs = tuple(job for job in map(self.jobs.job, parts) if job is not None)
+        vocab_size = self._check_vocabulary(jobs)
         self.problems.raise_if_any()
         return Plan(
             recipe=self.recipe,
             method=self.method,
             donor=self.donor,
-            jobs=made,
+            jobs=jobs,
+            parts=parts,
+            maker=self.jobs,
             source_layers=tuple(source_layers),
             depth=depths[self.donor],
             vocab_size=vocab_size,
             tied=tied,
             notes=tuple(outside.notes),
-            warnings=(*self.warnings, *_advice(made)),
+            config_warnings=tuple(self.warnings),
         )
 
     def _check_model(self, model: ModelReference) -> None:
@@ -229,8 +248,8 @@ class Planner:
         count = rows.get(donor.embedding or donor.head or "")
         return None if not ends or count == ends[0] else count
 
-    def _outer(self, slice_: Slice, *, before: bool) -> Iterator[Job | None]:
-        """The jobs of the tensors before or after the layers, without the head."""
+    def _outer(self, slice_: Slice, *, before: bool) -> Iterator[Part | None]:
+        """The parts of the tensors before or after the layers, without the head."""
         stored: dict[str, tuple[ModelReference, str]] = {}
         for model in dict.fromkeys([self.donor, *(source.model for source in slice_.sources)]):
             for role, name in self.names[model].outer.items():
@@ -243,7 +262,7 @@ class Planner:
                 vocabulary = self.names[owner].is_vocabulary(name)
                 yield self.jobs.merged(output, slice_, names, 0.0, vocabulary=vocabulary)
 
-    def _layer(self, slice_: Slice, step: int, u: float, output_layer: int, origin: int) -> Iterator[Job | None]:
+    def _layer(self, slice_: Slice, step: int, u: float, output_layer: int, origin: int) -> Iterator[Part | None]:
         found = [(self.names[source.model], layers(source)[0] + step) for source in slice_.sources]
         rests = dict.fromkeys(rest for names, layer in found for rest in sorted(names.layers[layer]))
         donor = self.names[self.donor]
@@ -254,8 +273,8 @@ class Planner:
             name = donor.in_layer(origin, rest)
             yield self.jobs.whole(donor.in_layer(output_layer, rest), self.donor, name, as_stored=True)
 
-    def _head(self, slice_: Slice) -> tuple[Job | None, bool | None]:
-        """The job of the output head, and `tie_word_embeddings` of the result, None to keep the donor's entry.
+    def _head(self, slice_: Slice) -> tuple[Part | None, bool | None]:
+        """The part of the output head, and `tie_word_embeddings` of the result, None to keep the donor's entry.
 
         The result has a head only if some model has one that differs from its embedding. Models with tied embeddings
         then take part with their embedding.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from arcmerge.errors import Problems
 from arcmerge.merging.methods.method import Method
@@ -75,4 +76,4 @@ def _with_layers(
                 f"slices[{index}]: 'base_model' must be one of the sources {', '.join(map(str, models))}, "
                 f"got {base}; add it to the sources or set another base_model in the slice"
             )
-    return Slice(tuple(sources), slice_.base_model, slice_.parameters)
+    return replace(slice_, sources=tuple(sources))

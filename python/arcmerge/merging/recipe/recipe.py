@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Slice:
-    """Layers of the result that are merged from the same sources. base_model: overrides the recipe's."""
+    """Layers of the result that are merged from the same sources.
+
+    Args:
+        sources: the sources.
+        base_model: overrides the recipe's.
+        parameters: of this slice.
+        index: its place among the slices of the recipe.
+    """
 
     sources: tuple[Source, ...]
     base_model: ModelReference | None = None
     parameters: Settings = NO_SETTINGS
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,13 @@ class Recipe:
         sources = [source.model for slice_ in self.slices for source in slice_.sources]
         bases = [self.base_model, *(slice_.base_model for slice_ in self.slices)]
         return tuple(dict.fromkeys([*sources, *(base for base in bases if base)]))
+
+    @cached_property
+    def filters(self) -> tuple[str, ...]:
+        """All texts that the values of parameters look for in the names of tensors."""
+        blocks = (settings for settings, _, _ in self._blocks())
+        rules = (rule for settings in blocks for rules in settings.rules.values() for rule in rules)
+        return tuple(dict.fromkeys(rule.filter for rule in rules if rule.filter is not None))
 
     def value(self, parameter: Parameter, slice_: Slice, source: Source | None, tensor_name: str, u: float) -> Any:
         """Find the value of a parameter for one tensor of a slice.
@@ -305,7 +321,7 @@ def _read_slices(
         known=("sources", "base_model", "parameters"),
         unused=("residual_weight",),
     )
-    return tuple(_read_slice(entries, here, reader) for here, entries in slices)
+    return tuple(_read_slice(entries, here, index, reader) for index, (here, entries) in enumerate(slices))
 
 
 def _read_models(value: Any, location: str, base_model: ModelReference | None, reader: Reader) -> Slice:
@@ -316,7 +332,7 @@ def _read_models(value: Any, location: str, base_model: ModelReference | None, r
     return Slice(tuple(sources))
 
 
-def _read_slice(entries: Mapping[str, Any], location: str, reader: Reader) -> Slice:
+def _read_slice(entries: Mapping[str, Any], location: str, index: int, reader: Reader) -> Slice:
     sources = []
     for here, source in reader.mappings(
         entries.get("sources"),
@@ -330,6 +346,7 @@ def _read_slice(entries: Mapping[str, Any], location: str, reader: Reader) -> Sl
         sources=tuple(sources),
         base_model=_read_base_model(entries, f"{location}.base_model", reader),
         parameters=read_settings(entries.get("parameters"), f"{location}.parameters", reader),
+        index=index,
     )
 
 
