@@ -104,7 +104,7 @@ def formula(a: torch.Tensor, b: torch.Tensor, t: float, normalize: bool) -> torc
     gram = (stacked @ stacked.T).numpy()
     given = Parameters(count=2, base=0, shared={"t": t, "slerp_normalize": normalize})
     with np.errstate(all="ignore"):  # lengths of zero, which the formula replaces
-        return torch.from_numpy(get("slerp").formula(gram, given).values.astype(np.float32))
+        return torch.from_numpy(get("slerp").formula(gram, given)[0].astype(np.float32))
 
 
 # ---- compilation

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from arcmerge.checkpoint.reader import Checkpoint
 from arcmerge.merging.methods.measure import Gram, Histogram, Measure, Norms, Statistic
-from arcmerge.merging.plan.tensor_job import Job
+from arcmerge.merging.plan.tensor_job import Input, Job
 
 _FORMAT = 1
 
@@ -43,7 +43,8 @@ class StatisticsCache:
         self._shards = {self._folders[one.folder]: one.fingerprint() for one in checkpoints}
         name = hashlib.sha256("\n".join(sorted(self._shards)).encode()).hexdigest()[:16]
         self._path = folder / f".arcmerge-grams-{name}.json"
-        self._grams = self._read()
+        self._statistics = self._read()
+        self._inputs: dict[Hashable, str] = {}
         self._counts: dict[Hashable, Statistic] = {}
         self._not_saved: set[str] = set()
         self._unsaved = False
@@ -51,8 +52,7 @@ class StatisticsCache:
     def get(self, job: Job, measure: Measure) -> Statistic | None:
         """What a measure finds for a job, if that is known."""
         if isinstance(measure, Gram):
-            gram = self._grams.get(self._key(job, measure)) if measure.dim is None else None
-            return None if gram is None else Statistic(measure, gram)
+            return self._statistics.get(self._key(job, measure)) if measure.dim is None else None
         if not isinstance(measure, Histogram | Norms):
             return None
         statistic = self._counts.get(_key_of(job, measure))
@@ -65,7 +65,7 @@ class StatisticsCache:
             self._counts[_key_of(job, measure)] = statistic
         elif isinstance(measure, Gram) and measure.dim is None and statistic.finite:
             key = self._key(job, measure)
-            self._grams[key] = statistic.total
+            self._statistics[key] = statistic
             self._unsaved = True
             if job.vocabulary:  # it depends on tokenizers too, which the fingerprints do not cover
                 self._not_saved.add(key)
@@ -78,7 +78,7 @@ class StatisticsCache:
         content = {
             "format": _FORMAT,
             "shards": self._shards,
-            "grams": {key: gram.tolist() for key, gram in self._grams.items() if key not in self._not_saved},
+            "grams": {key: one.total.tolist() for key, one in self._statistics.items() if key not in self._not_saved},
         }
         with suppress(OSError):  # the folder may not be writable
             handle, name = tempfile.mkstemp(prefix=".arcmerge-", dir=self._path.parent)
@@ -90,18 +90,27 @@ class StatisticsCache:
                 Path(name).unlink()
                 raise
 
-    def _read(self) -> dict[str, NDArray[np.float64]]:
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+    def _read(self) -> dict[str, Statistic]:
+        with suppress(OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
             content: dict[str, Any] = json.loads(self._path.read_bytes())
             if content["format"] == _FORMAT and content["shards"] == self._shards:
                 grams = {key: np.array(rows, np.float64) for key, rows in content["grams"].items()}
-                return {key: gram for key, gram in grams.items() if _is_gram(gram)}
+                # The second entry of a key is the base of a matrix that is centered.
+                measures = {key: Gram(json.loads(key)[1] is not None) for key in grams}
+                return {key: Statistic(measures[key], gram) for key, gram in grams.items() if _is_gram(gram)}
         return {}
 
     def _key(self, job: Job, measure: Gram) -> str:
-        """A Gram matrix depends on the tensors, the dtype of their values, the base, and whether rows are matched."""
-        inputs = [[self._folders[item.checkpoint.folder], item.info.name, item.dtype.name] for item in job.inputs]
-        return json.dumps([inputs, job.base if measure.centered else None, job.vocabulary])
+        """As JSON: the tensors and the dtype of their values, the base, and whether rows are matched."""
+        inputs = ", ".join([self._input(item) for item in job.inputs])
+        base = job.base if measure.centered and job.base is not None else "null"
+        return f"[[{inputs}], {base}, {'true' if job.vocabulary else 'false'}]"
+
+    def _input(self, item: Input) -> str:
+        key = item.checkpoint.folder, item.info.name, item.dtype.name
+        if key not in self._inputs:
+            self._inputs[key] = json.dumps([self._folders[item.checkpoint.folder], *key[1:]])
+        return self._inputs[key]
 
 
 def _key_of(job: Job, measure: Histogram | Norms) -> Hashable:

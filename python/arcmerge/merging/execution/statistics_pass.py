@@ -6,6 +6,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from math import prod
 from typing import Any, Protocol, TypeVar
@@ -107,6 +108,7 @@ class StatisticsPass:
         self._found: dict[int, list[Statistic]] = {}
         self._pending: dict[int, _Pending] = {}
         self._together: dict[int, Statistic | None] = {}
+        self._measured: list[int] = []
         self._lock = threading.Lock()
         for index, job in enumerate(jobs):
             if job.constant is not None:
@@ -156,12 +158,11 @@ class StatisticsPass:
         return self._next(index)
 
     def _next(self, index: int) -> list[Piece]:
-        """The pieces of a job's next measure; none if it has its rule now, or if its statistic is known or awaited."""
+        """The pieces of a job's next measure; none if it needs no more, or if its statistic is known or awaited."""
         job, found = self._jobs[index], self._found[index]
         measure = job.method.measure(found, job.values)
         if measure is None:
-            self.rules[index] = rule_of(job, found)
-            del self._found[index]
+            self._measured.append(index)
             return []
         if measure.together is not None:
             self._together[index] = None
@@ -172,13 +173,18 @@ class StatisticsPass:
         return pieces
 
     def _queue(self, pieces: list[Piece]) -> None:
-        """Put pieces in front of all others: the sooner a job is complete, the sooner its statistics are freed."""
+        """Put pieces in front of all others: the sooner a job is complete, the sooner its statistics are freed.
+
+        Jobs that need no more pieces get their rules.
+        """
         while self._together and None not in self._together.values():
             found = {index: one for index, one in self._together.items() if one is not None}
             self._together = {}
             for index, total in added_up(found).items():
                 self._found[index].append(total)
             pieces = [*pieces, *(piece for index in found for piece in self._next(index))]
+        self.rules.update(rules_of(self._jobs, {index: self._found.pop(index) for index in self._measured}))
+        self._measured.clear()
         self.batches.extendleft(reversed([*batches_of(pieces)]))
 
 
@@ -198,6 +204,35 @@ def is_measured(job: Job) -> bool:
 def needs_gram(job: Job) -> bool:
     """Whether the rule of a job follows from the Gram matrix of its inputs."""
     return is_measured(job) and isinstance(job.method.measure((), job.values), Gram)
+
+
+def rules_of(jobs: Sequence[Job], found: Mapping[int, Sequence[Statistic]]) -> dict[int, Rule]:
+    """The rules of jobs (by index) from what their measures found; errors name the tensor.
+
+    Pairs with the same parameters share a call: a formula takes as long for one Gram matrix as for many.
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for index, statistics in found.items():
+        alike.setdefault(_formula_of(jobs[index], statistics) or index, []).append(index)
+    rules: dict[int, Rule] = {}
+    for indices in alike.values():
+        if len(indices) > 1:
+            first, grams = jobs[indices[0]], [found[index][0].total for index in indices]
+            with suppress(ArcmergeError):  # which the loop below raises with the name of its tensor
+                rules.update(zip(indices, first.method.all_coefficients(np.stack(grams), first.values), strict=True))
+        for index in indices:
+            if index not in rules:
+                rules[index] = rule_of(jobs[index], found[index])
+    return rules
+
+
+def _formula_of(job: Job, found: Sequence[Statistic]) -> Hashable | None:
+    """A key of the formula and its parameters, for rules that follow from the Gram matrix of a pair; else None."""
+    # numpy chooses the order of longer sums by the layout of the whole array; that of two terms has one result.
+    if not job.method.follows_gram or found[0].shape != (2, 2):
+        return None
+    # A plan has one mapping for all tensors with the same parameters.
+    return id(job.method), job.values.count, job.values.base, id(job.values.shared), id(job.values.per_input)
 
 
 def rule_of(job: Job, found: Sequence[Statistic]) -> Rule:

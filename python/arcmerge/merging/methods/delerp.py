@@ -6,7 +6,7 @@ import numpy as np
 
 from arcmerge.geometry import length_of_sum, squared_lengths
 from arcmerge.merging.methods.method import Arguments, Method
-from arcmerge.merging.methods.rule import Array, Coefficients
+from arcmerge.merging.methods.rule import Array, Mask
 from arcmerge.merging.recipe.parameters import Parameter
 
 
@@ -31,14 +31,14 @@ class DeLerp(Method):
     base = "required"
     maximum = 1
 
-    def formula(self, gram: Array, arguments: Arguments) -> Coefficients:
+    def formula(self, gram: Array, arguments: Arguments) -> tuple[Array, Mask]:
         t = arguments.shared["t"]
         weights = np.where(np.arange(2) == arguments.base, 1 - t, t)
         size = length_of_sum(weights, gram)
         length = np.sqrt(squared_lengths(gram).max(axis=-1))
         linear = size <= 1e-7 * length
         scale = np.where(linear, 1.0, length / size)
-        return Coefficients(scale[..., None] * weights, "linear" if linear.all() else self.name)
+        return scale[..., None] * weights, linear
 
 
 METHODS: tuple[Method, ...] = (DeLerp(),)

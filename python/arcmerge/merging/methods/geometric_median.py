@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from arcmerge.geometry import squared_lengths
 from arcmerge.merging.methods.method import Arguments, Method, copy_of
-from arcmerge.merging.methods.rule import Array, Coefficients
+from arcmerge.merging.methods.rule import Array, Coefficients, Mask
 from arcmerge.merging.recipe.parameters import Parameter
 
 
@@ -30,6 +29,7 @@ class GeometricMedian(Method):
     """
 
     name = "geometric_median"
+    simple = "copy"
     title = "Geometric Median"
     reference = "https://huggingface.co/YOYO-AI/Qwen3-30B-A3B-YOYO-V4"
     parameters = (
@@ -54,7 +54,7 @@ class GeometricMedian(Method):
         (positive,) = np.nonzero(self.weights(arguments))
         return copy_of(int(positive[0]), arguments) if len(positive) == 1 else None
 
-    def formula(self, gram: Array, arguments: Arguments) -> Coefficients:
+    def formula(self, gram: Array, arguments: Arguments) -> tuple[Array, Mask]:
         weights = self.weights(arguments)
         kept = np.flatnonzero(weights)
         weights = weights[kept] / weights.sum()
@@ -71,7 +71,7 @@ class GeometricMedian(Method):
             done = done | (pull <= arguments.shared["tol"])
         values = np.zeros(gram.shape[:-1])
         values[..., kept] = point
-        return Coefficients(values, "copy" if copied.all() else self.name)
+        return values, copied
 
 
 def squared_distances(gram: Array) -> Array:
@@ -80,7 +80,7 @@ def squared_distances(gram: Array) -> Array:
     return np.maximum(squares[..., :, None] + squares[..., None, :] - 2 * gram, 0.0)
 
 
-def are_medians(squares: Array, weights: Array) -> NDArray[np.bool_]:
+def are_medians(squares: Array, weights: Array) -> Mask:
     """Whether each input is the only minimiser, (..., k, k) and (k,) -> (..., k)."""
     # Entry [j, i, l] is about x_i - x_j and x_l - x_j. sqrt(s · s) is exactly s, so parallel ones have exactly 1.
     from_j = squares[..., :, :, None], squares[..., :, None, :]

@@ -8,7 +8,7 @@ import numpy as np
 
 from arcmerge.geometry import squared_lengths
 from arcmerge.merging.methods.method import Arguments, Method, combination, zero_sum
-from arcmerge.merging.methods.rule import Array, Coefficients
+from arcmerge.merging.methods.rule import Array, Coefficients, Mask
 from arcmerge.merging.recipe.parameters import Parameter
 
 
@@ -33,7 +33,7 @@ class ModelStock(Method):
     def dim(self, arguments: Arguments) -> Literal[0, 1] | None:
         return 1 if arguments.count > 1 and arguments.shared["filter_wise"] else None
 
-    def formula(self, gram: Array, arguments: Arguments) -> Coefficients:
+    def formula(self, gram: Array, arguments: Arguments) -> tuple[Array, Mask]:
         squares = squared_lengths(gram)
         first, second = np.triu_indices(gram.shape[-1], 1)
         products = np.sqrt(squares[..., first] * squares[..., second])
@@ -42,7 +42,7 @@ class ModelStock(Method):
         denominator = 1 + (count - 1) * cosine
         t = np.where(np.abs(denominator) < 1e-6, 0.0, count * cosine / denominator)
         weights = np.repeat(t[..., None] / count, count, axis=-1)
-        return Coefficients(self.with_base(weights, arguments, squares), self.name)
+        return self.with_base(weights, arguments, squares), np.zeros(t.shape, bool)
 
 
 class Linear(Method):

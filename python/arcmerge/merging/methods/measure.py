@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -186,7 +187,7 @@ class Statistic:
         shape: tuple[int, ...] = self.total.shape
         return shape
 
-    @property
+    @cached_property
     def finite(self) -> bool:
         """Whether no input has NaN or infinity, as far as the measure notices."""
         if isinstance(self.measure, Histogram):

@@ -21,7 +21,7 @@ import numpy as np
 
 from arcmerge.errors import counted
 from arcmerge.merging.methods.measure import Gram, Measure, Statistic
-from arcmerge.merging.methods.rule import Array, Coefficients, Rule
+from arcmerge.merging.methods.rule import Array, Coefficients, Mask, Rule
 from arcmerge.merging.recipe.parameters import Parameter
 from arcmerge.merging.recipe.seed import DEFAULT_SEED
 
@@ -91,6 +91,7 @@ class Method:
         centers: whether its Gram matrix is that of the differences to the base, if there is a base.
         idempotent: whether equal inputs give that input, whatever the parameters.
         random: whether its result depends on the seed.
+        simple: the branch of the coefficients that `formula` calls simple.
     """
 
     name: ClassVar[str]
@@ -103,6 +104,12 @@ class Method:
     centers: ClassVar[bool] = False
     idempotent: ClassVar[bool] = True
     random: ClassVar[bool] = False
+    simple: ClassVar[Literal["copy", "linear"]] = "linear"
+
+    @property
+    def follows_gram(self) -> bool:
+        """Whether the rule is coefficients that `formula` computes from a Gram matrix."""
+        return type(self).rule is Method.rule
 
     def check(self, arguments: Arguments) -> list[str]:
         """Return the error messages for these arguments. The other methods of the class need arguments without any."""
@@ -187,15 +194,28 @@ class Method:
         Raises:
             ArcmergeError: if the method has no result for these inputs.
         """
-        if (constant := self.constant(arguments)) is not None:
-            return constant
-        with np.errstate(all="ignore"):
-            result = self.formula(gram, arguments)
-            finite = np.isfinite(gram.sum(axis=(-2, -1)))[..., None]
-        return Coefficients(np.where(finite, result.values, np.nan), result.branch)
+        return self.all_coefficients(gram[None], arguments)[0]
 
-    def formula(self, gram: Array, arguments: Arguments) -> Coefficients:
-        """The arithmetic of the method: float64 (..., k, k) -> (..., k)."""
+    def all_coefficients(self, grams: Array, arguments: Arguments) -> list[Coefficients]:
+        """Compute the coefficients of several tensors with the same parameters, as `coefficients` does for one.
+
+        Args:
+            grams: float64 (tensors, ..., k, k).
+            arguments: those of any of the tensors.
+        """
+        if (constant := self.constant(arguments)) is not None:
+            return [constant] * len(grams)
+        with np.errstate(all="ignore"):
+            values, simple = self.formula(grams, arguments)
+            finite = np.isfinite(grams.sum(axis=(-2, -1)))[..., None]
+        values = np.where(finite, values, np.nan)
+        return [
+            Coefficients(one, self.simple if are_simple.all() else self.name)
+            for one, are_simple in zip(values, simple, strict=True)
+        ]
+
+    def formula(self, gram: Array, arguments: Arguments) -> tuple[Array, Mask]:
+        """The arithmetic of the method: float64 (..., k, k) -> (..., k), and where (...) the result is simple."""
         raise NotImplementedError(f"{self.name} does not follow from a Gram matrix")
 
     def weights(self, arguments: Arguments) -> Array:

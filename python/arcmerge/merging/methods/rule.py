@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from arcmerge.merging.methods.measure import Selection
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.geometry import cosines_of, length_of_sum, slerp_coefficients, slerp_weights, squared_lengths
 from arcmerge.merging.methods.method import Arguments, Method, copy_of, zero_sum
-from arcmerge.merging.methods.rule import Array, Coefficients
+from arcmerge.merging.methods.rule import Array, Coefficients, Mask
 from arcmerge.merging.recipe.parameters import Parameter
 
 
@@ -43,11 +42,11 @@ class Slerp(Method):
     def constant(self, arguments: Arguments) -> Coefficients | None:
         return super().constant(arguments) or _end(arguments.shared["t"], self._ends(arguments), arguments)
 
-    def formula(self, gram: Array, arguments: Arguments) -> Coefficients:
+    def formula(self, gram: Array, arguments: Arguments) -> tuple[Array, Mask]:
         ends, shared = self._ends(arguments), arguments.shared
         weights, linear = slerp_coefficients(gram[..., ends][..., ends, :], shared["t"], shared["slerp_normalize"])
         # The permutation of two indices is its own inverse.
-        return Coefficients(weights[..., ends], _branch(linear, self.name))
+        return weights[..., ends], linear
 
     def _ends(self, arguments: Arguments) -> list[int]:
         base = arguments.base or 0
@@ -85,12 +84,12 @@ class NuSlerp(Method):
     def constant(self, arguments: Arguments) -> Coefficients | None:
         return super().constant(arguments) or _end(self._t(arguments), self.others(arguments), arguments)
 
-    def formula(self, gram: Array, arguments: Arguments) -> Coefficients:
+    def formula(self, gram: Array, arguments: Arguments) -> tuple[Array, Mask]:
         squares = squared_lengths(gram)
         cosine = cosines_of(gram, np.maximum(squares, 1e-14))[..., 0, 1]
         linear = 1 - cosine**2 <= 1e-16
         weights = slerp_weights(cosine, self._t(arguments), linear)
-        return Coefficients(self.with_base(weights, arguments, squares), _branch(linear, self.name))
+        return self.with_base(weights, arguments, squares), linear
 
     def _t(self, arguments: Arguments) -> float:
         first, second = self.weights(arguments).tolist()
@@ -131,7 +130,7 @@ class MultiSlerp(Method):
         others = self.others(arguments)
         return super().constant(arguments) or (copy_of(others[0], arguments) if len(others) == 1 else None)
 
-    def formula(self, gram: Array, arguments: Arguments) -> Coefficients:
+    def formula(self, gram: Array, arguments: Arguments) -> tuple[Array, Mask]:
         weights, eps = self.weights(arguments), arguments.shared["eps"]
         if arguments.shared["normalize_weights"]:
             weights = weights / weights.sum()
@@ -146,7 +145,7 @@ class MultiSlerp(Method):
             )
         scale = np.cos(eps) * (weights * lengths).sum(axis=-1) / size
         values = np.where(linear[..., None], weights, directions * scale[..., None])
-        return Coefficients(self.with_base(values, arguments, lengths), _branch(linear, self.name))
+        return self.with_base(values, arguments, lengths), linear
 
 
 class Karcher(Method):
@@ -168,7 +167,7 @@ class Karcher(Method):
     reference = "https://arxiv.org/abs/2603.04972"
     parameters = (Parameter("max_iter", int, default=10), Parameter("tol", default=1e-5))
 
-    def formula(self, gram: Array, arguments: Arguments) -> Coefficients:
+    def formula(self, gram: Array, arguments: Arguments) -> tuple[Array, Mask]:
         # Lengths are square roots of sums with errors of 1e-16 at best, so lengths below 1e-8 are noise.
         tol = max(arguments.shared["tol"], 1e-7)
         lengths = np.sqrt(squared_lengths(gram))
@@ -188,11 +187,7 @@ class Karcher(Method):
             moved = np.cos(step) * point + np.sin(step) * tangent / step
             point = np.where(step > tol, moved / length_of_sum(moved, cosines)[..., None], point)
         scale = lengths.mean(axis=-1, keepdims=True)
-        return Coefficients(np.where(present, scale * point / lengths, 0.0), self.name)
-
-
-def _branch(linear: NDArray[np.bool_], name: str) -> str:
-    return "linear" if linear.all() else name
+        return np.where(present, scale * point / lengths, 0.0), np.zeros(gram.shape[:-2], bool)
 
 
 def _end(t: float, ends: list[int], arguments: Arguments) -> Coefficients | None:
