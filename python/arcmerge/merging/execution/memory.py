@@ -176,6 +176,7 @@ class GpuMemory:
         # Threads that fill them are outside of the caller's inference mode, and may not write to tensors of that mode.
         with torch.inference_mode(False):
             self._result = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
+            self._outputs: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
             memory, self._parents = self._allocate_parents(end), {}
             for key, (_, job, _, index) in parents.items():
                 dtype = job.inputs[index].dtype
@@ -188,6 +189,14 @@ class GpuMemory:
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
         """See Memory.tensor."""
         return self._result[offset : offset + nbytes]
+
+    def output(self, address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """`count` elements of the result from an address on, the same tensor for the same arguments."""
+        key = address, count, dtype
+        if key not in self._outputs:
+            part = self.tensor(address - self.address, count * dtype.itemsize)
+            self._outputs[key] = part.view(dtype)
+        return self._outputs[key]
 
     def parent(self, prepared: Prepared, job: int, index: int) -> torch.Tensor | None:
         """All elements of an input of a job, cast and with rows matched by token; None if it is not mergeable."""
@@ -291,7 +300,8 @@ class _GpuMemoryProcessor(GpuProcessor):
         return None, self._output_of(task)
 
     def _output_of(self, task: FillTask) -> torch.Tensor:
-        return self._bytes(task).view(self._dtypes[self._jobs[task.piece.job].output.dtype.name])
+        dtype = self._dtypes[self._jobs[task.piece.job].output.dtype.name]
+        return self._memory.output(task.address, task.piece.count, dtype)
 
     def _fill_without_kernel(self, tasks: Sequence[FillTask]) -> list[int]:
         return [self._copy(task) for task in tasks]

@@ -43,7 +43,7 @@ class ResidentSums:
 
     def __init__(self, result: torch.Tensor) -> None:
         self._result = result
-        self._tables: OrderedDict[object, list[list[Launch]]] = OrderedDict()
+        self._tables: OrderedDict[object, tuple[object, list[list[Launch]]]] = OrderedDict()
 
     def compute(self, sums: Sequence[WeightedSum]) -> list[int]:
         """Fill the outputs; returns for each the number of elements that are NaN or infinite."""
@@ -98,14 +98,11 @@ class ResidentSums:
         from arcmerge.kernels.segments import tabulated
 
         operands = [[(*each.inputs, each.out) for each in group] for group in groups]
-        key = tuple(
-            tuple((tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in each)
-            for group in operands
-            for each in group
-        )
-        if (found := self._tables.get(key)) is None:
-            found = self._tables[key] = [[*tabulated(group, self._result)] for group in operands]
+        key = tuple([tuple(map(id, each)) for group in operands for each in group])
+        if key not in self._tables:
+            # The operands are kept with their table: no other tensor gets their ids, or their memory.
+            self._tables[key] = operands, [[*tabulated(group, self._result)] for group in operands]
             if len(self._tables) > _MOST_TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(key)
-        return found
+        return self._tables[key][1]
