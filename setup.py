@@ -28,6 +28,7 @@ class Build(build_ext):
         super().run()
         nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
         if nvcc is None:
+            self.warn("nvcc must be on PATH or named by NVCC, got none; this package is without kernels in CUDA C++")
             return
         package = Path(self.get_ext_fullpath("arcmerge._C")).parent
         for target in TARGETS:
