@@ -13,6 +13,7 @@ import numpy as np
 
 from .clocks import WORD, ClockedMemory
 from .formats import Array
+from .phases import Phases
 from .program import Address, Fault, Instruction, Unsupported
 from .shared import UNIT
 
@@ -39,13 +40,9 @@ class TensorMap(NamedTuple):
 
 
 @dataclass
-class _Barrier:
-    """expected: arrivals of a phase. bytes: that are announced and did not land. phase: its parity."""
+class _Barrier(Phases):
+    """told: what those who arrived and the copies knew. complete: the same at the end of the last complete phase."""
 
-    expected: int
-    arrivals: int
-    bytes: int = 0
-    phase: int = 0
     told: Array = field(default_factory=lambda: np.zeros(1, np.int32))
     complete: Array = field(default_factory=lambda: np.zeros(1, np.int32))
 
@@ -75,24 +72,21 @@ class Barriers:
         lanes = np.array([lane])
         offsets = self._memory.offsets(np.array([address]), lanes, 8)
         self._memory.store(offsets, lanes, 8, 0, np.zeros(1, np.uint64))
-        self._barriers[block, address] = _Barrier(count, count)
+        self._barriers[block, address] = _Barrier(count)
 
     def arrive(self, lane: int, address: int, count: int, size: int) -> None:
         """size: bytes that are announced before."""
         block, warp = self._actor(lane)
         barrier = self._of(lane, address)
-        barrier.bytes += size
-        barrier.arrivals -= count
-        if barrier.arrivals < 0:
-            raise Fault("more arrivals at an mbarrier than a phase has", lane)
         barrier.told = np.maximum(barrier.told, self._memory.tell(block, warp))
-        self._turn(barrier)
+        if barrier.arrive(lane, count, size):
+            barrier.complete = barrier.told
 
     def complete(self, lane: int, address: int, parity: int) -> bool:
         """Whether the phase of that parity is complete; if so, the warp of the lane knows what was told."""
         block, warp = self._actor(lane)
         barrier = self._of(lane, address)
-        if barrier.phase == parity & 1:
+        if not barrier.is_complete(parity):
             return False
         self._memory.learn(block, warp, barrier.complete)
         return True
@@ -137,9 +131,9 @@ class Barriers:
         copy = self._copies.pop(self._random.integers(len(self._copies)))
         self._memory.land(copy.block, copy.words, copy.data)
         barrier = self._barriers[copy.block, copy.barrier]
-        barrier.bytes -= copy.data.size
         barrier.told = np.maximum(barrier.told, self._memory.tell(copy.block, self._memory.copies))
-        self._turn(barrier)
+        if barrier.land(copy.data.size):
+            barrier.complete = barrier.told
         return True
 
     def _of(self, lane: int, address: int) -> _Barrier:
@@ -159,13 +153,6 @@ class Barriers:
     def _actor(self, lane: int) -> tuple[int, int]:
         block, thread = divmod(lane, self._machine.program.threads)
         return block, thread // 32
-
-    @staticmethod
-    def _turn(barrier: _Barrier) -> None:
-        if barrier.arrivals == 0 and barrier.bytes == 0:
-            barrier.phase ^= 1
-            barrier.arrivals = barrier.expected
-            barrier.complete = barrier.told.copy()
 
 
 def _mbarrier(machine: Machine, instruction: Instruction) -> Execute:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .formats import Array
+from .phases import Phases
 from .program import Fault, Instruction, Program, Unsupported
 
 if TYPE_CHECKING:
@@ -34,13 +35,9 @@ class _Copy(NamedTuple):
 
 
 @dataclass
-class _Barrier:
-    """expected: arrivals of a phase; missing: those of this phase to come; bytes: announced, less those landed."""
+class _Barrier(Phases):
+    """copies: those under way. asked: how often the current phase was asked for while arrivals were missing."""
 
-    expected: int
-    missing: int
-    phase: int = 0
-    bytes: int = 0
     asked: int = 0
     copies: list[_Copy] = field(default_factory=list)
 
@@ -53,15 +50,10 @@ class CopyBarriers:
         self._barriers: defaultdict[int, _Barrier | None] = defaultdict(lambda: None)
 
     def start(self, offset: int, expected: int) -> None:
-        self._barriers[offset] = _Barrier(expected, expected)
+        self._barriers[offset] = _Barrier(expected)
 
     def arrive(self, offset: int, lane: int, announced: int) -> None:
-        barrier = self._of(offset, lane)
-        if not barrier.missing:
-            raise Fault(f"more than {barrier.expected} arrivals in a phase of a barrier", lane)
-        barrier.bytes += announced
-        barrier.missing -= 1
-        self._complete_if_due(barrier)
+        self._of(offset, lane).arrive(lane, 1, announced)
 
     def copy(self, barrier_offset: int, copy: _Copy) -> None:
         """Start a copy whose bytes the barrier counts."""
@@ -81,7 +73,7 @@ class CopyBarriers:
     def complete(self, offset: int, lane: int, parity: int) -> bool:
         """Whether the phase of this parity is complete, now that someone waits for it."""
         barrier = self._of(offset, lane)
-        if barrier.phase % 2 != parity:
+        if barrier.is_complete(parity):
             return True
         if barrier.missing:
             barrier.asked += 1
@@ -91,11 +83,11 @@ class CopyBarriers:
         coming = sum(copy.size for copy in barrier.copies)
         if coming != barrier.bytes:
             raise Fault(f"a phase of a barrier that expects {barrier.bytes} bytes, of which {coming} come", lane)
+        barrier.asked = 0
         for copy in barrier.copies:
             self._machine.shared.land_copy(copy.offset, self._read(copy))
+            barrier.land(copy.size)
         barrier.copies.clear()
-        barrier.bytes = 0
-        self._complete_if_due(barrier)
         return True
 
     def _read(self, copy: _Copy) -> Array:
@@ -107,12 +99,6 @@ class CopyBarriers:
         if barrier is None:
             raise Fault("a barrier that was not initialised", lane)
         return barrier
-
-    @staticmethod
-    def _complete_if_due(barrier: _Barrier) -> None:
-        if not barrier.missing and not barrier.bytes and not barrier.copies:
-            barrier.missing, barrier.asked = barrier.expected, 0
-            barrier.phase += 1
 
 
 def needs_clocks(program: Program) -> bool:
