@@ -246,6 +246,7 @@ RELEASE = "void release() { __syncthreads(); }"
         ("ring.cuh", '"r"(2 * TILE_BYTES)\n', '"r"(TILE_BYTES)\n', "sm_90a"),
         ("ring.cuh", RELEASE, "void release() {}", "sm_90a"),  # a copy overtakes the threads that read
         ("ring.cuh", "start + (STAGES - 1) * TILE", "start + STAGES * TILE", "sm_90a"),
+        ("ring.cuh", 'asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");', "", "sm_90a"),
         ("slerp.cu", "red.release.gpu", "red.relaxed.gpu", "sm_80"),  # sums are not visible behind the barrier
         ("slerp.cu", "ld.acquire.gpu", "ld.relaxed.gpu", "sm_80"),
         ("slerp.cu", "times * gridDim.x", "times * gridDim.x - 1", "sm_80"),

@@ -14,6 +14,7 @@ BARRIER = 2 * SIZE
 INIT = f"""
     setp.eq.u32 %p0, %r0, 0;
     @%p0 mbarrier.init.shared::cta.b64 [{BARRIER}], 1;
+    @%p0 fence.mbarrier_init.release.cluster;
     bar.sync 0;
 """
 EXPECT = f"@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [{BARRIER}], {SIZE};\n"
@@ -101,3 +102,11 @@ def test_a_copy_reads_global_memory_as_late_as_it_may() -> None:
 def test_mistakes_are_faults(body: str, reason: str) -> None:
     with pytest.raises(Fault, match=reason):
         copied(body)
+
+
+def test_a_copy_needs_a_fence_after_the_initialisation_of_its_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    fence = "    @%p0 fence.mbarrier_init.release.cluster;\n"
+    assert fence in INIT
+    monkeypatch.setitem(globals(), "INIT", INIT.replace(fence, ""))
+    with pytest.raises(Fault, match=r"initialised without fence\.mbarrier_init"):
+        copied(first() + wait())

@@ -36,8 +36,17 @@ class _Copy(NamedTuple):
 
 @dataclass
 class _Barrier(Phases):
-    """copies: those under way. asked: how often the current phase was asked for while arrivals were missing."""
+    """A barrier of copies.
 
+    Attributes:
+        lane: the lane that initialised it.
+        visible: whether copies see it: after a fence of that lane.
+        asked: how often the current phase was asked for while arrivals were missing.
+        copies: those under way.
+    """
+
+    lane: int = 0
+    visible: bool = False
     asked: int = 0
     copies: list[_Copy] = field(default_factory=list)
 
@@ -49,8 +58,14 @@ class CopyBarriers:
         self._machine = machine
         self._barriers: defaultdict[int, _Barrier | None] = defaultdict(lambda: None)
 
-    def start(self, offset: int, expected: int) -> None:
-        self._barriers[offset] = _Barrier(expected)
+    def start(self, offset: int, lane: int, expected: int) -> None:
+        self._barriers[offset] = _Barrier(expected, lane=lane)
+
+    def fence(self, lanes: Array) -> None:
+        """fence.mbarrier_init shows copies the barriers that these lanes have initialised."""
+        for barrier in self._barriers.values():
+            if barrier is not None and barrier.lane in lanes:
+                barrier.visible = True
 
     def arrive(self, offset: int, lane: int, announced: int) -> None:
         self._of(offset, lane).arrive(lane, 1, announced)
@@ -68,7 +83,10 @@ class CopyBarriers:
         machine.counts.count_global(machine.counts.loads, addresses, lanes, UNIT)
         machine.counts.shared_wavefronts += copy.size // 128
         machine.counts.shared_ideal += copy.size // 128
-        self._of(barrier_offset, copy.lane).copies.append(copy)
+        barrier = self._of(barrier_offset, copy.lane)
+        if not barrier.visible:
+            raise Fault("a copy with a barrier that was initialised without fence.mbarrier_init", copy.lane)
+        barrier.copies.append(copy)
 
     def complete(self, offset: int, lane: int, parity: int) -> bool:
         """Whether the phase of this parity is complete, now that someone waits for it."""
@@ -124,8 +142,8 @@ def bulk(machine: Machine, instruction: Instruction) -> Execute:
 
         def initialise(where: Where) -> None:
             lanes = machine.active(where)
-            for offset, expected in zip(offsets(operands[0], lanes, 8), count[lanes].tolist(), strict=True):
-                barriers.start(offset, expected)
+            for offset, lane in zip(offsets(operands[0], lanes, 8), lanes.tolist(), strict=True):
+                barriers.start(offset, lane, int(count[lane]))
 
         return initialise
     if parts[:3] == ("mbarrier", "arrive", "expect_tx") and operands[0] == "_":

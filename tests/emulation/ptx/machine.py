@@ -143,8 +143,6 @@ class Machine:
         """`where` as indices."""
         return np.arange(self.lanes) if where is True else np.flatnonzero(where)
 
-    # Decoding.
-
     @staticmethod
     def _register_type(kind: str) -> np.dtype[Any]:
         dtype = dtype_of(kind)
@@ -181,6 +179,8 @@ class Machine:
             for special in (WARPS, TRANSFERS, MATRIX, WGMMA, MBARRIERS if self._clocked else COPY_BARRIERS):
                 if parts[0] in special:
                     return special[parts[0]](self, instruction)
+            if parts[:2] == ("fence", "mbarrier_init") and not self._clocked:
+                return lambda where: self.copy_barriers.fence(self.active(where))
             if parts[:3] == ("fence", "proxy", "async"):
                 return lambda where: self.shared.fence_proxy(np.broadcast_to(where, self.lanes))
             if parts[0] in ("fence", "membar") and not {"cta", "proxy"} & set(parts):
