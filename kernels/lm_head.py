@@ -7,7 +7,8 @@ from memory, because the row blocks of one tile run at the same time and share i
 
 A score is a logit; for sampling, it is the logit after repetition penalty and temperature, plus Gumbel noise that
 depends on seed, step and id alone: argmax(score + noise) has the distribution softmax(score) (FlashSampling, arXiv
-2603.15854). For filters, such as top_k, all scores are stored.
+2603.15854). For filters, such as top_k, all scores are stored (see sample.py). Penalty, temperature and seed are in the
+memory of the GPU, so that one CUDA graph serves all of them.
 
 FMA is off, so that all launches give equal bits; matrix instructions do not depend on it. The bits of a row do not
 depend on the other rows, except that more than 16 rows use another tile.
@@ -60,8 +61,7 @@ def _scores(
     D,
     V,
     softcap,
-    temperature,
-    penalty,
+    numbers_ptr,
     STEPWISE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -85,20 +85,24 @@ def _scores(
     if seen_ptr is not None:
         words = rows.to(tl.int64)[:, None] * tl.cdiv(V, 32) + (ids // 32)[None, :]
         seen = (tl.load(seen_ptr + words, mask=(ids < V)[None, :], other=0) >> (ids % 32)[None, :]) & 1
+        penalty = tl.load(numbers_ptr + 1).to(tl.float32)
         penalised = tl.where(scores < 0, scores * penalty, tl.div_rn(scores, penalty))
         scores = tl.where(seen != 0, penalised, scores)
-    if temperature is not None:
-        scores = tl.div_rn(scores, temperature)
+    if numbers_ptr is not None:
+        scores = tl.div_rn(scores, tl.load(numbers_ptr).to(tl.float32))
     return tl.where((ids < V)[None, :], scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["T", "seed"])
+@triton.jit(do_not_specialize=["T"])
 def _tiles_kernel(
     x_ptr,
     weight_ptr,
     seen_ptr,
+    numbers_ptr,
+    seed_ptr,
     steps_ptr,
     wanted_ptr,
+    scores_ptr,
     maxima_ptr,
     best_ptr,
     sums_ptr,
@@ -107,9 +111,6 @@ def _tiles_kernel(
     D,
     V,
     softcap,
-    temperature,
-    penalty,
-    seed,
     STEPWISE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -123,10 +124,13 @@ def _tiles_kernel(
     rows = tl.minimum(row, T - 1)
     ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     scores = _scores(
-        x_ptr, weight_ptr, seen_ptr, rows, ids, D, V, softcap, temperature, penalty, STEPWISE, BLOCK_T, BLOCK_V, BLOCK_K
+        x_ptr, weight_ptr, seen_ptr, rows, ids, D, V, softcap, numbers_ptr, STEPWISE, BLOCK_T, BLOCK_V, BLOCK_K
     )
     if steps_ptr is not None:
-        scores += gumbel(seed, tl.load(steps_ptr + rows)[:, None], ids[None, :])
+        scores += gumbel(tl.load(seed_ptr), tl.load(steps_ptr + rows)[:, None], ids[None, :])
+    if scores_ptr is not None:
+        width = tl.num_programs(1).to(tl.int64) * BLOCK_V
+        tl.store(scores_ptr + row.to(tl.int64)[:, None] * width + ids[None, :], scores, mask=exists[:, None])
     maxima = tl.max(scores, axis=1)
     index = row.to(tl.int64) * tl.cdiv(V, BLOCK_V) + tile
     tl.store(maxima_ptr + index, maxima, mask=exists)
@@ -163,34 +167,6 @@ def _rows_kernel(
         tl.store(logprob_ptr + row, tl.load(wanted_scores_ptr + row) - highest - tl.log(total))
 
 
-@triton.jit(do_not_specialize=["T"])
-def _table_kernel(
-    x_ptr,
-    weight_ptr,
-    seen_ptr,
-    out_ptr,
-    T,
-    D,
-    V,
-    softcap,
-    temperature,
-    penalty,
-    STEPWISE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    dependent_launch.wait()
-    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    ids = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    rows = tl.minimum(row, T - 1)
-    scores = _scores(
-        x_ptr, weight_ptr, seen_ptr, rows, ids, D, V, softcap, temperature, penalty, STEPWISE, BLOCK_T, BLOCK_V, BLOCK_K
-    )
-    width = tl.num_programs(1).to(tl.int64) * BLOCK_V
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * width + ids[None, :], scores, mask=(row < T)[:, None])
-
-
 class Tile(NamedTuple):
     """A tile: rows of x, ids, and `inner` columns at a time; the warps of a program, and its stages by architecture."""
 
@@ -221,24 +197,23 @@ class Scores(NamedTuple):
         x, weight: [T, D] and [V, D], contiguous, both bf16 or both f32.
         softcap: bound of the logits; 0 for none.
         stepwise: round to the dtype of x after the product and every step of the cap.
-        temperature: divides the logits; None for none.
-        seen: [T, ceil(V / 32)] int32, bit i of word j for id 32 j + i: the ids that `penalty` applies to.
-        penalty: their logits are divided by it if above 0, else multiplied.
+        numbers: [2] float64 or more, the temperature, which divides the logits, and the penalty; None for neither.
+        seen: [T, ceil(V / 32)] int32, bit i of word j for id 32 j + i: the ids whose logits are divided by the penalty
+            if above 0, else multiplied.
     """
 
     x: Tensor
     weight: Tensor
     softcap: float
     stepwise: bool
-    temperature: float | None = None
+    numbers: Tensor | None = None
     seen: Tensor | None = None
-    penalty: float = 1.0
 
     @property
     def tile(self) -> Tile:
         if self.x.dtype == torch.float32:
             return FLOAT32
-        few = len(self.x) <= FEW_ROWS or self.temperature is not None or self.seen is not None
+        few = len(self.x) <= FEW_ROWS or self.numbers is not None
         return FEW if few else MANY
 
     @property
@@ -252,8 +227,7 @@ class Scores(NamedTuple):
 
     def scalars(self) -> dict[str, object]:
         (T, D), V = self.x.shape, len(self.weight)
-        scalars = {"softcap": self.softcap or None, "temperature": self.temperature, "penalty": self.penalty}
-        return {"T": T, "D": D, "V": V, "STEPWISE": self.stepwise, **scalars}
+        return {"T": T, "D": D, "V": V, "STEPWISE": self.stepwise, "softcap": self.softcap or None}
 
     def blocks(self) -> dict[str, int | bool]:
         rows, ids, inner, warps, stages = self.tile
@@ -263,10 +237,10 @@ class Scores(NamedTuple):
         return {**sizes, **options, **dependent_launch.options(self.x.device)}
 
 
-def argmax(out: Tensor, scores: Scores, *, seed: int = 0, steps: Tensor | None = None) -> None:
+def argmax(out: Tensor, scores: Scores, *, seed: Tensor | None = None, steps: Tensor | None = None) -> None:
     """Fill out [T] int64 with the id of the maximum score, the lowest among equals.
 
-    seed, steps: of the noise that is added to the scores, steps [T] int64; None for none.
+    seed, steps: of the noise that is added to the scores, [1] and [T] int64; None for none.
     """
     maxima, best = _partials(scores, torch.float32), _partials(scores, torch.int32)
     _launch(scores, maxima, best=best, seed=seed, steps=steps)
@@ -284,16 +258,15 @@ def logprob(out: Tensor, best_out: Tensor, scores: Scores, ids: Tensor) -> None:
     _launch_rows(scores, maxima, best, best_out, sums, wanted_scores, out)
 
 
-def fill_scores(out: Tensor, scores: Scores) -> None:
-    """Fill out [T, scores.tiles * scores.tile.ids] float32 with all scores; -inf for ids from V on."""
-    _table_kernel[(scores.row_blocks, scores.tiles)](
-        x_ptr=scores.x,
-        weight_ptr=scores.weight,
-        seen_ptr=scores.seen,
-        out_ptr=out,
-        **scores.scalars(),
-        **scores.blocks(),
-    )
+def fill_scores(out: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """Fill out [T, tiles, width] float32 with all scores, width = scores.tile.ids; -inf for ids from V on.
+
+    Returns:
+        The largest score of each tile, and the sum of exp(score - largest), both [T, tiles] float32.
+    """
+    maxima, sums = _partials(scores, torch.float32), _partials(scores, torch.float32)
+    _launch(scores, maxima, sums=sums, out=out)
+    return maxima, sums
 
 
 def _partials(scores: Scores, dtype: torch.dtype) -> Tensor:
@@ -308,7 +281,8 @@ def _launch(
     sums: Tensor | None = None,
     wanted: Tensor | None = None,
     wanted_scores: Tensor | None = None,
-    seed: int = 0,
+    out: Tensor | None = None,
+    seed: Tensor | None = None,
     steps: Tensor | None = None,
 ) -> None:
     # Row blocks vary fastest: those that read the same tile of the weight run together and share it in the cache.
@@ -316,13 +290,15 @@ def _launch(
         x_ptr=scores.x,
         weight_ptr=scores.weight,
         seen_ptr=scores.seen,
+        numbers_ptr=scores.numbers,
+        seed_ptr=seed,
         steps_ptr=steps,
         wanted_ptr=wanted,
+        scores_ptr=out,
         maxima_ptr=maxima,
         best_ptr=best,
         sums_ptr=sums,
         wanted_scores_ptr=wanted_scores,
-        seed=seed,
         **scores.scalars(),
         **scores.blocks(),
     )

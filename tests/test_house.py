@@ -53,7 +53,7 @@ MAY_IMPORT = {
 MAX_FILE_LINES = 400
 MAX_LINES = {
     "csrc": 7_400,
-    "kernels": 3_700,
+    "kernels": 3_900,
     "python/arcmerge/checkpoint": 1_400,
     "python/arcmerge/cli": 900,
     "python/arcmerge/cuda": 300,

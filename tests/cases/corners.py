@@ -23,6 +23,7 @@ from arcmerge.kernels.lm_head import Scores
 from arcmerge.kernels.rmsnorm import rmsnorm
 from arcmerge.kernels.rmsnorm_add_rmsnorm import rmsnorm_add_rmsnorm
 from arcmerge.kernels.rope_cache import rope_cache
+from arcmerge.ops.lm_head_sample import draw_numbers
 from cases import geglu as geglu_cases
 from cases import linear as linear_cases
 from cases import rmsnorm as rmsnorm_cases
@@ -220,7 +221,7 @@ def _lm_head_tiles() -> Call:
     row, own = filled(x[-1:], 1), weight[-32:]
     own.copy_(Random(2).normal(32, MODEL.hidden_size, scale=15 * MODEL.hidden_size**-0.5))
     seen[-1, -1] = 0x5A3C6699
-    scores = Scores(x, weight, MODEL.final_softcap, False, temperature=0.7, seen=seen, penalty=1.3)
+    scores = Scores(x, weight, MODEL.final_softcap, False, numbers=draw_numbers(0.7, 1.3), seen=seen)
     maxima, sums = (virtual(ALL_TOKENS, scores.tiles, dtype=F32) for _ in range(2))
     values, error = exact_scores(scores._replace(x=row, weight=own, seen=seen[-1:, -1:]))
     largest, worst = values.amax(dim=1, keepdim=True), error.amax(dim=1, keepdim=True)

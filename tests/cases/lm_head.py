@@ -7,7 +7,9 @@ from torch import Tensor
 
 from arcmerge.kernels import lm_head
 from arcmerge.kernels.lm_head import Scores
+from arcmerge.kernels.sample import sample
 from arcmerge.ops.gumbel import gumbel
+from arcmerge.ops.lm_head_sample import draw_numbers, kept
 from cases.case import Call, Case, Draw, Expected
 from cases.gemma import GEMMA_2
 from cases.linear import exact_product, matrix
@@ -51,9 +53,10 @@ def exact_scores(scores: Scores) -> tuple[Tensor, Tensor]:
     if scores.seen is not None:
         ids = torch.arange(len(scores.weight))
         marked = scores.seen.cpu().long()[:, ids // 32] >> (ids % 32) & 1 == 1
-        factor = torch.where(values > 0, 1 / scores.penalty, scores.penalty)
+        penalty = float(scores.numbers[1])
+        factor = torch.where(values > 0, 1 / penalty, penalty)
         values, error = torch.where(marked, values * factor, values), torch.where(marked, error * factor, error)
-    temperature = scores.temperature or 1.0
+    temperature = 1.0 if scores.numbers is None else float(scores.numbers[0])
     return values / temperature, error / temperature
 
 
@@ -66,8 +69,10 @@ def first_maximum(values: Tensor, error: Tensor) -> Expected:
 
 
 def _read(scores: Scores) -> int:
-    seen = 0 if scores.seen is None else scores.seen.numel() * 4
-    return (scores.x.numel() + scores.weight.numel()) * scores.x.itemsize + seen
+    # The temperature; the marks and the penalty.
+    options = 0 if scores.seen is None else scores.seen.numel() * 4 + 8
+    options += 0 if scores.numbers is None else 8
+    return (scores.x.numel() + scores.weight.numel()) * scores.x.itemsize + options
 
 
 def _operations(scores: Scores) -> int:
@@ -120,8 +125,8 @@ def build_sample(
 ) -> Call:
     x, weight = operands(draw, *shape)
     seen = seen_bits(draw, len(x), len(weight)) if marked else None
-    scores = Scores(x, weight, CAP, False, temperature if noisy else None, seen, 1.5)
-    steps = draw.exact(torch.arange(len(x)) * 2**32 + 3)
+    scores = Scores(x, weight, CAP, False, draw.exact(draw_numbers(temperature if noisy else 1.0, 1.5)), seen)
+    key, steps = draw.exact(torch.tensor([seed])), draw.exact(torch.arange(len(x)) * 2**32 + 3)
     out = draw.empty(len(x), dtype=torch.int64)
 
     def expected() -> dict[str, Expected]:
@@ -132,19 +137,19 @@ def build_sample(
         return {"out": first_maximum(values, error)}
 
     return Call(
-        launch=lambda: lm_head.argmax(out, scores, seed=seed, steps=steps if noisy else None),
+        launch=lambda: lm_head.argmax(out, scores, seed=key, steps=steps if noisy else None),
         outputs={"out": out},
         expected=expected,
-        minimum_bytes=_read(scores) + len(x) * (16 if noisy else 8),
+        minimum_bytes=_read(scores) + len(x) * 8 + (len(x) * 8 + 8 if noisy else 0),
         operations=_operations(scores),
     )
 
 
 def build_table(draw: Draw, *shape: object, marked: bool = False) -> Call:
-    """The launch for filters: all scores."""
+    """The launch for filters: all scores, and the largest of each tile."""
     x, weight = operands(draw, *shape)
     seen = seen_bits(draw, len(x), len(weight)) if marked else None
-    scores = Scores(x, weight, CAP, False, 0.8, seen, 1.5)
+    scores = Scores(x, weight, CAP, False, draw.exact(draw_numbers(0.8, 1.5)), seen)
     out = draw.empty(len(x), scores.tiles * scores.tile.ids, dtype=F32)
 
     def expected() -> dict[str, Expected]:
@@ -157,8 +162,45 @@ def build_table(draw: Draw, *shape: object, marked: bool = False) -> Call:
         launch=lambda: lm_head.fill_scores(out, scores),
         outputs={"out": out},
         expected=expected,
-        minimum_bytes=_read(scores) + out.numel() * 4,
+        minimum_bytes=_read(scores) + out.numel() * 4 + len(x) * scores.tiles * 8,
         operations=_operations(scores),
+    )
+
+
+def build_filtered(
+    draw: Draw,
+    rows: int,
+    ids: int,
+    width: int = 64,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    spread: float = 3.0,
+) -> Call:
+    """The draw from all scores, every fourth of which has an equal, so that bounds are met."""
+    tiles = -(-ids // width)
+    values = torch.randn(rows, tiles * width, generator=torch.Generator().manual_seed(5)) * spread
+    values[:, ::4] = values[:, 1::4]
+    values[:, ids:] = float("-inf")
+    table, numbers = (
+        draw.exact(values).view(rows, tiles, width),
+        draw.exact(draw_numbers(1.0, 1.0, top_k, top_p, min_p)),
+    )
+    maxima = table.amax(dim=2)
+    sums = (table - maxima[:, :, None]).exp().sum(dim=2)
+    key, steps = draw.exact(torch.tensor([2**40 + 9])), draw.exact(torch.arange(rows) * 2**32 + 3)
+    out = draw.empty(rows, dtype=torch.int64)
+
+    def expected() -> dict[str, Expected]:
+        found = kept(values[:, :ids], top_k, top_p, min_p).double()
+        noise = gumbel(int(key), steps.cpu()[:, None], torch.arange(ids)).double()
+        return {"out": first_maximum(found + noise, torch.full_like(found, 2.0**-18))}
+
+    return Call(
+        launch=lambda: sample(out, table, maxima, sums, steps, key, numbers, ids),
+        outputs={"out": out},
+        expected=expected,
+        minimum_bytes=maxima.numel() * 8 + rows * 16 + 48,
     )
 
 
@@ -167,18 +209,22 @@ BUILDERS = {
     "lm_head_logprob": build_logprob,
     "lm_head_sample": build_sample,
     "table": build_table,
+    "filtered": build_filtered,
 }
 
 
-def _case(op: str, name: str, *shape: object, traffic: float | None = None, **options: object) -> Case:
+def _case(
+    op: str, name: str, *shape: object, traffic: float | None = None, access_bytes: int = 16, **options: object
+) -> Case:
     build = BUILDERS[op]
     # Tensor cores add the columns of a product, and a GPU the exponentials, in another order than the interpreter.
     return Case(
-        "lm_head_sample" if op == "table" else op,
+        "lm_head_sample" if op in ("table", "filtered") else op,
         name,
         lambda draw: build(draw, *shape, **options),
         exact=False,
         traffic=traffic,
+        access_bytes=access_bytes,
     )
 
 
@@ -198,7 +244,7 @@ SMALL = [
     _case("lm_head_logprob", "equals, stepwise", 2, 150, 16, stepwise=True, whole=True),
     _case("lm_head_logprob", "equals, 17 rows, stepwise", 17, 150, 16, stepwise=True, whole=True),
     _case("lm_head_logprob", "f32", 17, 65, 35, F32),
-    _case("lm_head_sample", "as in decoding", 1, 128, 2304, traffic=1 + 2 * 2 * 8 / (129 * 4608 + 16)),
+    _case("lm_head_sample", "as in decoding", 1, 128, 2304, traffic=1 + 2 * 2 * 8 / (129 * 4608 + 32)),
     # Whole words of 32 ids, which end in the middle of a tile.
     _case("lm_head_sample", "of the greatest, penalised", 2, 224, 33, marked=True, noisy=False),
     _case("lm_head_sample", "penalised, 17 rows", 17, 200, 40, marked=True),
@@ -206,16 +252,27 @@ SMALL = [
     _case("table", "all scores", 2, 300, 72, traffic=1),
     _case("table", "all scores, penalised, 17 rows", 17, 300, 33, marked=True),
     _case("table", "all scores, f32", 2, 65, 35, F32),
+    # More tiles than a program reads at a time, and fewer; bounds among equals.
+    _case("filtered", "top_k", 3, 300, top_k=6),
+    _case("filtered", "top_k of more than the tiles", 2, 3000, top_k=100, spread=0.5),
+    _case("filtered", "top_p, flat", 2, 2990, top_p=0.9, spread=0.2),
+    _case("filtered", "top_p", 3, 1000, top_p=0.8),
+    _case("filtered", "min_p, tiles of 32", 2, 301, 32, min_p=0.05),
+    _case("filtered", "all filters", 3, 700, top_k=40, top_p=0.9, min_p=0.02),
+    _case("filtered", "no filter", 1, 65),
 ]
+
+FILTERS = {"top_k": 64, "top_p": 0.95}  # of Gemma's generation_config.json
 
 MODELS = [
     case
-    for shape in GEMMA_2
+    for first, shape in [(shape is GEMMA_2[0], shape) for shape in GEMMA_2]
     for case in (
         _case("lm_head_argmax", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
         _case("lm_head_sample", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
         _case("lm_head_sample", f"{shape.name}, penalised", 1, shape.vocabulary, shape.hidden_size, marked=True),
         _case("table", f"{shape.name}, all scores", 1, shape.vocabulary, shape.hidden_size),
+        *([_case("filtered", "through filters", 1, shape.vocabulary, access_bytes=4, **FILTERS)] if first else []),
         _case("lm_head_logprob", f"{shape.name}, 256 rows", 256, shape.vocabulary, shape.hidden_size),
     )
 ]

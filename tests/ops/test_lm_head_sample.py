@@ -17,7 +17,7 @@ from arcmerge.errors import ArcmergeError
 from arcmerge.kernels import gumbel as kernels
 from arcmerge.ops.gumbel import gumbel, uniform
 from arcmerge.ops.lm_head import logits
-from arcmerge.ops.lm_head_sample import bound, kept, likely_tiles, lm_head_sample, penalised
+from arcmerge.ops.lm_head_sample import kept, lm_head_sample, penalised
 from operands import BF16, F32, normal, same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,54 +153,6 @@ def test_kernels_draw_what_the_reference_draws(monkeypatch, filters, spread):
     assert torch.equal(*drawn)
 
 
-def test_top_p_knows_the_mass_of_tiles_that_are_not_visited(monkeypatch):
-    x, weight = operands(4, 2560, spread=3.0)
-    x = x.repeat(4, 1)
-    visited = []
-
-    def recording(*arguments, **named):
-        tiles, mass = likely_tiles(*arguments, **named)
-        visited.append(tiles.shape[1])
-        return tiles, mass
-
-    monkeypatch.setitem(lm_head_sample.implementations["triton"].__globals__, "likely_tiles", recording)
-    drawn = []
-    for backend in ("reference", "triton"):
-        monkeypatch.setenv("ARCMERGE_BACKEND", backend)
-        drawn.append(sample(x, weight, (0, 0.5, 0.0)))
-    assert torch.equal(*drawn)
-    assert visited[0] < 40
-
-
-@pytest.mark.parametrize("filters", [(3, 1.0, 0.0), (0, 0.9, 0.0), (0, 0.0, 0.1), (3, 0.9, 0.1)], ids=str)
-def test_each_row_has_candidates_of_its_own(filters):
-    """Rows whose largest scores are in other tiles: their tiles are as few as those of one row, not all of them."""
-    table = normal(40, 64, 8, dtype=F32)
-    for row in range(40):
-        table[row, torch.tensor([row, row + 9, row + 24])] += 20
-    tiles, _ = likely_tiles(table, table.amax(2), *filters)
-    assert tiles.shape[1] <= 4
-    scores = table.flatten(1)
-    keeps = kept(scores, *filters) > -torch.inf
-    ids = (tiles[:, :, None] * 8 + torch.arange(8)).flatten(1)
-    inside = torch.zeros_like(keeps).scatter_(1, ids, True)
-    assert not (keeps & ~inside).any()
-
-
-@pytest.mark.parametrize("filters", [(0, 0.9, 0.0), (0, 0.0, 0.1)], ids=["top_p", "min_p"])
-def test_a_flat_row_gets_all_the_tiles_that_it_needs(filters):
-    table = normal(3, 64, 8, dtype=F32)
-    table[0, 7, 3] = 40
-    table[1] *= 0.01
-    tiles, mass = likely_tiles(table, table.amax(2), *filters)
-    ids = (tiles[:, :, None] * 8 + torch.arange(8)).flatten(1)
-    for row in range(3):
-        keeps = kept(table.flatten(1)[row : row + 1], *filters)[0] > -torch.inf
-        assert set(keeps.nonzero()[:, 0].tolist()) <= set(ids[row].tolist())
-    assert torch.equal(ids, ids.sort(dim=1).values)
-    torch.testing.assert_close(mass[:, 0].log(), (table.double().flatten(1) - table.amax((1, 2))[:, None]).logsumexp(1))
-
-
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_temperature_0_takes_the_maximum_after_the_penalty(monkeypatch, backend):
     monkeypatch.setenv("ARCMERGE_BACKEND", backend)
@@ -240,21 +192,6 @@ def test_rows_that_are_not_numbers_get_an_id(monkeypatch, backend):
     x[:] = float("nan")
     for filters in FILTERS.values():
         assert ((sample(x, weight, filters) >= 0) & (sample(x, weight, filters) < 100)).all()
-
-
-@every_filter
-@pytest.mark.parametrize("spread", [12.0, 3.0, 0.1])
-def test_no_filter_keeps_a_score_below_the_bound(filters, spread):
-    width = 64
-    scores = normal(6, 64 * width, dtype=F32) * spread
-    tiles = scores.double().unflatten(1, (-1, width))
-    maxima = tiles.amax(2)
-    floor, mass = bound(maxima, (tiles - maxima[:, :, None]).exp().sum(2), *filters, width)
-    found = kept(scores, *filters)
-    assert (found.double().masked_fill(found == -torch.inf, torch.inf) >= floor).all()
-    torch.testing.assert_close(mass.log(), scores.double().logsumexp(1, keepdim=True) - maxima.amax(1, keepdim=True))
-    if filters != FILTERS["none"] and not filters[0] and spread == 12.0:
-        assert (maxima >= floor).sum(1).max() <= 16  # of 64
 
 
 def test_op_keeps_the_rules_of_torch():

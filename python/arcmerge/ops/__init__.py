@@ -12,7 +12,7 @@ from arcmerge.ops.gram import gram
 from arcmerge.ops.linear import linear
 from arcmerge.ops.linear_geglu import linear_geglu
 from arcmerge.ops.lm_head import lm_head_argmax, lm_head_logits, lm_head_logprob
-from arcmerge.ops.lm_head_sample import lm_head_sample
+from arcmerge.ops.lm_head_sample import lm_head_draw, lm_head_sample
 from arcmerge.ops.magnitude_histogram import magnitude_histogram
 from arcmerge.ops.rmsnorm import rmsnorm
 from arcmerge.ops.rmsnorm_add_rmsnorm import rmsnorm_add_rmsnorm
@@ -29,6 +29,7 @@ __all__ = [
     "linear",
     "linear_geglu",
     "lm_head_argmax",
+    "lm_head_draw",
     "lm_head_logits",
     "lm_head_logprob",
     "lm_head_sample",

@@ -2,7 +2,7 @@
 
 The filters of transformers, in its order, on candidates that include every id that the filters keep: in the reference
 the whole vocabulary; on the CPU the ids whose score is above a bound; on a GPU for each row the few tiles of the
-vocabulary whose largest score is.
+vocabulary whose largest score is. `lm_head_draw` takes the options in tensors, for CUDA graphs.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def lm_head_sample(
     The draw is argmax(score + noise). The noise depends on seed, steps[t] and the id alone, so the result does not
     depend on the batch and the backend, except for ties within rounding. Rows of equal steps have equal noise.
 
-    Without filters, a GPU moves the bytes of `lm_head_argmax`. With filters it keeps the scores, 4 V bytes a row, and
-    sorts those of a few tiles of each row: top_k tiles with top_k, for which nothing waits; else as many as the row
-    with the flattest distribution needs, for whose number the host waits once.
+    Without filters, a GPU moves the bytes of `lm_head_argmax`. With filters it also writes the scores, 4 V bytes a row,
+    and reads those of a few tiles of each row some twenty times, from its caches.
 
     Args:
         x, weight, softcap, stepwise: as in `lm_head_argmax`.
@@ -245,83 +244,151 @@ def _triton(
     temperature: float,
     seen: Tensor | None,
     repetition_penalty: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    **named: Any,
+) -> Tensor:
+    filters = bool(temperature) and _filter(top_k, top_p, min_p)
+    # From memory that is not pinned, so the host does not wait.
+    values = draw_numbers(temperature, repetition_penalty, top_k, top_p, min_p).to(x.device, non_blocking=True)
+    key = torch.tensor([seed & 2**63 - 1]).to(x.device, non_blocking=True)
+    return _launch(x, weight, steps, key, values, draws=bool(temperature), filters=filters, seen=seen, **named)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    steps: Tensor,
+    seed: Tensor,
+    numbers: Tensor,
+    *,
+    draws: bool,
+    filters: bool,
+    seen: Tensor | None,
     softcap: float,
     stepwise: bool,
-    **filters: Any,
 ) -> Tensor:
     from arcmerge.kernels.lm_head import Scores, argmax, fill_scores
+    from arcmerge.kernels.sample import sample
 
     out = torch.empty_like(steps)
     if not len(x):
         return out
-    scores = Scores(
-        x.contiguous(),
-        weight.contiguous(),
-        softcap,
-        stepwise,
-        temperature or None,
-        None if seen is None else seen.contiguous(),
-        repetition_penalty,
-    )
-    if not temperature:
-        argmax(out, scores)
-        return out
-    if not _filter(**filters):
+    bits = None if seen is None else seen.contiguous()
+    scores = Scores(x.contiguous(), weight.contiguous(), softcap, stepwise, numbers, bits)
+    if filters:
+        table = torch.empty(len(x), scores.tiles, scores.tile.ids, device=x.device)
+        maxima, sums = fill_scores(table, scores)
+        sample(out, table, maxima, sums, steps.contiguous(), seed, numbers, len(weight))
+    elif draws:
         argmax(out, scores, seed=seed, steps=steps.contiguous())
-        return out
-    width = scores.tile.ids
-    table = torch.empty(len(x), scores.tiles, width, device=x.device)
-    fill_scores(table, scores)
-    maxima = table.amax(dim=2)
-    tiles, mass = likely_tiles(table, maxima, **filters)
-    found = table.gather(1, tiles[:, :, None].expand(-1, -1, width)).flatten(1)
-    ids = (tiles[:, :, None] * width + torch.arange(width, device=x.device)).flatten(1)
-    return _draw(kept(found, **filters, mass=mass), ids, seed, steps)
+    else:
+        argmax(out, scores)
+    return out
 
 
-def likely_tiles(table: Tensor, maxima: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor | None]:
-    """For each row, tiles [T, n] int64, in order, that include all ids that the filters keep.
+def draw_numbers(
+    temperature: float = 1.0, repetition_penalty: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """The options as `lm_head_draw` takes them, [5] float64 on the CPU; a temperature of 0, as without a draw, is 1."""
+    return torch.tensor([temperature or 1.0, repetition_penalty, top_k, top_p, min_p], dtype=torch.float64)
 
-    table, maxima: the scores [T, tiles, width], and [T, tiles], the largest of each tile, which is NaN if one is.
 
-    Returns also the mass [T, 1] of the vocabulary, the sum of exp(score - largest), without top_k, for top_p.
+@op()
+def lm_head_draw(
+    x: Tensor,
+    weight: Tensor,
+    steps: Tensor,
+    seed: Tensor,
+    numbers: Tensor,
+    *,
+    draws: bool = True,
+    filters: bool = True,
+    seen: Tensor | None = None,
+    softcap: float = 0.0,
+    stepwise: bool = False,
+) -> Tensor:
+    """`lm_head_sample` with its options in tensors, which a CUDA graph reads anew in every replay.
+
+    A GPU waits for nothing, except by the reference, which reads the options on the host.
+
+    Args:
+        x, weight, steps, seen, softcap, stepwise: as in `lm_head_sample`.
+        seed: [1] int64.
+        numbers: [5] float64: temperature, repetition_penalty, top_k, top_p and min_p, as in `lm_head_sample`, except
+            that the temperature is above 0. They are only checked on the CPU.
+        draws: whether to draw; else the largest score is taken, as with a temperature of 0.
+        filters: whether top_k, top_p and min_p apply, to what is drawn; without them the scores are not kept.
+
+    Returns:
+        [T] int64.
+
+    Raises:
+        ArcmergeError: as in `lm_head_sample`.
     """
-    order = maxima.argsort(dim=1, descending=True, stable=True)
-    if top_k:
-        # The k largest tile maxima are scores of k ids, so no other tile has a score above the k-th largest.
-        return order[:, :top_k].sort(dim=1).values, None
-    sums = (table - maxima[:, :, None]).exp().sum(dim=2)
-    floor, mass = bound(maxima.double(), sums.double(), top_k, top_p, min_p, table.shape[2])
-    # "Not below", so that a row of NaN selects tiles too. Rows that need fewer tiles get their next ones too.
-    count = int((~(maxima.double() < floor)).sum(dim=1).max())
-    return order[:, :count].sort(dim=1).values, mass
+    sample = lm_head_sample.implementations["reference"]
+    options = _options(seed, numbers, draws, filters)
+    drawn: Tensor = sample(x, weight, steps, seen=seen, softcap=softcap, stepwise=stepwise, **options)
+    return drawn
 
 
-def bound(maxima: Tensor, sums: Tensor, top_k: int, top_p: float, min_p: float, width: int) -> tuple[Tensor, Tensor]:
-    """The score [T, 1] below which the filters keep none, and the mass [T, 1] of the vocabulary.
+@lm_head_draw.check
+def _check_draw(
+    x: Tensor,
+    weight: Tensor,
+    steps: Tensor,
+    seed: Tensor,
+    numbers: Tensor,
+    *,
+    draws: bool,
+    filters: bool,
+    seen: Tensor | None,
+    softcap: float,
+    **_: object,
+) -> None:
+    shapes("1, 5", seed=seed, numbers=numbers)
+    require_dtype((torch.int64,), seed=seed)
+    require_dtype((torch.float64,), numbers=numbers)
+    require_same_device(x=x, seed=seed, numbers=numbers)
+    on_cpu = numbers.device.type == "cpu" and seed.device.type == "cpu"
+    options = _options(seed, numbers, True, filters) if on_cpu else _UNKNOWN
+    require(options["temperature"] > 0, "temperature", "be above 0", options["temperature"])
+    _check(x, weight, steps, seen=seen, softcap=softcap, **options)
 
-    maxima, sums: [T, tiles] float64: the largest score and the sum of exp(score - largest) of each tile of `width` ids.
-    The mass is the sum of exp(score - largest) over all tiles.
-    """
-    ordered, order = maxima.sort(dim=1, descending=True)
-    heights = (ordered - ordered[:, :1]).exp()
-    masses = sums.gather(1, order) * heights
-    mass = masses.sum(dim=1, keepdim=True)
-    floor = torch.full_like(mass, float("-inf"))
-    if top_k:
-        # The k largest tile maxima are scores of k ids, so the k-th largest score is not below the last of them.
-        return (ordered[:, top_k - 1 : top_k] if top_k <= ordered.shape[1] else floor), mass
-    if 0 < top_p < 1:
-        # The mass of the first j tiles that is at or above their smallest maximum is at least: that of their maxima;
-        # and all that they hold, less what width - 1 ids a tile can hold below it. Where it passes top_p of the whole
-        # mass, no lower score is kept.
-        counts = torch.arange(1, ordered.shape[1] + 1, device=maxima.device)
-        certain = torch.maximum(heights.cumsum(1), masses.cumsum(1) - counts * (width - 1) * heights)
-        # The margin is for the sums, which are float32.
-        enough = (certain >= (1 + 1e-4) * top_p * mass).int()
-        first = ordered.gather(1, enough.argmax(dim=1, keepdim=True))
-        floor = torch.where(enough.any(dim=1, keepdim=True), first, floor)
-    if min_p:
-        relative = ordered[:, :1] + torch.tensor(min_p, dtype=torch.float64).log().item() - 1e-9
-        floor = torch.maximum(floor, relative)
-    return floor, mass
+
+_UNKNOWN = {"seed": 0, "temperature": 1.0, "repetition_penalty": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def _options(seed: Tensor, numbers: Tensor, draws: bool, filters: bool) -> dict[str, Any]:
+    """The options of `lm_head_sample`; the host waits for them."""
+    temperature, penalty, top_k, top_p, min_p = numbers.tolist()
+    found = {"seed": int(seed), "temperature": temperature if draws else 0.0, "repetition_penalty": penalty}
+    return {**_UNKNOWN, **found, **({"top_k": int(top_k), "top_p": top_p, "min_p": min_p} if filters else {})}
+
+
+@lm_head_draw.fake
+def _fake_draw(x: Tensor, *tensors: Tensor, **__: object) -> Tensor:
+    return _fake(x)
+
+
+@lm_head_draw.native
+def _native_draw(
+    x: Tensor,
+    weight: Tensor,
+    steps: Tensor,
+    seed: Tensor,
+    numbers: Tensor,
+    *,
+    draws: bool,
+    filters: bool,
+    stepwise: bool,
+    **named: Any,
+) -> Tensor:
+    function = lm_head_sample.implementations["reference" if stepwise else "native"]
+    rounded = {"stepwise": True} if stepwise else {}
+    drawn: Tensor = function(x, weight, steps, **_options(seed, numbers, draws, filters), **rounded, **named)
+    return drawn
+
+
+lm_head_draw.triton(_launch)
