@@ -38,7 +38,7 @@ def test_every_chosen_token_is_marked_as_seen(monkeypatch: pytest.MonkeyPatch) -
         seen.append(named["seen"].clone())
         return next(chosen)
 
-    monkeypatch.setattr(ops, "lm_head_sample", sample)
+    monkeypatch.setattr(ops, "lm_head_draw", sample)
     sampler = Sampler(network, SamplingParams(repetition_penalty=1.5), [[2, 31], [33]], range(2))
     for _ in range(3):
         sampler.choose(normal(2, network.config.hidden_size))

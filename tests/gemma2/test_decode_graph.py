@@ -12,6 +12,7 @@ import torch
 
 from arcmerge import ops
 from arcmerge.dispatch.recording import recorded
+from arcmerge.gemma2.generation.sampler import Sampler, SamplingParams
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from arcmerge.gemma2.runtime.kept_graphs import rounded
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
@@ -101,8 +102,9 @@ def test_greedy_steps_take_their_tokens_from_the_steps_before(network: Network) 
         fed = network.most_probable(network(batch, caches[1]))
         plain.append(fed.tolist())
     tokens, found = torch.tensor(STEPS[0]), []
+    sampler = Sampler(network, SamplingParams(), PROMPTS, range(2))
     for _ in range(3):
-        tokens = step(tokens, [True, True], greedy=True)
+        tokens = step(tokens, [True, True], sampler)
         found.append(tokens.tolist())
     assert found == plain
 
@@ -197,7 +199,7 @@ def test_a_graph_is_captured_on_a_stream_of_its_own_and_replayed(
     )
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: recorded.log.append(("used", recorded.stream)))
     with torch.inference_mode():
-        step._captured(greedy=False)
+        step._captured(None, None)
     side = "side of cpu"
     assert recorded.log == [
         ("device", "cpu"),
@@ -211,5 +213,5 @@ def test_a_graph_is_captured_on_a_stream_of_its_own_and_replayed(
         ("layers", side),
     ]
     del recorded.log[:]
-    step._replayed(greedy=False)
+    step._replayed(None)
     assert recorded.log == [("replay", "default")]

@@ -77,6 +77,15 @@ class Op(Generic[Parameters, Result]):
         result: Result = self._overload(*arguments, **named)
         return result
 
+    def backend(self, device: str, *arguments: Any, **named: Any) -> str:
+        """The name of the backend that a call for tensors on "cpu" or "cuda" would run now.
+
+        The arguments are needed by ops with a backend that is chosen for some of them only.
+        """
+        rules = self._suits
+        suits = lambda each: each not in rules or rules[each](*arguments, **named)  # noqa: E731
+        return choose(device, self.name, self.implementations, suits).name
+
     def check(self, function: Function) -> Function:
         """Decorator: raises ArcmergeError for arguments that break the contract, before any implementation runs."""
         self._check = function
@@ -118,7 +127,7 @@ class Op(Generic[Parameters, Result]):
 
     def _runner(self, device: str) -> Implementation:
         name, defaults, implementations = self.name, self._defaults, self.implementations
-        by_reference, rules = self._stepwise_by_reference, self._suits
+        by_reference = self._stepwise_by_reference
         guard: Callable[[tuple[Any, ...]], AbstractContextManager[object]]
         guard = _on_device if device == "cuda" else nullcontext
 
@@ -126,8 +135,7 @@ class Op(Generic[Parameters, Result]):
             if defaults:
                 named = defaults | named  # the dispatcher leaves out arguments that are equal to their defaults
             self._check(*arguments, **named)
-            suits = lambda each: each not in rules or rules[each](*arguments, **named)  # noqa: E731
-            backend = choose(device, name, implementations, suits).name
+            backend = self.backend(device, *arguments, **named)
             if backend in by_reference:
                 if named["stepwise"]:
                     backend = "reference"

@@ -154,8 +154,7 @@ def generate(
             if not any(going):
                 return
             network.pause_if_exiting()
-            result_of_step = decoder(tokens, going, sampler.greedy)
-            tokens = result_of_step if sampler.greedy else sampler.choose(result_of_step)
+            tokens = decoder(tokens, going, sampler)
             yield tokens
 
     started = perf_counter()

@@ -13,15 +13,18 @@ from arcmerge.dispatch.recording import recorded
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 
 if TYPE_CHECKING:
+    from arcmerge.gemma2.generation.sampler import Kind, Sampler
     from arcmerge.gemma2.runtime.network import Network
 
 
 class DecodeGraph:
     """Runs one more token of at most `count` sequences each through the network, with all tensors at fixed addresses.
 
-    Tokens and lengths stay on the device from step to step: no step waits for the host, nor the host for a step.
+    Tokens, lengths and the state of sampling stay on the device from step to step: no step waits for the host, nor the
+    host for a step.
 
-    On a GPU it replays a CUDA graph of the whole step, on the CPU a recording of native calls: 182 for a 2.6B. Between
+    On a GPU it replays a CUDA graph of the whole step, with the choice of tokens: one for each kind of sampler, which
+    reads the numbers of the sampler from memory. On the CPU a recording of native calls: 182 for a 2.6B. Between
     two of them Python would take 100 us, as the weights evict its own data from the caches. Where neither is possible,
     as with stepwise numerics, which call torch, it calls the layers.
 
@@ -53,7 +56,9 @@ class DecodeGraph:
         self._chosen = self._batch.tokens
         self._hidden: Tensor | None = None
         self._replay: Callable[[], None] | None = None
-        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._sampler: Sampler | None = None  # that of the current sequences
+        self._samplers: dict[Kind, Sampler] = {}  # what graphs read
+        self._graphs: dict[Kind | None, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool_bytes = 0
 
     @property
@@ -64,23 +69,25 @@ class DecodeGraph:
     @torch.inference_mode()
     def start(self, lengths: Sequence[int]) -> None:
         """Begin with `count` sequences or fewer, of each of which so many tokens are in the cache."""
+        self._sampler = None
         self._chosen = self._batch.tokens[: len(lengths)]
         self._running = [True] * len(lengths)
         self._fill(self._more, self._running)
         self._fill(self._batch.lengths, lengths)
 
     @torch.inference_mode()
-    def __call__(self, tokens: Tensor, running: Sequence[bool], greedy: bool = False) -> Tensor:
+    def __call__(self, tokens: Tensor, running: Sequence[bool], sampler: Sampler | None = None) -> Tensor:
         """Run one step.
 
         Args:
-            tokens: [B] int64, on the device, one token per sequence; for example the result of a greedy step.
+            tokens: [B] int64, on the device, one token per sequence; for example the result of the step before.
             running: whether each sequence goes on; one that does not is skipped in this and all later steps.
-            greedy: choose the most probable next tokens within the step.
+            sampler: chooses the next tokens, the same one in all steps of these sequences; None for hidden states. A
+                graph goes on with a copy of it.
 
         Returns:
-            The tokens [B] int64 of a greedy step, else hidden states [B, hidden_size]; undefined for sequences
-            that are skipped. The next step overwrites both.
+            The next tokens [B] int64, or hidden states [B, hidden_size]; undefined for sequences that are skipped. The
+            next step overwrites both.
         """
         if tokens is not self._chosen:
             self._chosen.copy_(tokens)
@@ -89,10 +96,14 @@ class DecodeGraph:
             self._fill(self._more, running)
             self._batch.lengths.mul_(self._more)
         if not self._residual.is_cuda or self._network.stepwise:
-            result = self._plain(greedy)
+            hidden = self._plain()
+        elif sampler is not None and sampler.is_capturable:
+            self._run(self._own(sampler))
+            return self._chosen
         else:
-            result = self._replayed(greedy) if greedy in self._graphs else self._captured(greedy)
-        return self._chosen if greedy else result[: len(self._running)]
+            hidden = self._run(None)
+        hidden = hidden[: len(self._running)]
+        return hidden if sampler is None else self._chosen.copy_(sampler.choose(hidden))
 
     @staticmethod
     def _fill(out: Tensor, values: Sequence[int]) -> None:
@@ -102,7 +113,17 @@ class DecodeGraph:
         # From memory that is not pinned the driver takes the values before the call returns, and waits for nothing.
         out.copy_(padded, non_blocking=True)
 
-    def _plain(self, greedy: bool) -> Tensor:
+    def _own(self, sampler: Sampler) -> Sampler:
+        """The sampler that graphs read, which goes on where the one of these sequences is."""
+        own = self._samplers.get(sampler.kind)
+        if own is None:
+            own = self._samplers[sampler.kind] = sampler.blank(len(self._batch.tokens))
+        if self._sampler is not sampler:
+            own.load(sampler)
+            self._sampler = sampler
+        return own
+
+    def _plain(self) -> Tensor:
         self._advance()
         if self._hidden is None:
             self._hidden = hidden = self._recorded()
@@ -111,7 +132,7 @@ class DecodeGraph:
         else:
             self._replay()
             hidden = self._hidden
-        return self._choose(hidden) if greedy else hidden
+        return hidden
 
     def _advance(self) -> None:
         """Everything before the layers."""
@@ -122,9 +143,6 @@ class DecodeGraph:
     def _layers(self) -> Tensor:
         return self._network.layers(self._residual, self._batch, self.cache)
 
-    def _choose(self, hidden: Tensor) -> Tensor:
-        return self._batch.tokens.copy_(self._network.most_probable(hidden))
-
     def _recorded(self) -> Tensor:
         with recorded() as recording:
             hidden = self._layers()
@@ -132,18 +150,23 @@ class DecodeGraph:
             self._replay = recording.replay
         return hidden
 
-    def _replayed(self, greedy: bool) -> Tensor:
-        graph, result = self._graphs[greedy]
+    def _run(self, sampler: Sampler | None) -> Tensor:
+        """Hidden states, or with a sampler the next tokens."""
+        kind = None if sampler is None else sampler.kind
+        return self._replayed(kind) if kind in self._graphs else self._captured(kind, sampler)
+
+    def _replayed(self, kind: Kind | None) -> Tensor:
+        graph, result = self._graphs[kind]
         graph.replay()
         return result
 
-    def _captured(self, greedy: bool) -> Tensor:
+    def _captured(self, kind: Kind | None, sampler: Sampler | None) -> Tensor:
         """Run a step by plain calls and capture another one, which does not run."""
 
         def step() -> Tensor:
             self._advance()
             hidden = self._layers()
-            return self._choose(hidden) if greedy else hidden
+            return hidden if sampler is None else self._batch.tokens.copy_(sampler.choose(hidden))
 
         device = self._residual.device
         graph = torch.cuda.CUDAGraph()
@@ -161,5 +184,5 @@ class DecodeGraph:
                 before = torch.cuda.memory_reserved(device)
                 result = step()
                 self._pool_bytes += torch.cuda.memory_reserved(device) - before
-        self._graphs[greedy] = graph, result
+        self._graphs[kind] = graph, result
         return first
