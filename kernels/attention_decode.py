@@ -18,6 +18,7 @@ attention.py; they are rounded to the dtype of the values before the product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -278,7 +279,7 @@ def scratch(key_cache: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         statistics: [B, Hkv, splits, H / Hkv, 2] float32, maxima and sums of weights.
         counters: [B, Hkv] int32 zeros, the splits that are done. Two launches at a time may not share a cache. Every
             launch leaves zeros, for the next replay of a CUDA graph; one that was interrupted may not, so that they are
-            cleared before every launch outside of a capture.
+            cleared before every launch outside of a capture. A graph begins with `clear_counters`.
     """
     sequences, key_value_heads, slots, head_dim = key_cache.shape
     shape = (sequences, key_value_heads, splits(slots, key_value_heads), heads // key_value_heads)
@@ -295,6 +296,12 @@ def scratch(key_cache: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     elif not capturing:
         counters.zero_()
     return partial, statistics, counters
+
+
+def clear_counters(key_caches: Sequence[Tensor]) -> None:
+    """Clear the counters of caches that have some: one operation for all layers of a step, at the start of a graph."""
+    if known := [counters for cache in key_caches if (counters := _counters.get(cache)) is not None]:
+        torch._foreach_zero_(known)
 
 
 def attention_decode(

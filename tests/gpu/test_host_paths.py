@@ -155,6 +155,20 @@ def test_graphs_are_kept_for_later_calls(
         assert model.free_memory() == 0
 
 
+def test_a_replay_is_right_after_one_that_was_interrupted(pair: Path, one_thread: None, on_cpu: dict[str, Any]) -> None:
+    """Its programs have counted how many of them ended, and not all of them did."""
+    from arcmerge.kernels import attention_decode
+
+    with cuda(order="random", seed=4):
+        model = host_paths.model_of(pair, "cuda:0")
+        for _ in range(2):
+            assert host_paths.answered(model) == on_cpu["generated"][0]
+            counters = list(attention_decode._counters.values())
+            assert counters
+            for each in counters:
+                each += 1
+
+
 def test_a_graph_is_captured_anew_for_another_backend_of_an_op(
     pair: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

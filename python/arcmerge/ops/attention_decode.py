@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -172,6 +173,16 @@ def _native(
         **numbers,
     )
     return out
+
+
+def clear_counters(key_caches: Sequence[Tensor]) -> None:
+    """Begin a step of `attention_decode` with these caches in a CUDA graph, which is right whatever became of others.
+
+    Programs of a launch count how many of them have ended. A launch outside of a graph clears the counters itself.
+    """
+    from arcmerge.kernels.attention_decode import clear_counters as clear
+
+    clear(key_caches)
 
 
 @attention_decode.triton

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from arcmerge.dispatch.recording import recorded
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
+from arcmerge.ops.attention_decode import clear_counters
 
 if TYPE_CHECKING:
     from arcmerge.gemma2.generation.sampler import Kind, Sampler
@@ -164,6 +165,7 @@ class DecodeGraph:
         """Run a step by plain calls and capture another one, which does not run."""
 
         def step() -> Tensor:
+            clear_counters([keys for keys, _ in self.cache.layers])
             self._advance()
             hidden = self._layers()
             return hidden if sampler is None else self._batch.tokens.copy_(sampler.choose(hidden))
