@@ -79,7 +79,7 @@ def test_a_model_whose_parents_do_not_fit(pair: Path, order: str, monkeypatch: p
     with cuda(devices=2, order=order):
         host_paths.model_of(pair, "cuda:1", threads=2)
     required, parents, _ = asked[-1]
-    with cuda(devices=2, order=order, memory=required + (1 << 30) + parents - 1):
+    with cuda(devices=2, order=order, memory=required + parents - 1):
         found = host_paths.remerged(pair, "cuda:1", threads=2)
     assert [streamed for *_, streamed in asked] == [False, True]
     assert same(found, host_paths.remerged(pair, "cpu"))

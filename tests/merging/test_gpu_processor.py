@@ -148,7 +148,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 
 def merge_in_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        in_memory, "allocate", lambda plans, nbytes, progress: GpuMemory(plans, nbytes, DEVICE, progress)
+        in_memory, "allocate", lambda plans, nbytes, progress, workspace: GpuMemory(plans, nbytes, DEVICE, progress)
     )
 
 
@@ -197,15 +197,15 @@ def test_missing_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(arcmerge.ArcmergeError) as caught:
         memory.must_stream(int(21 * GB), int(1 * GB), cpu)
     assert str(caught.value) == (
-        "the memory of cpu must have 22.1 GB free for the merged weights and a running model, got 20.0 GB, "
-        "2.1 GB too little; end other programs, or use --device cpu"
+        "the memory of cpu must have 21.0 GB free for the merged weights and a running model, got 20.0 GB, "
+        "1.0 GB too little; end other programs, or use --device cpu"
     )
     free["machine"] = 10 * GB
     with pytest.raises(arcmerge.ArcmergeError) as caught:
         memory.must_stream(int(6 * GB), int(15 * GB), cpu)
     assert str(caught.value) == (
         "pinned memory must have 15.0 GB free for the models, which do not fit on cpu, got 10.0 GB, "
-        "5.0 GB too little; end other programs, or use --device cpu, or a GPU of 22 GB"
+        "5.0 GB too little; end other programs, or use --device cpu, or a GPU of 21 GB"
     )
 
 

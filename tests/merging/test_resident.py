@@ -55,7 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _in_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "must_stream", lambda *_: False)
     monkeypatch.setattr(
-        in_memory, "allocate", lambda plans, nbytes, progress: GpuMemory(plans, nbytes, "cpu", progress)
+        in_memory, "allocate", lambda plans, nbytes, progress, workspace: GpuMemory(plans, nbytes, "cpu", progress)
     )
 
 

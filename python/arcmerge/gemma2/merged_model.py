@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -18,6 +18,7 @@ from arcmerge.dispatch.checks import ACTIVATIONS
 from arcmerge.errors import ArcmergeError
 from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.model import Gemma2
+from arcmerge.gemma2.runtime.workspace import workspace_bytes
 from arcmerge.gemma2.weights import LM_HEAD, STORED_DTYPES, assemble, find_tensors, neighbours
 from arcmerge.interrupts import remove_at_end
 from arcmerge.merging.execution.in_memory import InMemoryMerge
@@ -37,15 +38,15 @@ class MergedGemma2(Gemma2):
     parent; their histograms of magnitudes are kept in memory.
     """
 
-    def __init__(self, in_memory: InMemoryMerge, numerics: str) -> None:
+    def __init__(
+        self, in_memory: InMemoryMerge, config: Gemma2Config, files: Mapping[str, bytes], numerics: str
+    ) -> None:
         self._in_memory = in_memory
         # The merge may have a vocabulary of its own, so its config and tokenizer files are written to a folder.
         folder = Path(mkdtemp(prefix="arcmerge-"))
         finalize(self, _remove, folder, remove_at_end(str(folder)), os.getpid())
-        for name, content in small_files(in_memory.prepared, folder.name).items():
+        for name, content in files.items():
             (folder / name).write_bytes(content)
-        donor = Path(in_memory.prepared.plan.donor.path)  # a folder that the user knows, for messages
-        config = Gemma2Config.read(json.loads((folder / "config.json").read_bytes()), donor / "config.json")
         stored = find_tensors("the merge", in_memory.outputs, config)
         dtypes = {STORED_DTYPES[in_memory.outputs[name].dtype.name] for name in stored.values()}
         if len(dtypes) > 1 or not dtypes <= set(ACTIVATIONS):
@@ -70,8 +71,15 @@ class MergedGemma2(Gemma2):
         warn: Warn = warnings.warn,
     ) -> MergedGemma2:
         """Merge the models of a configuration in memory; see `Gemma2.from_merge`."""
-        in_memory = InMemoryMerge(prepare(config, options, warn), progress or (lambda done, total: None), neighbours)
-        return cls(in_memory, numerics)
+        prepared = prepare(config, options, warn)
+        files = small_files(prepared, "merge")
+        donor = Path(prepared.plan.donor.path)  # a folder that the user knows, for messages
+        model_config = Gemma2Config.read(json.loads(files["config.json"]), donor / "config.json")
+        widest = max(STORED_DTYPES.values(), key=lambda dtype: dtype.itemsize)
+        stored = {STORED_DTYPES.get(job.output.dtype.name, widest) for job in prepared.plan.jobs}
+        workspace = workspace_bytes(model_config, max(stored, key=lambda dtype: dtype.itemsize))
+        in_memory = InMemoryMerge(prepared, progress or (lambda done, total: None), neighbours, workspace)
+        return cls(in_memory, model_config, files, numerics)
 
     @property
     def recipe(self) -> str:

@@ -37,6 +37,7 @@ class InMemoryMerge:
             statistics pass, and merging.
         neighbours: given the names of all tensors of the result, returns groups of them that lie side by side in
             memory, without a gap.
+        workspace: bytes of a GPU's memory that are left free for a model that runs.
 
     Raises:
         ArcmergeError: memory is too small, or weights have NaN or infinity.
@@ -47,6 +48,7 @@ class InMemoryMerge:
         prepared: Prepared,
         progress: Progress = lambda done, total: None,
         neighbours: Callable[[Collection[str]], Sequence[tuple[str, ...]]] = lambda names: (),
+        workspace: int = 0,
     ) -> None:
         self._configured = prepared.recipe
         self._prepared = prepared
@@ -55,7 +57,7 @@ class InMemoryMerge:
         # At t = 0 or 1 a tensor is a copy, which needs neither the other parent nor a matrix; the next t may need both.
         has_t = any(parameter.name == "t" for parameter in prepared.plan.method.parameters)
         interior = prepared.with_recipe(changed_recipe(prepared.recipe, {"t": _INTERIOR_T})) if has_t else prepared
-        self._memory = allocate([interior, prepared], nbytes, progress)
+        self._memory = allocate([interior, prepared], nbytes, progress, workspace)
         self._merged: dict[str, object] = {}
         checkpoints = prepared.checkpoints
         self._known = StatisticsCache(checkpoints.values(), checkpoints[prepared.plan.donor].folder)

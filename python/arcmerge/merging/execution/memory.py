@@ -33,8 +33,6 @@ Key = TypeVar("Key", bound=Hashable)
 ALIGNMENT = 256
 # Random masks take up to this part of the size of the result, which is enough for those of four models in bfloat16.
 _MASK_SHARE = 4
-# GPU memory that is left free for the KV cache and the activations of a model that runs.
-_FREE_BYTES = 1 << 30
 # So many threads at once copy parents to pinned memory, each through a slot of 16 MB.
 _LOADING_SLOTS = 8
 # A launch of so many pieces keeps a GPU busy while the next launch is prepared.
@@ -86,20 +84,21 @@ class Memory(Protocol):
         ...
 
 
-def allocate(plans: Sequence[Prepared], nbytes: int, progress: Progress) -> Memory:
+def allocate(plans: Sequence[Prepared], nbytes: int, progress: Progress, workspace: int = 0) -> Memory:
     """Memory on the device of the plans.
 
     Args:
         plans: every plan that will be merged; they differ in their parameters alone.
         nbytes: the size of the result.
         progress: called with the bytes of the parents that were loaded, and the bytes in total.
+        workspace: bytes of a GPU's memory that are left free for a model that runs.
 
     Raises:
         ArcmergeError: there is too little memory; it says how much is missing.
     """
     if (device := plans[0].options.resolved_device) == "cpu":
         return CpuMemory(nbytes)
-    return GpuMemory(plans, nbytes, device, progress)
+    return GpuMemory(plans, nbytes, device, progress, workspace)
 
 
 class CpuMemory:
@@ -155,12 +154,15 @@ class GpuMemory:
         nbytes: the size of the result.
         device: a torch device name. With "cpu" the same code runs on CPU tensors, which the Triton interpreter accepts.
         progress: called with the bytes of the parents that were loaded, and the bytes in total.
+        workspace: bytes that are left free for a model that runs.
 
     Attributes:
         streamed: whether the parents are in pinned memory, from which they pass through the GPU at every merge.
     """
 
-    def __init__(self, plans: Sequence[Prepared], nbytes: int, device: str, progress: Progress) -> None:
+    def __init__(
+        self, plans: Sequence[Prepared], nbytes: int, device: str, progress: Progress, workspace: int = 0
+    ) -> None:
         import torch
 
         self._torch = torch
@@ -171,7 +173,7 @@ class GpuMemory:
             {key: job.count * job.inputs[index].dtype.itemsize for key, (_, job, _, index) in parents.items()}
         )
         slots = slot_count(threads) * max(slot_bytes(plan.plan.jobs) for plan in plans)
-        self.streamed = must_stream(nbytes + slots, end, self._device)
+        self.streamed = must_stream(nbytes + slots + workspace, end, self._device)
         self.batch_size = 1 if self.streamed else _GPU_BATCH_SIZE
         # Threads that fill them are outside of the caller's inference mode, and may not write to tensors of that mode.
         with torch.inference_mode(False):
@@ -348,14 +350,13 @@ def must_stream(required: int, parents: int, device: torch.device) -> bool:
     """Whether the parents must stay in pinned memory, because the device has too little memory for them.
 
     Args:
-        required: bytes that are needed on the device in any case, apart from those of a model that runs.
+        required: bytes that are needed on the device in any case, also by a model that runs.
         parents: the size of the parents in bytes.
         device: the device of the result.
 
     Raises:
         ArcmergeError: the required bytes do not fit on the device, or the parents do not fit into RAM.
     """
-    required += _FREE_BYTES
     free = free_memory(device)
     if required + parents <= free:
         return False
