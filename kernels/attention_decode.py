@@ -2,9 +2,9 @@
 
 The slots of a cache are cut into splits of a fixed size. A program computes a split for all query heads that share a
 key-value head, so that a key is read once. It loops over slots, not over positions: slot s holds the last position p <
-length with p % S = s, so a ring buffer needs no special case. The program of the split that has the slot of the new
-token takes its key and value from registers and starts its softmax with them; no program reads a slot that another
-program writes.
+length with p % S = s, so a ring buffer needs no special case, nor does a sequence that starts in another slot than 0.
+The program of the split that has the slot of the new token takes its key and value from registers and starts its
+softmax with them; no program reads a slot that another program writes.
 
 Every program stores the maximum weight, the sum of its weights and the weighted sum of the values, in float32. A
 counter tells the last program of a head, which combines them in the order of the splits and clears the counter. Thus
@@ -104,6 +104,7 @@ def _attention_decode_kernel(
     qkv_ptr,
     cos_sin_ptr,
     seqlens_k_ptr,
+    first_slots_ptr,
     key_ptr,
     value_ptr,
     counters_ptr,
@@ -145,14 +146,18 @@ def _attention_decode_kernel(
 
     # Visible positions are in the slots from that of `first` on, which may wrap around the end of the cache.
     new = length - 1
-    new_slot = new % slots
     first = 0
     if WINDOWED:
         first = tl.maximum(length - window, 0)
-    first_split = first % slots // KEYS
+    offset = 0
+    if first_slots_ptr is not None:
+        offset = tl.load(first_slots_ptr + sequence)
+    new_slot = (offset + new) % slots
+    first_slot = (offset + first) % slots
+    first_split = first_slot // KEYS
     last_split = new_slot // KEYS
     active = last_split - first_split + 1
-    if first % slots > new_slot:
+    if first_slot > new_slot:
         active = tl.minimum(active + splits, splits)
     if not _is_active(split, first_split, active, splits):
         return
@@ -314,6 +319,7 @@ def attention_decode(
     value_cache: Tensor,
     seqlens_k: Tensor,
     cos_sin: Tensor,
+    first_slots: Tensor | None = None,
     *,
     heads: int,
     scale: float,
@@ -333,6 +339,7 @@ def attention_decode(
         qkv,
         cos_sin,
         seqlens_k,
+        first_slots,
         key_cache,
         value_cache,
         counters,

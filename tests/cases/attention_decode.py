@@ -27,12 +27,14 @@ def build(
     loud: float = 1.0,
     positive: bool = False,
     skip: int = 0,
+    firsts: Sequence[int] | None = None,
 ) -> Call:
     """A call for one sequence per length. Slots that are not visible are NaN, also the slot of the new token.
 
     Args:
         dtypes: of the states and of cos_sin.
         loud: the scale of all states.
+        firsts: for each sequence, the slot of its first token.
 
     The other arguments are those of the cases of attention.
     """
@@ -53,12 +55,17 @@ def build(
         values.abs_()
     seen = [min(length, window or length) for length in lengths]
     placed = [cache_positions(length, slots, count) for length, count in zip(lengths, seen, strict=True)]
+    starts = firsts or [0] * sequences
+    placed = [
+        ((used + start) % slots, (unseen + start) % slots) for (used, unseen), start in zip(placed, starts, strict=True)
+    ]
     for index, (used, unseen) in enumerate(placed):
         hidden = torch.cat([unseen, used[-1:]])
         keys[index, :, hidden] = values[index, :, hidden] = NAN
     before = keys.clone(), values.clone()
     counters = draw.exact(torch.zeros(sequences, key_value_heads, dtype=torch.int32))
     seqlens_k = draw.exact(torch.tensor(lengths, dtype=torch.int32))
+    first_slots = None if firsts is None else draw.exact(torch.tensor(firsts, dtype=torch.int32))
     number_of_splits = splits(slots, key_value_heads)
     partial = draw.empty(sequences, key_value_heads, number_of_splits, group, head_dim, dtype=F32)
     statistics = draw.empty(sequences, key_value_heads, number_of_splits, group, 2, dtype=F32)
@@ -110,6 +117,7 @@ def build(
             values,
             seqlens_k,
             cos_sin,
+            first_slots=first_slots,
             heads=query_heads,
             scale=scale,
             softcap=softcap,
@@ -154,6 +162,16 @@ SMALL = [
         slots=13,
         window=8,
         loud=5.0,
+    ),
+    _case("padded on the left", (300, 1, 0, 170), (2, 1), 32, slots=301, firsts=(1, 300, 7, 131), loud=3.0),
+    _case(
+        "starts in the middle of a ring, a window of 100",
+        (130, 400, 90),
+        (2, 1),
+        32,
+        slots=384,
+        window=100,
+        firsts=(300, 5, 383),
     ),
     _case("3 heads a group, misaligned", (20, 130), (3, 1), 32, softcap=0.0, scale=0.2, skip=1),
 ]

@@ -333,6 +333,38 @@ def test_an_accelerated_model_of_transformers(
 
 
 @pytest.mark.usefixtures("gpus", "fake_tensors_are_plain")
+@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "accelerated"])
+def test_a_padded_batch_decodes_without_copies_of_its_cache(monkeypatch: pytest.MonkeyPatch, by_name: bool) -> None:
+    import accelerated
+    from arcmerge.integrations.transformers import register_attention
+
+    def logits(device: str) -> list[torch.Tensor]:
+        model = accelerated.tiny(num_hidden_layers=2).to(device)
+        mask = torch.ones_like(accelerated.IDS)
+        mask[1, :4] = 0
+        with torch.no_grad(), register_attention() if by_name else accelerated.accelerate(model):
+            if by_name:
+                model.set_attn_implementation("arcmerge")
+            found = model.generate(
+                accelerated.IDS.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=3,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return [each.cpu() for each in found.logits]
+
+    gathered: list[int] = []
+    gather = torch.Tensor.gather
+    monkeypatch.setattr(torch.Tensor, "gather", lambda self, *rest: gathered.append(self.dim()) or gather(self, *rest))
+    found = logits("cuda:1")
+    assert gathered.count(4) == 2 * 2  # keys and values of the prompt, in each of two layers
+    monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
+    assert same(found, logits("cpu"))
+
+
+@pytest.mark.usefixtures("gpus", "fake_tensors_are_plain")
 def test_attention_by_name_with_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     import accelerated
     from arcmerge import ops

@@ -123,6 +123,27 @@ def test_a_row_does_not_depend_on_the_others(draw: Random, monkeypatch: pytest.M
     assert torch.equal(step(slice(None), 300, 0, 200)[2:], step(slice(2, 3), 200))
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_sequence_may_start_in_any_slot(draw: Random, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Every backend has the result, and the cache, of the sequence from slot 0 on."""
+    qkv, table = draw.normal(4, 8 * 16, dtype=dtype), draw.normal(300, 16, dtype=F32)
+    caches, first, lengths = draw.normal(2, 4, 2, 300, 16, dtype=dtype), (0, 299, 17, 150), integers(300, 7, 0, 200)
+    for backend in ("reference", "triton", *(["native"] if DEVICE == "cpu" else [])):
+        monkeypatch.setenv("ARCMERGE_BACKEND", backend)
+        aligned = [states.clone() for states in caches]
+        moved = [
+            torch.stack([each.roll(start, dims=1) for each, start in zip(states, first, strict=True)])
+            for states in caches
+        ]
+        options = dict(heads=4, cos_sin=table, scale=0.3, softcap=50.0)
+        expected = attention_decode(qkv, *aligned, lengths, **options)
+        found = attention_decode(qkv, *moved, lengths, first_slots=integers(*first), **options)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02 if dtype == BF16 else 1e-5)
+        for states, others in zip(moved, aligned, strict=True):
+            back = [each.roll(-start, dims=1) for each, start in zip(states, first, strict=True)]
+            assert torch.equal(torch.stack(back), others), backend
+
+
 def test_counters_of_a_cache_are_kept_and_zero_again(draw: Random, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
     key, value = draw.normal(2, 3, 2, 300, 16)

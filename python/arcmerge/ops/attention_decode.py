@@ -39,6 +39,7 @@ def attention_decode(
     heads: int,
     scale: float,
     cos_sin: Tensor | None = None,
+    first_slots: Tensor | None = None,
     softcap: float = 0.0,
     window: int = 0,
     stepwise: bool = False,
@@ -63,6 +64,8 @@ def attention_decode(
         heads: H.
         cos_sin: [P, Dh], from rope_table, P at least the longest sequence; its dtype, float32 or that of qkv, decides
             the rounding as in `rope_cache`. None: no rotation; S must then be at least the longest sequence.
+        first_slots: [B] int32, below S: position p of sequence b is in slot (first_slots[b] + p) % S, as in a batch
+            that is padded on the left. The CPU copies the caches for it. None: slot p % S.
 
     Returns:
         [B, H * Dh] in the dtype of qkv.
@@ -75,18 +78,19 @@ def attention_decode(
     query, key, value = states.split([heads, key_value_heads, key_value_heads], dim=1)
     cos_sin = _unrotated(slots, head_dim, qkv.device) if cos_sin is None else cos_sin
     out = torch.zeros_like(query)
-    for sequence, length in enumerate(seqlens_k.tolist()):
+    starts = [0] * len(qkv) if first_slots is None else first_slots.tolist()
+    for sequence, (length, start) in enumerate(zip(seqlens_k.tolist(), starts, strict=True)):
         if length == 0:
             continue
         row = slice(sequence, sequence + 1)
         positions = torch.arange(max(length - window, 0) if window else 0, length, device=qkv.device)
         angles = cos_sin[length - 1 : length]
-        key_cache[sequence, :, (length - 1) % slots] = rotated(key[row], angles)[0]
-        value_cache[sequence, :, (length - 1) % slots] = value[sequence]
+        key_cache[sequence, :, (start + length - 1) % slots] = rotated(key[row], angles)[0]
+        value_cache[sequence, :, (start + length - 1) % slots] = value[sequence]
         out[row] = attend(
             rotated(query[row], angles),
-            key_cache[sequence][:, positions % slots],
-            value_cache[sequence][:, positions % slots],
+            key_cache[sequence][:, (start + positions) % slots],
+            value_cache[sequence][:, (start + positions) % slots],
             positions[-1:],
             positions,
             scale,
@@ -115,6 +119,7 @@ def _check(
     *,
     heads: int,
     cos_sin: Tensor | None,
+    first_slots: Tensor | None,
     softcap: float,
     window: int,
     **_: object,
@@ -132,6 +137,12 @@ def _check(
         require_contiguous(cos_sin=cos_sin)
     require_lengths(key_cache, seqlens_k=seqlens_k)
     require_limits(softcap, window)
+    if first_slots is not None:
+        shapes("B", first_slots=first_slots, B=B)
+        require_lengths(key_cache, first_slots=first_slots)
+        if first_slots.device.type == "cpu" and B:
+            lowest, highest = (int(bound) for bound in first_slots.aminmax())
+            require(0 <= lowest <= highest < S, "first_slots", f"be 0 to {S - 1}, a slot", first_slots.tolist())
     if seqlens_k.device.type == "cpu":
         lengths = seqlens_k.tolist()
         longest = max(lengths, default=0)
@@ -155,8 +166,19 @@ def _native(
     *,
     heads: int,
     cos_sin: Tensor | None,
+    first_slots: Tensor | None,
     **numbers: Any,
 ) -> Tensor:
+    if first_slots is not None:
+        count, row = key_cache.shape[2], torch.arange(len(qkv))
+        slots = ((torch.arange(count) + first_slots[:, None]) % count)[:, None, :, None].expand(key_cache.shape)
+        keys, values = key_cache.gather(2, slots), value_cache.gather(2, slots)
+        out = _native(qkv, keys, values, seqlens_k, heads=heads, cos_sin=cos_sin, first_slots=None, **numbers)
+        # The new token alone has changed. Of an idle row this writes what is there.
+        newest = (seqlens_k.long() - 1) % count
+        for states, others in ((key_cache, keys), (value_cache, values)):
+            states[row, :, (newest + first_slots) % count] = others[row, :, newest]
+        return out
     if cos_sin is None:
         cos_sin = _unrotated(*key_cache.shape[2:], qkv.device)
         if (recording := current()) is not None:
@@ -194,6 +216,7 @@ def _triton(
     *,
     heads: int,
     cos_sin: Tensor | None,
+    first_slots: Tensor | None,
     **numbers: Any,
 ) -> Tensor:
     from arcmerge.kernels.attention_decode import attention_decode as launch
@@ -203,5 +226,5 @@ def _triton(
     if out.numel():
         cos_sin = _unrotated(*key_cache.shape[2:], qkv.device) if cos_sin is None else cos_sin
         left = scratch(key_cache, heads)
-        launch(out, *left, qkv, key_cache, value_cache, seqlens_k, cos_sin, heads=heads, **numbers)
+        launch(out, *left, qkv, key_cache, value_cache, seqlens_k, cos_sin, first_slots, heads=heads, **numbers)
     return out
