@@ -183,6 +183,6 @@ class DecodeStep:
         normed = ops.rmsnorm(x, weights.input_layernorm, eps=eps)
         attention = partial(attention_block, weights, attend=attend)
         # transformers' next layer applies its own norm. The one that is computed here, with any weight of this size,
-        # takes 15 us.
+        # takes 15 us; on a GPU it is the store of a row. A norm and a sum without it would be two calls.
         unused = weights.post_feedforward_layernorm
         return decoder_layer(weights, x, normed, attention, unused, eps)[0]
