@@ -79,6 +79,8 @@ CASES: list[tuple[str, str, list[Any], Any]] = [
     ("setp.ltu.f32 %p0, $1, $2; selp.u32 $0, 1, 0, %p0", "f32 f32 u32", [[3.0, np.nan], [2.0, 1.0]], [0, 1]),
     ("setp.ne.f32 %p0, $1, $2; selp.u32 $0, 1, 0, %p0", "f32 f32 u32", [[3.0, np.nan], [2.0, 1.0]], [1, 0]),
     ("setp.num.f32 %p0, $1, $2; selp.u32 $0, 1, 0, %p0", "f32 f32 u32", [[3.0, np.nan], [2.0, 1.0]], [1, 0]),
+    ("setp.num.bf16x2 %p0|%p1, $1, $2; selp.u32 $0, 1, 0, %p0", "u32 u32 u32", [[0x3F807FC0], [0]], [0]),
+    ("setp.num.bf16x2 %p0|%p1, $1, $2; selp.u32 $0, 1, 0, %p1", "u32 u32 u32", [[0x3F807FC0], [0]], [1]),
     ("setp.gt.u16 %p0, $1, -257; selp.u32 $0, 1, 0, %p0", "u16 u32", [[0xFF00, 5]], [1, 0]),
     ("mov.pred %p1, -1; setp.eq.and.s32 %p0, $1, 3, !%p1; selp.u32 $0, 1, 0, %p0", "s32 u32", [[3]], [0]),
     ("mov.b32 {%h1, %h2}, $1; mov.b32 $0, {%h2, %h1}", "b32 b32", [[0x12345678]], [0x56781234]),
@@ -131,6 +133,22 @@ def test_lanes_part_and_meet_again() -> None:
     assert counts.divergent_branches == 31 + 31 + 2
     assert counts.instructions["activemask.b32"] == 2
     assert counts.instructions["add.s32"] == (31 + 1) + (32 + 1)
+
+
+def test_a_register_chooses_a_parameter() -> None:
+    """As LLVM makes of the choice between two pointers that were passed."""
+    first, second = np.full(32, 7, np.uint32), np.arange(32, dtype=np.uint32)
+    body = """
+        and.b32 %r1, %r0, 1; setp.eq.s32 %p0, %r1, 0;
+        mov.b32 %r2, p0; mov.b32 %r3, p1; selp.b32 %r4, %r2, %r3, %p0;
+        ld.param.b64 %d2, [%r4+0];
+        mad.wide.u32 %d2, %r0, 4, %d2; ld.global.b32 %r5, [%d2];
+        mad.wide.u32 %d1, %r0, 4, %d0; st.global.b32 [%d1], %r5;
+    """
+    run(body, first, second)
+    assert first.tolist() == [7 if lane % 2 == 0 else lane for lane in range(32)]
+    with pytest.raises(Fault, match="from where none is"):
+        run("mov.b32 %r1, 4; ld.param.b64 %d1, [%r1];", first)
 
 
 PLACE = "shl.b32 %r1, %r0, 2; mov.b32 %r9, global_smem; add.s32 %r1, %r1, %r9; xor.b32 %r2, %r1, 128;"

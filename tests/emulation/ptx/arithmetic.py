@@ -205,6 +205,9 @@ _COMBINATIONS: dict[str, Function] = {"and": np.logical_and, "or": np.logical_or
 
 
 def _setp(modifiers: list[str], kind: str) -> Operation:
+    if kind in PACKED:  # of the lower halves; `counterpart` is that of the upper ones
+        single = _setp(modifiers, PACKED[kind]).function
+        return Operation(lambda a, b: single(a.astype(np.uint16), b.astype(np.uint16)), "pred", (kind, kind))
     name, *rest = modifiers
     combine = next((_COMBINATIONS[word] for word in rest if word in _COMBINATIONS), None)
 
@@ -224,6 +227,16 @@ def _setp(modifiers: list[str], kind: str) -> Operation:
     if combine is None:
         return Operation(compare, "pred", (kind, kind))
     return Operation(lambda a, b, other: combine(compare(a, b), other), "pred", (kind, kind, "pred"))
+
+
+def counterpart(parts: tuple[str, ...]) -> Function:
+    """What `setp` stores in q of p|q: the negation of p or, of two packed values, the comparison of the upper ones."""
+    *others, kind = parts
+    known = operation((*others, PACKED.get(kind, kind)))
+    assert known is not None
+    if kind in PACKED:
+        return lambda a, b: known.function((a >> 16).astype(np.uint16), (b >> 16).astype(np.uint16))
+    return lambda a, b: ~known.function(a, b)
 
 
 def _selp(modifiers: list[str], kind: str) -> Operation:

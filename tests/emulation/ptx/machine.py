@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import operation
+from .arithmetic import counterpart, operation
 from .barriers import MBARRIERS, Barriers, TensorMap, ready, try_wait
 from .bulk import COPY_BARRIERS, CopyBarriers, needs_clocks
 from .clocks import ClockedMemory
@@ -33,8 +33,8 @@ Execute = Callable[[Where], None]
 LANES = 1024
 # A kernel that waits for what another block must do first waits for ever here.
 ENDLESS = 20_000_000
-# Where tensor maps among the parameters seem to be.
-MAPS = 1 << 20
+# Where the parameters seem to be.
+PARAMETERS = 1 << 20
 
 _NOTHING_TO_DO = {"membar", "fence", "nanosleep", "griddepcontrol", "prefetch", "createpolicy", "setmaxnreg"}
 
@@ -83,8 +83,8 @@ class Machine:
             self.copy_barriers = CopyBarriers(self)
         self._clocked = needs_clocks(program)
         # Parameters of which the address is taken have one here.
-        self._places = {name: MAPS + 128 * number for number, name in enumerate(maps or {})}
-        self.maps = {self._places[name]: tensor for name, tensor in (maps or {}).items()}
+        self.places = {name: PARAMETERS + 128 * number for number, name in enumerate(program.parameters)}
+        self.maps = {self.places[name]: tensor for name, tensor in (maps or {}).items()}
         self._running: Sequence[Block] = ()
         self._issued = [0] * len(program.instructions)
         self._code = [self._decode(instruction) for instruction in program.instructions]
@@ -111,7 +111,7 @@ class Machine:
             raise Unsupported(f"the operand {operand}")
         values = self._registers.get(operand, self._special.get(operand))
         if values is None:
-            return np.full(self.lanes, _constant(str(self._places.get(operand, operand)), dtype), dtype)
+            return np.full(self.lanes, _constant(str(self.places.get(operand, operand)), dtype), dtype)
         if values.dtype == np.bool_ or dtype == np.bool_:
             if values.dtype != dtype:
                 raise Unsupported(f"predicate and number in one: {operand}")
@@ -198,19 +198,19 @@ class Machine:
         first, *operands = instruction.operands
         kinds += kinds[-1:] * (len(operands) - len(kinds))
         sources = [self._source(operand, kind) for operand, kind in zip(operands, kinds, strict=False)]
-        # setp may give its negation too: p|q.
+        # setp may give a second result: p|q.
         name, _, opposite = str(first).partition("|")
         target = self.target(name, result)
         if not opposite:
             return lambda where: target(function(*(source() for source in sources)), where)
         if len(operands) > 2:
             raise Unsupported(f"a combination and its counterpart: {instruction.text}")
-        other = self.target(opposite, result)
+        other, second = self.target(opposite, result), counterpart(parts)
 
         def execute(where: Where) -> None:
-            values = function(*(source() for source in sources))
-            target(values, where)
-            other(~values, where)
+            values = [source() for source in sources]
+            target(function(*values), where)
+            other(second(*values), where)
 
         return execute
 

@@ -84,14 +84,33 @@ def _locator(machine: Machine, parts: tuple[str, ...], operand: Operand, width: 
     return lambda lanes: machine.shared.offsets(base[lanes].astype(np.int64) + offset, lanes, width)
 
 
+def _choice(machine: Machine, address: Address, kind: str, target: Callable[[Array, Where], None]) -> Execute:
+    """Load a parameter that a register chooses, by its place."""
+    base, offset = machine.address(address, bits=32)
+
+    def execute(where: Where) -> None:
+        values, found = np.zeros(machine.lanes, dtype_of(kind)), np.zeros(machine.lanes, np.bool_)
+        for name, value in machine.parameters.items():
+            here = base + offset == machine.places[name]
+            values[here], found = value, found | here
+        lanes = machine.active(where)
+        if not found[lanes].all():
+            raise Fault("a load of a parameter from where none is", int(lanes[~found[lanes]][0]))
+        target(values, where)
+
+    return execute
+
+
 def _ld(machine: Machine, instruction: Instruction) -> Execute:
     parts = instruction.parts
     kind, space = parts[-1], _space(parts)
     registers, address, *_ = instruction.operands
     if space == "param":
         assert isinstance(address, Address)
-        value = np.full(machine.lanes, machine.parameters[address.base]).view(dtype_of(kind))
         target = machine.target(elements_of(registers)[0], kind)
+        if address.base not in machine.parameters:
+            return _choice(machine, address, kind, target)
+        value = np.full(machine.lanes, machine.parameters[address.base]).view(dtype_of(kind))
         return lambda where: target(value, where)
     dtype = dtype_of(kind)
     targets = [machine.target(name, kind) for name in elements_of(registers)]
