@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .target import architecture, configuration
+from .proxy import fence
+from .target import TRITON, architecture, configuration
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 # The logarithm of a weight of 0: below any other, but finite, because NEVER - NEVER must be 0.
@@ -118,6 +119,7 @@ def _attention_kernel(
         # A ring buffer has whole tiles, so the slots of a tile are contiguous.
         cached = (begin % slots + tl.arange(0, BLOCK_N))[:, None] * HEAD_DIM + column
         key = tl.load(key_ptr + cached, mask=inside, other=0.0)
+        fence()
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
         logarithm = logarithms(products, factor, ceiling, SOFTCAPPED)
         if (begin < whole) | (begin >= diagonal):
@@ -130,6 +132,7 @@ def _attention_kernel(
         decay = tl.exp2(maximum - new_maximum)
         total = total * decay + tl.sum(weights, axis=1)
         value = tl.load(value_ptr + cached, mask=inside, other=0.0)
+        fence()
         weighted = tl.dot(weights.to(value.dtype), value, weighted * decay[:, None], input_precision="ieee")
         maximum = new_maximum
     result = (weighted / total[:, None]).to(out_ptr.dtype.element_ty)
@@ -190,7 +193,7 @@ def _is_specialised(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bo
         and query.dtype == torch.bfloat16
         and query.shape[2] in (128, 256)
         and architecture(query.device) == "sm_90"
-        and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+        and TRITON >= (3, 9)
         # A tensor map starts at a multiple of 16 bytes.
         and (key_cache.data_ptr() | value_cache.data_ptr()) % 16 == 0
     )

@@ -30,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import dependent_launch
 from .attention import NEVER, exponents, logarithms
 from .rope_cache import rotated
-from .target import configuration
+from .target import configuration, enough_registers
 
 
 @triton.jit
@@ -364,4 +364,6 @@ def attention_decode(
         num_stages=tile.stages,
         enable_fp_fusion=False,
         **dependent_launch.options(qkv.device),
+        # Larger heads would lose a program on a multiprocessor, and do not spill.
+        **(enough_registers(qkv.device) if head_dim < 64 else {}),
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from .cuts import between, equals_before, read_cuts, tile_of
 from .segments import launches, read_first, read_row, store
 from .selection import Choice, kept_at_random, read_tile
+from .target import enough_registers
 
 
 @triton.jit
@@ -280,4 +281,5 @@ def consensus_combine(
             TILE=tile,
             num_warps=warps,
             enable_fp_fusion=False,
+            **enough_registers(nonfinite.device),
         )

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor, empty, float64
 
 from .segments import Launch, launches, load, read_row
+from .target import enough_registers
 
 WARPS = 4
 MOST = 8  # inputs of a launch
@@ -207,5 +208,6 @@ def partial_grams(launch: Launch, k: int, base: bool = False) -> Tensor:
         OPERANDS=len(launch.dtypes),
         num_warps=WARPS,
         enable_fp_fusion=False,
+        **enough_registers(partial.device),
     )
     return partial

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dependent_launch
-from .target import configuration
+from .target import TRITON, configuration
 
 SLICES = 4
 
@@ -119,19 +119,13 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
 ):
     block = tl.program_id(0)
-    weight_ptr = weight0_ptr
-    rows = rows0
-    first = 0
-    if block >= tl.cdiv(rows, BLOCK_M):
-        block -= tl.cdiv(rows, BLOCK_M)
-        first += rows
-        weight_ptr = weight1_ptr
-        rows = rows1
-        if block >= tl.cdiv(rows, BLOCK_M):
-            block -= tl.cdiv(rows, BLOCK_M)
-            first += rows
-            weight_ptr = weight2_ptr
-            rows = rows2
+    # By `where`: Triton 3.6 stops at pointers that nested branches choose, on AMD (CanonicalizePointers).
+    blocks0, blocks1 = tl.cdiv(rows0, BLOCK_M), tl.cdiv(rows1, BLOCK_M)
+    second, third = block >= blocks0, block >= blocks0 + blocks1
+    weight_ptr = tl.where(third, weight2_ptr, tl.where(second, weight1_ptr, weight0_ptr))
+    rows = tl.where(third, rows2, tl.where(second, rows1, rows0))
+    block -= tl.where(third, blocks0 + blocks1, tl.where(second, blocks0, 0))
+    first = tl.where(third, rows0 + rows1, tl.where(second, rows0, 0))
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.arange(0, TOKENS)
     sums, _ = products(weight_ptr, None, row, rows, x_ptr, tokens, K, TOKENS, SLICES, BLOCK_K)
@@ -159,8 +153,9 @@ def tiling(x: Tensor, weights: Sequence[Tensor], rows: int) -> dict[str, int | b
         "enable_fp_fusion": False,
         **dependent_launch.options(x.device),
     }
-    if nvidia:
-        # By default ptxas aims at 64 registers and spills, although shared memory allows at most 8 warps anyway.
+    # By default ptxas aims at 64 registers and spills, although shared memory allows at most 8 warps anyway. But 2
+    # warps with 32 rows take 206 by default and, with the ptxas of Triton before 3.8, all that they may, and spill.
+    if nvidia and not (TRITON < (3, 8) and rows == 32 and meta["num_warps"] == 2):
         meta["maxnreg"] = 255
     return meta
 

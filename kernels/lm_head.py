@@ -26,7 +26,8 @@ from torch import Tensor
 
 from . import dependent_launch
 from .gumbel import gumbel
-from .target import configuration
+from .proxy import fence
+from .target import configuration, enough_registers
 
 BEYOND = tl.constexpr(2**31 - 1)  # above every id
 
@@ -76,6 +77,7 @@ def _scores(
         inside = start + inner < D
         x = tl.load(x_ptrs + start, mask=inside[None, :], other=0.0)
         weight = tl.load(weight_ptrs + start, mask=inside[:, None], other=0.0)
+        fence()
         products = tl.dot(x, weight, products, input_precision="ieee")
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     scores = _round(products, STEPWISE, dtype)
@@ -234,6 +236,8 @@ class Scores(NamedTuple):
         sizes = {"BLOCK_T": rows, "BLOCK_V": ids, "BLOCK_K": inner}
         stages_here = configuration(stages, self.x.device)
         options = {"num_warps": warps, "num_stages": stages_here, "enable_fp_fusion": False}
+        if self.tile is MANY:
+            options |= enough_registers(self.x.device)
         return {**sizes, **options, **dependent_launch.options(self.x.device)}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .segments import launches, read_first, read_row
 from .selection import ALL, Choice, kept_at_random, read_tile
-from .target import configuration
+from .target import TRITON, configuration
 
 BINS = tl.constexpr(32768)
 END = tl.constexpr(16384)  # one past the last bin of the window, that of magnitudes from 2 on
@@ -169,7 +169,7 @@ def magnitude_histogram(
         choice: with keys and limits [G], one of each a group.
         prefixes: [G, P] int64, the bins to count by the lower 16 bits of their codes; None for all bins.
     """
-    table = INCREMENTING if tuple(map(int, triton.__version__.split(".")[:2])) >= FIRST_INCREMENTING else COMPARING
+    table = INCREMENTING if TRITON >= FIRST_INCREMENTING else COMPARING
     window, elements, warps = configuration(table, out.device)
     operands = [(*group, base) for group, base in zip(groups, bases, strict=True)]
     for dtypes, rows, _ in launches(operands, interleaved=True):

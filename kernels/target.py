@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -9,6 +10,8 @@ import torch
 import triton
 
 Configuration = TypeVar("Configuration")
+# The version of Triton, such as (3, 6, 0): compilers of older ones need other tiles.
+TRITON = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
 
 
 def architecture(device: torch.device) -> str:
@@ -39,3 +42,11 @@ def configuration(table: Mapping[str, Configuration], device: torch.device) -> C
         return table["gfx942"]
     rows = sorted((int(row[3:]), row) for row in table if row.startswith("sm_"))
     return table[[row for version, row in rows if version <= int(name[3:])][-1]]
+
+
+def enough_registers(device: torch.device) -> dict[str, int]:
+    """The option of a launch by which a thread may have all 255 registers, for NVIDIA and Triton before 3.8.
+
+    The ptxas of these, 12.8, spills some words to fit one more program on a multiprocessor.
+    """
+    return configuration({"sm_80": {"maxnreg": 255}, "gfx942": {}}, device) if TRITON < (3, 8) else {}
