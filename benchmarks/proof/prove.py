@@ -1,12 +1,15 @@
-"""Verifies the kernels as far as is possible without a GPU; writes results/proof.json and docs/proof.md.
+"""Verifies the kernels as far as is possible without a GPU; writes results/proof*.json and docs/proof.md.
 
-python benchmarks/proof/prove.py [all|predictions|model]
+python benchmarks/proof/prove.py code|predictions|model|page
 
-This process interprets every case. A background process on two cores compiles, emulates and predicts. Exits with 1 if
-anything fails; both files list the failures.
-
-predictions: count again only the work from which times are predicted, and keep the rest of results/proof.json.
+code: everything that depends on the version of Triton, with the one that this process imports (PYTHONPATH chooses it):
+    results/proof-VERSION.json. This process interprets every case; a background process on two cores compiles and
+    emulates.
+predictions: count the work from which times are predicted: results/proof.json.
 model: predict the times again from the work in results/proof.json, after a change of the model.
+page: nothing else.
+
+All but `code` write docs/proof.md from the results of all versions, and exit with 1 if any of them failed.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
 
 import torch
-from page import page
+import triton
+from gate import shortcomings, union
+from page import page, stored
 
 from _bench import RESULTS, provenance
 from cases import SMALL, Case
@@ -34,6 +40,7 @@ from emulation.evidence import Evidence, interpreted, same_values, targets_of
 from emulation.nvcc import slerp_work
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "proof.md"
+TIMES = RESULTS / "proof.json"
 Record = dict[str, Any]
 
 
@@ -60,32 +67,6 @@ def compare(record: Record, case: Case, evidence: Evidence | None, folder: Path)
     return {**record, "same_bits": same, "same_bits_due": case.exact}
 
 
-def shortcomings(proof: dict[str, Any]) -> list[Record]:
-    """Everything that is not as it must be: op, target (none: all), reason."""
-    found = [
-        {"op": op, "target": target, "reason": reason}
-        for (op, target), reasons in prover.failures(proof).items()
-        for reason in reasons
-    ]
-
-    def missing(record: Record, target: str, reason: str) -> None:
-        found.append({"op": record["op"], "target": target, "reason": f"{record['case']}: {reason}"})
-
-    for record in proof["interpreted"]:
-        if "failed" in record:
-            continue  # named by failures()
-        if record["error"] > 1:
-            missing(record, "", f"interpreted, {record['error']:.3g} times the tolerance from the truth")
-        if record["stated_ratio"] is not None and abs(record["ratio"] - record["stated_ratio"]) > 1e-12:
-            missing(record, "", f"moves {record['ratio']!r} of the minimum, {record['stated_ratio']!r} is stated")
-    for record in proof["emulated"] + proof.get("corners", []):
-        if record.get("error", 0.0) > 1:
-            missing(record, record["target"], f"emulated, {record['error']:.3g} times the tolerance from the truth")
-        if record.get("same_bits_due") and not record["same_bits"]:
-            missing(record, record["target"], "emulated, other bits than the interpreter's")
-    return found
-
-
 def lines(proof: dict[str, Any]) -> str:
     """JSON with a line for each record, so that two proofs can be compared."""
     fields = []
@@ -95,28 +76,33 @@ def lines(proof: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
-def everything() -> dict[str, Any]:
-    """All records."""
+def code() -> dict[str, list[Record]]:
+    """The facts that depend on the version of Triton."""
+    interpreter.install()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        process = prover.start("full", folder)
+        process = prover.start("code", folder)
         try:
-            results = {(case.op, case.name): (case, *interpret(case)) for case in SMALL}
-            slerp = slerp_work(folder)
-            proof: dict[str, Any] = {**prover.finished(process, folder), "slerp": slerp}
+            results = {}
+            for number, case in enumerate(SMALL, 1):
+                results[case.op, case.name] = (case, *interpret(case))
+                if number % 20 == 0:
+                    print(f"{number} of {len(SMALL)} cases interpreted", flush=True)
+            facts = prover.finished(process, folder)
         finally:
             prover.stop(process)
-        proof["interpreted"] = [record for _, record, _ in results.values()]
-        proof["emulated"] = [
+        del facts["predicted"]
+        facts["emulated"] = [
             compare(record, case, evidence, folder)
-            for record in proof["emulated"]
+            for record in facts["emulated"]
             for case, _, evidence in [results[record["op"], record["case"]]]
         ]
-    return proof
+        facts["interpreted"] = [record for _, record, _ in results.values()]
+    return facts
 
 
 def predictions() -> dict[str, Any]:
-    """The records of predicted times."""
+    """The work of every launch of the models, from which its times are predicted."""
     with tempfile.TemporaryDirectory() as name:
         process = prover.start("predictions", Path(name))
         try:
@@ -126,27 +112,34 @@ def predictions() -> dict[str, Any]:
             prover.stop(process)
 
 
-def main(part: str = "all") -> int:
-    source = provenance("arcmerge", "torch", "triton", "numpy")
-    if part == "all":
-        interpreter.install()
-        proof = {**source, "failures": [], "predictions_from": source, **everything()}
-    else:
-        proof = json.loads((RESULTS / "proof.json").read_text())
-        if part == "predictions":
-            proof |= {"predictions_from": source, **predictions()}
-        for record in proof["predicted"]:
+def main(part: str) -> int:
+    started = time.monotonic()
+    source = {"triton": triton.__version__, **provenance("arcmerge", "torch", "triton", "numpy")}
+    print(f"Triton {triton.__version__}: {part}", flush=True)
+    if part == "code":
+        facts = code()
+        proof = {**source, "failures": shortcomings(facts), **facts}
+        file = RESULTS / f"proof-{triton.__version__}.json"
+        file.write_text(lines(proof))
+        taken = time.monotonic() - started
+        print(f"{len(proof['failures'])} failures; written after {taken / 60:.0f} minutes: {file}", flush=True)
+        return 0
+    times = {**source, "failures": [], **predictions()} if part == "predictions" else json.loads(TIMES.read_text())
+    if part != "page":
+        for record in times["predicted"]:
             if "failed" not in record:
                 record["machines"] = prover.predicted_times(record)
-    proof["failures"] = shortcomings(proof)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "proof.json").write_text(lines(proof))
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(proof))
-    for failure in proof["failures"]:
-        print(f"FAILED {failure['op']} {failure['target'] or 'everywhere'}: {failure['reason']}")
-    print(f"{len(proof['failures'])} failures; written: {RESULTS / 'proof.json'}, {PAGE}")
-    return 1 if proof["failures"] else 0
+        times["failures"] = shortcomings({"predicted": times["predicted"]})
+        TIMES.write_text(lines(times))
+    proofs = stored(RESULTS)
+    PAGE.write_text(page(proofs, times))
+    failures = union(proofs, times)
+    for failure in failures:
+        where = f"{failure['op']} {failure['target'] or 'everywhere'}"
+        print(f"FAILED with Triton {failure['triton']}, {where}: {failure['reason']}")
+    versions = ", ".join(proof["triton"] for proof in proofs)
+    print(f"{len(failures)} failures with Triton {versions}; written: {PAGE}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 `start` runs this module as such a process. It writes FOLDER/facts.json, and for each emulated case a file with its
 outputs. The mode "quick", for the tests, compiles the launches of Gemma-2 for two targets and emulates SMALL for
-sm_80, and for sm_90 the ops that multiply by warpgroups. "full" compiles every case for every target, emulates it for
-every target of NVIDIA whose instructions the emulator knows, and counts the work that its time is predicted from;
-"predictions" does the last alone.
+sm_80, and for sm_90 the ops that multiply by warpgroups. "code" compiles every case for every target, and emulates it
+for every target of NVIDIA whose instructions the emulator knows; "predictions" counts the work from which times are
+predicted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
@@ -122,8 +122,9 @@ def compile_op(op: str, target: str, names: Sequence[str]) -> Record:
         with compiling_for(target) as kernels:
             call.launch()
         intensity = call.operations / max(call.minimum_bytes, 1)
-        launched[case.name] = {"kernels": [kernel.hash for kernel in kernels], "operations_per_byte": intensity}
-        facts |= {kernel.hash: describe(kernel, target) for kernel in kernels if kernel.hash not in facts}
+        keys = [kernel.hash[:16] for kernel in kernels]  # short, as results/ keeps them
+        launched[case.name] = {"kernels": keys, "operations_per_byte": intensity}
+        facts |= {key: describe(kernel, target) for key, kernel in zip(keys, kernels, strict=True) if key not in facts}
     return {
         "op": op,
         "target": target,
@@ -270,9 +271,10 @@ def prove(mode: str, folder: Path) -> dict[str, list[Record]]:
     folder.mkdir(parents=True, exist_ok=True)
     ops = list(dict.fromkeys(case.op for case in SMALL + MODELS))
     quick = mode == "quick"
-    compiled = {"quick": MODELS, "full": SMALL + MODELS, "predictions": []}[mode]
+    every = SMALL + MODELS
+    compiled = {"quick": MODELS, "code": every, "predictions": []}[mode]
     nvidia = [target for target in TARGETS if target.startswith("sm_")]
-    emulated_on = {"quick": QUICK_TARGETS, "full": nvidia, "predictions": []}[mode]
+    emulated_on = {"quick": QUICK_TARGETS, "code": nvidia, "predictions": []}[mode]
     jobs: dict[str, list[partial[Record]]] = {
         "emulated": [
             partial(emulate_case, case.op, case.name, target, folder / f"{case.op}-{number}-{target}.pt")
@@ -289,11 +291,15 @@ def prove(mode: str, folder: Path) -> dict[str, list[Record]]:
         "corners": [
             partial(emulate_corner, corner.op, corner.name, target) for target in emulated_on for corner in CORNERS
         ],
-        "predicted": [] if quick else [partial(predict_case, case.op, case.name) for case in MODELS],
+        "predicted": [partial(predict_case, case.op, case.name) for case in MODELS if mode == "predictions"],
     }
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         # The longest first, so that both processes end at about the same time.
         running = {kind: list(map(partial(pool.submit, _attempt), jobs[kind])) for kind in reversed(jobs)}
+        pending = [each for kind in running.values() for each in kind]
+        for number, _ in enumerate(as_completed(pending), 1):
+            if number % 50 == 0 and not quick:
+                print(f"{number} of {len(pending)} jobs done", flush=True)
         return {kind: [each.result() for each in running[kind]] for kind in jobs}
 
 

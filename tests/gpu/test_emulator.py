@@ -19,7 +19,7 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 @pytest.fixture(scope="module")
 def executed() -> dict[str, dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([PYTHONPATH, environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = PYTHONPATH
     worker = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "emulation.ptx.cases"],
         env=environment,

@@ -6,9 +6,11 @@ A process without the interpreter compiles and emulates in the background while 
 from __future__ import annotations
 
 import copy
-import importlib.util
+import dataclasses
+import importlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -21,7 +23,7 @@ import torch
 from cases import MODELS, SMALL, Case
 from cases.corners import CORNERS, Corner
 from emulation import prover
-from emulation.compilation import TARGETS
+from emulation.compilation import TARGETS, Facts, as_json
 from emulation.evidence import Evidence, interpreted, same_values, targets_of
 from emulation.prover import Record
 
@@ -32,7 +34,7 @@ OPS = tuple(dict.fromkeys(case.op for case in SMALL + MODELS))
 ROOT = Path(__file__).resolve().parents[2]
 
 Background = tuple[subprocess.Popen[str], Path]
-Facts = dict[str, list[Record]]
+Found = dict[str, list[Record]]
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +46,7 @@ def background(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]
 
 
 @pytest.fixture(scope="session")
-def facts(background: Background) -> Facts:
+def facts(background: Background) -> Found:
     return prover.finished(*background)
 
 
@@ -53,7 +55,7 @@ def evidence(case: Case, target: str = "sm_80") -> Evidence:
     return interpreted(case, target)
 
 
-def record_of(facts: Facts, kind: str, **fields: str) -> Record:
+def record_of(facts: Found, kind: str, **fields: str) -> Record:
     (record,) = (each for each in facts[kind] if fields.items() <= each.items())
     return record
 
@@ -71,7 +73,7 @@ def test_the_interpreter_agrees_with_the_truth_with_the_tiles_of_every_architect
 
 @every_case
 def test_the_code_for_sm_80_agrees_with_the_truth_and_the_interpreter(
-    case: Case, facts: Facts, background: Background
+    case: Case, facts: Found, background: Background
 ) -> None:
     record = record_of(facts, "emulated", op=case.op, case=case.name, target="sm_80")
     assert "error" in record, record
@@ -83,7 +85,7 @@ def test_the_code_for_sm_80_agrees_with_the_truth_and_the_interpreter(
 
 
 @pytest.mark.parametrize("case", [case for case in SMALL if case.op in prover.BY_WARPGROUPS], ids=str)
-def test_the_code_for_sm_90_agrees_with_the_truth(case: Case, facts: Facts) -> None:
+def test_the_code_for_sm_90_agrees_with_the_truth(case: Case, facts: Found) -> None:
     record = record_of(facts, "emulated", op=case.op, case=case.name, target="sm_90")
     assert "error" in record, record
     assert record["error"] <= 1
@@ -91,7 +93,7 @@ def test_the_code_for_sm_90_agrees_with_the_truth(case: Case, facts: Facts) -> N
 
 @pytest.mark.parametrize("target", prover.QUICK_TARGETS)
 @pytest.mark.parametrize("corner", CORNERS, ids=str)
-def test_the_code_for_the_far_corner_of_a_large_launch_is_right(corner: Corner, target: str, facts: Facts) -> None:
+def test_the_code_for_the_far_corner_of_a_large_launch_is_right(corner: Corner, target: str, facts: Found) -> None:
     record = record_of(facts, "corners", op=corner.op, case=corner.name, target=target)
     assert "error" in record, record
     assert record["error"] <= 1
@@ -99,7 +101,7 @@ def test_the_code_for_the_far_corner_of_a_large_launch_is_right(corner: Corner, 
 
 @pytest.mark.parametrize("target", prover.QUICK_TARGETS)
 @pytest.mark.parametrize("op", OPS)
-def test_what_gemma_2_launches_passes_the_gate(op: str, target: str, facts: Facts) -> None:
+def test_what_gemma_2_launches_passes_the_gate(op: str, target: str, facts: Found) -> None:
     assert prover.failures(facts).get((op, target), []) == []
     record = record_of(facts, "compiled", op=op, target=target)
     assert list(record["launched"]) == [case.name for case in MODELS if case.op == op]
@@ -111,14 +113,14 @@ DEPENDENT = {
 }
 
 
-def test_the_kernels_of_a_step_start_before_the_one_before_has_ended_where_a_gpu_can(facts: Facts) -> None:
+def test_the_kernels_of_a_step_start_before_the_one_before_has_ended_where_a_gpu_can(facts: Found) -> None:
     for target in prover.QUICK_TARGETS:
         for op in OPS:
             kernels = record_of(facts, "compiled", op=op, target=target)["kernels"].values()
             assert {each["dependent"] for each in kernels} == {op in DEPENDENT and target == "sm_90"}, (op, target)
 
 
-def test_combine_rounds_every_product_and_writes_sixteen_bytes_at_a_time(facts: Facts) -> None:
+def test_combine_rounds_every_product_and_writes_sixteen_bytes_at_a_time(facts: Found) -> None:
     for target in prover.QUICK_TARGETS:
         kernels = record_of(facts, "compiled", op="combine", target=target)["kernels"].values()
         assert len(kernels) == 7  # of 2 to 8 inputs
@@ -157,7 +159,7 @@ def _multiply_more(record: Record) -> None:
     ],
 )
 def test_the_gate_names_what_is_wrong_with_code(
-    change: Callable[[Record], None], reason: str, count: int, facts: Facts
+    change: Callable[[Record], None], reason: str, count: int, facts: Found
 ) -> None:
     changed = {**facts, "compiled": copy.deepcopy(facts["compiled"])}
     change(record_of(changed, "compiled", op="combine", target="sm_90"))
@@ -175,29 +177,107 @@ def test_scalar_accesses_and_faults_are_named() -> None:
     }
 
 
-# ---- the page
+# ---- several versions of Triton, and the page
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
-def proof_page() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("proof_page", ROOT / "benchmarks" / "proof" / "page.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def proof_page() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks" / "proof"))
+        yield importlib.import_module("page")
 
 
-def test_the_page_says_what_the_results_say(proof_page: ModuleType) -> None:
-    proof = json.loads((ROOT / "benchmarks" / "results" / "proof.json").read_text())
-    assert (ROOT / "docs" / "proof.md").read_text() == proof_page.page(proof)
+@pytest.fixture
+def times() -> Record:
+    return dict(json.loads((RESULTS / "proof.json").read_text()))
 
 
-def test_the_page_shows_what_failed(proof_page: ModuleType) -> None:
-    proof = json.loads((ROOT / "benchmarks" / "results" / "proof.json").read_text())
-    proof["failures"] = [{"op": "gram", "target": "sm_90", "reason": "it spills"}]
-    lines = proof_page.page(proof).splitlines()
-    assert "- gram, sm_90: it spills" in lines
-    (cell,) = (line for line in lines if line.startswith("| `gram` | sm_90 |"))
-    assert cell.endswith("| **failed** |")
-    assert not any(line.startswith("| `gram` | sm_80 |") and "**failed**" in line for line in lines)
+def proof_of(version: str, *, kernel: str = "_sum", spills: int = 0, registers: int = 40, gate: ModuleType) -> Record:
+    """A made-up proof: one op, with one kernel on each architecture, which spills on sm_90."""
+    compiled: list[Record] = []
+    for target in TARGETS:
+        fields = {field.name: 0 for field in dataclasses.fields(Facts)}
+        numbers = {"registers": registers, "shared": 2048, "spills": spills if target == "sm_90" else 0}
+        names = {"kernel": kernel, "target": target, "configuration": "TILE=8", "matrix_instruction": "mma.sync"}
+        facts = as_json(Facts(**{**fields, **numbers, **names}))
+        launched = {"small": {"kernels": ["key"], "operations_per_byte": 0.0}}
+        compiled.append({"op": "sum", "target": target, "kernels": {"key": facts}, "launched": launched})
+    interpreted = [{"op": "sum", "case": "small", "stated_ratio": 1.0, "ratio": 1.0, "error": 0.5}]
+    emulated = [{"op": "sum", "case": "small", "target": "sm_90", "error": 0.25}]
+    found: dict[str, list[Record]] = {
+        "compiled": compiled,
+        "emulated": emulated,
+        "corners": [],
+        "interpreted": interpreted,
+    }
+    source = {"triton": version, "date": "2026-11-28", "commit": "0123456789"}
+    return {**source, "failures": gate.shortcomings(found), **found}
+
+
+@pytest.fixture
+def gate(proof_page: ModuleType) -> ModuleType:
+    return importlib.import_module("gate")
+
+
+def row_of(text: str, start: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_cell_fails_if_it_spills_with_one_version(proof_page: ModuleType, gate: ModuleType, times: Record) -> None:
+    proofs = [proof_of("3.6.0", spills=5, registers=255, gate=gate), proof_of("3.9.0", gate=gate)]
+    assert [(each["triton"], each["op"], each["target"]) for each in gate.union(proofs, times)] == [
+        ("3.6.0", "sum", "sm_90")
+    ]
+    text = proof_page.page(proofs, times)
+    assert "- sum, sm_90, Triton 3.6.0: _sum (TILE=8): 5 accesses to spilled registers" in text.splitlines()
+    # Two configurations, the largest count of registers, all spills.
+    assert row_of(text, "`sum` | sm_90")[2:5] == ["2", "255", "5"]
+    assert row_of(text, "`sum` | sm_90")[-1] == "**failed**"
+    assert row_of(text, "`sum` | sm_80")[-1] == "passed"
+    assert row_of(text, "3.6.0")[3:7] == ["5", "1 of 1", "1 of 1", "1"]
+    assert row_of(text, "3.9.0")[3:7] == ["0", "1 of 1", "1 of 1", "0"]
+
+
+def test_versions_that_do_not_spill_pass(proof_page: ModuleType, gate: ModuleType, times: Record) -> None:
+    proofs = [proof_of("3.6.0", gate=gate), proof_of("3.10.0", gate=gate)]
+    assert gate.union(proofs, times) == []
+    text = proof_page.page(proofs, times)
+    assert "**failed**" not in text
+    assert "No cell differs." in text
+    assert text.index("| 3.6.0 |") < text.index("| 3.7 |") < text.index("| 3.10.0 |")
+    assert row_of(text, "3.7")[2:] == ["not verified"] * 6
+
+
+def test_a_cell_that_one_version_does_not_have_fails(gate: ModuleType, times: Record) -> None:
+    proofs = [proof_of("3.6.0", gate=gate), proof_of("3.9.0", gate=gate)]
+    del proofs[0]["compiled"][2]
+    (failure,) = gate.union(proofs, times)
+    assert failure == {"triton": "3.6.0", "op": "sum", "target": list(TARGETS)[2], "reason": "not compiled"}
+
+
+def test_the_page_names_the_kernel_that_serves_where_another_is_missing(
+    proof_page: ModuleType, gate: ModuleType, times: Record
+) -> None:
+    proofs = [proof_of("3.6.0", gate=gate), proof_of("3.9.0", kernel="_sum_specialised", gate=gate)]
+    proofs[1]["compiled"][0] = copy.deepcopy(proofs[0]["compiled"][0])
+    text = proof_page.page(proofs, times)
+    differing = text[text.index("## Where the versions differ") : text.index("## Every op")]
+    cell = "1 configurations; 40 registers, 2.0 KiB, 1 of 1 emulated"
+    assert row_of(differing, "`sum` | sm_90")[2:] == [f"`_sum`; {cell}", f"`_sum_specialised`; {cell}"]
+    assert "| `sum` | sm_80 |" not in differing
+
+
+def test_the_page_says_what_the_results_say(proof_page: ModuleType, times: Record) -> None:
+    assert (ROOT / "docs" / "proof.md").read_text() == proof_page.page(proof_page.stored(RESULTS), times)
+
+
+def test_results_are_of_versions_that_make_prove_verifies(proof_page: ModuleType) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    newest = re.findall(r"^triton==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    oldest = re.findall(r"^OLDEST_TRITON := (.*)$", makefile, re.MULTILINE)
+    (between,) = re.findall(r"^TRITONS := \$\(OLDEST_TRITON\)(.*)\$\(NEWEST_TRITON\)$", makefile, re.MULTILINE)
+    versions = {proof["triton"] for proof in proof_page.stored(RESULTS)}
+    assert set(newest) <= versions <= {*oldest, *between.split(), *newest}
