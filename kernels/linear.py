@@ -1,4 +1,4 @@
-"""linear: out = x W^T for at most 16 rows of x, with one to three weights side by side in one launch.
+"""linear: out = x W^T for at most 32 rows of x, with one to three weights side by side in one launch.
 
 Every weight must be read once, at the bandwidth of the memory. A program computes BLOCK_M rows of one weight and loops
 over K; a step is SLICES slices of BLOCK_K columns, which are multiplied separately on the tensor cores, in a batched
@@ -8,12 +8,12 @@ only 16 rows, and the 2304 rows of the narrowest weight still make 144 programs.
 Bytes in flight: copies to shared memory are asynchronous and stages - 1 steps deep. At latencies near 600 ns an A100
 needs 11 KB in flight for each multiprocessor (2.0 TB/s over 108), an H100 15 KB (3.35 TB/s over 132), a B200 33 KB
 (8 TB/s over 148); a step of 16 rows is 16 KB of weight. Every program reads all of x, from the L2 cache: at 8 tokens
-half a byte for each byte of 16 rows of weight.
+half a byte for each byte of 16 rows of weight, at 32 tokens two bytes, about as much as a multiprocessor can get.
 
 While the kernel before ends, a program requests the first columns of its rows of weight, see PREFETCHED.
 
 Bits: the sum of an output runs over the same columns in the same order, whatever the other rows of x, their count and
-the other weights: a row of x gives the same bits alone and among 16. FMA outside of the dot is off.
+the other weights: a row of x gives the same bits alone and among 32. FMA outside of the dot is off.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from .target import TRITON, configuration
 
 SLICES = 4
 
-# Stages by the rows of a program. Shared memory as compiled is (stages - 1) * (rows + TOKENS) KB of bf16. With 3
-# stages, of which 2 are buffers, the 99 KB of sm_86, sm_89 and sm_120 hold two programs of 16 rows or one of 32, and
-# the 163 KB of sm_80 three or two. With 4, the 227 KB of sm_90 and sm_100 hold three programs of 16 rows. A program
-# that is alone on a multiprocessor, as when 148 of them share 144 programs, then has 32 to 48 KB of weight in flight,
-# as does each of two programs of 32 rows with 3 stages.
+# Stages by the size of a step: at most 32 KB, or more. Shared memory as compiled is (stages - 1) * (rows + TOKENS) KB of
+# bf16. With 3 stages, of which 2 are buffers, the 99 KB of sm_86, sm_89 and sm_120 hold two programs of 16 rows or one
+# of 32, and the 163 KB of sm_80 three or two. With 4, the 227 KB of sm_90 and sm_100 hold three programs of 16 rows,
+# and with 3 two larger ones. A program that is alone on a multiprocessor, as when 148 of them share 144 programs, then
+# has 32 to 48 KB of weight in flight, as does each of two programs of 32 rows.
 STAGES = {
-    "sm_80": {16: 3, 32: 3},
-    "sm_90": {16: 4, 32: 3},
-    "sm_120": {16: 3, 32: 3},
-    "gfx942": {16: 2, 32: 2},
+    "sm_80": {32: 3, 48: 3},
+    "sm_90": {32: 4, 48: 3},
+    "sm_120": {32: 3, 48: 3},
+    "gfx942": {32: 2, 48: 2},
 }
 
 
@@ -134,22 +134,26 @@ def _linear_kernel(
 
 
 def tiling(x: Tensor, weights: Sequence[Tensor], rows: int) -> dict[str, int | bool]:
-    """The meta-parameters and options of a kernel that calls `products`, by the rows of a program."""
+    """The meta-parameters and options of a kernel that calls `products`.
+
+    rows: of both weights of a program, 16 or 32; 64 in steps of a quarter of the columns, for more than 16 rows of x.
+    """
     nvidia = configuration({"sm_80": True, "gfx942": False}, x.device)
     # mma has at least 8 columns, mfma 16; with 8, mfma would become scalar products, in 296 registers.
-    padded_tokens = 8 if nvidia and x.shape[0] <= 8 else 16
+    padded_tokens = max(8 if nvidia else 16, triton.next_power_of_2(x.shape[0]))
     # Asynchronous copies and vector loads need aligned rows. Other rows are loaded element by element, into registers,
     # and tensor cores of NVIDIA take no float32: in both cases large tiles would spill.
     aligned = x.shape[1] % 16 == 0 and not any(tensor.data_ptr() % 16 for tensor in (x, *weights))
     streamed = aligned and x.dtype == torch.bfloat16
     meta: dict[str, int | bool] = {
         "TOKENS": padded_tokens,
-        "SLICES": SLICES,
-        "BLOCK_K": 128 if streamed else 16,
+        # With four slices, the sums of 64 rows would take all registers.
+        "SLICES": SLICES if rows < 64 else SLICES // 2,
+        "BLOCK_K": (128 if rows < 64 else 64) if streamed else 16,
         # Shared memory is swizzled along the rows of a tile, and free of bank conflicts, only if all warps together
         # copy fewer rows at a time than the tile has: 2 warps copy 4 rows of 128 columns, 4 warps copy 8.
         "num_warps": 2 if streamed and padded_tokens == 8 else 4,
-        "num_stages": configuration(STAGES, x.device)[rows],
+        "num_stages": configuration(STAGES, x.device)[32 if rows + padded_tokens <= 32 else 48],
         "enable_fp_fusion": False,
         **dependent_launch.options(x.device),
     }
@@ -163,7 +167,7 @@ def tiling(x: Tensor, weights: Sequence[Tensor], rows: int) -> dict[str, int | b
 def linear(out: Tensor, x: Tensor, weights: Sequence[Tensor]) -> None:
     """Fill out [T, M_0 + M_1 + ...] with x [T, K] times the transposes of one to three weights [M_i, K].
 
-    T is at most 16. All tensors are contiguous and of one dtype, bf16 or f32.
+    T is at most 32. All tensors are contiguous and of one dtype, bf16 or f32.
     """
     BLOCK_M = 16
     absent = 3 - len(weights)

@@ -11,7 +11,7 @@ depends on seed, step and id alone: argmax(score + noise) has the distribution s
 memory of the GPU, so that one CUDA graph serves all of them.
 
 FMA is off, so that all launches give equal bits; matrix instructions do not depend on it. The bits of a row do not
-depend on the other rows, except that more than 16 rows use another tile.
+depend on the other rows, except that more than 16 rows, and more than 64, use another tile.
 """
 
 from __future__ import annotations
@@ -185,8 +185,13 @@ class Tile(NamedTuple):
 # KB, the 99 KB of sm_86 and sm_120 hold two.
 FEW_ROWS = 16
 FEW = Tile(16, 64, 128, 4, {"sm_80": 4, "sm_86": 3, "sm_90": 4, "sm_120": 3, "gfx942": 2})
+# As many rows as a matrix instruction of a group of warps has at least are bound by bandwidth, too. 48 KB, on sm_90 and
+# sm_100 64 KB, and 48 to 89 registers, with the noise of sampling, which would spill in the tile of many rows. With 4
+# warps, rows that are not aligned would spill on sm_120.
+SOME_ROWS = 64
+SOME = Tile(64, 64, 64, 8, {"sm_80": 4, "gfx942": 2})
 # More rows are bound by matrix instructions. 64 KB, on sm_90 and sm_100 128 KB, and 155 to 177 registers; 256 ids a
-# tile spill. So does the noise of sampling, which uses the tile of few rows for any count of rows.
+# tile spill.
 MANY = Tile(128, 128, 64, 8, {"sm_80": 3, "sm_90": 4, "sm_120": 3, "gfx942": 2})
 # Without tensor cores; 64 ids spill where D is odd.
 FLOAT32 = Tile(16, 32, 32, 4, {"sm_80": 2, "gfx942": 2})
@@ -215,8 +220,9 @@ class Scores(NamedTuple):
     def tile(self) -> Tile:
         if self.x.dtype == torch.float32:
             return FLOAT32
-        few = len(self.x) <= FEW_ROWS or self.numbers is not None
-        return FEW if few else MANY
+        if len(self.x) <= FEW_ROWS:
+            return FEW
+        return SOME if len(self.x) <= SOME_ROWS or self.numbers is not None else MANY
 
     @property
     def tiles(self) -> int:

@@ -59,6 +59,8 @@ SMALL = [
     _case("8 tokens, 8 bytes past, aligned columns", 8, 144, (17,), BF16, 4),
     _case("9 tokens, 3 weights", 9, 512, (16, 1, 16), BF16),
     _case("16 tokens, odd columns", 16, 1033, (19,), BF16),
+    _case("17 tokens, 2 weights, an aligned tail", 17, 528, (33, 15), BF16),
+    _case("32 tokens, misaligned", 32, 145, (34,), BF16, 1),
     _case("3 tokens, 3 weights, f32", 3, 70, (5, 18, 16), F32),
     _case("12 tokens, f32", 12, 64, (33,), F32),
 ]
@@ -78,5 +80,5 @@ MODELS = [
     _case(f"{shape.name} {name}, {tokens} tokens", tokens, columns, rows, BF16)
     for shape in GEMMA_2
     for name, (columns, rows) in _projections(shape).items()
-    for tokens in (1, 8)
+    for tokens in (1, 8, 32)
 ]

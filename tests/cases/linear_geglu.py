@@ -90,6 +90,10 @@ SMALL = [
     _case("10 tokens, 8 bytes past, aligned columns", 10, 144, 17, BF16, 4),
     _case("16 tokens, stepwise", 16, 272, 18),
     _case("11 tokens, stepwise, odd columns", 11, 77, 5),
+    _case("17 tokens, an aligned tail", 17, 208, 33, BF16),
+    _case("32 tokens, misaligned", 32, 77, 18, BF16, 1),
+    _case("33 tokens, misaligned, aligned columns", 33, 144, 35, BF16, 1),
+    _case("64 tokens", 64, 272, 34, BF16),
     _case("2 tokens, f32", 2, 70, 18, F32),
     _case("12 tokens, f32", 12, 64, 16, F32),
 ]
@@ -97,5 +101,5 @@ SMALL = [
 MODELS = [
     _case(f"{shape.name} gate|up, {tokens} tokens", tokens, shape.hidden_size, shape.intermediate_size, BF16)
     for shape in GEMMA_2
-    for tokens in (1, 8)
+    for tokens in (1, 8, 32, 64)
 ]

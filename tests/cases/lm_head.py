@@ -242,6 +242,8 @@ SMALL = [
     _case("lm_head_logprob", "130 rows", 130, 200, 72),
     _case("lm_head_logprob", "equals, 17 rows", 17, 150, 16, whole=True),
     _case("lm_head_logprob", "equals, stepwise", 2, 150, 16, stepwise=True, whole=True),
+    _case("lm_head_argmax", "65 rows, odd, misaligned", 65, 129, 33, BF16, 1),
+    _case("lm_head_sample", "65 rows", 65, 130, 72),
     _case("lm_head_logprob", "equals, 17 rows, stepwise", 17, 150, 16, stepwise=True, whole=True),
     _case("lm_head_logprob", "f32", 17, 65, 35, F32),
     _case("lm_head_sample", "as in decoding", 1, 128, 2304, traffic=1 + 2 * 2 * 8 / (129 * 4608 + 32)),
@@ -269,6 +271,8 @@ MODELS = [
     for first, shape in [(shape is GEMMA_2[0], shape) for shape in GEMMA_2]
     for case in (
         _case("lm_head_argmax", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
+        _case("lm_head_argmax", f"{shape.name}, 64 rows", 64, shape.vocabulary, shape.hidden_size),
+        _case("lm_head_sample", f"{shape.name}, 64 rows", 64, shape.vocabulary, shape.hidden_size),
         _case("lm_head_sample", f"{shape.name}", 1, shape.vocabulary, shape.hidden_size),
         _case("lm_head_sample", f"{shape.name}, penalised", 1, shape.vocabulary, shape.hidden_size, marked=True),
         _case("table", f"{shape.name}, all scores", 1, shape.vocabulary, shape.hidden_size),

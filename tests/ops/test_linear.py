@@ -23,7 +23,7 @@ def expected(x, weights):
 
 @backends
 @dtypes
-@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 16, 17, 32, 33, 40])
 def test_against_float64(monkeypatch, backend, dtype, tokens):
     monkeypatch.setenv("ARCMERGE_BACKEND", backend)
     x = normal(tokens, 83, dtype=dtype).to(DEVICE)
@@ -54,10 +54,11 @@ def test_strided_operands_and_parameters(monkeypatch, backend, tokens):
 @pytest.mark.parametrize("weights", [1, 3])
 def test_a_row_depends_neither_on_the_other_rows_nor_on_the_other_weights(monkeypatch, weights):
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
-    x, matrices = normal(16, 530).to(DEVICE), [normal(18, 530, seed=seed).to(DEVICE) for seed in range(weights)]
+    monkeypatch.setattr(torch, "mm", None)  # the kernel multiplies
+    x, matrices = normal(32, 530).to(DEVICE), [normal(18, 530, seed=seed).to(DEVICE) for seed in range(weights)]
     alone = [linear(x[:1], [matrix]) for matrix in matrices]
     x[1:] = float("nan")
-    for tokens in (1, 8, 9, 16):
+    for tokens in (1, 8, 9, 16, 17, 32):
         out = linear(x[:tokens], matrices)
         assert same_bits(out[:1], torch.cat(alone, dim=1))
         assert out[1:].isnan().all()
@@ -92,7 +93,7 @@ def test_a_weight_without_rows_among_others(monkeypatch, backend):
 @pytest.mark.parametrize(("stepwise", "calls"), [(False, 1), (True, 3)], ids=["merged", "as transformers"])
 def test_many_rows_are_multiplied_once_with_weights_side_by_side(monkeypatch, stepwise, calls):
     monkeypatch.setenv("ARCMERGE_BACKEND", "triton")
-    x, whole = normal(20, 64).round().to(DEVICE), normal(40, 64, seed=1).round().to(DEVICE)
+    x, whole = normal(40, 64).round().to(DEVICE), normal(40, 64, seed=1).round().to(DEVICE)
     products, multiply = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **named: (products.append(args), multiply(*args, **named))[1])
     parts = whole.split([20, 13, 7])

@@ -12,18 +12,20 @@ from arcmerge.dispatch.checks import require, require_activations, require_same_
 from arcmerge.dispatch.native import native_dtype
 from arcmerge.dispatch.registry import op
 
-# With more rows of x, a product is no longer bound by the bandwidth of its weights, and torch.mm is faster.
+# With more rows of x, a product is no longer bound by the bandwidth of its weights, and torch.mm is faster. On a GPU
+# that holds for matrix units, which multiply bfloat16.
 MAX_ROWS = 16
+MAX_ROWS_ON_GPU = 32
 
 
 @op()
 def linear(x: Tensor, weights: Sequence[Tensor], *, stepwise: bool = False) -> Tensor:
     """out = x [W_0 | W_1 | ...]^T: the products with several weights side by side, as of query, key and value.
 
-    Sums are in float32 and rounded once. Moves the bytes of weights, x and output once where T is at most 16. There the
-    bits of a row of the output depend on neither the other rows nor their number. For larger T, torch.mm is called once
-    a weight, with its settings for the precision of sums; on a GPU once for all weights that lie side by side in
-    memory; but native code on processors that have no instructions for bfloat16.
+    Sums are in float32 and rounded once. Moves the bytes of weights, x and output once where T is at most 16, in
+    bfloat16 on a GPU 32. There the bits of a row of the output depend on neither the other rows nor their number. For
+    larger T, torch.mm is called once a weight, with its settings for the precision of sums; on a GPU once for all
+    weights that lie side by side in memory; but native code on processors that have no instructions for bfloat16.
     Source: torch.nn.Linear without bias.
 
     Args:
@@ -72,7 +74,7 @@ def _triton(x: Tensor, weights: Sequence[Tensor], *, stepwise: bool) -> Tensor:
 
     if stepwise:
         return _products(x, weights)
-    if x.shape[0] > MAX_ROWS:
+    if x.shape[0] > (MAX_ROWS_ON_GPU if x.dtype == torch.bfloat16 else MAX_ROWS):
         whole = side_by_side(weights)
         return _products(x, weights if whole is None else [whole])
     out = _fake(x, weights)

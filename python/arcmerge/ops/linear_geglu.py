@@ -12,21 +12,26 @@ from arcmerge.dispatch.registry import op
 from arcmerge.ops.geglu import geglu
 from arcmerge.ops.linear import MAX_ROWS, side_by_side, torch_multiplies
 
+# On a GPU for bfloat16. Two weights of one launch share the reads of more rows of x than a single one can afford, and
+# the rounded products, which torch.mm writes and `geglu` reads, stay in registers.
+MAX_ROWS_ON_GPU = 64
+
 
 @op()
 def linear_geglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, *, stepwise: bool = False) -> Tensor:
     """out = gelu(x G^T) * (x U^T), with gelu(g) = g/2 * (1 + tanh(0.7978845608028654 * (g + 0.044715 * g^3))).
 
-    Up to T = 16, arithmetic is in float32 and rounded once; weights, x and output are moved once, and the bits of a row
-    of the output depend on neither the other rows nor their number. For larger T, where `linear` calls torch.mm, so
-    does this op, twice, or as `linear` does once, followed by `geglu`: the products are then rounded.
+    Up to T = 16, in bfloat16 on a GPU 64, arithmetic is in float32 and rounded once; weights, x and output are moved
+    once, and the bits of a row of the output depend on neither the other rows nor their number, except that they may
+    differ between at most 16 rows and more. For larger T, where `linear` calls torch.mm, so does this op, twice, or as
+    `linear` does once, followed by `geglu`: the products are then rounded.
     Source: Gemma2MLP of transformers with hidden_activation "gelu_pytorch_tanh", without its down_proj.
 
     Args:
         x: [T, K], bfloat16 or float32.
         gate_weight, up_weight: G and U, [F, K], in the dtype and on the device of x.
-        stepwise: round both products, gelu and the output to the dtype, as transformers does; on the CPU by torch.mm
-            for any T.
+        stepwise: round both products, gelu and the output to the dtype, as transformers does; by torch.mm on the CPU
+            for any T, on a GPU above 16.
 
     Returns:
         [T, F], contiguous, in the dtype of x.
@@ -80,7 +85,8 @@ def _native(*tensors: Tensor, stepwise: bool) -> Tensor:
 def _triton(*tensors: Tensor, stepwise: bool) -> Tensor:
     from arcmerge.kernels.linear_geglu import linear_geglu as launch
 
-    if len(tensors[0]) > MAX_ROWS:
+    kernel_multiplies = tensors[0].dtype == torch.bfloat16 and not stepwise
+    if len(tensors[0]) > (MAX_ROWS_ON_GPU if kernel_multiplies else MAX_ROWS):
         whole = None if stepwise else side_by_side(tensors[1:])
         if whole is None:
             return _activated_products(*tensors, stepwise=stepwise)
