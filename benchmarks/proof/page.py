@@ -269,17 +269,18 @@ def _published_table() -> list[str]:
             each.machine.name,
             each.shape,
             f"{each.measured:,.4g} {each.unit}",
-            each.source,
+            str(each.source),
             f"{each.predicted:,.4g} {each.unit}",
             f"{round(each.error * 100) or 0:+d}%",
         ]
         for each in PUBLISHED
     ]
     intro = (
-        "The column *measured by others* is from the source that is named; no figure in it is ours. The same model "
-        "predicts each, from the tiles that the kernel's source names. Error: predicted over measured speed, less 1; "
-        "above 0 the model is too fast. The model takes a cap from the figures with a star, which therefore check "
-        "little. No constant was fitted to the others."
+        "The column *measured by others* is from the source that is named; no figure in it is ours. A source is "
+        "quoted, read from the numbers of a plot, taken from others who report it, or not verified, where we know the "
+        "figure but could not read it in its place again. The same model predicts each, from the tiles that the "
+        "kernel's source names. Error: predicted over measured speed, less 1; above 0 the model is too fast. The model "
+        "takes a cap from the figures with a star, which therefore check little. No constant was fitted to the others."
     )
     headings = ("kernel", "GPU", "shape", "measured by others", "source", "predicted", "error")
     return [intro, "", *table(headings, rows)]

@@ -1,7 +1,8 @@
 """Kernels that others have measured, and what the model predicts for them: the error of the model.
 
 The work of these kernels is counted from what their sources say of tiles, warps and stages, not from compiled code.
-Every figure has its source, its GPU and its shape. None of them was measured by this project.
+Every figure has its source, its GPU and its shape, and says whether we have read it there. None of them was measured by
+this project.
 """
 
 from __future__ import annotations
@@ -14,15 +15,42 @@ from .dependence import BYTES_A_CYCLE, OPERATIONS_A_CYCLE
 from .resources import MACHINES, Machine
 from .roofline import Code, Work, predict
 
-FA3 = "arXiv:2407.08608, figures of the forward speed, 16k tokens in all"
-FA2 = "arXiv:2307.08691, abstract: up to 73% of the peak"
-TRITON = "pytorch/benchmark #2391"
-MAMF = "stas00/ml-engineering, compute/accelerator"
-FLASHINFER = "vllm-project/flash-attention #63, FlashInfer column; keys may be in L2"
-HAZY = "Hazy Research, Look Ma, No Bubbles, 2025-05-27: at most half of the bandwidth"
-QUACK = "Dao-AILab/quack, blog post of 2025-07-10 (a reduction)"
-NCCL = "NVIDIA/nccl #1264, p2pBandwidthLatencyTest, both directions"
-NVBENCH = "xytpai/nvbench, float4"
+
+@dataclass(frozen=True)
+class Source:
+    """Where a figure is published.
+
+    Attributes:
+        place: the publication, and the table or figure in it.
+        read: how we know the figure: one of READINGS.
+        remark: what the source does not say.
+    """
+
+    place: str
+    read: str
+    remark: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.read}{self.remark and f' ({self.remark})'}"
+
+
+QUOTED, PLOT, REPORTED, UNVERIFIED = "quoted", "numbers of a plot", "as others report it", "not verified"
+READINGS = (QUOTED, PLOT, REPORTED, UNVERIFIED)
+
+FA3 = Source("arXiv:2407.08608, forward speed on an H100 SXM5", PLOT, "the slower of two plots is taken as causal")
+FA2 = Source("arXiv:2307.08691, abstract", QUOTED, "up to 73% of the peak, of a size of heads that is not named")
+TRITON = Source("pytorch/benchmark #2391, table", QUOTED, "the mask is not named; not causal by its other column")
+MAMF = Source("stas00/ml-engineering, compute/accelerator, table of MAMF", UNVERIFIED)
+FLASHINFER = Source(
+    "vllm-project/flash-attention #63, first table, column FlashInfer",
+    QUOTED,
+    "keys may be in L2; heads are those of Qwen 32B on two GPUs; the GPU is taken to be an H100",
+)
+HAZY = Source("Hazy Research, Look Ma, No Bubbles, 2025-05-27", QUOTED, "at most half of the bandwidth")
+QUACK = Source("Guo, Zadouri, Dao: Getting Memory-bound Kernels to Speed-of-Light, 2025-07-10", REPORTED, "softmax")
+NCCL = Source("NVIDIA/nccl #1264, p2pBandwidthLatencyTest, P2P disabled, GPU 5 to itself", QUOTED)
+SAMPLES = Source("NVIDIA/cuda-samples #392, p2pBandwidthLatencyTest, GPU 0 to itself", QUOTED)
+NVBENCH = Source("xytpai/nvbench, README, global_memory_bandwidth, float 4", QUOTED)
 
 A100, H100, _, RTX_4090, B200 = MACHINES
 
@@ -41,7 +69,7 @@ class Published:
     shape: str
     measured: float
     unit: str
-    source: str
+    source: Source
     seconds: Callable[[Machine], float]
     amount: float = 0.0
     sets_cap: bool = False
@@ -70,7 +98,14 @@ class Flash:
 
 
 def attention(
-    name: str, kernel: Flash, machine: Machine, head_dim: int, tokens: int, causal: bool, measured: float, source: str
+    name: str,
+    kernel: Flash,
+    machine: Machine,
+    head_dim: int,
+    tokens: int,
+    causal: bool,
+    measured: float,
+    source: Source,
 ) -> Published:
     """Heads of 2048 elements in all, and sequences of 16,384 tokens in all, as in the papers."""
     heads, sequences = 2048 // head_dim, max(16384 // tokens, 1)
@@ -145,7 +180,7 @@ def product(machine: Machine, shape: tuple[int, int, int], tile: tuple[int, int]
     )
 
 
-def stream(name: str, machine: Machine, measured: float, source: str, sets_cap: bool = False) -> Published:
+def stream(name: str, machine: Machine, measured: float, source: Source, sets_cap: bool = False) -> Published:
     """Two gigabytes that are read or written, 16 bytes a thread."""
     moved = 2e9
     work = Work(1 << 16, moved, 0, 0, 0, 0, moved / 512 * 4, 0)
@@ -219,14 +254,16 @@ PUBLISHED = (
     product(B200, (1792, 16128, 3072), (256, 256), 1745),
     stream("memory-bound reduction", H100, 3.0, QUACK, sets_cap=True),
     stream("reads of memory", RTX_4090, 0.921, NVBENCH, sets_cap=True),
-    stream("device copy", H100, 2.573, NCCL),
+    stream("device copy", H100, 2.515, NCCL),
+    stream("device copy", H100, 2.959, SAMPLES),
     *(decode(tokens, measured) for tokens, measured in ((1024, 12.3), (4096, 15.9), (16384, 25.1))),
     step(),
 )
 
 # The fastest causal attention that was published for heads of 256 and 128, TFLOP/s, at any length. On an A100
-# FlashAttention 2 (not causal, which is faster), on a B200 FlashAttention 4: Dao-AILab/flash-attention #2432 and #2280.
-# An H200 has the chip of an H100. We found no figure for the RTX 4090.
+# FlashAttention 2 (not causal, which is faster), on an H100 FlashAttention 3 as above, on a B200 FlashAttention 4: for
+# heads of 256 Dao-AILab/flash-attention #2432, as others report it, for 128 the first post of #2280, quoted. An H200
+# has the chip of an H100. We found no figure for the RTX 4090.
 FASTEST_CAUSAL = {
     ("A100", 256): 0.73 * 312,
     ("A100", 128): 0.73 * 312,

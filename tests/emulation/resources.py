@@ -9,13 +9,13 @@ with other memory), "Ada GPU Architecture" white paper (RTX 4090, appendix A), "
 board (its figures with sparsity are halved; it does not name the multiprocessors, of which drivers report 148).
 
 What kernels attain of these peaks, as measured by others. Matrices: the fastest product of bfloat16 in a table of
-PyTorch's matmul over many shapes, https://github.com/stas00/ml-engineering, compute/accelerator ("MAMF"; the H200 is
-said to be the same as the H100). A GPU lowers its clock when all matrix units are busy, to stay within its power, so
-that the peaks at the boost clock cannot be sustained. DRAM: 3.0 TB/s on an H100, the rate of the reductions of QuACK,
-https://github.com/Dao-AILab/quack; 921 GB/s of reads on an RTX 4090, https://github.com/xytpai/nvbench. A machine of
-which we found no figure takes the lowest share of the others, and the H200 that of the H100. Multiplication by warps:
-arXiv:2402.13499 measures that `mma.sync` attains 62.9% of the peak of an H100; a multiprocessor of a B200 is assumed to
-execute as many of these a cycle, which is half of that share.
+PyTorch's matmul over many shapes, https://github.com/stas00/ml-engineering, compute/accelerator ("MAMF", which we could
+not read again to verify it; the H200 is said to be the same as the H100). A GPU lowers its clock when all matrix units
+are busy, to stay within its power, so that the peaks at the boost clock cannot be sustained. DRAM: 3.0 TB/s on an H100,
+the rate of the reductions of QuACK, https://github.com/Dao-AILab/quack; 921 GB/s of reads on an RTX 4090,
+https://github.com/xytpai/nvbench. A machine of which we found no figure takes the lowest share of the others, and the
+H200 that of the H100. Multiplication by warps: arXiv:2402.13499 measures that `mma.sync` attains 62.9% of the peak of
+an H100; a multiprocessor of a B200 is assumed to execute as many of these a cycle, which is half of that share.
 """
 
 from __future__ import annotations

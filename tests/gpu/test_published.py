@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from emulation.prover import predicted_times
-from emulation.published import FASTEST_CAUSAL, PUBLISHED, Published
+from emulation.published import FASTEST_CAUSAL, PUBLISHED, READINGS, UNVERIFIED, Published
 from emulation.resources import MACHINES, Machine
 from emulation.roofline import LATENCY, NODE, SHORT
 
@@ -26,7 +26,6 @@ def predictions() -> list[Record]:
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda each: f"{each.kernel}, {each.machine.name}, {each.shape}")
 def test_the_model_is_near_what_others_measured(published: Published) -> None:
-    assert published.source
     # Kernels that fill the GPU. Decoding has overheads that the model leaves out: it is too fast, by up to 1.9.
     assert (-0.05 <= published.error <= 0.95) if published.unit == "us" else abs(published.error) <= 0.22
 
@@ -36,6 +35,26 @@ def test_every_kind_of_kernel_is_held_against_a_measurement() -> None:
     assert {("FlashAttention 2", "heads of 256"), ("FlashAttention 2", "heads of 128")} <= kinds
     assert {("FlashAttention 3", "heads of 256"), ("FlashAttention 3", "heads of 128")} <= kinds
     assert {"cuBLAS product", "device copy", "FlashInfer decode"} <= {each.kernel for each in PUBLISHED}
+
+
+def test_every_figure_says_where_it_is_and_whether_we_have_read_it_there() -> None:
+    for each in PUBLISHED:
+        assert each.source.place
+        assert each.source.read in READINGS
+        assert str(each.source).startswith(f"{each.source.place}: {each.source.read}")
+    # Figures that could not be verified set a cap below the peak, and nothing else.
+    unverified = [each for each in PUBLISHED if each.source.read == UNVERIFIED]
+    assert all(each.sets_cap and each.measured * 1e12 < each.machine.tensor for each in unverified)
+
+
+def test_the_caps_are_the_figures_with_a_star() -> None:
+    """So that a cap is never above what someone has measured."""
+    for machine in MACHINES:
+        starred = {each.unit: each.measured * 1e12 for each in PUBLISHED if each.sets_cap and each.machine is machine}
+        if "TFLOP/s" in starred:
+            assert machine.attained_tensor * machine.tensor == pytest.approx(starred["TFLOP/s"])
+        if "TB/s" in starred:
+            assert machine.attained_bandwidth * machine.bandwidth == pytest.approx(starred["TB/s"])
 
 
 def test_errors_have_the_sign_of_the_speed() -> None:
