@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from glob import glob
 from pathlib import Path
+from runpy import run_path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
@@ -16,8 +17,9 @@ from setuptools import setup
 # Ignoring errno and floating-point exceptions is what lets compilers vectorise comparisons and conversions.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"]
 
-# As in python/arcmerge/cuda/slerp.py. Products and sums may not fuse here either.
-TARGETS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
+# Read from the file, because the package cannot be imported before it is built.
+TARGETS = run_path("python/arcmerge/cuda/targets.py")["TARGETS"]
+# Products and sums may not fuse here either.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ptx"]
 
 

@@ -133,22 +133,15 @@ def _rows(
 
 @gluon.jit
 def _attend(
-    pointers,
-    queries,
-    key_ring,
-    value_ring,
-    barriers,
-    lengths,
-    window,
-    factor,
-    ceiling,
+    shared,
     HALF: gl.constexpr,
     SOFTCAPPED: gl.constexpr,
     WINDOWED: gl.constexpr,
     HEADS: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """The rows of warpgroup HALF."""
+    """The rows of warpgroup HALF. shared: what both warpgroups get."""
+    pointers, queries, key_ring, value_ring, barriers, lengths, window, factor, ceiling = shared
     BLOCK_N: gl.constexpr = key_ring.shape[2]
     HEAD_DIM: gl.constexpr = key_ring.shape[3]
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -278,46 +271,11 @@ def _attention_hopper_kernel(
         barriers = (key_ready, key_free, value_ready, value_free)
         lengths = (start, first_token, tokens, length, first, high)
         pointers = (query_ptr, out_ptr, cu_seqlens_q_ptr + sequence)
+        shared = (pointers, queries, key_ring, value_ring, barriers, lengths, window, factor, ceiling)
         gl.warp_specialize(
             [
-                (
-                    _attend,
-                    (
-                        pointers,
-                        queries,
-                        key_ring,
-                        value_ring,
-                        barriers,
-                        lengths,
-                        window,
-                        factor,
-                        ceiling,
-                        0,
-                        SOFTCAPPED,
-                        WINDOWED,
-                        HEADS,
-                        GROUP,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        pointers,
-                        queries,
-                        key_ring,
-                        value_ring,
-                        barriers,
-                        lengths,
-                        window,
-                        factor,
-                        ceiling,
-                        1,
-                        SOFTCAPPED,
-                        WINDOWED,
-                        HEADS,
-                        GROUP,
-                    ),
-                ),
+                (_attend, (shared, 0, SOFTCAPPED, WINDOWED, HEADS, GROUP)),
+                (_attend, (shared, 1, SOFTCAPPED, WINDOWED, HEADS, GROUP)),
                 (_copy, (keys, values, key_ring, value_ring, barriers, loaded, head, slots, first, high)),
             ],
             # Of the 168 * 384 registers of a program, each thread that computes gets 240.

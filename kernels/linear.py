@@ -30,11 +30,11 @@ from .target import TRITON, configuration
 
 SLICES = 4
 
-# Stages by the size of a step: at most 32 KB, or more. Shared memory as compiled is (stages - 1) * (rows + TOKENS) KB of
-# bf16. With 3 stages, of which 2 are buffers, the 99 KB of sm_86, sm_89 and sm_120 hold two programs of 16 rows or one
-# of 32, and the 163 KB of sm_80 three or two. With 4, the 227 KB of sm_90 and sm_100 hold three programs of 16 rows,
-# and with 3 two larger ones. A program that is alone on a multiprocessor, as when 148 of them share 144 programs, then
-# has 32 to 48 KB of weight in flight, as does each of two programs of 32 rows.
+# Stages by the size of a step: at most 32 KB, or more. Shared memory as compiled is (stages - 1) * (rows + TOKENS) KB
+# of bf16. With 3 stages, of which 2 are buffers, the 99 KB of sm_86, sm_89 and sm_120 hold two programs of 16 rows or
+# one of 32, and the 163 KB of sm_80 three or two. With 4, the 227 KB of sm_90 and sm_100 hold three programs of 16
+# rows, and with 3 two larger ones. A program that is alone on a multiprocessor, as when 148 of them share 144 programs,
+# then has 32 to 48 KB of weight in flight, as does each of two programs of 32 rows.
 STAGES = {
     "sm_80": {32: 3, 48: 3},
     "sm_90": {32: 4, 48: 3},

@@ -32,7 +32,7 @@ from arcmerge.gemma2.runtime.network import Network
 from arcmerge.gemma2.weights import tensor_shapes
 from arcmerge.kernels.combine import combine
 from arcmerge.kernels.gram import gram
-from arcmerge.ops.attention_packages import PLANS
+from arcmerge.ops.attention_packages import plan
 from cases import MODELS, SMALL, Blank, Case
 from cases import attention as attention_cases
 from cases.gemma import GEMMA_2
@@ -174,7 +174,7 @@ def by_package(package: str, name: str) -> Measurement:
     with mock.patch.object(attention_cases, "attention", given):
         call.launch()
     (out, *tensors), numbers = given.call_args
-    run = PLANS[package](*tensors, **numbers)
+    run = plan(package, *tensors, **numbers)
     call.launch()
     difference = (run(*tensors[:3]).float() - out.float()).abs().max() / out.float().abs().max()
     if not difference <= AGREEMENT:

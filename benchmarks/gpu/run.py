@@ -15,6 +15,7 @@ from benchmarks.gpu.device import DRY
 from benchmarks.gpu.kernel_tests import PLAIN, SANITIZER, SANITIZER_TOOLS, Way, instrumented, run_tests, sanitized
 from benchmarks.gpu.worker import JobError, Worker
 
+from arcmerge.ops.attention_packages import PACKAGES
 from cases import Case
 
 # The part of the time at which a section must give way to the next. Tests and kernels compile, which takes longest.
@@ -121,8 +122,8 @@ class Run:
             self._add("roofs", "torch", name, each)
 
     def kernels(self, cases: Sequence[Case]) -> None:
-        packages = [] if DRY else jobs.installed(jobs.PLANS)
-        self.report.not_installed += [package for package in jobs.PLANS if package not in jobs.installed(jobs.PLANS)]
+        packages = [] if DRY else jobs.installed(PACKAGES)
+        self.report.not_installed += [package for package in PACKAGES if package not in jobs.installed(PACKAGES)]
         self.report.predicted_for, predictions = predicted(self.report.environment.get("device", ""))
         for case in cases:
             measured = self.job("kernels", case.op, case.name, jobs.kernel, case.op, case.name)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from arcmerge.cuda.driver import Kernel
-from arcmerge.cuda.slerp import SHARED, TARGETS, THREADS, launch, prepared
+from arcmerge.cuda.slerp import SHARED, THREADS, launch, prepared
+from arcmerge.cuda.targets import TARGETS
 from arcmerge.kernels.segments import SEGMENT, launches
 from paths import ROOT
 

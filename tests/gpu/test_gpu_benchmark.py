@@ -21,6 +21,7 @@ import pytest
 
 import attention_packages
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
+from arcmerge.ops.attention_packages import PACKAGES
 from cases import SMALL, Call, Case, Draw
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +98,7 @@ def test_attention_by_another_package_is_timed_if_its_result_is_ours(
     attention_packages.install(monkeypatch)
     jobs = gpu_run.jobs
     name = "heads of 256"
-    assert jobs.installed([*jobs.PLANS, "no_such_package"]) == ["flash_attn", "flashinfer"]
+    assert jobs.installed([*PACKAGES, "no_such_package"]) == ["flash_attn", "flashinfer"]
     measured = jobs.by_package("flashinfer", name)
     assert measured["seconds"] > 0
     assert (measured["bytes"], measured["operations"]) > (0, 0)
@@ -111,10 +112,8 @@ def test_attention_by_another_package_is_timed_if_its_result_is_ours(
         (f"{name}, by flash_attn", "'key_cache' must have a multiple of 256 slots with flash_attn, got 65")
     ]
 
-    plan = jobs.PLANS["flashinfer"]
-    monkeypatch.setitem(
-        jobs.PLANS, "flashinfer", lambda *tensors, **numbers: plan(*tensors, **{**numbers, "scale": 9.0})
-    )
+    plan = jobs.plan
+    monkeypatch.setattr(jobs, "plan", lambda *given, **numbers: plan(*given, **{**numbers, "scale": 9.0}))
     with pytest.raises(ValueError, match=r"flashinfer and our kernel differ by .* of the maximum"):
         jobs.by_package("flashinfer", name)
 

@@ -14,14 +14,13 @@ from torch import Tensor
 import arcmerge.cuda
 from arcmerge.cuda import driver
 from arcmerge.cuda.driver import Kernel
+from arcmerge.cuda.targets import TARGETS
 from arcmerge.errors import ArcmergeError
 from arcmerge.kernels.segments import SEGMENT, Launch, tabulated
 
 # As in csrc/cuda/ring.cuh: a ring of four tiles of two inputs, a barrier for each, the sums of eight warps, the result.
 THREADS = 256
 SHARED = 4 * 2 * 4096 + 4 * 8 + 8 * 3 * 8 + 8
-# Code for one architecture has a letter, and runs on no other; the others run on all that are newer.
-TARGETS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 # The bytes an element that the kernels of Triton move, and the most that this one may move to be chosen.
 TRITON_BYTES, MOST_BYTES = 10.0, 9.5
 # The share of the L2 cache that a batch may fill. An H100 keeps lines in both halves of it, so half is used well.

@@ -200,13 +200,15 @@ def _triton(*tensors: Tensor, max_seqlen_q: int, **numbers: Any) -> Tensor:
 
 @attention.on_demand("flash_attn")
 def _flash_attn(*tensors: Tensor, **numbers: Any) -> Tensor:
-    from arcmerge.ops.attention_packages import plan_flash_attn
-
-    return plan_flash_attn(*tensors, **numbers)(*tensors[:3])
+    return _by_package("flash_attn", *tensors, **numbers)
 
 
 @attention.on_demand("flashinfer")
 def _flashinfer(*tensors: Tensor, **numbers: Any) -> Tensor:
-    from arcmerge.ops.attention_packages import plan_flashinfer
+    return _by_package("flashinfer", *tensors, **numbers)
 
-    return plan_flashinfer(*tensors, **numbers)(*tensors[:3])
+
+def _by_package(backend: str, *tensors: Tensor, **numbers: Any) -> Tensor:
+    from arcmerge.ops.attention_packages import plan
+
+    return plan(backend, *tensors, **numbers)(*tensors[:3])

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import accumulate
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,7 +36,30 @@ FLASHINFER_HEAD_DIMS = (64, 128, 256)
 FLASHINFER_WORKSPACE_BYTES = 128 << 20
 
 
-def plan_flash_attn(
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of `attention`, on the host where the packages need them.
+
+    Attributes:
+        lengths: of the keys of each sequence.
+        size: the slots of a page.
+        tables: the pages of each sequence.
+    """
+
+    query: Tensor
+    key_cache: Tensor
+    cu_seqlens_q: Tensor
+    max_seqlen_q: int
+    scale: float
+    softcap: float
+    window: int
+    lengths: list[int]
+    size: int
+    tables: list[list[int]]
+
+
+def plan(
+    backend: str,
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -47,37 +72,50 @@ def plan_flash_attn(
     window: int,
     stepwise: bool = False,
 ) -> Run:
-    """What `attention` does with arguments of these shapes and lengths, by flash-attn.
+    """What `attention` does with arguments of these shapes and lengths, by the package `backend`.
 
     Raises:
         ArcmergeError: for arguments that break the contract of `attention`, or that the package does not take.
     """
-    package = import_module("flash_attn")
-    _check(query, stepwise, "flash_attn")
+    package = import_module(backend)
+    require_dtype((torch.bfloat16,), query=query)
+    require(not stepwise, "stepwise", f"be False with {backend}", stepwise)
+    page_size, planned = PACKAGES[backend]
+    size = page_size(query, key_cache)
+    lengths: list[int] = seqlens_k.tolist()
+    check_lengths(len(query), key_cache.shape[2], cu_seqlens_q.tolist(), lengths, max_seqlen_q, window)
+    if not query.numel():
+        return lambda query, *_: torch.empty_like(query)
+    tables = _pages(key_cache, lengths, size)
+    call = _Call(query, key_cache, cu_seqlens_q, max_seqlen_q, scale, softcap, window, lengths, size, tables)
+    return planned(package, call)
+
+
+def _flash_attn_page_size(query: Tensor, key_cache: Tensor) -> int:
     slots, size = key_cache.shape[2], FLASH_ATTN_PAGE
     require(slots % size == 0, "key_cache", f"have a multiple of {size} slots with flash_attn", slots)
-    lengths = _lengths(query, key_cache, cu_seqlens_q, seqlens_k, max_seqlen_q, window)
-    tables = _pages(key_cache, lengths, size)
-    columns = max(map(len, tables), default=0)
-    table = _int32([table + [0] * (columns - len(table)) for table in tables], query)
-    cu_seqlens_k = _int32([0, *accumulate(lengths)], query)
+    return size
+
+
+def _plan_flash_attn(package: ModuleType, call: _Call) -> Run:
+    columns = max(map(len, call.tables))
+    table = _int32([pages + [0] * (columns - len(pages)) for pages in call.tables], call.query)
+    cu_seqlens_k = _int32([0, *accumulate(call.lengths)], call.query)
 
     def run(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-        if not query.numel():
-            return torch.empty_like(query)
-        key, value = (_paged(cache, size).transpose(1, 2) for cache in (key_cache, value_cache))
+        key, value = (_paged(cache, call.size).transpose(1, 2) for cache in (key_cache, value_cache))
         out: Tensor = package.flash_attn_varlen_func(
             query,
             key,
             value,
-            cu_seqlens_q,
+            call.cu_seqlens_q,
             cu_seqlens_k,
-            max_seqlen_q,
-            max(lengths),
-            softmax_scale=scale,
+            call.max_seqlen_q,
+            max(call.lengths),
+            softmax_scale=call.scale,
             causal=True,
-            window_size=(window - 1, 0),
-            softcap=softcap,
+            window_size=(call.window - 1, 0),
+            softcap=call.softcap,
             block_table=table,
         )
         return out
@@ -85,71 +123,45 @@ def plan_flash_attn(
     return run
 
 
-def plan_flashinfer(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cu_seqlens_q: Tensor,
-    seqlens_k: Tensor,
-    *,
-    max_seqlen_q: int,
-    scale: float,
-    softcap: float,
-    window: int,
-    stepwise: bool = False,
-) -> Run:
-    """As `plan_flash_attn`, by FlashInfer."""
-    package = import_module("flashinfer")
-    _check(query, stepwise, "flashinfer")
-    (_, heads, head_dim), (_, key_value_heads, slots, _) = query.shape, key_cache.shape
-    dims = ", ".join(map(str, FLASHINFER_HEAD_DIMS))
+def _flashinfer_page_size(query: Tensor, key_cache: Tensor) -> int:
+    head_dim, dims = query.shape[2], ", ".join(map(str, FLASHINFER_HEAD_DIMS))
     require(head_dim in FLASHINFER_HEAD_DIMS, "query", f"have heads of {dims} elements with flashinfer", head_dim)
-    lengths = _lengths(query, key_cache, cu_seqlens_q, seqlens_k, max_seqlen_q, window)
-    size = math.gcd(slots, RING_SLOTS)
-    tables = _pages(key_cache, lengths, size)
-    workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=query.device)
+    return math.gcd(key_cache.shape[2], RING_SLOTS)
+
+
+def _plan_flashinfer(package: ModuleType, call: _Call) -> Run:
+    (_, heads, head_dim), key_value_heads = call.query.shape, call.key_cache.shape[1]
+    workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=call.query.device)
     wrapper = package.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
-    if query.numel():
-        wrapper.plan(
-            cu_seqlens_q,
-            _int32([0, *accumulate(map(len, tables))], query),
-            _int32([page for table in tables for page in table], query),
-            _int32([(length - 1) % size + 1 for length in lengths], query),
-            heads,
-            key_value_heads,
-            head_dim,
-            size,
-            causal=True,
-            sm_scale=scale,
-            window_left=window - 1,
-            logits_soft_cap=softcap,
-            q_data_type=query.dtype,
-            kv_data_type=key_cache.dtype,
-        )
+    wrapper.plan(
+        call.cu_seqlens_q,
+        _int32([0, *accumulate(map(len, call.tables))], call.query),
+        _int32([page for table in call.tables for page in table], call.query),
+        _int32([(length - 1) % call.size + 1 for length in call.lengths], call.query),
+        heads,
+        key_value_heads,
+        head_dim,
+        call.size,
+        causal=True,
+        sm_scale=call.scale,
+        window_left=call.window - 1,
+        logits_soft_cap=call.softcap,
+        q_data_type=call.query.dtype,
+        kv_data_type=call.key_cache.dtype,
+    )
 
     def run(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-        if not query.numel():
-            return torch.empty_like(query)
-        out: Tensor = wrapper.run(query, (_paged(key_cache, size), _paged(value_cache, size)))
+        out: Tensor = wrapper.run(query, (_paged(key_cache, call.size), _paged(value_cache, call.size)))
         return out
 
     return run
 
 
-PLANS: dict[str, Callable[..., Run]] = {"flash_attn": plan_flash_attn, "flashinfer": plan_flashinfer}
-
-
-def _check(query: Tensor, stepwise: bool, backend: str) -> None:
-    require_dtype((torch.bfloat16,), query=query)
-    require(not stepwise, "stepwise", f"be False with {backend}", stepwise)
-
-
-def _lengths(
-    query: Tensor, key_cache: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, max_seqlen_q: int, window: int
-) -> list[int]:
-    lengths: list[int] = seqlens_k.tolist()
-    check_lengths(len(query), key_cache.shape[2], cu_seqlens_q.tolist(), lengths, max_seqlen_q, window)
-    return lengths
+# The slots of a page, after a check of what the package takes; and its plan.
+PACKAGES: dict[str, tuple[Callable[[Tensor, Tensor], int], Callable[[ModuleType, _Call], Run]]] = {
+    "flash_attn": (_flash_attn_page_size, _plan_flash_attn),
+    "flashinfer": (_flashinfer_page_size, _plan_flashinfer),
+}
 
 
 def _pages(cache: Tensor, lengths: list[int], size: int) -> list[list[int]]:
