@@ -147,7 +147,9 @@ def _tiles_kernel(
         wanted = tl.load(wanted_ptr + rows).to(tl.int32) - tile * BLOCK_V
         here = wanted[:, None] == tl.arange(0, BLOCK_V)[None, :]
         score = tl.sum(tl.where(here, scores, 0.0), axis=1)
-        tl.store(wanted_scores_ptr + row, score, mask=exists & (wanted >= 0) & (wanted < BLOCK_V))
+        # The last tile may be short.
+        within = (wanted >= 0) & (wanted < tl.minimum(BLOCK_V, V - tile * BLOCK_V))
+        tl.store(wanted_scores_ptr + row, score, mask=exists & within)
 
 
 @triton.jit

@@ -130,7 +130,8 @@ def disagreement(actual: Tensor, expected: Expected) -> float:
         same = (actual == value) | (actual.isnan() & value.isnan()) if actual.is_floating_point() else actual == value
         return 0.0 if bool(same.all()) else float("inf")
     error = (actual.double() - value.double()).abs()
-    # An expected infinity has no error; a NaN on either side has an infinite one.
-    error = torch.where(actual.double() == value.double(), 0.0, error).nan_to_num(nan=float("inf"))
+    # An expected infinity or NaN has no error; a NaN on one side has an infinite one.
+    same = (actual.double() == value.double()) | (actual.isnan() & value.isnan())
+    error = torch.where(same, 0.0, error).nan_to_num(nan=float("inf"))
     tolerance = torch.as_tensor(expected.tolerance, dtype=torch.float64)
     return float((error / tolerance).nan_to_num(nan=0.0).max()) if error.numel() else 0.0
