@@ -11,11 +11,12 @@ from ptx_programs import run
 SIZE = 512  # bytes of a copy; the barrier lies behind two of them
 BARRIER = 2 * SIZE
 
+FENCE = "@%p0 fence.mbarrier_init.release.cluster;\n"
+MEET = "bar.sync 0;\n"
 INIT = f"""
     setp.eq.u32 %p0, %r0, 0;
     @%p0 mbarrier.init.shared::cta.b64 [{BARRIER}], 1;
-    @%p0 fence.mbarrier_init.release.cluster;
-    bar.sync 0;
+    {FENCE} {MEET}
 """
 EXPECT = f"@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [{BARRIER}], {SIZE};\n"
 COPY = (
@@ -32,11 +33,11 @@ READ = "ld.shared.b64 %d2, [%r1+{of}];\n"
 WRITE = "st.global.b64 [%d3+{of}], %d2;\n"
 
 
-def copied(body: str, chunks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def copied(body: str, chunks: int = 1, init: str = INIT) -> tuple[np.ndarray, np.ndarray]:
     """What 64 threads, of 8 bytes each, find of an array in a program with these statements."""
     source = np.arange(chunks * SIZE // 8, dtype=np.int64)
     out = np.full_like(source, -1)
-    run(INIT + ADDRESSES + body, source, out, threads=SIZE // 8, shared=BARRIER + 8)
+    run(init + ADDRESSES + body, source, out, threads=SIZE // 8, shared=BARRIER + 8)
     return out, source
 
 
@@ -50,6 +51,26 @@ def wait(number: int = 0) -> str:
 
 def test_a_copy_lands_when_it_is_waited_for() -> None:
     out, source = copied(first() + wait() + READ.format(of=0) + WRITE.format(of=0))
+    assert (out == source).all()
+
+
+@pytest.mark.parametrize(
+    ("init", "reason"),
+    [
+        (INIT.replace(FENCE, ""), "without a fence after it was initialised"),
+        (INIT.replace("@%p0 fence", "@!%p0 fence"), "without a fence after it was initialised"),
+        (INIT.replace(MEET, ""), "read before a barrier after the write of another warp"),
+    ],
+)
+def test_a_barrier_is_initialised_for_copies_and_for_other_warps(init: str, reason: str) -> None:
+    with pytest.raises(Fault, match=reason):
+        copied(first() + wait(), init=init)
+
+
+@pytest.mark.parametrize("fence", ["fence.proxy.async", "fence.proxy.async.shared::cta"])
+def test_any_fence_of_the_asynchronous_proxy_will_do(fence: str) -> None:
+    body = first() + wait() + READ.format(of=0) + WRITE.format(of=0)
+    out, source = copied(body, init=INIT.replace("fence.mbarrier_init.release.cluster", fence))
     assert (out == source).all()
 
 
@@ -102,11 +123,3 @@ def test_a_copy_reads_global_memory_as_late_as_it_may() -> None:
 def test_mistakes_are_faults(body: str, reason: str) -> None:
     with pytest.raises(Fault, match=reason):
         copied(body)
-
-
-def test_a_copy_needs_a_fence_after_the_initialisation_of_its_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
-    fence = "    @%p0 fence.mbarrier_init.release.cluster;\n"
-    assert fence in INIT
-    monkeypatch.setitem(globals(), "INIT", INIT.replace(fence, ""))
-    with pytest.raises(Fault, match=r"initialised without fence\.mbarrier_init"):
-        copied(first() + wait())

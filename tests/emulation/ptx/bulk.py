@@ -4,6 +4,9 @@ A copy lands when someone asks whether its barrier's phase is complete, and noth
 it may. It reads global memory then. Until it has landed, an access to the bytes that it writes is a fault, and so is a
 copy to bytes that another warp has read since the last barrier of the block. A phase that no copy can complete is a
 fault. A warp that does not wait is not noticed if another one did.
+
+A barrier is initialised by a store to shared memory: other warps see it behind a barrier of the block, and copies see
+it behind a fence, of the thread that stored.
 """
 
 from __future__ import annotations
@@ -59,13 +62,14 @@ class CopyBarriers:
         self._barriers: defaultdict[int, _Barrier | None] = defaultdict(lambda: None)
 
     def start(self, offset: int, lane: int, expected: int) -> None:
+        self._machine.shared.store(np.array([offset]), np.array([lane]), 8, 0, np.zeros(1, np.uint64))
         self._barriers[offset] = _Barrier(expected, lane=lane)
 
-    def fence(self, lanes: Array) -> None:
-        """fence.mbarrier_init shows copies the barriers that these lanes have initialised."""
+    def fence(self, active: Array) -> None:
+        """The lanes in `active` show copies the barriers that they have initialised."""
         for barrier in self._barriers.values():
-            if barrier is not None and barrier.lane in lanes:
-                barrier.visible = True
+            if barrier is not None:
+                barrier.visible |= bool(active[barrier.lane])
 
     def arrive(self, offset: int, lane: int, announced: int) -> None:
         self._of(offset, lane).arrive(lane, 1, announced)
@@ -85,7 +89,7 @@ class CopyBarriers:
         machine.counts.shared_ideal += copy.size // 128
         barrier = self._of(barrier_offset, copy.lane)
         if not barrier.visible:
-            raise Fault("a copy with a barrier that was initialised without fence.mbarrier_init", copy.lane)
+            raise Fault("a barrier for a copy without a fence after it was initialised", copy.lane)
         barrier.copies.append(copy)
 
     def complete(self, offset: int, lane: int, parity: int) -> bool:
@@ -118,12 +122,31 @@ class CopyBarriers:
             raise Fault("a barrier that was not initialised", lane)
         return barrier
 
+    def require_visible(self, offsets: Array, lanes: Array) -> None:
+        """Lanes use the barriers at these offsets: they must see that these were initialised."""
+        try:
+            self._machine.shared.load(offsets, lanes, 8, 0)
+        except Fault as fault:
+            raise Fault(str(fault), int(lanes[fault.lane or 0])) from None
+
 
 def needs_clocks(program: Program) -> bool:
     """Whether warps of a program meet in parts, by mbarriers for more than bulk copies without a tensor map."""
     kinds = {each.parts[:4] for each in program.instructions if each.parts[0] in ("mbarrier", "cp")}
     copies = any(parts[:3] == ("cp", "async", "bulk") and parts[3] != "tensor" for parts in kinds)
     return not copies and any(parts[0] == "mbarrier" for parts in kinds)
+
+
+def proxy_fence(machine: Machine, instruction: Instruction) -> Execute:
+    """fence.proxy.async, and fence.mbarrier_init, which is for barriers alone."""
+
+    def execute(where: Where) -> None:
+        active = np.broadcast_to(where, machine.lanes)
+        machine.copy_barriers.fence(active)
+        if "proxy" in instruction.parts:
+            machine.shared.fence_proxy(active)
+
+    return execute
 
 
 def bulk(machine: Machine, instruction: Instruction) -> Execute:
@@ -142,8 +165,9 @@ def bulk(machine: Machine, instruction: Instruction) -> Execute:
 
         def initialise(where: Where) -> None:
             lanes = machine.active(where)
-            for offset, lane in zip(offsets(operands[0], lanes, 8), lanes.tolist(), strict=True):
-                barriers.start(offset, lane, int(count[lane]))
+            places = offsets(operands[0], lanes, 8)
+            for offset, lane, expected in zip(places, lanes.tolist(), count[lanes].tolist(), strict=True):
+                barriers.start(offset, lane, expected)
 
         return initialise
     if parts[:3] == ("mbarrier", "arrive", "expect_tx") and operands[0] == "_":
@@ -161,7 +185,9 @@ def bulk(machine: Machine, instruction: Instruction) -> Execute:
         def wait(where: Where) -> None:
             lanes = machine.active(where)
             done = np.zeros(machine.lanes, bool)
-            asked = np.stack([np.array(offsets(operands[1], lanes, 8)), parities[lanes]], axis=1)
+            places = np.array(offsets(operands[1], lanes, 8))
+            barriers.require_visible(places, lanes)
+            asked = np.stack([places, parities[lanes]], axis=1)
             kinds, first, inverse = np.unique(asked, axis=0, return_index=True, return_inverse=True)
             answers = [
                 barriers.complete(int(offset), int(lanes[place]), int(parity))

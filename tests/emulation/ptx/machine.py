@@ -10,7 +10,7 @@ import numpy as np
 
 from .arithmetic import counterpart, operation
 from .barriers import MBARRIERS, Barriers, TensorMap, ready, try_wait
-from .bulk import COPY_BARRIERS, CopyBarriers, needs_clocks
+from .bulk import COPY_BARRIERS, CopyBarriers, needs_clocks, proxy_fence
 from .clocks import ClockedMemory
 from .counts import Counts
 from .formats import Array, dtype_of
@@ -80,7 +80,7 @@ class Machine:
             self.barriers = Barriers(self, clocked, seed)
         else:
             self.shared = SharedMemory(self.blocks, shared_bytes, program.threads, proxies=bool(self.warpgroups))
-            self.copy_barriers = CopyBarriers(self)
+        self.copy_barriers = CopyBarriers(self)
         self._clocked = needs_clocks(program)
         # Parameters of which the address is taken have one here.
         self.places = {name: PARAMETERS + 128 * number for number, name in enumerate(program.parameters)}
@@ -179,10 +179,8 @@ class Machine:
             for special in (WARPS, TRANSFERS, MATRIX, WGMMA, MBARRIERS if self._clocked else COPY_BARRIERS):
                 if parts[0] in special:
                     return special[parts[0]](self, instruction)
-            if parts[:2] == ("fence", "mbarrier_init") and not self._clocked:
-                return lambda where: self.copy_barriers.fence(self.active(where))
-            if parts[:3] == ("fence", "proxy", "async"):
-                return lambda where: self.shared.fence_proxy(np.broadcast_to(where, self.lanes))
+            if parts[:2] == ("fence", "mbarrier_init") or parts[:3] == ("fence", "proxy", "async"):
+                return proxy_fence(self, instruction)
             if parts[0] in ("fence", "membar") and not {"cta", "proxy"} & set(parts):
                 return lambda where: self.owners.fence(self.active(where))
             if parts[0] in _NOTHING_TO_DO or parts[:2] == ("bar", "warp"):

@@ -5,8 +5,9 @@ groups that meet go on together: what the compiler joins again after a branch jo
 waits until nothing else can run.
 
 Blocks start in random order. Before an access by which blocks may wait for each other, such as an atomic, some of them
-are held, at random, while others go on, to their end or to the next such access. What happens in between is the same in
-every order, or else a fault, see owners.py.
+are held, at random, while others go on, to their end or to the next such access. Lanes of one warp are held together,
+because they wait for one another at shuffles. What happens in between is the same in every order, or else a fault, see
+owners.py.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ class Schedule:
         if not held.any():
             return False
         later = group.mask & np.isin(self._block_of, blocks[held])
+        same_warps = _of_same_warps(later)
+        for other in [other for other in groups if other.running and (other.mask & same_warps).any()]:
+            groups.remove(other)
+            groups += [replace(other.part(same_warps), held=True)]
+            groups += [part for part in [other.part(~same_warps)] if part.size]
         groups.append(Group(group.counter, later, held=True))
         if not held.all():
             groups.append(Group(group.counter, group.mask & ~later, due=True))
@@ -103,5 +109,13 @@ class Schedule:
             rest = [part for group in waiting if (part := group.part(stopped)).size]
             return ready, held + rest + [group for group in groups if group.parked]
         chosen = held[self._random.integers(len(held))]
-        chosen.held, chosen.due = False, True
+        same_warps = _of_same_warps(chosen.mask)
+        for group in held:
+            if (group.mask & same_warps).any():
+                group.held, group.due = False, True
         return [], groups
+
+
+def _of_same_warps(mask: Array) -> Array:
+    """The lanes of all warps that have a lane in `mask`."""
+    return mask.reshape(-1, WARP).any(axis=1).repeat(WARP)
