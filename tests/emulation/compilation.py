@@ -150,7 +150,7 @@ def describe(kernel: CompiledKernel, target: str) -> Facts:
     return Facts(
         kernel=kernel.metadata.name,
         target=target,
-        configuration=", ".join(f"{name}={_short(value)}" for name, value in constants.items()),
+        configuration=", ".join(f"{name}={short(value)}" for name, value in constants.items()),
         warps=kernel.metadata.num_warps,
         stages=kernel.metadata.num_stages,
         shared=kernel.metadata.shared,
@@ -159,7 +159,7 @@ def describe(kernel: CompiledKernel, target: str) -> Facts:
     )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     # A tuple of dtypes prints as ['bf16', 'bf16'] or similarly.
     return re.sub(r"triton\.language\.|[\"']|constexpr\[(.*?)\]", r"\1", str(value))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
@@ -17,6 +17,7 @@ from arcmerge.kernels import target as kernels_target
 from cases import Blank, Call, Case, Random, disagreement
 from cases.corners import Corner
 
+from .compilation import short
 from .traffic import Traffic
 
 Seen = TypeVar("Seen")
@@ -34,19 +35,36 @@ class Evidence:
 def targets_of(case: Case, targets: Sequence[str]) -> list[str]:
     """Those of `targets` for which the launcher chooses another grid, or other constants, than for the ones before."""
     chosen: dict[tuple[Any, ...], str] = {}
+    call = case.build(Blank())
     for target in targets:
-        launches: list[Any] = []
-
-        def note(executor: Any, *arguments: Any, launches: list[Any] = launches, **named: Any) -> None:
-            passed = {**dict(zip(executor.arg_names, arguments, strict=False)), **named}
-            grid = executor.grid(passed) if callable(executor.grid) else executor.grid
-            constants = [(name, repr(passed[name])) for name in executor.constexprs if name in passed]
-            launches.append((executor.fn.__name__, tuple(grid), tuple(constants)))
-
-        with _architecture(target), mock.patch.object(GridExecutor, "__call__", note):
-            case.build(Blank()).launch()
+        launches = [(each.kernel, each.grid, *each.constants.items()) for each in launches_of(call, target)]
         chosen.setdefault(tuple(launches), target)
     return list(chosen.values())
+
+
+class Launch(NamedTuple):
+    """What a launcher chooses. constants: as text; options: num_warps and so on."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    constants: dict[str, str]
+    options: dict[str, Any]
+
+
+def launches_of(call: Call, target: str) -> list[Launch]:
+    """The launches of a call on a target, none of which runs."""
+    launches: list[Launch] = []
+
+    def note(executor: Any, *arguments: Any, **named: Any) -> None:
+        passed = {**dict(zip(executor.arg_names, arguments, strict=False)), **named}
+        grid = executor.grid(passed) if callable(executor.grid) else executor.grid
+        constants = {name: short(passed[name]) for name in executor.constexprs if name in passed}
+        options = {name: value for name, value in named.items() if name not in executor.arg_names}
+        launches.append(Launch(executor.fn.__name__, tuple(grid), constants, options))
+
+    with _architecture(target), mock.patch.object(GridExecutor, "__call__", note):
+        call.launch()
+    return launches
 
 
 @contextmanager

@@ -20,11 +20,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from cases import MODELS, SMALL, Case
+from cases import MODELS, SMALL, Blank, Case
 from cases.corners import CORNERS, Corner
 from emulation import prover
 from emulation.compilation import TARGETS, Facts, as_json
-from emulation.evidence import Evidence, interpreted, same_values, targets_of
+from emulation.evidence import Evidence, interpreted, launches_of, same_values, targets_of
 from emulation.prover import Record
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU")
@@ -105,6 +105,30 @@ def test_what_gemma_2_launches_passes_the_gate(op: str, target: str, facts: Foun
     assert prover.failures(facts).get((op, target), []) == []
     record = record_of(facts, "compiled", op=op, target=target)
     assert list(record["launched"]) == [case.name for case in MODELS if case.op == op]
+
+
+# The choices of this launcher do not depend on the target, and its calls take long to build.
+@pytest.mark.parametrize("op", [op for op in OPS if op != "consensus_combine"])
+def test_what_gemma_2_launches_on_other_targets_is_in_the_proof(op: str) -> None:
+    """A launcher chooses something else? `make prove` compiles it."""
+    proof = json.loads((ROOT / "benchmarks" / "results" / "proof.json").read_text())
+    compiled = {
+        (record["target"], each["kernel"], each["configuration"], each["warps"], each["stages"])
+        for record in proof["compiled"]
+        if record["op"] == op
+        for each in record["kernels"].values()
+    }
+    for call in (case.build(Blank()) for case in MODELS if case.op == op):
+        for target in (target for target in TARGETS if target not in prover.QUICK_TARGETS):
+            for launch in launches_of(call, target):
+                chosen = ", ".join(f"{name}={value}" for name, value in launch.constants.items())
+                options = launch.options["num_warps"], launch.options.get("num_stages")
+                assert any(
+                    known[:3] == (target, launch.kernel, chosen)
+                    and known[3] == options[0]
+                    and options[1] in (None, known[4])
+                    for known in compiled
+                ), (target, launch)
 
 
 # The kernels of a decode step, and those of a prompt that have no more to do than to move bytes.
