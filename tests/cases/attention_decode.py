@@ -155,7 +155,7 @@ SMALL = [
     _case("f32 heads of 64, no softcap", (17, 131), (2, 2), 64, (F32, F32), softcap=0.0, loud=2.0),
     _case(
         "f32 heads of 16, round a window of 8",
-        tuple(range(7, 18)),
+        (0, *range(7, 18)),
         (4, 1),
         16,
         (F32, F32),

@@ -56,7 +56,10 @@ def build(
         found = codes(
             differences(in_rows(groups[index], columns), *in_rows([bases[index]], columns)), row(index), **kind
         )
-        return [_cuts(code.flatten().cpu()) for code in found]
+        chosen = [_cuts(code.flatten().cpu()) for code in found]
+        # Ranks far above the count of elements: all equals are before the cuts.
+        upper, _, lower, _ = chosen[-1]
+        return [*chosen[:-1], (upper, 2**62, lower, 2**62)] if index else chosen
 
     def row(index: int) -> Tensor | None:
         return scales[index] if scales else None

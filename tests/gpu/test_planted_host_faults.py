@@ -23,6 +23,7 @@ from arcmerge.merging.execution import memory
 from arcmerge.merging.execution.gpu import kept
 from arcmerge.merging.execution.gpu.kept import KeptInputs
 from arcmerge.merging.execution.gpu.processor import GpuProcessor
+from arcmerge.merging.execution.gpu.resident import ResidentSums
 from arcmerge.merging.execution.gpu.slots import ResultBuffers, Slot, SlotPool
 from arcmerge.merging.execution.in_memory import InMemoryMerge
 from arcmerge.merging.execution.memory import GpuMemory
@@ -85,6 +86,14 @@ def current(pair: Path, folder: Path, device: str) -> Any:
         return to_disk(pair, folder, "cuda")
 
 
+def on_its_own_stream(pair: Path, folder: Path, device: str) -> Any:
+    """A merge in memory on a stream that the caller has made."""
+    if device == "cpu":
+        return in_memory(pair, folder, device)
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+        return in_memory(pair, folder, device)
+
+
 def answers(pair: Path, folder: Path, device: str) -> Any:
     return host_paths.answered(host_paths.model_of(pair, device))
 
@@ -129,6 +138,7 @@ SCENARIOS: dict[str, Callable[[Path, Path, str], Any]] = {
     "in use": in_use,
     "in use, streamed": partial(streamed, scenario=in_use),
     "on the current device": current,
+    "on a stream of its own": on_its_own_stream,
     "answers": answers,
     "second answers": second_answers,
     "answers beside another thread": beside_another_thread,
@@ -291,6 +301,14 @@ FAULTS = {
     ),
     "a time is taken on the current device": Planted(
         bandwidth, "_seconds_on_gpu", "torch.cuda.device(tensor.device)", "torch.cuda.device(0)", "bandwidth", "by zero"
+    ),
+    "counts are read behind an event of another stream": Planted(
+        ResidentSums,
+        "compute",
+        "done.record()",
+        "done.record(torch.cuda.default_stream(self._result.device))",
+        "on a stream of its own",
+        "got an overflow",
     ),
     "a token is read before it has arrived": Planted(Arrival, "lists", "self._event.synchronize()", "pass", "answers"),
     "a time is read before its end": Planted(

@@ -233,6 +233,24 @@ def test_tables_are_kept_for_the_same_tensors_and_made_for_others() -> None:
     assert len(resident._tables) == 4
 
 
+def test_a_table_belongs_to_the_addresses_lengths_and_dtypes_of_every_operand() -> None:
+    result, memory = torch.zeros(2000, dtype=torch.uint8), normal(400, seed=1)
+    resident = ResidentSums(result)
+    first = WeightedSum([memory[:100], memory[100:200]], np.array([0.3, -0.6]), result[:200].view(BF16))
+    others = [
+        first._replace(inputs=[first.inputs[0], memory[200:300]]),
+        first._replace(out=result[400:600].view(BF16)),
+        first._replace(inputs=[tensor[:50] for tensor in first.inputs], out=first.out[:50]),
+        first._replace(inputs=[tensor.view(torch.float16) for tensor in first.inputs]),
+    ]
+    for each in (first, *others):
+        result.zero_()
+        resident.compute([each])
+        assert same_bits(each.out, expected(each))
+        each.out.zero_()
+        assert not result.any()
+
+
 def test_traffic_is_six_bytes_an_element() -> None:
     counts = [3 * segments.SEGMENT, segments.SEGMENT]
     result = torch.zeros(2 * sum(counts), dtype=torch.uint8)

@@ -155,11 +155,18 @@ def test_parents_are_pinned_by_their_device(monkeypatch: pytest.MonkeyPatch) -> 
     assert (runtime.registered, runtime.current) == ([1], 0)
 
 
-def test_a_slot_is_given_back_when_waiting_fails(streams: Streams) -> None:
-    pool = SlotPool(GPU, 64, 1)
-    streams.error = RuntimeError("an illegal access")
-    with pytest.raises(RuntimeError, match="an illegal access"), pool.take():
+@pytest.mark.parametrize("where", ["in the block", "in the wait"])
+def test_a_slot_is_given_back_after_an_error(streams: Streams, where: str) -> None:
+    pool, error = SlotPool(GPU, 64, 1), RuntimeError("an illegal access")
+    streams.error = error if where == "in the wait" else None
+
+    def work() -> None:
         assert streams.current == "stream 1 of cuda:1"
+        if where == "in the block":
+            raise error
+
+    with pytest.raises(RuntimeError, match="an illegal access"), pool.take():
+        work()
     streams.error = None
     assert not pool._free.empty()
     with pool.take() as slot:
