@@ -143,7 +143,7 @@ def test_the_table_made_on_the_gpu_is_that_of_the_host() -> None:
 
 def test_a_table_of_more_rows_than_a_program_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "SEGMENT", 16)
-    groups = [(random(16 * count),) for count in (700, 1, 2000, 3)]
+    groups = [(random(16 * count),) for count in (700, 1, 2000, 3, *[1] * 300)]
     (host,), (made,) = segments.launches(groups), segments.tabulated(groups, groups[0][0])
     assert torch.equal(made.table, host.table)
 

@@ -99,11 +99,11 @@ def answered(model: arcmerge.Gemma2) -> Any:
 
 
 def generated(pair: Path, device: str) -> list[Any]:
-    """Answers: the most probable, and after a new merge random ones."""
+    """Answers: the most probable, and after a new merge random ones to as many prompts."""
     model = model_of(pair, device)
     found = [answered(model)]
     model.set_t(0.5)
-    return [*found, model.generate(PROMPTS[:1], max_new_tokens=2, do_sample=True, top_k=20, seed=1, eos_token_id=[])]
+    return [*found, model.generate(PROMPTS, max_new_tokens=3, do_sample=True, top_k=20, seed=1, eos_token_id=[])]
 
 
 def scored(pair: Path, device: str) -> list[Any]:

@@ -177,12 +177,16 @@ def test_a_merge_in_gpu_memory_has_the_weights_of_one_on_the_cpu(
     assert [tensor.data_ptr() for tensor in on_gpu.network.weights.tensors] == before
 
 
-def test_copies_on_the_gpu_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("streamed", [False, True], ids=["parents on the GPU", "parents pinned"])
+def test_copies_on_the_gpu_that_are_not_finite_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
     file = tiny.make("gemma-a", tmp_path) / "model.safetensors"
     weights = load_file(file)
     weights["model.norm.weight"][3] = float("inf")
     save_file(weights, file, metadata={"format": "pt"})
     config = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "gemma-a")}]}
+    monkeypatch.setattr(memory, "must_stream", lambda *_: streamed)
     merge_in_gpu_memory(monkeypatch)
     with pytest.raises(arcmerge.ArcmergeError, match=r"model\.norm\.weight: weights must be finite"):
         arcmerge.Gemma2.from_merge(config, DEVICE, threads=1)
