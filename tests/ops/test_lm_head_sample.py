@@ -15,9 +15,10 @@ from transformers.generation.logits_process import (
 
 from arcmerge.errors import ArcmergeError
 from arcmerge.kernels import gumbel as kernels
+from arcmerge.kernels.sample import sample as launch
 from arcmerge.ops.gumbel import gumbel, uniform
 from arcmerge.ops.lm_head import logits
-from arcmerge.ops.lm_head_sample import kept, lm_head_sample, penalised
+from arcmerge.ops.lm_head_sample import draw_numbers, kept, lm_head_sample, penalised
 from operands import BF16, F32, normal, same_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,6 +152,34 @@ def test_kernels_draw_what_the_reference_draws(monkeypatch, filters, spread):
         monkeypatch.setenv("ARCMERGE_BACKEND", backend)
         drawn.append(sample(x, weight, filters, 0.8, 2**45 + 3, steps, words, 1.2))
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("filters", "rows", "ids", "spread"),
+    [
+        ((5, 1.0, 0.0), 8, 130, 1.0),
+        ((90, 1.0, 0.0), 6, 130, 1.0),  # more than the tiles
+        ((0, 0.6, 0.0), 16, 130, 0.5),
+        ((0, 0.37, 0.0), 6, 5000, 0.0),  # one score in more than one block of a program
+        ((0, 1.0, 0.3), 12, 130, 1.0),
+        ((60, 0.9, 0.2), 12, 130, 1.0),
+    ],
+    ids=str,
+)
+def test_bounds_among_equal_scores_are_those_of_the_definition(filters, rows, ids, spread):
+    """Scores are multiples of a quarter, so that a bound is a score of many ids, and rows are many: most ids that a
+    filter removes by mistake, or keeps, are drawn in one of them.
+    """
+    tiles = -(-ids // 64)
+    scores = (normal(rows, tiles * 64, dtype=F32, seed=5) * spread * 4).round() / 4
+    scores[:, ids:] = -torch.inf
+    steps, numbers, key = torch.arange(rows), draw_numbers(1.0, 1.0, *filters), torch.tensor([3])
+    expected = (kept(scores[:, :ids], *filters) + gumbel(3, steps[:, None], torch.arange(ids))).argmax(dim=1)
+    table, out = scores.view(rows, tiles, 64).to(DEVICE), torch.empty(rows, dtype=torch.int64, device=DEVICE)
+    maxima = table.amax(dim=2)
+    sums = (table - maxima[:, :, None]).exp().sum(dim=2)
+    launch(out, table, maxima, sums, steps.to(DEVICE), key.to(DEVICE), numbers.to(DEVICE), ids)
+    assert torch.equal(out.cpu(), expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
