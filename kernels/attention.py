@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import dependent_launch
 from .proxy import fence
 from .target import TRITON, architecture, configuration
 
@@ -74,6 +75,7 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    dependent_launch.wait()
     tl.static_assert(RING_SLOTS % BLOCK_N == 0, "a tile of keys must not run past the end of a ring buffer")
     key_value_head = tl.program_id(0)
     # The last tokens see the most keys: their programs start first, and short programs fill the gaps at the end.
@@ -257,4 +259,5 @@ def attention(
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=False,
+        **dependent_launch.options(query.device),
     )

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 NEVER = gl.constexpr(-1e30)
 STAGES = gl.constexpr(2)
@@ -235,6 +236,8 @@ def _attention_hopper_kernel(
 ):
     HEAD_DIM: gl.constexpr = keys.block_shape[2]
     TOKENS: gl.constexpr = ROWS * WARPGROUPS // GROUP
+    gdc_wait()
+    gdc_launch_dependents()
     # As in `attention`: the last tokens see the most keys.
     tile = gl.num_programs(1) - 1 - gl.program_id(1)
     sequence = gl.program_id(2)
@@ -330,4 +333,5 @@ def attention_hopper(
         num_warps=4,
         num_stages=STAGES.value,
         enable_fp_fusion=False,
+        launch_pdl=True,
     )

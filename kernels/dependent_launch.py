@@ -2,7 +2,8 @@
 
 From sm_90 on, a kernel that is launched with `options` may start as soon as every program of the kernel before it has
 called `wait`. That hides the time of a launch, which is as long as the smallest kernels of a decode step. Every kernel
-that is launched so calls `wait` before it touches memory, and so before any of its programs can end. Thus
+that is launched so calls `wait` before it touches memory, and so before any of its programs can end. (attention_hopper
+calls both instructions itself, as Gluon has no functions of Triton; its other warps start after those that wait.) Thus
 
 - what a kernel reads and overwrites is never in use by an earlier one: `wait` returns when the kernel before has ended
   and its writes are visible, and that one had ended only after all those before it;
