@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import arcmerge
 import host_paths
+from arcmerge import ops
 from arcmerge.gemma2.generation import loglikelihood
 from arcmerge.gemma2.generation.sampler import GREEDY
 from arcmerge.gemma2.runtime import kept_graphs
@@ -226,6 +227,22 @@ def test_answers_on_both_devices_at_once(pair: Path, gpus: Runtime, on_cpu: dict
     assert found == [on_cpu["generated"][0]] * 2
 
 
+def test_an_op_keeps_what_it_needs_for_each_device(one_thread: None) -> None:
+    """The table of angles and the counters of attention."""
+    states = torch.randn(2, 4 * 32, generator=torch.Generator().manual_seed(1))
+
+    def attended(device: str) -> torch.Tensor:
+        cache = torch.zeros(2, 1, 16, 32)
+        lengths = torch.tensor([1, 1], dtype=torch.int32)
+        moved = [tensor.to(device) for tensor in (states, cache, cache.clone(), lengths)]
+        return ops.attention_decode(*moved, heads=2, scale=0.2, softcap=0.0, window=0).cpu()
+
+    with cuda(devices=2, order="latest"):
+        found = [attended(device) for device in ("cuda:0", "cuda:1", "cuda:0")]
+    expected = states.view(2, 4, 32)[:, 3:].expand(2, 2, 32).flatten(1)  # of one key, its value
+    assert all(torch.equal(tensor, expected) for tensor in found)
+
+
 def test_scores(pair: Path, gpus: Runtime, on_cpu: dict[str, Any]) -> None:
     assert same(host_paths.scored(pair, "cuda:1"), on_cpu["scored"])
 
@@ -367,7 +384,6 @@ def test_a_padded_batch_decodes_without_copies_of_its_cache(monkeypatch: pytest.
 @pytest.mark.usefixtures("gpus", "fake_tensors_are_plain")
 def test_attention_by_name_with_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     import accelerated
-    from arcmerge import ops
     from arcmerge.integrations.transformers import register_attention
 
     def logits(device: str) -> torch.Tensor:
