@@ -86,6 +86,29 @@ PLANTED: dict[str, tuple[Any, ...]] = {
         "mask=(ids <= V)[None, :], other=0)",
         small("lm_head_sample", "of the greatest, penalised"),
     ),
+    # Ids outside of the vocabulary: any, and those for which the last tile has a place.
+    "ids": ("lm_head", 'torch.full_like(out, float("nan"))', "torch.zeros_like(out)", small("lm_head_logprob", "odd")),
+    "last ids": (
+        "lm_head",
+        "(wanted < tl.minimum(BLOCK_V, V - tile * BLOCK_V))",
+        "(wanted < BLOCK_V)",
+        small("lm_head_logprob", "odd"),
+    ),
+    # A skipped sequence in a cache of one split.
+    "skipped": (
+        "attention_decode",
+        "        if split == 0:\n            nothing",
+        "        if split == 1:\n            nothing",
+        small("attention_decode", "f32 heads of 16, round a window of 8"),
+    ),
+    # Ranks of more than 32 bits.
+    "ranks": (
+        "cuts",
+        "tl.minimum(tl.maximum(rank - tl.load(before_ptr + i), 0), 32767)",
+        "tl.maximum(rank - tl.load(before_ptr + i), 0)",
+        small("consensus_combine", "2 bf16, cuts among equals"),
+        "consensus_combine",
+    ),
     # Vectors of 16 bytes.
     **{
         f"alignment, {op}": ("segments", "address % 16", "address % 8", small(op, "2 bf16, 8 bytes past"), op)
