@@ -52,7 +52,7 @@ MAY_IMPORT = {
 # The largest number of lines: of a file, and of all files in a part of the product.
 MAX_FILE_LINES = 400
 MAX_LINES = {
-    "csrc": 7_400,
+    "csrc": 7_450,
     "kernels": 3_900,
     "python/arcmerge/checkpoint": 1_400,
     "python/arcmerge/cli": 900,
@@ -60,8 +60,8 @@ MAX_LINES = {
     "python/arcmerge/dispatch": 700,
     "python/arcmerge/gemma2": 3_600,
     "python/arcmerge/integrations": 1_650,
-    "python/arcmerge/merging": 9_800,
-    "python/arcmerge/ops": 2_850,
+    "python/arcmerge/merging": 9_900,
+    "python/arcmerge/ops": 2_900,
     "python/arcmerge/sweeping": 2_200,
 }
 # The largest number of files in a folder, `__init__.py` aside. A plain list of one kind may have any number.

@@ -25,7 +25,7 @@ from torch import Tensor
 from arcmerge import ops
 from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.generation.generate import StoppingCriteria, generate
-from arcmerge.gemma2.generation.sampler import SamplingParams
+from arcmerge.gemma2.generation.sampler import Sampler, SamplingParams
 from arcmerge.gemma2.runtime.decode_graph import DecodeGraph
 from arcmerge.gemma2.runtime.kv_cache import Batch, KVCache
 from arcmerge.gemma2.runtime.network import Network
@@ -265,16 +265,17 @@ def decode() -> dict[str, Measurement]:
     network(Batch.of([prompt], [0], memory), filled)
     step = DecodeGraph(network, filled, 1)
     first = torch.tensor(answer[:1]).to(memory)
+    sampler = Sampler(network, SamplingParams(), [prompt], range(1))
     step.start([CONTEXT])
     device().finish()
-    captured = device().once(lambda: step(first, [True], True))
+    captured = device().once(lambda: step(first, [True], sampler))
     step.start([CONTEXT])
     chosen: list[Tensor] = []
 
     def replay() -> None:
         tokens = first
         for _ in range(STEPS):
-            tokens = step(tokens, [True], True)
+            tokens = step(tokens, [True], sampler)
             chosen.append(tokens.clone())
 
     seconds = device().once(replay)

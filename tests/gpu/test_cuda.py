@@ -145,7 +145,6 @@ def test_sizes_in_python_are_those_of_the_kernel() -> None:
     threads, stages = (int(re.search(rf"{name} = (\d+);", ring)[1]) for name in ("THREADS", "STAGES"))  # type: ignore[index]
     assert (threads, SHARED) == (THREADS, stages * (2 * 16 * threads + 8) + 3 * 8 * threads // 32 + 8)
     setup = (ROOT / "setup.py").read_text()
-    assert f"TARGETS = {TARGETS}".replace("'", '"') in setup
     assert all(f'"{flag}"' in setup for flag in nvcc.FLAGS)
 
 

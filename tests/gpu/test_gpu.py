@@ -142,6 +142,8 @@ def test_ops_agree_with_their_references(network: Network) -> None:
         ops.lm_head_logprob(hidden, head, token, softcap=softcap)
         steps = torch.zeros_like(token)
         ops.lm_head_sample(hidden, head, steps, seed=1, temperature=0.8, top_k=50, top_p=0.9, softcap=softcap)
+        seed, numbers = (torch.tensor(values, device=DEVICE) for values in ([1], [0.8, 1.0, 50.0, 0.9, 0.0]))
+        ops.lm_head_draw(hidden, head, steps, seed, numbers.double(), softcap=softcap)
         ops.geglu(layer.gate_proj, layer.up_proj)
         pair = [layer.gate_proj, layer.up_proj]
         ops.combine(pair, ops.gram(pair)[0])

@@ -68,7 +68,7 @@ def test_auto_merges_to_disk_on_the_cpu_and_in_memory_on_the_gpu(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[Any] = []
-    monkeypatch.setattr(memory, "GpuMemory", lambda plans, nbytes, device, progress: chosen.append(device))
+    monkeypatch.setattr(memory, "GpuMemory", lambda plans, nbytes, device, progress, workspace: chosen.append(device))
     assert isinstance(processor_for(prepared), CpuProcessor)
     memory.allocate([prepared], 1, lambda done, total: None)
     assert chosen == ["cuda:1"]

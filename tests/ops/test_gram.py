@@ -209,7 +209,7 @@ def test_a_forced_backend_that_cannot_serve_raises(monkeypatch):
     ):
         gram([torch.ones(3)])
     monkeypatch.setenv("ARCMERGE_BACKEND", "fortran")
-    with pytest.raises(ArcmergeError, match=r"must be one of native, triton, reference, .*, got 'fortran'"):
+    with pytest.raises(ArcmergeError, match=r"must be one of native, cuda_cpp, triton, reference, .*, got 'fortran'"):
         gram([torch.ones(3)])
 
 

@@ -183,7 +183,9 @@ class StatisticsPass:
             for index, total in added_up(found).items():
                 self._found[index].append(total)
             pieces = [*pieces, *(piece for index in found for piece in self._next(index))]
-        self.rules.update(rules_of(self._jobs, {index: self._found.pop(index) for index in self._measured}))
+        self.rules.update(rules_of(self._jobs, {index: self._found[index] for index in self._measured}))
+        for index in self._measured:
+            del self._found[index]  # from now on the job is ready, which other threads ask for
         self._measured.clear()
         self.batches.extendleft(reversed([*batches_of(pieces)]))
 
