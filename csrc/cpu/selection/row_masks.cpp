@@ -227,7 +227,8 @@ RowMasks::RowMasks(const std::vector<Operand>& operands, const Operand& base, co
       in_place_(!selection.joint && !selection.row_scales && is_plain_bf16(base) &&
                 std::all_of(operands.begin(), operands.end(), is_plain_bf16)),
       differences_(operands, base, selection),
-      rows_(operands.size()) {}
+      rows_(operands.size()),
+      used_(kFewPlaces) {}
 
 const std::uint16_t* RowMasks::of(std::size_t i, std::int64_t row) {
   if (row != row_) read(row);
@@ -259,11 +260,11 @@ void RowMasks::count(const std::vector<std::uint16_t>& codes) {
   const std::int64_t largest = largest_of(codes.data(), size);
   places_.resize(size);
   for (;; used_ = kAllPlaces) {
-    origin_ = std::uint16_t(std::max<std::int64_t>(largest + 2 - used_, 1));
+    const auto origin = std::uint16_t(std::max<std::int64_t>(largest + 2 - used_, 1));
     const std::int64_t stride = used_ + kPad;
     counts_.assign(kSegments * stride, 0);
     firsts_.resize(used_ + 1);
-    places_of(codes.data(), origin_, size, places_.data());
+    places_of(codes.data(), origin, size, places_.data());
     const std::uint16_t* const places = places_.data();
     std::uint16_t* const counts = counts_.data();
     for (std::int64_t e = 0; e < length; ++e)
@@ -271,7 +272,7 @@ void RowMasks::count(const std::vector<std::uint16_t>& codes) {
         ++counts[segment * stride + places[segment * length + e]];
     for (std::int64_t e = kSegments * length; e < size; ++e) ++counts[(kSegments - 1) * stride + places[e]];
     accumulate(counts, stride, used_, firsts_.data());
-    if (used_ == kAllPlaces || origin_ == 1 || firsts_[2] - firsts_[1] <= size / 32) return;
+    if (used_ == kAllPlaces || origin == 1 || firsts_[2] - firsts_[1] <= size / 32) return;
   }
 }
 

@@ -46,8 +46,7 @@ class RowMasks {
   // of the first two, and so on; and the rank of the first element of a place, where it has none that of the next one.
   std::vector<std::uint16_t> places_, counts_;
   std::vector<std::int32_t> firsts_, undecided_;
-  std::uint16_t origin_ = 1;
-  std::int64_t used_ = 1 << 10;  // the number of places
+  std::int64_t used_;  // the number of places
 };
 
 }  // namespace arcmerge
