@@ -115,7 +115,7 @@ class DecodeGraph:
         out.copy_(padded, non_blocking=True)
 
     def _own(self, sampler: Sampler) -> Sampler:
-        """The sampler that graphs read, which goes on where the one of these sequences is."""
+        """The sampler whose tensors the graphs of its kind read, loaded with the state of `sampler`."""
         own = self._samplers.get(sampler.kind)
         if own is None:
             own = self._samplers[sampler.kind] = sampler.blank(len(self._batch.tokens))
