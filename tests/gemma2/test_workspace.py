@@ -10,7 +10,6 @@ import torch
 
 import arcmerge
 import host_paths
-from arcmerge.gemma2.config import Gemma2Config
 from arcmerge.gemma2.runtime import runner, workspace
 from arcmerge.gemma2.runtime.runner import Runner
 from arcmerge.gemma2.runtime.workspace import workspace_bytes
@@ -18,26 +17,11 @@ from arcmerge.merging.execution import memory
 from cases.gemma import GEMMA_2, Shape
 from emulation.cuda import cuda
 from fake_devices import needs_fake_devices
+from random_network import config_of
 
 BF16, F32 = torch.bfloat16, torch.float32
 GiB = 1 << 30
 TOKENS = 48
-
-
-def config_of(shape: Shape) -> Gemma2Config:
-    settings = {
-        "model_type": "gemma2",
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.key_value_heads,
-        "head_dim": shape.head_dim,
-        "intermediate_size": shape.intermediate_size,
-        "vocab_size": shape.vocabulary,
-        "query_pre_attn_scalar": shape.query_pre_attn_scalar,
-        "sliding_window": shape.sliding_window,
-    }
-    return Gemma2Config.read(settings, Path("config.json"))
 
 
 # Bytes of keys and values a token: 2 tensors of so many layers, heads, elements and bytes. Half of the layers have a

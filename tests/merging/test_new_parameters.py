@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tiny
 from arcmerge.errors import ArcmergeError
 from arcmerge.merging.execution import statistics_pass
 from arcmerge.merging.execution.in_memory import InMemoryMerge
@@ -38,14 +37,6 @@ T: dict[str, Any] = {
     "a gradient": [0.1, 0.9, 0.3],
     "filters": [{"filter": "self_attn", "value": [0.2, 0.8]}, {"filter": "mlp", "value": 1}, {"value": 0.5}],
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("gemma-a", "gemma-b"):
-        tiny.make(name, folder)
-    return folder
 
 
 def opened(folder: Path, **changes: Any) -> Prepared:
